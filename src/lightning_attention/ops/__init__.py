@@ -1,0 +1,1 @@
+"""The mathematics: one operator, several ways to run it."""

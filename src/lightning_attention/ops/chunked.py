@@ -1,0 +1,241 @@
+"""Lightning Attention-2 in PyTorch: masked products inside a chunk, a decayed state between chunks. Any device.
+
+Shapes: N sequences, H heads, K and V head sizes, C tokens in a chunk. A chunk of every sequence is worked on at
+once, as `[N H, C, D]`, in float32 (float64 for float64 inputs). Formulas: docs/algorithm.md.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .problem import Problem, check_log_decay, check_state_indices, sequence_bounds, state_dtype
+
+# Measured on 2 CPU cores at D = 64: 64 spends its time in calls, 256 in the C x C products; 128 is level with the best.
+CHUNK_SIZE = 128
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    return []
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    sequences = _Sequences(q, cu_seqlens)
+    states = sequences.states(initial_state, q.shape[3], v.shape[3])
+    o = _scan_(sequences, q, k, v, log_decay, states, scale)
+    return o, sequences.in_given_order(states)
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    d_final_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sequences, decay = _Sequences(q, cu_seqlens), _Decay(q, log_decay)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+    states = sequences.states(initial_state, q.shape[3], v.shape[3])
+    for chunk in sequences.chunks:
+        kc, vc, doc = chunk.load(k), chunk.load(v), chunk.load(do).mul_(scale)
+        S = states[: kc.shape[0]]
+        dqc = torch.bmm(decay.mask_(torch.bmm(doc, vc.mT)), kc)
+        dqc.baddbmm_(decay.read_(doc), S.mT)
+        chunk.store(dq, dqc)
+        decay.carry_(S, chunk.lengths).baddbmm_(decay.write_(kc, chunk.lengths).mT, vc)
+
+    d_states = sequences.states(d_final_state, q.shape[3], v.shape[3])
+    for chunk in reversed(sequences.chunks):
+        qc, kc, vc, doc = chunk.load(q).mul_(scale), chunk.load(k), chunk.load(v), chunk.load(do)
+        R = d_states[: kc.shape[0]]
+        dkc = torch.bmm(decay.mask_(torch.bmm(doc, vc.mT)).mT, qc)
+        dvc = torch.bmm(decay.mask_(torch.bmm(qc, kc.mT)).mT, doc)
+        dkc.baddbmm_(decay.write_(vc, chunk.lengths), R.mT)
+        dvc.baddbmm_(decay.write_(kc, chunk.lengths), R)
+        chunk.store(dk, dkc)
+        chunk.store(dv, dvc)
+        decay.carry_(R, chunk.lengths).baddbmm_(decay.read_(qc).mT, doc)
+    return dq, dk, dv, sequences.in_given_order(d_states)
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    state_indices: Tensor | None,
+    scale: float,
+) -> Tensor:
+    if state_indices is None:
+        return _step_(q, k, v, log_decay, state, scale)
+    check_state_indices(state_indices, state.shape[0])
+    rows = (state_indices >= 0).nonzero()[:, 0]
+    slots = state_indices[rows]
+    states, o = state[slots], torch.zeros_like(v, memory_format=torch.contiguous_format)
+    o[rows] = _step_(q[rows], k[rows], v[rows], log_decay, states, scale)
+    state[slots] = states
+    return o
+
+
+def _step_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float) -> Tensor:
+    """The output; `state` `[B, H, K, V]` is updated in place."""
+    if q.shape[1] == 1:
+        check_log_decay(log_decay)
+        if log_decay is not None:
+            state.mul_(log_decay.to(state.dtype).exp()[:, None, None])
+        state.addcmul_(k[:, 0, :, :, None].to(state.dtype), v[:, 0, :, None, :].to(state.dtype))
+        return (scale * (q.transpose(1, 2).to(state.dtype) @ state)).transpose(1, 2).to(v.dtype)
+    states = state.contiguous()
+    o = _scan_(_Sequences(q, None), q, k, v, log_decay, states.flatten(0, 1), scale)
+    if states is not state:
+        state.copy_(states)
+    return o
+
+
+def _scan_(
+    sequences: "_Sequences", q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, states: Tensor, scale: float
+) -> Tensor:
+    """The output; `states` `[N H, K, V]` is brought from before the first token to after the last."""
+    check_log_decay(log_decay)
+    decay = _Decay(q, log_decay)
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    for chunk in sequences.chunks:
+        qc, kc, vc = chunk.load(q).mul_(scale), chunk.load(k), chunk.load(v)
+        S = states[: kc.shape[0]]
+        oc = torch.bmm(decay.mask_(torch.bmm(qc, kc.mT)), vc)
+        oc.baddbmm_(decay.read_(qc), S)
+        chunk.store(o, oc)
+        decay.carry_(S, chunk.lengths).baddbmm_(decay.write_(kc, chunk.lengths).mT, vc)
+    return o
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Where the tokens of one chunk lie: `[:, start:stop]`, or for packed sequences their columns `[N, C]`."""
+
+    tokens: slice | Tensor
+    lengths: int | Tensor  # of every sequence, or [N] where they differ
+    padding: Tensor | None  # [N, C], where they differ
+    dtype: torch.dtype
+
+    def load(self, x: Tensor) -> Tensor:
+        """A copy as `[N H, C, D]`, zero in the padding."""
+        x = x[:, self.tokens] if isinstance(self.tokens, slice) else x[0, self.tokens]
+        x = x.transpose(1, 2).to(self.dtype, memory_format=torch.contiguous_format, copy=True)
+        if self.padding is not None:
+            x.masked_fill_(self.padding[:, None, :, None], 0)
+        return x.flatten(0, 1)
+
+    def store(self, out: Tensor, x: Tensor) -> None:
+        x = x.unflatten(0, (-1, out.shape[2])).transpose(1, 2).to(out.dtype)
+        if isinstance(self.tokens, slice):
+            out[:, self.tokens] = x
+        elif self.padding is None:
+            out[0, self.tokens] = x
+        else:
+            out[0, self.tokens[~self.padding]] = x[~self.padding]
+
+
+class _Sequences:
+    """Cuts all sequences into chunks in step: the c-th chunk of every sequence that has one.
+
+    Packed sequences are taken in order of falling length, so that those still running are always the first ones.
+    """
+
+    def __init__(self, q: Tensor, cu_seqlens: Tensor | None):
+        batch_size, length, self.num_heads = q.shape[:3]
+        self.dtype, self.device = state_dtype(q.dtype), q.device
+        self.order = None
+        if cu_seqlens is None:
+            self.count = batch_size
+            self.chunks = [self._chunk(start, length) for start in range(0, length, CHUNK_SIZE)]
+        else:
+            bounds = torch.tensor(sequence_bounds(cu_seqlens, length), device=self.device)
+            lengths, self.order = bounds.diff().sort(descending=True, stable=True)
+            self.count = len(lengths)
+            starts, longest = bounds[:-1][self.order], max([0, *lengths[:1].tolist()])
+            self.chunks = [self._packed_chunk(starts, lengths, c) for c in range(0, longest, CHUNK_SIZE)]
+
+    def states(self, initial: Tensor | None, key_dim: int, value_dim: int) -> Tensor:
+        """`[N H, K, V]`, to be updated in place."""
+        shape = (self.count, self.num_heads, key_dim, value_dim)
+        if initial is None:
+            states = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        elif self.order is None:
+            states = initial.clone(memory_format=torch.contiguous_format)
+        else:
+            states = initial[self.order]
+        return states.flatten(0, 1)
+
+    def in_given_order(self, states: Tensor) -> Tensor:
+        """`[N, H, K, V]`."""
+        states = states.view(self.count, self.num_heads, *states.shape[1:])
+        return states if self.order is None else states[self.order.argsort()]
+
+    def _chunk(self, start: int, length: int) -> _Chunk:
+        stop = min(start + CHUNK_SIZE, length)
+        return _Chunk(slice(start, stop), stop - start, None, self.dtype)
+
+    def _packed_chunk(self, starts: Tensor, lengths: Tensor, offset: int) -> _Chunk:
+        left = lengths[lengths > offset] - offset
+        size = min(CHUNK_SIZE, int(left[0]))
+        position = torch.arange(size, device=self.device)
+        tokens = starts[: len(left), None] + offset + position
+        if int(left[-1]) >= size:
+            return _Chunk(tokens, size, None, self.dtype)
+        padding = position >= left[:, None]
+        return _Chunk(tokens.masked_fill(padding, 0), left.clamp_max(size), padding, self.dtype)
+
+
+class _Decay:
+    """Multiplies by powers of λ, in place. One table of λ^0 .. λ^C serves all, so no exponent is ever above 0."""
+
+    def __init__(self, q: Tensor, log_decay: Tensor | None):
+        size, dtype = min(CHUNK_SIZE, q.shape[1]), state_dtype(q.dtype)
+        rates = q.new_zeros(q.shape[2], dtype=dtype) if log_decay is None else log_decay.to(dtype)
+        position = torch.arange(size + 1, device=q.device)
+        self.powers = torch.exp(rates[:, None] * position)
+        self.inside = self.powers[:, (position[:-1, None] - position[:-1]).clamp_min(0)].tril()
+
+    def mask_(self, scores: Tensor) -> Tensor:
+        """`λ^(i-j)` for `j <= i`, else 0."""
+        size = scores.shape[1]
+        self._by_head(scores).mul_(self.inside[:, :size, :size])
+        return scores
+
+    def read_(self, x: Tensor) -> Tensor:
+        """`λ^(i+1)`: from the state before the chunk to row i."""
+        self._by_head(x).mul_(self.powers[:, 1 : x.shape[1] + 1, None])
+        return x
+
+    def write_(self, x: Tensor, lengths: int | Tensor) -> Tensor:
+        """`λ^(m-1-j)`: from row j to the state after the m tokens of the chunk."""
+        if isinstance(lengths, int):
+            powers = self.powers[:, :lengths].flip(1)
+        else:
+            exponents = lengths[:, None] - 1 - torch.arange(x.shape[1], device=x.device)
+            powers = self.powers[:, exponents.clamp_min(0)].transpose(0, 1)
+        self._by_head(x).mul_(powers[..., None])
+        return x
+
+    def carry_(self, state: Tensor, lengths: int | Tensor) -> Tensor:
+        """`λ^m`: from the state before the chunk to the state after its m tokens."""
+        self._by_head(state).mul_(self.powers[:, lengths].movedim(0, -1)[..., None, None])
+        return state
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.view(-1, self.powers.shape[0], *x.shape[1:])

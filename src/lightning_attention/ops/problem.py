@@ -1,0 +1,138 @@
+"""What one call asks for: its sizes, dtype and device, checked once for every backend."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the state, and of every accumulation, for inputs of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes of one attention or decoding call; building one raises on inputs that do not fit together."""
+
+    batch_size: int
+    length: int
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    num_states: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of_attention(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> "Problem":
+        if q.dim() != 4:
+            raise ValueError(f"q must be [B, T, H, K], got shape {tuple(q.shape)}")
+        _check_inputs(q, k, v, log_decay)
+        if cu_seqlens is not None:
+            if cu_seqlens.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+            if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+                raise ValueError(f"cu_seqlens must be [N + 1], got shape {tuple(cu_seqlens.shape)}")
+            if q.shape[0] != 1:
+                raise ValueError(f"cu_seqlens packs all sequences into one row: B must be 1, got {q.shape[0]}")
+            _check_device("cu_seqlens", cu_seqlens, q)
+        num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        problem = cls._of(q, v, num_sequences)
+        if initial_state is not None:
+            problem._check_state("initial_state", initial_state, q)
+        return problem
+
+    @classmethod
+    def of_step(
+        cls, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, state_indices: Tensor | None
+    ) -> "Problem":
+        """The same for decoding, with q, k, v as `[B, T, H, D]`."""
+        _check_inputs(q, k, v, log_decay)
+        if state.dim() != 4:
+            raise ValueError(f"state must be [N, H, K, V], got shape {tuple(state.shape)}")
+        num_states = q.shape[0] if state_indices is None else state.shape[0]
+        problem = cls._of(q, v, num_states)
+        problem._check_state("state", state, q)
+        if state_indices is not None:
+            if state_indices.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"state_indices must be int32 or int64, got {state_indices.dtype}")
+            if tuple(state_indices.shape) != (q.shape[0],):
+                raise ValueError(f"state_indices must be [B] = [{q.shape[0]}], got shape {tuple(state_indices.shape)}")
+            _check_device("state_indices", state_indices, q)
+        return problem
+
+    @classmethod
+    def _of(cls, q: Tensor, v: Tensor, num_states: int) -> "Problem":
+        batch_size, length, num_heads, key_dim = q.shape
+        return cls(batch_size, length, num_heads, key_dim, v.shape[3], num_states, q.dtype, q.device)
+
+    def _check_state(self, name: str, state: Tensor, q: Tensor) -> None:
+        expected = (self.num_states, self.num_heads, self.key_dim, self.value_dim)
+        if tuple(state.shape) != expected:
+            raise ValueError(f"{name} must be [N, H, K, V] = {list(expected)}, got shape {tuple(state.shape)}")
+        if state.dtype != state_dtype(self.dtype):
+            raise TypeError(f"{name} must be {state_dtype(self.dtype)} when q is {self.dtype}, got {state.dtype}")
+        _check_device(name, state, q)
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
+    if k.shape != q.shape:
+        raise ValueError(f"k must have the shape of q {tuple(q.shape)}, got {tuple(k.shape)}")
+    if v.dim() != q.dim() or v.shape[:-1] != q.shape[:-1]:
+        raise ValueError(f"v must be {[*q.shape[:-1], 'V']} to fit q, got shape {tuple(v.shape)}")
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q must be one of {', '.join(map(str, DTYPES))}, got {q.dtype}")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q {q.dtype}, got {tensor.dtype}")
+        _check_device(name, tensor, q)
+    if log_decay is None:
+        return
+    if log_decay.dtype != torch.float32:
+        raise TypeError(f"log_decay must be torch.float32, got {log_decay.dtype}")
+    if tuple(log_decay.shape) != (q.shape[2],):
+        raise ValueError(f"log_decay must be [H] = [{q.shape[2]}], got shape {tuple(log_decay.shape)}")
+    _check_device("log_decay", log_decay, q)
+    if log_decay.requires_grad:
+        raise ValueError("log_decay must not require a gradient: none is computed for it; pass log_decay.detach()")
+
+
+def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
+    if tensor.device != q.device:
+        raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
+
+
+def check_log_decay(log_decay: Tensor | None) -> None:
+    """Refuse growth and NaN. Read where that is free: a tensor on an accelerator would have to be waited for."""
+    if log_decay is not None and log_decay.device.type == "cpu" and not bool((log_decay <= 0).all()):
+        raise ValueError(f"log_decay must be <= 0, got a maximum of {log_decay.max().item()}")
+
+
+def sequence_bounds(cu_seqlens: Tensor, length: int) -> list[int]:
+    """`cu_seqlens` on the host, checked: from 0 to `length`, never falling."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != length:
+        raise ValueError(f"cu_seqlens must run from 0 to T = {length}, got {bounds[0]} to {bounds[-1]}")
+    if any(end < start for start, end in pairwise(bounds)):
+        raise ValueError("cu_seqlens must not decrease")
+    return bounds
+
+
+def check_state_indices(state_indices: Tensor, num_states: int) -> None:
+    """Refuse slots that are not there. Read where that is free, as for `check_log_decay`."""
+    if state_indices.device.type == "cpu" and state_indices.numel():
+        low, high = (int(bound) for bound in state_indices.aminmax())
+        if low < -1 or high >= num_states:
+            raise ValueError(f"state_indices must be -1 or in [0, {num_states}), got {low} to {high}")

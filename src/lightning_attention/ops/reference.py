@@ -1,0 +1,131 @@
+"""The definition: one token after another, and the same thing as one masked product.
+
+Slow on purpose. Every other implementation is measured against this one, in float64.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .problem import Problem, check_log_decay, check_state_indices, sequence_bounds, state_dtype
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    return []
+
+
+def recurrence(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`S_t = λ S_{t-1} + k_t v_tᵀ`, `o_t = scale S_tᵀ q_t`, from `state` `[B, H, K, V]`."""
+    q, k, v = (x.to(state.dtype) for x in (q, k, v))
+    decay = _decay(log_decay, state)
+    outputs = []
+    for t in range(q.shape[1]):
+        state = decay * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+    return (torch.stack(outputs, dim=1) if outputs else v), state
+
+
+def quadratic(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float) -> Tensor:
+    """`O = scale ((Q Kᵀ) ⊙ M) V` with `M_ij = λ^(i-j)` for `j <= i`, else 0: all of `T x T` at once."""
+    dtype = state_dtype(q.dtype)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    t = torch.arange(q.shape[1], device=q.device)
+    distance = t[:, None] - t[None, :]
+    slopes = q.new_zeros(q.shape[2]) if log_decay is None else log_decay.to(dtype)
+    mask = torch.exp(slopes[:, None, None] * distance.clamp_min(0)) * (distance >= 0)
+    scores = torch.einsum("bihk,bjhk->bhij", q, k) * mask
+    return scale * torch.einsum("bhij,bjhv->bihv", scores, v)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    check_log_decay(log_decay)
+    rows = _rows(q, cu_seqlens)
+    state = _initial_state(q, v, len(rows), initial_state).clone()
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    for i, row in enumerate(rows):
+        o[row], state[i : i + 1] = recurrence(q[row], k[row], v[row], log_decay, scale, state[i : i + 1])
+    return o, state
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    d_final_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`dq_t = scale S_t do_t`; with `R_t = λ R_{t+1} + scale q_t do_tᵀ`: `dk_t = R_t v_t`, `dv_t = R_tᵀ k_t`."""
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    rows = _rows(q, cu_seqlens)
+    states = _initial_state(q, v, len(rows), initial_state)
+    d_states = _initial_state(q, v, len(rows), d_final_state).clone()
+    decay = _decay(log_decay, states)
+    for i, row in enumerate(rows):
+        qs, ks, vs, dos = (x[row].to(states.dtype) for x in (q, k, v, do))
+        state, d_state = states[i : i + 1], d_states[i : i + 1]
+        for t in range(qs.shape[1]):
+            state = decay * state + ks[:, t, :, :, None] * vs[:, t, :, None, :]
+            dq[row][:, t] = scale * torch.einsum("bhkv,bhv->bhk", state, dos[:, t])
+        for t in reversed(range(qs.shape[1])):
+            d_state = d_state + scale * qs[:, t, :, :, None] * dos[:, t, :, None, :]
+            dk[row][:, t] = torch.einsum("bhkv,bhv->bhk", d_state, vs[:, t])
+            dv[row][:, t] = torch.einsum("bhkv,bhk->bhv", d_state, ks[:, t])
+            d_state = decay * d_state
+        d_states[i : i + 1] = d_state
+    return dq, dk, dv, d_states
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    state_indices: Tensor | None,
+    scale: float,
+) -> Tensor:
+    check_log_decay(log_decay)
+    if state_indices is not None:
+        check_state_indices(state_indices, state.shape[0])
+    o = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    for row, slot in enumerate(range(q.shape[0]) if state_indices is None else state_indices.tolist()):
+        if slot >= 0:
+            at, of = slice(row, row + 1), slice(slot, slot + 1)
+            o[at], state[of] = recurrence(q[at], k[at], v[at], log_decay, scale, state[of])
+    return o
+
+
+def _rows(q: Tensor, cu_seqlens: Tensor | None) -> list[tuple[slice, slice]]:
+    """Where each sequence lies in `[B, T]`."""
+    if cu_seqlens is None:
+        return [(slice(b, b + 1), slice(None)) for b in range(q.shape[0])]
+    bounds = sequence_bounds(cu_seqlens, q.shape[1])
+    return [(slice(None), slice(start, end)) for start, end in pairwise(bounds)]
+
+
+def _initial_state(q: Tensor, v: Tensor, num_sequences: int, state: Tensor | None) -> Tensor:
+    if state is not None:
+        return state
+    return q.new_zeros(num_sequences, q.shape[2], q.shape[3], v.shape[3], dtype=state_dtype(q.dtype))
+
+
+def _decay(log_decay: Tensor | None, state: Tensor) -> Tensor:
+    """λ per head, shaped to multiply a state."""
+    if log_decay is None:
+        return state.new_ones(1, 1, 1)
+    return log_decay.to(state.dtype).exp()[:, None, None]

@@ -1,0 +1,124 @@
+"""With the rest of PyTorch: opcheck, compile, fake tensors, autocast, and imports without extras."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from oracle import Case, error, make_inputs, run
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lightning_attention import lightning_attention, lightning_attention_step
+from lightning_attention.ops import library
+
+CASES = [Case(T=20, K=4, V=6), Case(lengths=(7, 0, 13), K=4, V=6)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.filterwarnings("ignore")
+def test_opcheck(backend, case):
+    inputs = make_inputs(case)
+    for x in (inputs.q, inputs.k, inputs.v, inputs.state):
+        x.requires_grad_()
+    qkv, state = (inputs.q, inputs.k, inputs.v), inputs.state
+    common = (inputs.cu_seqlens, 0.5, backend)
+    torch.library.opcheck(library.forward, (*qkv, inputs.log_decay, state, *common))
+    torch.library.opcheck(library.forward, (*qkv, None, None, *common))
+    detached = [x.detach() for x in (*qkv, inputs.do)]
+    torch.library.opcheck(
+        library.backward, (*detached, inputs.log_decay, state.detach(), inputs.d_final_state, *common)
+    )
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("indices", [None, torch.tensor([1, -1])], ids=["all", "slots"])
+@pytest.mark.filterwarnings("ignore")
+def test_opcheck_step(backend, indices):
+    inputs = make_inputs(Case(T=1))
+    torch.library.opcheck(
+        library.step,
+        (inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.state, indices, 1.0, backend),
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile(case, dynamic):
+    inputs = make_inputs(case, torch.float32)
+
+    def attention(q, k, v, log_decay, **options):
+        o, state = lightning_attention(q * 1.5, k, v, log_decay, output_final_state=True, **options)
+        assert state is not None
+        return o + 1, state * 2
+
+    compiled = torch.compile(attention, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    expected = run(attention, inputs)
+    for name, value in run(compiled, inputs).items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_compile_step():
+    inputs = make_inputs(Case(T=1), torch.float32)
+    q, k, v = inputs.q[:, 0], inputs.k[:, 0], inputs.v[:, 0]
+    states = [inputs.state.clone() for _ in range(2)]
+    step = torch.compile(lightning_attention_step, fullgraph=True, backend="aot_eager")
+    o = step(q, k, v, inputs.log_decay, state=states[0])
+    torch.testing.assert_close(o, lightning_attention_step(q, k, v, inputs.log_decay, state=states[1]))
+    torch.testing.assert_close(states[0], states[1])
+
+
+def test_fake_tensors():
+    with FakeTensorMode():
+        q, v = (torch.empty(2, 1 << 20, 4, D, dtype=torch.bfloat16) for D in (64, 32))
+        o, state = lightning_attention(q, q, v, torch.empty(4), output_final_state=True)
+        assert (o.shape, o.dtype) == (v.shape, torch.bfloat16)
+        assert state is not None
+        assert (state.shape, state.dtype) == ((2, 4, 64, 32), torch.float32)
+        packed = lightning_attention(
+            q[:1], q[:1], v[:1], cu_seqlens=torch.empty(9, dtype=torch.int32), output_final_state=True
+        )
+        assert packed.final_state is not None
+        assert packed.final_state.shape == (8, 4, 64, 32)
+
+
+def test_autocast():
+    """q, k and v are cast, whatever mixture they come in; decay and state stay float32, and so do gradients."""
+    inputs = make_inputs(Case(), torch.float32)
+    q = inputs.q.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        o, state = lightning_attention(
+            q, inputs.k.bfloat16(), inputs.v, inputs.log_decay, initial_state=inputs.state, output_final_state=True
+        )
+    assert state is not None
+    assert (o.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+    (dq,) = torch.autograd.grad(o.float().sum(), q)
+    assert dq.dtype == torch.float32
+    low = inputs.to(torch.bfloat16)
+    expected, _ = lightning_attention(low.q, low.k, low.v, low.log_decay, initial_state=low.initial_state)
+    assert torch.equal(o, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        wide, _ = lightning_attention(*(x.double() for x in (q, inputs.k, inputs.v)))
+        assert wide.dtype == torch.float64
+
+
+def test_the_state_of_half_precision_is_float32():
+    """500 tokens of ones without decay: a bfloat16 state would stop counting at 256."""
+    ones = torch.ones(1, 500, 1, 1, dtype=torch.bfloat16)
+    _, state = lightning_attention(ones, ones, ones, output_final_state=True)
+    assert state is not None
+    assert error(state, torch.full((1, 1, 1, 1), 500.0, dtype=torch.float64)) == 0
+
+
+BLOCKED = """
+import sys
+for name in ("transformers", "accelerate", "typer", "rich", "matplotlib", "tokenizers", "triton"):
+    sys.modules[name] = None
+import lightning_attention, torch
+x = torch.randn(1, 3, 2, 4)
+lightning_attention.lightning_attention(x, x, x, lightning_attention.decay.log_decay(2, preset="alibi"))
+"""
+
+
+def test_the_op_needs_only_torch():
+    subprocess.run([sys.executable, "-c", BLOCKED], check=True)

@@ -1,0 +1,164 @@
+"""Inputs, the float64 oracle, and the one tolerance rule of the suite."""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lightning_attention.ops import reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one call. `lengths` packs sequences into one row."""
+
+    B: int = 2
+    T: int = 37
+    H: int = 3
+    K: int = 16
+    V: int = 16
+    lengths: tuple[int, ...] | None = None
+    slope: float | None = 1.0  # the steepest head's; None is no decay
+    scale: float = 1.0
+    state: bool = True
+
+    def __str__(self) -> str:
+        default = Case()
+        changed = [f"{name}={value}" for name, value in vars(self).items() if value != getattr(default, name)]
+        return ",".join(changed).replace(" ", "") or "default"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    scale: float
+    do: Tensor
+    d_final_state: Tensor
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        cast = {name: getattr(self, name).to(dtype) for name in ("q", "k", "v", "do")}
+        state = self.initial_state
+        return replace(
+            self,
+            **cast,
+            initial_state=None if state is None else state.to(state_dtype),
+            d_final_state=self.d_final_state.to(state_dtype),
+        )
+
+    @property
+    def state(self) -> Tensor:
+        """The initial state of a case that has one."""
+        assert self.initial_state is not None
+        return self.initial_state
+
+    def options(self) -> dict:
+        return {"initial_state": self.initial_state, "cu_seqlens": self.cu_seqlens, "scale": self.scale}
+
+
+def make_inputs(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    B, T = (case.B, case.T) if case.lengths is None else (1, sum(case.lengths))
+    N = B if case.lengths is None else len(case.lengths)
+    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    cu_seqlens = None if case.lengths is None else torch.tensor([0, *case.lengths]).cumsum(0)
+    log_decay = None if case.slope is None else -case.slope * torch.arange(1, case.H + 1) / case.H
+    return Inputs(
+        q=randn(B, T, case.H, case.K),
+        k=randn(B, T, case.H, case.K),
+        v=randn(B, T, case.H, case.V),
+        log_decay=log_decay,
+        initial_state=randn(N, case.H, case.K, case.V, dtype=state_dtype) if case.state else None,
+        cu_seqlens=cu_seqlens,
+        scale=case.scale,
+        do=randn(B, T, case.H, case.V),
+        d_final_state=randn(N, case.H, case.K, case.V, dtype=state_dtype),
+    )
+
+
+def run(attention, inputs: Inputs) -> dict[str, Tensor]:
+    """Outputs and gradients of `attention(q, k, v, log_decay, initial_state=, cu_seqlens=, scale=) -> o, state`."""
+    given = {name: getattr(inputs, name) for name in ("q", "k", "v", "initial_state")}
+    leaves = {name: x.detach().requires_grad_() for name, x in given.items() if x is not None}
+    inputs = replace(inputs, **leaves)
+    o, final_state = attention(inputs.q, inputs.k, inputs.v, inputs.log_decay, **inputs.options())
+    outputs = [(x, dx) for x, dx in ((o, inputs.do), (final_state, inputs.d_final_state)) if x.requires_grad]
+    gradients = torch.autograd.grad(
+        [x for x, _ in outputs],
+        list(leaves.values()),
+        [dx for _, dx in outputs],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return {"o": o, "final_state": final_state} | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+def definition(q, k, v, log_decay, *, initial_state, cu_seqlens, scale):
+    """The recurrence token by token, differentiated by autograd: nothing of the library's backward pass."""
+    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+    rows = (
+        [(q[b : b + 1], k[b : b + 1], v[b : b + 1]) for b in range(q.shape[0])]
+        if bounds is None
+        else [(q[:, s:e], k[:, s:e], v[:, s:e]) for s, e in pairwise(bounds)]
+    )
+    state_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    outputs, states = [], []
+    for n, row in enumerate(rows):
+        empty = q.new_zeros(1, q.shape[2], q.shape[3], v.shape[3], dtype=state_dtype)
+        state = empty if initial_state is None else initial_state[n : n + 1]
+        o, state = reference.recurrence(*row, log_decay, scale, state)
+        outputs.append(o.to(q.dtype))
+        states.append(state)
+    return torch.cat(outputs, dim=0 if bounds is None else 1), torch.cat(states)
+
+
+def plain(q, k, v, log_decay, *, initial_state, cu_seqlens, scale):
+    """What one would write in PyTorch: masked products in the dtype of the inputs, one sequence at a time."""
+    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+    outputs, states = [], []
+    for n in range(q.shape[0] if bounds is None else len(bounds) - 1):
+        at = (slice(n, n + 1),) if bounds is None else (slice(None), slice(bounds[n], bounds[n + 1]))
+        qs, ks, vs = (x[at].transpose(1, 2) for x in (q, k, v))
+        t = torch.arange(qs.shape[2])
+        rates = torch.zeros(q.shape[2]) if log_decay is None else log_decay
+        distance = (t[:, None] - t).clamp_min(0)
+        mask = torch.exp(rates[:, None, None] * distance).tril().to(q.dtype)
+        o = scale * ((qs @ ks.mT) * mask) @ vs
+        write = torch.exp(rates[:, None] * t.flip(0))[..., None].to(q.dtype)
+        state = ((ks * write).mT @ vs).to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        if initial_state is not None:
+            read = torch.exp(rates[:, None] * (t + 1))[..., None].to(q.dtype)
+            o = o + scale * (qs * read) @ initial_state[n : n + 1].to(q.dtype)
+            state = state + torch.exp(rates * len(t))[:, None, None] * initial_state[n : n + 1]
+        outputs.append(o.transpose(1, 2))
+        states.append(state)
+    return torch.cat(outputs, dim=0 if bounds is None else 1), torch.cat(states)
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    """Root mean square, relative to that of the exact result."""
+    if exact.numel() == 0:
+        return 0.0
+    difference = (actual.double() - exact).square().mean().sqrt()
+    return (difference / exact.square().mean().sqrt().clamp_min(1e-30)).item()
+
+
+def assert_accurate(actual: dict[str, Tensor], inputs: Inputs) -> None:
+    """The rule: the error against float64 is at most twice that of plain PyTorch in that dtype, plus one rounding."""
+    exact = run(definition, inputs.to(torch.float64))
+    baseline = run(plain, inputs)
+    for name, value in actual.items():
+        assert value.shape == exact[name].shape, name
+        rounding = torch.finfo(value.dtype).eps
+        allowed = 2 * error(baseline[name], exact[name]) + rounding
+        assert error(value, exact[name]) <= allowed, f"{name}: {error(value, exact[name]):.2e} > {allowed:.2e}"
