@@ -2,6 +2,7 @@
 
 A decay is given as a slope > 0: the state is multiplied by exp(-slope) at every token. Training with one preset and
 serving with another yields garbage without an error, so a model stores the name of its preset in its configuration.
+Decays are constants: they are computed in float64 on the CPU, whatever the default device.
 """
 
 import math
@@ -23,7 +24,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
         num_heads: number of heads H, at least 1.
 
     Returns:
-        `[H]` float32, > 0.
+        `[H]` float32 on the CPU, > 0.
 
     Raises:
         ValueError: `num_heads` is less than 1.
@@ -56,7 +57,7 @@ def log_decay(
         preset: a name from the table.
 
     Returns:
-        `[H]` float32, <= 0.
+        `[H]` float32 on the CPU, <= 0.
 
     Raises:
         ValueError: the preset is unknown or lacks a layer, or a number is out of range.
@@ -65,7 +66,7 @@ def log_decay(
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     if preset == "alibi":
         return -_alibi(num_heads).float()
-    heads = torch.arange(_checked(num_heads), dtype=torch.float64)
+    heads = torch.arange(_checked(num_heads), dtype=torch.float64, device="cpu")
     if preset == "retnet":
         return torch.log1p(-torch.exp2(-5 - heads)).float()
     if layer_idx is None or num_layers is None:
@@ -85,8 +86,10 @@ def log_decay(
 
 def _alibi(num_heads: int) -> Tensor:
     below = 2 ** int(math.log2(_checked(num_heads)))
-    slopes = torch.exp2(-8 * torch.arange(1, below + 1, dtype=torch.float64) / below)
-    above = torch.exp2(-4 * torch.arange(1, 2 * below + 1, dtype=torch.float64) / below)
+    slopes, above = (
+        torch.exp2(-8 * torch.arange(1, count + 1, dtype=torch.float64, device="cpu") / count)
+        for count in (below, 2 * below)
+    )
     return torch.cat([slopes, above[::2][: num_heads - below]])
 
 

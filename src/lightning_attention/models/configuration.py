@@ -1,0 +1,118 @@
+"""What a model is made of."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from ..ops.decay import LAYERLESS_PRESETS, PRESETS, log_decay
+
+POSITIONS = ("mix", "lrpe-d", "decay")
+
+# TransNormerLLM (arXiv 2307.14995, 2401.04658). The papers give the GLU width of 385M and 1B, 2.75 times the model's;
+# the larger ones keep the ratio. Counted with the vocabulary of the paper's 385M, 50272; others have 64000.
+SIZES: dict[str, dict[str, int]] = {
+    "demo": {"num_hidden_layers": 4, "hidden_size": 192, "num_attention_heads": 4, "intermediate_size": 512},
+    "45M": {"num_hidden_layers": 6, "hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 1408},
+    "385M": {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 8, "intermediate_size": 2816},
+    "1B": {"num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 5632},
+    "3B": {"num_hidden_layers": 32, "hidden_size": 2560, "num_attention_heads": 20, "intermediate_size": 7040},
+    "7B": {"num_hidden_layers": 30, "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11264},
+    "15B": {"num_hidden_layers": 42, "hidden_size": 5120, "num_attention_heads": 40, "intermediate_size": 14080},
+}
+
+
+class LightningConfig(PreTrainedConfig):
+    """Configuration of a TransNormerLLM.
+
+    Args:
+        vocab_size: number of tokens.
+        hidden_size: width of the model, a multiple of `num_attention_heads`.
+        intermediate_size: width of the GLU.
+        num_hidden_layers: number of layers L.
+        num_attention_heads: number of heads H.
+        positions: "mix", LRPE-d in the first layer and decay alone in the rest; "lrpe-d", in every layer; "decay", in
+            none.
+        decay_preset: the decays of every head and layer, by name: see `decay.log_decay`. A model must be served with
+            the preset that it was trained with.
+        log_decay: L lists of H numbers <= 0, natural logarithm of the decay per token, instead of the preset.
+        norm_eps: of all norms.
+        initializer_range: standard deviation of new weights.
+        use_cache: whether a call returns its state by default.
+
+    Raises:
+        ValueError: a value is out of range or does not fit the others.
+    """
+
+    model_type: ClassVar[str] = "lightning"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    vocab_size: int = 64000
+    hidden_size: int = 1024
+    intermediate_size: int = 2816
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 8
+    positions: str = "mix"
+    decay_preset: str = "transnormer"
+    log_decay: list[list[float]] | None = None
+    norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    layer_types: list[str] | None = None
+
+    def __post_init__(self, **kwargs: Any):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads = {self.num_attention_heads}, "
+                f"got {self.hidden_size}"
+            )
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
+        if self.decay_preset not in PRESETS:
+            raise ValueError(f"decay_preset must be one of {', '.join(PRESETS)}, got {self.decay_preset!r}")
+        if self.log_decay is not None:
+            shape = [len(self.log_decay), *{len(layer) for layer in self.log_decay}]
+            if shape != [self.num_hidden_layers, self.num_attention_heads]:
+                raise ValueError(
+                    f"log_decay must be {self.num_hidden_layers} lists of {self.num_attention_heads} numbers"
+                )
+            if not all(rate <= 0 for layer in self.log_decay for rate in layer):
+                raise ValueError("log_decay must be <= 0")
+        if self.layer_types is None:
+            self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_size(cls, size: str, **options: Any) -> "LightningConfig":
+        """The configuration of a size in `SIZES`, with any other option on top.
+
+        Raises:
+            ValueError: no such size.
+        """
+        if size not in SIZES:
+            raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+        sizes: dict[str, Any] = SIZES[size] | options
+        return cls(**sizes)
+
+    def layer_log_decay(self, layer_idx: int) -> Tensor:
+        """The decays of one layer, `[H]` float32 on the CPU."""
+        if self.log_decay is not None:
+            return torch.tensor(self.log_decay[layer_idx], dtype=torch.float32, device="cpu")
+        layer = {} if self.decay_preset in LAYERLESS_PRESETS else {"layer_idx": layer_idx}
+        return log_decay(self.num_attention_heads, num_layers=self.num_hidden_layers, preset=self.decay_preset, **layer)
+
+    def layer_has_lrpe(self, layer_idx: int) -> bool:
+        return self.positions == "lrpe-d" or (self.positions == "mix" and layer_idx == 0)
+
+    def layer_state_shape(self, layer_idx: int) -> tuple[int, int, int]:
+        """`(H, K, V)` of the state of one sequence; LRPE-d doubles K."""
+        head_dim = self.hidden_size // self.num_attention_heads
+        return self.num_attention_heads, head_dim * (2 if self.layer_has_lrpe(layer_idx) else 1), head_dim

@@ -1,0 +1,249 @@
+"""TransNormerLLM: `x ← x + GLA(SRMSNorm(x))`, `x ← x + SGLU(SRMSNorm(x))`, in every layer.
+
+Shapes: B rows, T tokens, W width, H heads, L layers.
+Source: TransNormerLLM (arXiv 2307.14995), figure 1 and section 3.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from ..nn import LRPE, GatedLightningAttention, SimpleGLU, SimpleRMSNorm
+from ..nn.attention import Decay
+from ..ops.problem import state_dtype
+from .cache import LightningCache
+from .configuration import LightningConfig
+from .layout import Layout
+
+
+class LightningDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: LightningConfig, layer_idx: int):
+        super().__init__()
+        self.attention_norm = SimpleRMSNorm(config.norm_eps)
+        self.attention = GatedLightningAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.layer_log_decay(layer_idx),
+            lrpe=config.layer_has_lrpe(layer_idx),
+            eps=config.norm_eps,
+        )
+        self.mlp_norm = SimpleRMSNorm(config.norm_eps)
+        self.mlp = SimpleGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None, state: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), positions, cu_seqlens, state)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class LightningPreTrainedModel(PreTrainedModel):
+    config_class = LightningConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LightningDecoderLayer"]  # noqa: RUF012
+    # The state cannot be rolled back, so transformers must not offer assisted generation.
+    _is_stateful = True
+    _keep_in_fp32_modules_strict = ["theta"]  # noqa: RUF012
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """New weights are normal; decays and positions are what the configuration says."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, LRPE):
+            init.copy_(module.theta, LRPE.initial_theta(*module.theta.shape))
+        elif isinstance(module, Decay):
+            init.copy_(module.log_decay, module.initial_log_decay())
+
+
+class LightningModel(LightningPreTrainedModel):
+    """The layers, from tokens to normalised hidden states."""
+
+    def __init__(self, config: LightningConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList([LightningDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = SimpleRMSNorm(config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LightningCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: `[B, T]` tokens; or else `inputs_embeds` `[B, T, W]`.
+            attention_mask: `[B, T]`, or `[B, past + T]` as transformers passes it: 0 marks padding, anywhere in a row.
+            position_ids: `[B, T]`. Where they do not go on by one a new document starts, and sees nothing of the one
+                before. By default they go on from the cache, or from 0.
+            past_key_values: the state of what came before; advanced in place.
+            use_cache: whether to return the state; by default as the configuration says, outside training. Packed
+                documents return none.
+            cu_seqlens: `[N + 1]`, documents packed in one row (B = 1), as for `lightning_attention`.
+            output_hidden_states: also return the L + 1 hidden states before and after the layers.
+
+        Raises:
+            ValueError: inputs that contradict each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = x * self.config.hidden_size**0.5
+        batch_size, length = x.shape[:2]
+        mask = _local_mask(attention_mask, batch_size, length)
+        layout = _lay_out(x, mask, position_ids, past_key_values, cu_seqlens)
+
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        is_packed = layout.cu_seqlens is not None and mask is None
+        checkpointing = self.gradient_checkpointing and self.training
+        cache = past_key_values
+        if cache is None and use_cache and not is_packed and not checkpointing:
+            cache = LightningCache(self.config.num_hidden_layers)
+
+        x = layout.pack(x)
+        hidden_states = [x]
+        for i, layer in enumerate(self.layers):
+            state = None
+            if cache is not None:
+                shape = (batch_size, *self.config.layer_state_shape(i))
+                state = cache.state(i, shape, state_dtype(x.dtype), x.device)
+            x = layer(x, layout.positions, layout.cu_seqlens, state)
+            hidden_states.append(x)
+        if cache is not None:
+            cache.advance(length, length if mask is None else mask.sum(dim=1), batch_size, x.device)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return BaseModelOutputWithPast(
+            last_hidden_state=layout.unpack(self.norm(x)),
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(map(layout.unpack, hidden_states)) if wanted else None,
+        )
+
+
+class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
+    """The language model: `LightningModel`, and logits over the vocabulary."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: LightningConfig):
+        super().__init__(config)
+        self.model = LightningModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: LightningCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels: `[B, T]` tokens, usually `input_ids`: they are shifted here, so that token t predicts t + 1. -100
+                is left out of the loss.
+            logits_to_keep: compute the logits of the last so many tokens only, or of these indices; 0 is all.
+            others: as for `LightningModel`.
+
+        Returns:
+            Logits `[B, T, vocab_size]`, the mean loss in nats a token where labels are given, and the cache.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """transformers' generate() calls this; the cache of this model is `LightningCache` and no other."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation must be None: the state of this model has one form, "
+                f"got {generation_config.cache_implementation!r}"
+            )
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = LightningCache(self.config.num_hidden_layers)
+
+
+def _local_mask(attention_mask: Tensor | None, batch_size: int, length: int) -> Tensor | None:
+    """`[B, T]` for the tokens of this call, true where they are real; None where all are."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask must be [B, T] = [{batch_size}, {length}], or longer by the tokens in the cache, "
+            f"got shape {tuple(attention_mask.shape)}"
+        )
+    mask = attention_mask[:, attention_mask.shape[1] - length :].bool()
+    return None if mask.all() else mask
+
+
+def _lay_out(
+    x: Tensor,
+    mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: LightningCache | None,
+    cu_seqlens: Tensor | None,
+) -> Layout:
+    batch_size, length = x.shape[:2]
+    if cu_seqlens is not None:
+        if batch_size != 1 or mask is not None or cache is not None or position_ids is not None:
+            raise ValueError("cu_seqlens goes with one row (B = 1), and no padding, position_ids or cache")
+        return Layout.of_packed(cu_seqlens, length)
+    if position_ids is not None:
+        if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != length:
+            raise ValueError(
+                f"position_ids must be [B, T] = [{batch_size}, {length}], got shape {tuple(position_ids.shape)}"
+            )
+        position_ids = position_ids.expand(batch_size, -1)
+        if mask is None and length > 1 and not (position_ids.diff(dim=1) == 1).all():
+            if cache is not None:
+                raise ValueError("position_ids that restart are packed documents, which a cache cannot hold")
+            return Layout.of_documents(position_ids)
+    else:
+        start = 0 if cache is None or cache.positions is None else cache.positions[:, None]
+        counted = torch.arange(length, device=x.device)[None] if mask is None else mask.cumsum(dim=1) - 1
+        position_ids = start + counted
+    return Layout((batch_size, length), position_ids) if mask is None else Layout.of_padded(mask, position_ids)

@@ -1,0 +1,87 @@
+"""Token mixing."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.api import lightning_attention, lightning_attention_step
+from .float32 import Float32Module
+from .norms import SimpleRMSNorm
+from .positions import LRPE
+
+
+class Decay(Float32Module):
+    """The decay of one layer, `[H]` float32, natural logarithm per token. A constant, so no part of a checkpoint."""
+
+    log_decay: Tensor
+
+    def __init__(self, log_decay: Tensor):
+        super().__init__()
+        self.rates = log_decay.tolist()
+        self.register_buffer("log_decay", self.initial_log_decay(), persistent=False)
+
+    def initial_log_decay(self) -> Tensor:
+        return torch.tensor(self.rates, dtype=torch.float32)
+
+
+class GatedLightningAttention(nn.Module):
+    """GLA: `O = SRMSNorm(attention(q, k, v)) ⊙ u`, then a projection; q and k through SiLU, v and u linear, no biases.
+
+    The norm runs over all heads together.
+
+    Args:
+        hidden_size: width W of input and output, a multiple of `num_heads`.
+        num_heads: number of heads H; a head is D = W / H wide.
+        log_decay: `[H]` float32, <= 0, see `lightning_attention`.
+        lrpe: whether queries and keys carry positions by LRPE-d, which makes K = 2 D.
+        eps: of the norm.
+
+    Raises:
+        ValueError: `hidden_size` is not a multiple of `num_heads`.
+
+    Source: TransNormerLLM (arXiv 2307.14995), section 3.1.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, log_decay: Tensor, *, lrpe: bool = False, eps: float = 1e-6):
+        super().__init__()
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size must be a multiple of num_heads = {num_heads}, got {hidden_size}")
+        self.num_heads, self.head_dim = num_heads, hidden_size // num_heads
+        self.qkvu_proj = nn.Linear(hidden_size, 4 * hidden_size, bias=False)
+        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.norm = SimpleRMSNorm(eps)
+        self.decay = Decay(log_decay)
+        self.lrpe = LRPE(num_heads, self.head_dim) if lrpe else None
+
+    def forward(
+        self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None = None, state: Tensor | None = None
+    ) -> Tensor:
+        """
+        Args:
+            x: `[B, T, W]`.
+            positions: `[B, T]` or `[1, T]` integers, read by LRPE-d alone.
+            cu_seqlens: `[N + 1]`, packed sequences in one row, see `lightning_attention`.
+            state: `[N, H, K, V]` float32, the state before these tokens; replaced in place by the state after them.
+
+        Returns:
+            `[B, T, W]`.
+        """
+        q, k, v, u = self.qkvu_proj(x).chunk(4, dim=-1)
+        q, k, v = (y.unflatten(-1, (self.num_heads, self.head_dim)) for y in (F.silu(q), F.silu(k), v))
+        if self.lrpe is not None:
+            q, k = self.lrpe(q, positions), self.lrpe(k, positions)
+        o = self._attend(q, k, v, cu_seqlens, state)
+        return self.out_proj(self.norm(o.flatten(-2)) * u)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None) -> Tensor:
+        log_decay = self.decay.log_decay
+        if state is None:
+            return lightning_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens).output
+        if cu_seqlens is None and q.shape[1] == 1 and not torch.is_grad_enabled():
+            return lightning_attention_step(q, k, v, log_decay, state=state)
+        o, final_state = lightning_attention(
+            q, k, v, log_decay, initial_state=state.clone(), output_final_state=True, cu_seqlens=cu_seqlens
+        )
+        assert final_state is not None
+        state.copy_(final_state.detach())
+        return o

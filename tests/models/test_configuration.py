@@ -1,0 +1,79 @@
+import math
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from lightning_attention import decay
+from lightning_attention.models import SIZES, LightningConfig, LightningForCausalLM
+
+# Millions of parameters: with the vocabulary of 50272 tokens of the paper's 385M model, or 64000 of its larger ones.
+COUNTS = {"demo": (259, 2), "45M": (50272, 47), "385M": (50272, 385), "1B": (64000, 1020), "3B": (64000, 2943)}
+COUNTS |= {"7B": (64000, 6931), "15B": (64000, 14916)}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameter_counts(size):
+    vocab_size, millions = COUNTS[size]
+    config = LightningConfig.from_size(size, vocab_size=vocab_size)
+    with torch.device("meta"):
+        model = LightningForCausalLM(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    W, G, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    assert count == vocab_size * W + L * (5 * W**2 + 3 * W * G) + W
+    assert round(count / 1e6) == millions
+
+
+@pytest.mark.parametrize("preset", decay.PRESETS)
+def test_the_decay_preset_travels_with_the_model(preset, tmp_path):
+    LightningConfig(hidden_size=12, num_attention_heads=3, num_hidden_layers=4, decay_preset=preset).save_pretrained(
+        tmp_path
+    )
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, LightningConfig)
+    for layer in range(4):
+        expected = decay.log_decay(3, layer_idx=layer, num_layers=4, preset=preset)
+        assert torch.equal(config.layer_log_decay(layer), expected)
+
+
+def test_explicit_decays_override_the_preset(tmp_path):
+    rates = [[-0.5, -0.25], [0.0, -math.log(2)]]
+    config = LightningConfig(hidden_size=4, num_attention_heads=2, num_hidden_layers=2, log_decay=rates)
+    config.save_pretrained(tmp_path)
+    config = LightningConfig.from_pretrained(tmp_path)
+    assert [config.layer_log_decay(i).tolist() for i in range(2)] == torch.tensor(rates).tolist()
+    model = LightningForCausalLM(config)
+    assert model.model.layers[1].attention.decay.log_decay.tolist() == torch.tensor(rates[1]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("positions", "lrpe"), [("mix", [True, False, False]), ("lrpe-d", [True] * 3), ("decay", [False] * 3)]
+)
+def test_positions(positions, lrpe):
+    config = LightningConfig.from_size("demo", num_hidden_layers=3, positions=positions)
+    assert [config.layer_has_lrpe(i) for i in range(3)] == lrpe
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"hidden_size": 10, "num_attention_heads": 3},
+            "hidden_size must be a multiple of num_attention_heads = 3, got 10",
+        ),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
+        ({"vocab_size": -1}, "vocab_size must be at least 1, got -1"),
+        ({"positions": "rope"}, "positions must be one of mix, lrpe-d, decay, got 'rope'"),
+        ({"decay_preset": "lightning"}, "decay_preset must be one of .* got 'lightning'"),
+        ({"log_decay": [[-1.0]]}, "log_decay must be 24 lists of 8 numbers"),
+        ({"num_hidden_layers": 1, "num_attention_heads": 1, "log_decay": [[1.0]]}, "log_decay must be <= 0"),
+    ],
+)
+def test_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        LightningConfig(**options)
+
+
+def test_an_unknown_size():
+    with pytest.raises(ValueError, match=r"size must be one of demo, 45M, .* got '2B'"):
+        LightningConfig.from_size("2B")
