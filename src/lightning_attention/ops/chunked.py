@@ -48,26 +48,26 @@ def backward(
     sequences, decay = _Sequences(q, cu_seqlens), _Decay(q, log_decay)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
+    states_before = []
     states = sequences.states(initial_state, q.shape[3], v.shape[3])
     for chunk in sequences.chunks:
-        kc, vc, doc = chunk.load(k), chunk.load(v), chunk.load(do).mul_(scale)
+        kc, vc = chunk.load(k), chunk.load(v)
         S = states[: kc.shape[0]]
-        dqc = torch.bmm(decay.mask_(torch.bmm(doc, vc.mT)), kc)
-        dqc.baddbmm_(decay.read_(doc), S.mT)
-        chunk.store(dq, dqc)
-        decay.carry_(S, chunk.lengths).baddbmm_(decay.write_(kc, chunk.lengths).mT, vc)
+        states_before.append(S.clone())
+        decay.carry_(S, chunk).baddbmm_(decay.write(kc, chunk).mT, vc)
 
     d_states = sequences.states(d_final_state, q.shape[3], v.shape[3])
-    for chunk in reversed(sequences.chunks):
-        qc, kc, vc, doc = chunk.load(q).mul_(scale), chunk.load(k), chunk.load(v), chunk.load(do)
+    for chunk, S in zip(reversed(sequences.chunks), reversed(states_before), strict=True):
+        qc, kc, vc, doc = chunk.load(q), chunk.load(k), chunk.load(v), chunk.load(do)
         R = d_states[: kc.shape[0]]
-        dkc = torch.bmm(decay.mask_(torch.bmm(doc, vc.mT)).mT, qc)
-        dvc = torch.bmm(decay.mask_(torch.bmm(qc, kc.mT)).mT, doc)
-        dkc.baddbmm_(decay.write_(vc, chunk.lengths), R.mT)
-        dvc.baddbmm_(decay.write_(kc, chunk.lengths), R)
-        chunk.store(dk, dkc)
-        chunk.store(dv, dvc)
-        decay.carry_(R, chunk.lengths).baddbmm_(decay.read_(qc).mT, doc)
+        d_scores = decay.mask_(torch.bmm(doc, vc.mT))
+        dqc = torch.bmm(d_scores, kc).baddbmm_(decay.read(doc), S.mT, beta=scale, alpha=scale)
+        dkc = torch.bmm(d_scores.mT, qc).baddbmm_(decay.write(vc, chunk), R.mT, beta=scale)
+        scores = decay.mask_(torch.bmm(qc, kc.mT))
+        dvc = torch.bmm(scores.mT, doc).baddbmm_(decay.write(kc, chunk), R, beta=scale)
+        for out, gradient in ((dq, dqc), (dk, dkc), (dv, dvc)):
+            chunk.store(out, gradient)
+        decay.carry_(R, chunk).baddbmm_(decay.read(qc).mT, doc, alpha=scale)
     return dq, dk, dv, sequences.in_given_order(d_states)
 
 
@@ -114,12 +114,11 @@ def _scan_(
     decay = _Decay(q, log_decay)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     for chunk in sequences.chunks:
-        qc, kc, vc = chunk.load(q).mul_(scale), chunk.load(k), chunk.load(v)
+        qc, kc, vc = chunk.load(q), chunk.load(k), chunk.load(v)
         S = states[: kc.shape[0]]
-        oc = torch.bmm(decay.mask_(torch.bmm(qc, kc.mT)), vc)
-        oc.baddbmm_(decay.read_(qc), S)
-        chunk.store(o, oc)
-        decay.carry_(S, chunk.lengths).baddbmm_(decay.write_(kc, chunk.lengths).mT, vc)
+        scores = decay.mask_(torch.bmm(qc, kc.mT))
+        chunk.store(o, torch.bmm(scores, vc).baddbmm_(decay.read(qc), S, beta=scale, alpha=scale))
+        decay.carry_(S, chunk).baddbmm_(decay.write(kc, chunk).mT, vc)
     return o
 
 
@@ -133,11 +132,11 @@ class _Chunk:
     dtype: torch.dtype
 
     def load(self, x: Tensor) -> Tensor:
-        """A copy as `[N H, C, D]`, zero in the padding."""
+        """As `[N H, C, D]`, zero in the padding; a view where it can be."""
         x = x[:, self.tokens] if isinstance(self.tokens, slice) else x[0, self.tokens]
-        x = x.transpose(1, 2).to(self.dtype, memory_format=torch.contiguous_format, copy=True)
+        x = x.transpose(1, 2).to(self.dtype)
         if self.padding is not None:
-            x.masked_fill_(self.padding[:, None, :, None], 0)
+            x = x.masked_fill(self.padding[:, None, :, None], 0)
         return x.flatten(0, 1)
 
     def store(self, out: Tensor, x: Tensor) -> None:
@@ -202,7 +201,7 @@ class _Sequences:
 
 
 class _Decay:
-    """Multiplies by powers of λ, in place. One table of λ^0 .. λ^C serves all, so no exponent is ever above 0."""
+    """Multiplies by powers of λ. One table of λ^0 .. λ^C serves all, so no exponent is ever above 0."""
 
     def __init__(self, q: Tensor, log_decay: Tensor | None):
         size, dtype = min(CHUNK_SIZE, q.shape[1]), state_dtype(q.dtype)
@@ -212,30 +211,28 @@ class _Decay:
         self.inside = self.powers[:, (position[:-1, None] - position[:-1]).clamp_min(0)].tril()
 
     def mask_(self, scores: Tensor) -> Tensor:
-        """`λ^(i-j)` for `j <= i`, else 0."""
+        """`λ^(i-j)` for `j <= i`, else 0, in place."""
         size = scores.shape[1]
         self._by_head(scores).mul_(self.inside[:, :size, :size])
         return scores
 
-    def read_(self, x: Tensor) -> Tensor:
+    def read(self, x: Tensor) -> Tensor:
         """`λ^(i+1)`: from the state before the chunk to row i."""
-        self._by_head(x).mul_(self.powers[:, 1 : x.shape[1] + 1, None])
-        return x
+        return (self._by_head(x) * self.powers[:, 1 : x.shape[1] + 1, None]).flatten(0, 1)
 
-    def write_(self, x: Tensor, lengths: int | Tensor) -> Tensor:
+    def write(self, x: Tensor, chunk: _Chunk) -> Tensor:
         """`λ^(m-1-j)`: from row j to the state after the m tokens of the chunk."""
-        if isinstance(lengths, int):
-            powers = self.powers[:, :lengths].flip(1)
+        if isinstance(chunk.lengths, int):
+            powers = self.powers[:, : chunk.lengths].flip(1)
         else:
-            exponents = lengths[:, None] - 1 - torch.arange(x.shape[1], device=x.device)
+            exponents = chunk.lengths[:, None] - 1 - torch.arange(x.shape[1], device=x.device)
             powers = self.powers[:, exponents.clamp_min(0)].transpose(0, 1)
-        self._by_head(x).mul_(powers[..., None])
-        return x
+        return (self._by_head(x) * powers[..., None]).flatten(0, 1)
 
-    def carry_(self, state: Tensor, lengths: int | Tensor) -> Tensor:
-        """`λ^m`: from the state before the chunk to the state after its m tokens."""
-        self._by_head(state).mul_(self.powers[:, lengths].movedim(0, -1)[..., None, None])
+    def carry_(self, state: Tensor, chunk: _Chunk) -> Tensor:
+        """`λ^m`: from the state before the chunk to the state after its m tokens, in place."""
+        self._by_head(state).mul_(self.powers[:, chunk.lengths].movedim(0, -1)[..., None, None])
         return state
 
     def _by_head(self, x: Tensor) -> Tensor:
-        return x.view(-1, self.powers.shape[0], *x.shape[1:])
+        return x.unflatten(0, (-1, self.powers.shape[0]))

@@ -1,0 +1,1 @@
+"""Measurements, always of several implementations side by side. Needs `lightning-attention[bench]`."""

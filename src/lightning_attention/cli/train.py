@@ -1,0 +1,86 @@
+"""`lightning-attention train`: a language model from the user's own text."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from click.core import ParameterSource
+from rich.console import Console
+from typer import Option
+
+DATA, MODEL, RUN = "Data", "Model", "Run"
+
+
+def train(
+    context: typer.Context,
+    output: Annotated[Path, Option(help="Folder for checkpoints, metrics and plot.", rich_help_panel=RUN)] = Path(
+        "run"
+    ),
+    data: Annotated[
+        list[Path] | None,
+        Option(
+            help="File or folder: text, code, .jsonl. Repeat for more. [default: Python's standard library]",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    text_field: Annotated[
+        str, Option(help="Field of a .jsonl line that holds its text.", rich_help_panel=DATA)
+    ] = "text",
+    tokenizer: Annotated[str, Option(help="'bytes', or the path of a tokenizer.json.", rich_help_panel=DATA)] = "bytes",
+    sequence_length: Annotated[int, Option(help="Tokens in a row.", rich_help_panel=DATA)] = 1024,
+    held_out: Annotated[float, Option(help="Part of the tokens kept for evaluation.", rich_help_panel=DATA)] = 0.05,
+    eval_tokens: Annotated[int, Option(help="Held-out tokens to evaluate on, at most.", rich_help_panel=DATA)] = 1
+    << 18,
+    size: Annotated[str, Option(help="demo, 45M, 385M, 1B, 3B, 7B or 15B.", rich_help_panel=MODEL)] = "demo",
+    config: Annotated[
+        Path | None, Option(help="JSON file of a model configuration, instead of a size.", rich_help_panel=MODEL)
+    ] = None,
+    decay_preset: Annotated[
+        str | None, Option(help="Decays by name. [default: transnormer]", rich_help_panel=MODEL)
+    ] = None,
+    steps: Annotated[int, Option(help="Optimizer steps.", rich_help_panel=RUN)] = 1000,
+    batch_size: Annotated[int, Option(help="Rows a process takes at a time.", rich_help_panel=RUN)] = 8,
+    accumulate: Annotated[int, Option(help="Batches added up in a step.", rich_help_panel=RUN)] = 1,
+    learning_rate: Annotated[float, Option(help="Highest learning rate.", rich_help_panel=RUN)] = 2e-3,
+    warmup: Annotated[float, Option(help="Part of the steps over which it rises.", rich_help_panel=RUN)] = 0.05,
+    weight_decay: Annotated[float, Option(help="Of AdamW.", rich_help_panel=RUN)] = 0.1,
+    log_every: Annotated[int, Option(help="Steps between logs.", rich_help_panel=RUN)] = 10,
+    eval_every: Annotated[int, Option(help="Steps between evaluations.", rich_help_panel=RUN)] = 200,
+    save_every: Annotated[int, Option(help="Steps between checkpoints.", rich_help_panel=RUN)] = 200,
+    bf16: Annotated[bool, Option("--bf16", help="Train in bfloat16 autocast.", rich_help_panel=RUN)] = False,
+    compile: Annotated[bool, Option("--compile", help="torch.compile the model.", rich_help_panel=RUN)] = False,
+    gradient_checkpointing: Annotated[
+        bool, Option("--gradient-checkpointing", help="Recompute activations.", rich_help_panel=RUN)
+    ] = False,
+    seed: Annotated[int, Option(help="Of weights and data order.", rich_help_panel=RUN)] = 0,
+    resume: Annotated[
+        bool,
+        Option("--resume", help="Go on with the run in --output, with the options it has.", rich_help_panel=RUN),
+    ] = False,
+) -> None:
+    """Train a language model on text; by default a small one on Python's standard library.
+
+    Start it with torchrun to train on several GPUs or machines.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..training import TrainingOptions
+    from ..training import train as run
+
+    disable_progress_bar()
+    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    if resume:
+        if extra := given - {"resume", "output"}:
+            names = ", ".join("--" + name.replace("_", "-") for name in sorted(extra))
+            raise ValueError(f"--resume goes on with the options the run has; leave out {names}")
+        options = TrainingOptions.load(output)
+    else:
+        if {"size", "config"} <= given:
+            raise ValueError("give --size or --config, not both")
+        values: dict[str, Any] = {name: value for name, value in context.params.items() if name != "resume"}
+        values["data"] = tuple(data or ())
+        options = TrainingOptions(**values)
+    console = Console(soft_wrap=True)
+    checkpoint = run(options, resume=resume, console=console)
+    console.print(f"checkpoint {checkpoint}\nmetrics    {options.output / 'metrics.jsonl'}")
+    console.print(f"plot       {options.output / 'loss.png'}")

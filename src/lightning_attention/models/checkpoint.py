@@ -1,0 +1,52 @@
+"""Checkpoints on disk: finding them, and loading them without trusting them."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from .model import LightningForCausalLM
+
+PREFIX = "checkpoint-"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a training run, oldest first."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The checkpoint to load: the folder itself if it holds a model, else the last complete one of a run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    if found := checkpoints(folder):
+        return found[-1]
+    raise ValueError(f"no checkpoint in {folder}")
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> LightningForCausalLM:
+    """A model with exactly the weights of a checkpoint. Weights are read from safetensors, never from pickles.
+
+    Raises:
+        ValueError: the folder holds no model of this library, or weights that do not fit its configuration.
+    """
+    try:
+        model, report = LightningForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{folder} is not a checkpoint: {error}") from error
+    wrong = [f"{kind.removesuffix('_keys')} {_name(keys)}" for kind, keys in report.items() if keys]
+    if wrong:
+        raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(wrong)}")
+    return model
+
+
+def _name(keys) -> str:
+    names = sorted(key if isinstance(key, str) else key[0] for key in keys)
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

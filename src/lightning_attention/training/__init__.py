@@ -1,0 +1,21 @@
+"""Training of language models on the user's own text. Needs `lightning-attention[train]`."""
+
+from ..extras import require
+
+require("train", "transformers", "safetensors", "accelerate", "tokenizers", "matplotlib", "numpy")
+
+from .corpus import Corpus, PackedDataset  # noqa: E402
+from .evaluation import Evaluation, evaluate  # noqa: E402
+from .tokenizer import byte_tokenizer, load_tokenizer  # noqa: E402
+from .train import TrainingOptions, train  # noqa: E402
+
+__all__ = [
+    "Corpus",
+    "Evaluation",
+    "PackedDataset",
+    "TrainingOptions",
+    "byte_tokenizer",
+    "evaluate",
+    "load_tokenizer",
+    "train",
+]

@@ -1,0 +1,104 @@
+"""Documents from files and folders, read piece by piece."""
+
+import json
+import os
+import random
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PIECE = 1 << 18  # characters read at a time, so that no document has to fit in memory
+SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages", "test", "tests"}
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files of a corpus in the order they are read.
+
+    Attributes:
+        files: text, code, or `.jsonl` with one document a line.
+        text_field: the field of a `.jsonl` line that holds its text.
+        skipped: files found in folders that are not UTF-8 text.
+    """
+
+    files: tuple[Path, ...]
+    text_field: str = "text"
+    skipped: int = 0
+
+    @classmethod
+    def find(cls, paths: Iterable[Path], text_field: str = "text", seed: int = 0) -> "Sources":
+        """Files as given, folders searched; shuffled, so that the end of the corpus is a sample of it.
+
+        Raises:
+            ValueError: a path does not exist, a file named is not UTF-8 text, or there is no file at all.
+        """
+        files, skipped = [], 0
+        for path in paths:
+            if path.is_dir():
+                found = sorted(_walk(path))
+                texts = [file for file in found if _is_text(file)]
+                files, skipped = files + texts, skipped + len(found) - len(texts)
+            elif not path.is_file():
+                raise ValueError(f"there is no file or folder {path}")
+            elif not _is_text(path):
+                raise ValueError(f"{path} is not UTF-8 text")
+            else:
+                files.append(path)
+        if not files:
+            raise ValueError("no text files found")
+        random.Random(seed).shuffle(files)
+        return cls(tuple(files), text_field, skipped)
+
+    def describe(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of change of every file: what the tokens depend on."""
+        return [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in self.files]
+
+    def documents(self) -> Iterator[Iterator[str]]:
+        """Each document as its pieces.
+
+        Raises:
+            ValueError: a line of a `.jsonl` is not an object with a text.
+        """
+        for file in self.files:
+            if file.suffix == ".jsonl":
+                yield from self._lines(file)
+            else:
+                yield _pieces(file)
+
+    def _lines(self, file: Path) -> Iterator[Iterator[str]]:
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    text = json.loads(line)[self.text_field]
+                except (ValueError, KeyError, TypeError, IndexError):
+                    text = None
+                if not isinstance(text, str):
+                    raise ValueError(f"{file}, line {number}: not a JSON object with a text in {self.text_field!r}")
+                yield iter([text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")])
+
+
+def standard_library() -> Path:
+    """Real text that is on every machine: the source of Python's standard library."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("."))
+        yield from (Path(root) / name for name in files if not name.startswith("."))
+
+
+def _is_text(file: Path) -> bool:
+    try:
+        return all("\0" not in piece for piece in _pieces(file))
+    except UnicodeDecodeError:
+        return False
+
+
+def _pieces(file: Path) -> Iterator[str]:
+    with file.open(encoding="utf-8", newline="") as text:
+        while piece := text.read(PIECE):
+            yield piece

@@ -1,0 +1,116 @@
+"""What a run reports: JSON lines, a plot, and lines on the screen."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class MetricsCallback(TrainerCallback):
+    """Appends every log to `metrics.jsonl` and shows it, with the tokens a second since the last one.
+
+    Args:
+        file: JSON lines: `step`, `tokens` seen, `seconds` of this process, and what the Trainer logged.
+        tokens_per_step: of all processes together.
+        console: where to show progress.
+    """
+
+    def __init__(self, file: Path, tokens_per_step: int, console: Console):
+        self.file, self.tokens_per_step, self.console = file, tokens_per_step, console
+        columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.started = self.marked_time = 0.0
+        self.marked_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.started = self.marked_time = time.monotonic()
+        self.marked_step = state.global_step
+        if state.is_world_process_zero:
+            drop_after(self.file, state.global_step)
+            self.bar = self.progress.add_task("training", total=state.max_steps, completed=state.global_step)
+            self.progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        if state.is_world_process_zero:
+            self.progress.update(self.bar, completed=state.global_step)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.marked_time, self.marked_step = time.monotonic(), state.global_step
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        self.progress.stop()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        now = time.monotonic()
+        record = {"step": state.global_step, "tokens": state.global_step * self.tokens_per_step}
+        record |= {"seconds": round(now - self.started, 3), **logs}
+        if "loss" in logs:
+            steps = state.global_step - self.marked_step
+            record["tokens_per_second"] = round(steps * self.tokens_per_step / max(now - self.marked_time, 1e-9), 1)
+            self.marked_time, self.marked_step = now, state.global_step
+        with self.file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.progress.console.print(_line(record, state.max_steps), highlight=False)
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The records of a `metrics.jsonl`; a last line that was cut off is left out."""
+    records = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def drop_after(file: Path, step: int) -> None:
+    """Forget what was recorded after a checkpoint that a run resumes from."""
+    kept = [record for record in read_metrics(file) if record["step"] <= step]
+    file.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+
+def plot_loss(file: Path, picture: Path, baselines: dict[str, float] | None = None) -> None:
+    """Losses against tokens as a PNG; baselines are horizontal lines."""
+    from matplotlib.figure import Figure
+
+    records = read_metrics(file)
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name, label in (("loss", "training"), ("eval_loss", "held out")):
+        points = [(record["tokens"], record[name]) for record in records if name in record]
+        if points:
+            axes.plot(
+                *zip(*points, strict=True), label=label, marker="o" if name == "eval_loss" else None, markersize=3
+            )
+    for name, value in (baselines or {}).items():
+        axes.axhline(value, linestyle=":", color="gray")
+        axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
+    axes.set(xlabel="tokens seen", ylabel="loss (nats per token)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=150)
+
+
+def _line(record: dict[str, Any], max_steps: int) -> str:
+    parts = [f"step {record['step']:>6}/{max_steps}"]
+    if "loss" in record:
+        parts.append(f"loss {float(record['loss']):.4f}")
+        parts.append(f"{record['tokens_per_second']:>9,.0f} tokens/s")
+    if "eval_loss" in record:
+        parts.append(f"held-out loss {record['eval_loss']:.4f}")
+    return "  ".join(parts)

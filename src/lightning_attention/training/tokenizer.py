@@ -1,0 +1,59 @@
+"""Tokenizers: bytes by default, or any tokenizer.json."""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte of UTF-8, its own number; 256 to 258 are beginning and end of a document, and padding."""
+    tokenizer = Tokenizer(models.BPE(vocab={character: byte for byte, character in _byte_characters()}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return _with_special_tokens(tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """`"bytes"`, or the path of a tokenizer.json, or of a folder that a tokenizer was saved in.
+
+    A tokenizer without an end-of-document or padding token is given them.
+
+    Raises:
+        ValueError: there is no such file, or it is no tokenizer.
+    """
+    if name == "bytes":
+        return byte_tokenizer()
+    path = Path(name)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"tokenizer must be 'bytes' or a tokenizer.json, there is no file {name}")
+    try:
+        if (path.parent / "tokenizer_config.json").is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent)
+        else:
+            tokenizer = _with_special_tokens(Tokenizer.from_file(str(path)))
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise ValueError(f"{path} is not a tokenizer: {error}") from error
+    if tokenizer.eos_token is None:
+        tokenizer.add_special_tokens({"eos_token": EOS})
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": PAD})
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _with_special_tokens(tokenizer: Tokenizer, **tokens: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, padding_side="left", clean_up_tokenization_spaces=False, **tokens
+    )
+
+
+def _byte_characters() -> list[tuple[int, str]]:
+    """The printable character that stands for each byte in byte-level tokenizers, since GPT-2."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [*((byte, chr(byte)) for byte in printable), *((byte, chr(256 + i)) for i, byte in enumerate(others))]

@@ -1,0 +1,252 @@
+"""A run: from text to a checkpoint."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments
+
+from ..models import LightningConfig, LightningForCausalLM
+from ..models.checkpoint import checkpoints, last_checkpoint
+from .checkpoint import CheckpointingTrainer
+from .corpus import Corpus, PackedDataset
+from .documents import Sources, standard_library
+from .metrics import MetricsCallback, plot_loss
+from .tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Everything a run depends on; kept in `run.json` of its output folder.
+
+    Attributes:
+        output: folder for checkpoints, tokens, metrics and plot; must not hold a run already.
+        data: files and folders of text; empty for Python's standard library.
+        text_field: the field of a `.jsonl` line that holds its text.
+        tokenizer: "bytes", or the path of a tokenizer.json.
+        size: a name in `models.SIZES`.
+        config: a JSON file of `LightningConfig` options, instead of a size.
+        decay_preset: see `decay.log_decay`; None is that of the configuration.
+        sequence_length: tokens in a row.
+        batch_size: rows a process takes at a time.
+        accumulate: batches added up in one step.
+        steps: optimizer steps.
+        learning_rate: highest, after the warm-up; it falls to a tenth along a cosine.
+        warmup: part of the steps over which the rate rises.
+        weight_decay: of AdamW, on matrices.
+        held_out: part of the tokens kept for evaluation.
+        eval_tokens: how many of those to evaluate on, at most.
+        log_every: steps between logs.
+        eval_every: steps between evaluations.
+        save_every: steps between checkpoints, of which the last two are kept.
+        bf16: train in bfloat16 autocast.
+        compile: torch.compile the model.
+        gradient_checkpointing: recompute activations in the backward pass.
+        seed: of weights and data order.
+    """
+
+    output: Path
+    data: tuple[Path, ...] = ()
+    text_field: str = "text"
+    tokenizer: str = "bytes"
+    size: str = "demo"
+    config: Path | None = None
+    decay_preset: str | None = None
+    sequence_length: int = 1024
+    batch_size: int = 8
+    accumulate: int = 1
+    steps: int = 1000
+    learning_rate: float = 2e-3
+    warmup: float = 0.05
+    weight_decay: float = 0.1
+    held_out: float = 0.05
+    eval_tokens: int = 1 << 18
+    log_every: int = 10
+    eval_every: int = 200
+    save_every: int = 200
+    bf16: bool = False
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulate", "steps", "eval_tokens", "log_every", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length must be at least 2, got {self.sequence_length}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup must be between 0 and 1, got {self.warmup}")
+
+    def save(self) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        _file(self.output).write_text(json.dumps(asdict(self), indent=1, default=str))
+
+    @classmethod
+    def load(cls, output: Path) -> "TrainingOptions":
+        """The options of the run in a folder.
+
+        Raises:
+            ValueError: there is no run.
+        """
+        try:
+            saved = json.loads(_file(output).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no run to resume in {output}") from error
+        known = {field.name for field in fields(cls)}
+        if unknown := set(saved) - known:
+            raise ValueError(f"{_file(output)} has options this version does not know: {', '.join(sorted(unknown))}")
+        config = saved["config"] and Path(saved["config"])
+        return cls(**saved | {"output": output, "data": tuple(map(Path, saved["data"])), "config": config})
+
+
+def train(options: TrainingOptions, *, resume: bool = False, console: Console | None = None) -> Path:
+    """Run it, or go on with it after whatever stopped it.
+
+    Writes to `options.output`: `corpus/` the tokens, `checkpoint-N/` models that `from_pretrained` loads,
+    `metrics.jsonl`, `loss.png`, `run.json`. Several processes, started by torchrun, share every step.
+
+    Args:
+        options: see there.
+        resume: continue from the last complete checkpoint, in the same order of data; from the start if there is none.
+        console: where to report.
+
+    Returns:
+        The last checkpoint.
+
+    Raises:
+        ValueError: an option or the data is of no use, or the output folder holds a run and `resume` is not set.
+        OSError: a checkpoint could not be written; earlier ones are intact.
+    """
+    console = console or Console()
+    process = PartialState()
+    if not process.is_main_process:
+        console = Console(quiet=True)
+    tokenizer = load_tokenizer(options.tokenizer)
+    config = _configuration(options, tokenizer)
+    corpus_folder = options.output / "corpus"
+    if process.is_main_process:
+        if not resume and _file(options.output).exists():
+            raise ValueError(f"{options.output} holds a run already: resume it, or choose another output")
+        _prepare_corpus(options, corpus_folder, tokenizer, console)
+    process.wait_for_everyone()
+    corpus = Corpus.open(corpus_folder)
+    if corpus.num_held_out < options.sequence_length:
+        raise ValueError(
+            f"the held-out part has {corpus.num_held_out} tokens, fewer than one sequence of "
+            f"{options.sequence_length}: give more data, a larger held_out, or a shorter sequence_length"
+        )
+    rows = PackedDataset(corpus.train_tokens(), options.sequence_length, corpus.eos_token_id)
+    held_out = PackedDataset(
+        corpus.held_out_tokens(), options.sequence_length, corpus.eos_token_id, options.eval_tokens
+    )
+
+    if process.is_main_process:
+        options.save()
+    arguments = _arguments(options)
+    tokens_per_step = options.sequence_length * arguments.train_batch_size * arguments.world_size * options.accumulate
+    metrics = options.output / "metrics.jsonl"
+    trainer = CheckpointingTrainer(
+        model_init=lambda: LightningForCausalLM(config),
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        callbacks=[MetricsCallback(metrics, tokens_per_step, console)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    num_parameters = sum(parameter.numel() for parameter in LightningForCausalLM(config).parameters())
+    console.print(
+        f"{num_parameters / 1e6:.1f}M parameters on {arguments.world_size} x {arguments.device.type}, "
+        f"{corpus.num_train:,} tokens of {corpus.num_documents:,} documents, {tokens_per_step:,} tokens a step"
+    )
+    found = checkpoints(options.output) if resume else []
+    if found:
+        console.print(f"resuming from {found[-1]}")
+    trainer.train(resume_from_checkpoint=str(found[-1]) if found else False)
+    if process.is_main_process:
+        plot_loss(metrics, options.output / "loss.png")
+    return last_checkpoint(options.output)
+
+
+def _file(output: Path) -> Path:
+    return output / "run.json"
+
+
+def _configuration(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -> LightningConfig:
+    from_tokenizer = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    changed: dict[str, Any] = {} if options.decay_preset is None else {"decay_preset": options.decay_preset}
+    if options.config is None:
+        return LightningConfig.from_size(options.size, **from_tokenizer | changed)
+    try:
+        given = json.loads(options.config.read_text())
+        return LightningConfig.from_dict(given | from_tokenizer | changed)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{options.config} is not a model configuration: {error}") from error
+
+
+def _prepare_corpus(
+    options: TrainingOptions, folder: Path, tokenizer: PreTrainedTokenizerFast, console: Console
+) -> None:
+    sources = Sources.find(options.data or (standard_library(),), options.text_field, options.seed)
+    with console.status("tokenizing") as status:
+        corpus = Corpus.prepare(
+            folder,
+            sources,
+            tokenizer,
+            options.held_out,
+            progress=lambda characters: status.update(f"tokenizing: {characters / 1e6:,.0f} million characters"),
+        )
+    if corpus.skipped_files:
+        console.print(f"skipped {corpus.skipped_files:,} files that are not UTF-8 text")
+
+
+def _arguments(options: TrainingOptions) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(options.output),
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulate,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=round(options.warmup * options.steps),
+        weight_decay=options.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        logging_steps=options.log_every,
+        eval_strategy="steps",
+        eval_steps=options.eval_every,
+        save_strategy="steps",
+        save_steps=options.save_every,
+        save_total_limit=2,
+        bf16=options.bf16,
+        torch_compile=options.compile,
+        seed=options.seed,
+        data_seed=options.seed,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False if "RANK" in os.environ else None,
+        **{_CHECKPOINTING: True} if options.gradient_checkpointing else {},
+    )
+
+
+# transformers renames it within version 5.
+_CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
