@@ -62,6 +62,20 @@ def test_pieces_are_the_whole(model, pieces, dtype):
     assert cache.get_seq_length() == 150
 
 
+@pytest.mark.parametrize("use_cache", [False, True], ids=["alone", "cached"])
+def test_a_long_sequence_goes_in_pieces(model, monkeypatch, use_cache):
+    ids = tokens(2, 70)
+    with torch.no_grad():
+        whole = model(ids, use_cache=use_cache, output_hidden_states=True)
+        monkeypatch.setattr("lightning_attention.models.model.PIECE", 16)
+        pieces = model(ids, use_cache=use_cache, output_hidden_states=True)
+    torch.testing.assert_close(pieces.logits, whole.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pieces.hidden_states, whole.hidden_states, rtol=1e-4, atol=1e-4)
+    assert (pieces.past_key_values is not None) == use_cache
+    if use_cache:
+        assert pieces.past_key_values.get_seq_length() == 70
+
+
 def test_the_cache_does_not_grow(model):
     with torch.no_grad():
         short = model(tokens(1, 5), use_cache=True).past_key_values

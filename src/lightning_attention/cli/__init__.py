@@ -17,16 +17,17 @@ def main() -> None:
 
 
 def _run() -> None:
-    from click import Abort, ClickException
-
     from .app import app
 
     try:
         app(standalone_mode=False)
-    except ClickException as error:  # a missing or unknown option
-        raise ValueError(error.format_message()) from error
-    except Abort as error:
-        raise KeyboardInterrupt from error
+    except Exception as error:
+        # A missing or unknown option. Depending on its version typer raises click's classes or its own copies of them.
+        if message := getattr(error, "format_message", None):
+            raise ValueError(message()) from error
+        if type(error).__name__ == "Abort":
+            raise KeyboardInterrupt from error
+        raise
 
 
 def _fail(message: str) -> None:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click.core import ParameterSource
 from rich.console import Console
 from typer import Option
 
@@ -68,7 +67,8 @@ def train(
     from ..training import train as run
 
     disable_progress_bar()
-    given = {name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     if resume:
         if extra := given - {"resume", "output"}:
             names = ", ".join("--" + name.replace("_", "-") for name in sorted(extra))
@@ -80,7 +80,4 @@ def train(
         values: dict[str, Any] = {name: value for name, value in context.params.items() if name != "resume"}
         values["data"] = tuple(data or ())
         options = TrainingOptions(**values)
-    console = Console(soft_wrap=True)
-    checkpoint = run(options, resume=resume, console=console)
-    console.print(f"checkpoint {checkpoint}\nmetrics    {options.output / 'metrics.jsonl'}")
-    console.print(f"plot       {options.output / 'loss.png'}")
+    run(options, resume=resume, console=Console(soft_wrap=True))

@@ -65,7 +65,7 @@ def load(checkpoint: Path, *, bf16: bool = False) -> tuple[LightningForCausalLM,
         ValueError: there is no checkpoint, it is not one of this library, or its weights do not fit its configuration.
     """
     folder = last_checkpoint(checkpoint)
-    model = load_model(folder, torch.bfloat16 if bf16 else torch.float32)
+    model: Any = load_model(folder, torch.bfloat16 if bf16 else torch.float32)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -97,10 +97,11 @@ def stream(
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     inputs = torch.tensor([ids], device=model.device)
     failure: list[BaseException] = []
+    untyped: Any = model  # transformers types generate() for a protocol that its own models do not satisfy
 
     def work() -> None:
         try:
-            model.generate(inputs, streamer=streamer, **options.for_generate())
+            untyped.generate(inputs, streamer=streamer, **options.for_generate())
         except BaseException as error:
             failure.append(error)
             streamer.end()

@@ -1,6 +1,8 @@
 """Checkpoints on disk: finding them, and loading them without trusting them."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,17 +38,18 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> LightningFor
         ValueError: the folder holds no model of this library, or weights that do not fit its configuration.
     """
     try:
-        model, report = LightningForCausalLM.from_pretrained(
+        loaded: Any = LightningForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ValueError(f"{folder} is not a checkpoint: {error}") from error
+    model, report = loaded
     wrong = [f"{kind.removesuffix('_keys')} {_name(keys)}" for kind, keys in report.items() if keys]
     if wrong:
         raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(wrong)}")
     return model
 
 
-def _name(keys) -> str:
+def _name(keys: Iterable[str | tuple]) -> str:
     names = sorted(key if isinstance(key, str) else key[0] for key in keys)
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

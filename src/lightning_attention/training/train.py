@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from rich.console import Console
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments
@@ -125,11 +126,12 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
         OSError: a checkpoint could not be written; earlier ones are intact.
     """
     console = console or Console()
-    process = PartialState()
-    if not process.is_main_process:
-        console = Console(quiet=True)
     tokenizer = load_tokenizer(options.tokenizer)
     config = _configuration(options, tokenizer)
+    arguments = _arguments(options)
+    process = PartialState()  # of the process group that the arguments have set up
+    if not process.is_main_process:
+        console = Console(quiet=True)
     corpus_folder = options.output / "corpus"
     if process.is_main_process:
         if not resume and _file(options.output).exists():
@@ -149,7 +151,6 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
 
     if process.is_main_process:
         options.save()
-    arguments = _arguments(options)
     tokens_per_step = options.sequence_length * arguments.train_batch_size * arguments.world_size * options.accumulate
     metrics = options.output / "metrics.jsonl"
     trainer = CheckpointingTrainer(
@@ -170,9 +171,11 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
     if found:
         console.print(f"resuming from {found[-1]}")
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else False)
+    checkpoint, picture = last_checkpoint(options.output), options.output / "loss.png"
     if process.is_main_process:
-        plot_loss(metrics, options.output / "loss.png")
-    return last_checkpoint(options.output)
+        plot_loss(metrics, picture)
+    console.print(f"checkpoint  {checkpoint}\nmetrics     {metrics}\nloss plot   {picture}")
+    return checkpoint
 
 
 def _file(output: Path) -> Path:
@@ -213,6 +216,7 @@ def _prepare_corpus(
 
 
 def _arguments(options: TrainingOptions) -> TrainingArguments:
+    checkpointing: dict[str, Any] = {_CHECKPOINTING: True} if options.gradient_checkpointing else {}
     return TrainingArguments(
         output_dir=str(options.output),
         max_steps=options.steps,
@@ -233,6 +237,7 @@ def _arguments(options: TrainingOptions) -> TrainingArguments:
         save_steps=options.save_every,
         save_total_limit=2,
         bf16=options.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # or bf16 is refused
         torch_compile=options.compile,
         seed=options.seed,
         data_seed=options.seed,
@@ -242,7 +247,7 @@ def _arguments(options: TrainingOptions) -> TrainingArguments:
         report_to="none",
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False if "RANK" in os.environ else None,
-        **{_CHECKPOINTING: True} if options.gradient_checkpointing else {},
+        **checkpointing,
     )
 
 

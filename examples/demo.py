@@ -1,0 +1,82 @@
+"""`make demo`: train a byte-level model on Python's standard library, then show what it can do. No download, no GPU."""
+
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import logging
+
+from lightning_attention.inference import SamplingOptions, load, stream
+from lightning_attention.models import LightningCache, LightningForCausalLM
+from lightning_attention.training import Corpus, PackedDataset, TrainingOptions, evaluate, train
+
+OUTPUT = Path("demo")
+OPTIONS = TrainingOptions(
+    output=OUTPUT,
+    size="demo",
+    sequence_length=512,
+    batch_size=4,
+    steps=600,
+    learning_rate=4e-3,
+    eval_every=200,
+    save_every=200,
+    log_every=20,
+    eval_tokens=1 << 15,
+)
+LENGTHS = (1 << 10, 1 << 12, 1 << 14, 1 << 16)
+BYTES = 256
+
+
+def main() -> None:
+    started = time.monotonic()
+    logging.disable_progress_bar()
+    console = Console(soft_wrap=True)
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    console.rule("training on Python's standard library")
+    checkpoint = train(OPTIONS, console=console)
+    model, tokenizer = load(checkpoint)
+
+    corpus = Corpus.open(OUTPUT / "corpus")
+    rows = PackedDataset(corpus.held_out_tokens(), OPTIONS.sequence_length, corpus.eos_token_id, 1 << 17)
+    result = evaluate(model, rows, corpus.unigram(), BYTES)
+    console.rule(f"held-out loss over {result.num_tokens:,} bytes")
+    table = Table("predicted by", "nats per byte", box=None)
+    table.add_row("nothing: all bytes alike", f"{result.uniform:.3f}")
+    table.add_row("the frequencies of bytes in the training text", f"{result.unigram:.3f}")
+    table.add_row("the model", f"{result.loss:.3f}")
+    console.print(table)
+
+    console.rule("constant time per token, constant memory")
+    text = torch.from_numpy(corpus.held_out_tokens()[: LENGTHS[-1]].astype("int64"))[None].to(model.device)
+    table = Table("tokens", "forward pass, tokens/s", "decoding state, bytes", box=None)
+    for length in LENGTHS:
+        speed, cache = forward_speed(model, text[:, :length])
+        table.add_row(f"{length:,}", f"{speed:,.0f}", f"{cache.nbytes():,}")
+    console.print(table)
+
+    console.rule("a sample")
+    prompt = "def "
+    sample = "".join(stream(model, tokenizer, prompt, SamplingOptions(max_new_tokens=400, temperature=0.7, seed=0)))
+    console.print(prompt + sample, markup=False, highlight=False)
+    console.rule()
+    console.print(f"checkpoint  {checkpoint}\nloss plot   {OUTPUT / 'loss.png'}")
+    console.print(f"more text   .venv/bin/lightning-attention generate --checkpoint {OUTPUT} --prompt 'import '")
+    console.print(f"took {time.monotonic() - started:.0f} s")
+
+
+@torch.no_grad()
+def forward_speed(model: LightningForCausalLM, tokens: torch.Tensor) -> tuple[float, LightningCache]:
+    """Tokens a second, the best of three, and the state that is left to decode from."""
+    best = 0.0
+    for _ in range(3):
+        start = time.perf_counter()
+        cache = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+        best = max(best, tokens.numel() / (time.perf_counter() - start))
+    return best, cache
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""The commands as a user runs them, in this process."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_model import make_config
+
+from lightning_attention.cli import main
+from lightning_attention.inference import SamplingOptions, load, stream
+from lightning_attention.models import LightningForCausalLM
+from lightning_attention.training import byte_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def run(monkeypatch, capsys, *arguments: object, stdin: str = "") -> tuple[int, str, str]:
+    """Exit code, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", ["lightning-attention", *map(str, arguments)])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    try:
+        main()
+        code = 0
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else 0
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("run") / "checkpoint-7"
+    tokenizer = byte_tokenizer()
+    ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    LightningForCausalLM(make_config(vocab_size=len(tokenizer), **ids)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_train_and_generate(monkeypatch, capsys, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("to be or not to be, " * 200)
+    (tmp_path / "model.json").write_text(
+        json.dumps({"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2})
+    )
+    arguments = [
+        "train",
+        "--output",
+        tmp_path / "run",
+        "--data",
+        tmp_path / "data",
+        "--config",
+        tmp_path / "model.json",
+    ]
+    arguments += ["--sequence-length", 32, "--batch-size", 4, "--steps", 6, "--log-every", 2, "--learning-rate", 0.01]
+    code, out, _ = run(monkeypatch, capsys, *arguments)
+    assert code == 0
+    assert "tokens/s" in out
+    assert f"checkpoint  {tmp_path / 'run' / 'checkpoint-6'}" in out
+    code, out, _ = run(
+        monkeypatch, capsys, "generate", "--checkpoint", tmp_path / "run", "--prompt", "to be", "--max-new-tokens", 8
+    )
+    assert code == 0
+    assert out.startswith("to be")
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert (code, err) == (
+        2,
+        f"lightning-attention: {tmp_path / 'run'} holds a run already: resume it, or choose another output\n",
+    )
+
+
+def test_generate_streams_what_the_model_writes(monkeypatch, capsys, checkpoint):
+    model, tokenizer = load(checkpoint)
+    ids = torch.tensor([[256, *b"hello"]])
+    written = model.generate(ids, max_new_tokens=20, do_sample=False)[0, 6:]
+    arguments = ["generate", "--checkpoint", checkpoint, "--max-new-tokens", 20, "--temperature", 0]
+    expected = "hello" + tokenizer.decode(written, skip_special_tokens=True) + "\n"
+    assert run(monkeypatch, capsys, *arguments, "--prompt", "hello")[:2] == (0, expected)
+    assert run(monkeypatch, capsys, *arguments, stdin="hello")[:2] == (0, expected)
+
+
+def test_the_run_folder_is_its_last_checkpoint(checkpoint):
+    assert load(checkpoint.parent)[0].config.name_or_path == str(checkpoint)
+
+
+def test_sampling_follows_the_seed(checkpoint):
+    model, tokenizer = load(checkpoint)
+
+    def sample(**options) -> str:
+        return "".join(stream(model, tokenizer, "", SamplingOptions(max_new_tokens=30, **options)))
+
+    assert sample(seed=1) == sample(seed=1)
+    assert sample(seed=1) != sample(seed=2)
+    assert sample(seed=1, top_k=1) == sample(temperature=0)
+    assert sample(seed=1, top_p=1e-6) == sample(temperature=0)
+
+
+def test_a_failure_while_writing_is_raised(checkpoint, monkeypatch):
+    model, tokenizer = load(checkpoint)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(model, "forward", fail)
+    with pytest.raises(RuntimeError, match="no more"):
+        list(stream(model, tokenizer, "a", SamplingOptions()))
+
+
+def test_bfloat16(checkpoint):
+    assert load(checkpoint, bf16=True)[0].dtype == torch.bfloat16
+
+
+def broken(checkpoint: Path, folder: Path, how: str) -> Path:
+    """A copy of a checkpoint with something wrong."""
+    folder.mkdir()
+    for file in checkpoint.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if how == "another shape":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 48}))
+    elif how == "more layers":
+        change = {"num_hidden_layers": 4, "layer_types": None}
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    elif how == "an extra weight":
+        save_file(load_file(weights) | {"model.layers.9.x": torch.zeros(1)}, weights, metadata={"format": "pt"})
+    elif how == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "pickled weights":
+        torch.save(load_file(weights), folder / "pytorch_model.bin")
+        weights.unlink()
+    elif how == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+    elif how == "a bad preset":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"decay_preset": "fast"}))
+    elif how == "bad json":
+        config.write_text("{")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("another shape", "do not fit its config.json: mismatched"),
+        ("more layers", "do not fit its config.json: missing"),
+        ("an extra weight", "do not fit its config.json: unexpected model.layers.9.x"),
+        ("cut weights", "is not a checkpoint"),
+        ("no weights", "is not a checkpoint"),
+        ("pickled weights", "is not a checkpoint"),
+        ("no tokenizer", "holds no tokenizer"),
+        ("a bad preset", "decay_preset must be one of"),
+        ("bad json", "is not a checkpoint"),
+    ],
+)
+def test_a_broken_checkpoint_is_one_line(monkeypatch, capsys, tmp_path, checkpoint, how, message):
+    folder = broken(checkpoint, tmp_path / "broken", how)
+    code, out, err = run(monkeypatch, capsys, "generate", "--checkpoint", folder, "--prompt", "a")
+    assert (code, out) == (2, "")
+    lines = [line for line in err.splitlines() if line.startswith("lightning-attention:")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], "Missing option '--checkpoint'."),
+        (["generate", "--checkpoint", "nowhere"], "no checkpoint in nowhere"),
+        (["generate", "--checkpoint", "nowhere", "--temperature", "-1"], "temperature must be at least 0, got -1.0"),
+        (["generate", "--checkpoint", "nowhere", "--top-p", "0"], "top_p must be above 0 and at most 1, got 0.0"),
+        (["generate", "--checkpoint", "nowhere", "--top-k", "-1"], "top_k must be at least 0, got -1"),
+        (["generate", "--checkpoint", "nowhere", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
+        (["train", "--data", "nowhere"], "there is no file or folder nowhere"),
+        (["train", "--sequence-length", "0"], "sequence_length must be at least 2, got 0"),
+        (["train", "--steps", "many"], "Invalid value for '--steps': 'many' is not a valid integer."),
+        (["train", "--decay-preset", "fast"], "decay_preset must be one of"),
+        (["train", "--size", "1B", "--config", "x.json"], "give --size or --config, not both"),
+        (["train", "--resume"], "no run to resume in run"),
+        (["train", "--resume", "--steps", "9"], "leave out --steps"),
+        (["bench", "op", "--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        (["bench", "op", "--length", "0"], "must be at least 1"),
+        (["fly"], "No such command 'fly'."),
+        (["train", "--wings"], "No such option: --wings"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(monkeypatch, capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("lightning-attention: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_info(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "info")
+    assert code == 0
+    for expected in ("torch", torch.__version__, "chunked", "reference", "cpu", "yes"):
+        assert expected in out
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    code, _, err = run(monkeypatch, capsys, "info")
+    assert (code, err) == (2, "lightning-attention: typer not installed: run pip install 'lightning-attention[cli]'\n")

@@ -1,0 +1,252 @@
+"""Real runs of a tiny model."""
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from tiny_model import make_config
+
+from lightning_attention.inference import load
+from lightning_attention.models import LightningForCausalLM
+from lightning_attention.models.checkpoint import checkpoints, last_checkpoint
+from lightning_attention.training import PackedDataset, TrainingOptions, evaluate, train
+from lightning_attention.training.checkpoint import CheckpointingTrainer
+from lightning_attention.training.metrics import drop_after, plot_loss, read_metrics
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+TEXT = "".join(f"{i} times {j} is {i * j}\n" for i in range(40) for j in range(40))
+MODEL = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+COMMAND = [sys.executable, "-c", "from lightning_attention.cli import main; main()"]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    (tmp_path / "data.txt").write_text(TEXT)
+    (tmp_path / "model.json").write_text(json.dumps(MODEL))
+    return tmp_path
+
+
+def options(files: Path, name: str = "run", **changes) -> TrainingOptions:
+    defaults = {"steps": 20, "save_every": 10, "eval_every": 10, "log_every": 5, "eval_tokens": 512}
+    sizes = {"sequence_length": 64, "batch_size": 2, "config": files / "model.json"}
+    return TrainingOptions(files / name, (files / "data.txt",), **defaults | sizes | changes)
+
+
+def arguments(files: Path, name: str = "run", **changes) -> list[str]:
+    """The same run as a command line."""
+    values = {"output": files / name, "data": files / "data.txt"} | vars(options(files, name, **changes))
+    values["data"] = files / "data.txt"
+    flags = {key: value for key, value in values.items() if value is not None and not isinstance(value, bool)}
+    del flags["size"]
+    return ["train", *(f"--{key.replace('_', '-')}={value}" for key, value in flags.items())]
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def losses(output: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_metrics(output / "metrics.jsonl") if "loss" in record}
+
+
+def test_a_run(files):
+    checkpoint = train(options(files, steps=60, learning_rate=1e-2), console=quiet())
+    assert checkpoint == files / "run" / "checkpoint-60"
+    found = losses(files / "run")
+    assert list(found) == list(range(5, 61, 5))
+    assert found[60] < found[5] - 1
+    records = read_metrics(files / "run" / "metrics.jsonl")
+    assert all(record["tokens"] == record["step"] * 128 for record in records)
+    assert all(record["tokens_per_second"] > 0 for record in records if "loss" in record)
+    assert [record["step"] for record in records if "eval_loss" in record] == list(range(10, 61, 10))
+    assert (files / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    model, tokenizer = load(files / "run")
+    assert model.config.decay_preset == "transnormer"
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 257
+    # Two checkpoints are kept, and nothing unfinished is left.
+    assert [path.name for path in checkpoints(files / "run")] == ["checkpoint-50", "checkpoint-60"]
+    assert not (files / "run" / "unfinished").exists()
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(options(files), console=quiet())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"bf16": True}, {"gradient_checkpointing": True}, {"accumulate": 2, "batch_size": 1}, {"decay_preset": "retnet"}],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_ways_to_train(files, changes):
+    """All but bfloat16 and other decays take the very same steps."""
+    train(options(files, "plain"), console=quiet())
+    checkpoint = train(options(files, "other", **changes), console=quiet())
+    plain, other = losses(files / "plain"), losses(files / "other")
+    tolerance = 0.05 if changes in ({"bf16": True}, {"decay_preset": "retnet"}) else 1e-4
+    assert other == pytest.approx(plain, rel=tolerance)
+    model, _ = load(checkpoint)
+    assert model.config.decay_preset == changes.get("decay_preset", "transnormer")
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(files):
+    """kill -9 in the middle; the losses after resuming are those of a run that was left alone."""
+    changes = {"steps": 200, "save_every": 20, "eval_every": 50, "log_every": 10}
+    train(options(files, "whole", **changes), console=quiet())
+    process = subprocess.Popen([*COMMAND, *arguments(files, "killed", **changes)], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (files / "killed" / "checkpoint-40").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert max(losses(files / "killed"), default=0) < 200
+    output = subprocess.run(
+        [*COMMAND, "train", "--resume", "--output", str(files / "killed")], capture_output=True, text=True, check=True
+    )
+    assert "resuming from" in output.stdout
+    assert losses(files / "killed") == pytest.approx(losses(files / "whole"), rel=1e-4)
+    whole, killed = (load(files / name)[0].state_dict() for name in ("whole", "killed"))
+    for name, weight in whole.items():
+        torch.testing.assert_close(killed[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_save_that_fails_leaves_the_last_checkpoint(files, monkeypatch):
+    def full(self, output_dir):
+        if self.state.global_step == 20:
+            (Path(output_dir) / "rng_state.pth").write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CheckpointingTrainer, "_save_rng_state", full)
+    with pytest.raises(OSError, match=r"could not save .*checkpoint-20: .*No space left on device"):
+        train(options(files, steps=30), console=quiet())
+    assert last_checkpoint(files / "run").name == "checkpoint-10"
+    assert not (files / "run" / "unfinished").exists()
+    load(files / "run")
+
+
+def test_a_save_that_is_killed_leaves_the_last_checkpoint(files, monkeypatch):
+    """What a kill leaves behind is not taken for a checkpoint, and is gone after the next save."""
+    train(options(files), console=quiet())
+    left = files / "run" / "unfinished" / "checkpoint-30"
+    left.mkdir(parents=True)
+    (left / "config.json").write_text("{")
+    assert last_checkpoint(files / "run").name == "checkpoint-20"
+    saved = json.loads((files / "run" / "run.json").read_text())
+    (files / "run" / "run.json").write_text(json.dumps(saved | {"steps": 30}))
+    train(TrainingOptions.load(files / "run"), resume=True, console=quiet())
+    assert last_checkpoint(files / "run").name == "checkpoint-30"
+    load(files / "run")
+
+
+def test_a_full_disk_is_one_line(files):
+    """No file may grow past 100 KB: the weights do not fit."""
+    (files / "model.json").write_text(json.dumps(MODEL | {"hidden_size": 96}))
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    process = subprocess.run(
+        [*COMMAND, *arguments(files, steps=1, save_every=1)], capture_output=True, text=True, preexec_fn=limit
+    )
+    assert process.returncode == 2
+    error = [line for line in process.stderr.splitlines() if line.startswith("lightning-attention:")]
+    assert len(error) == 1
+    assert "could not save" in error[0]
+    assert "Traceback" not in process.stderr
+    assert checkpoints(files / "run") == []
+
+
+def test_two_processes_share_every_step(files):
+    """torchrun with two processes of one row takes the steps of one process with two rows."""
+    train(options(files, "one", steps=10), console=quiet())
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, "lightning_attention.cli", *arguments(files, "two", steps=10, batch_size=1)],
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+    assert losses(files / "two") == pytest.approx(losses(files / "one"), rel=1e-3)
+    load(files / "two")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"sequence_length": 0}, "sequence_length must be at least 2, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"warmup": 2.0}, "warmup must be between 0 and 1"),
+        ({"held_out": 1.5}, "held_out_fraction must be between 0 and 1"),
+        ({"sequence_length": 100_000}, "fewer than one sequence of 100000"),
+        ({"config": Path("nowhere.json")}, "nowhere.json is not a model configuration"),
+        ({"config": None, "size": "2B"}, "size must be one of"),
+        ({"decay_preset": "fast"}, "decay_preset must be one of"),
+        ({"tokenizer": "nowhere"}, "there is no file nowhere"),
+    ],
+)
+def test_bad_options_start_no_run(files, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(options(files, **changes), console=quiet())
+    assert not (files / "run" / "run.json").exists()
+    assert checkpoints(files / "run") == []
+
+
+def test_resuming_without_a_run(tmp_path):
+    with pytest.raises(ValueError, match="no run to resume in"):
+        TrainingOptions.load(tmp_path)
+    (tmp_path / "run.json").write_text('{"flux": 1}')
+    with pytest.raises(ValueError, match="options this version does not know: flux"):
+        TrainingOptions.load(tmp_path)
+
+
+def test_weight_decay_leaves_positions_alone():
+    names = CheckpointingTrainer.get_decay_parameter_names(
+        CheckpointingTrainer.__new__(CheckpointingTrainer), LightningForCausalLM(make_config())
+    )
+    assert "model.layers.0.attention.qkvu_proj.weight" in names
+    assert not any("theta" in name for name in names)
+
+
+def test_evaluation_counts_symbols_only():
+    """Against the formula, with a model that predicts alike after every token."""
+    torch.manual_seed(0)
+    model = LightningForCausalLM(make_config()).eval()
+    tokens = np.array([40, 3, 4, 41, 40, 5, 6, 7, 8, 9], dtype=np.uint16)
+    rows = PackedDataset(tokens, 5, eos_token_id=41)
+    unigram = torch.arange(1.0, 51).log()
+    result = evaluate(model, rows, unigram, num_symbols=40, batch_size=1)
+    with torch.no_grad():
+        first, second = (
+            model(torch.from_numpy(part.astype(np.int64))[None]).logits[0] for part in (tokens[:5], tokens[5:])
+        )
+    nll = [-first[0].log_softmax(-1)[3], -first[1].log_softmax(-1)[4]]
+    nll += [-second[t].log_softmax(-1)[6 + t] for t in range(4)]
+    assert result.num_tokens == 6
+    assert result.loss == pytest.approx(sum(x.item() for x in nll) / 6, rel=1e-5)
+    assert result.uniform == pytest.approx(math.log(40))
+    frequencies = torch.arange(1.0, 41) / torch.arange(1.0, 41).sum()
+    assert result.unigram == pytest.approx(-frequencies[[3, 4, 6, 7, 8, 9]].log().mean().item(), rel=1e-5)
+    with pytest.raises(ValueError, match="no token to predict"):
+        evaluate(model, rows, unigram, num_symbols=2)
+
+
+def test_metrics_survive_a_cut_line(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "tokens": 10, "loss": 2.0}\n{"step": 2, "tokens": 20, "loss": 1.0}\n{"step": 3, "lo')
+    assert [record["step"] for record in read_metrics(file)] == [1, 2]
+    drop_after(file, 1)
+    assert [record["step"] for record in read_metrics(file)] == [1]
+    plot_loss(file, tmp_path / "loss.png", {"unigram": 3.0})
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    assert read_metrics(tmp_path / "none.jsonl") == []
