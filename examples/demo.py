@@ -19,10 +19,10 @@ OPTIONS = TrainingOptions(
     size="demo",
     sequence_length=512,
     batch_size=4,
-    steps=600,
+    steps=500,
     learning_rate=4e-3,
-    eval_every=200,
-    save_every=200,
+    eval_every=250,
+    save_every=250,
     log_every=20,
     eval_tokens=1 << 15,
 )

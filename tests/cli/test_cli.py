@@ -77,7 +77,7 @@ def test_train_and_generate(monkeypatch, capsys, tmp_path):
 def test_generate_streams_what_the_model_writes(monkeypatch, capsys, checkpoint):
     model, tokenizer = load(checkpoint)
     ids = torch.tensor([[256, *b"hello"]])
-    written = model.generate(ids, max_new_tokens=20, do_sample=False)[0, 6:]
+    written = model.generate(ids.to(model.device), max_new_tokens=20, do_sample=False)[0, 6:]
     arguments = ["generate", "--checkpoint", checkpoint, "--max-new-tokens", 20, "--temperature", 0]
     expected = "hello" + tokenizer.decode(written, skip_special_tokens=True) + "\n"
     assert run(monkeypatch, capsys, *arguments, "--prompt", "hello")[:2] == (0, expected)
@@ -180,7 +180,7 @@ def test_a_broken_checkpoint_is_one_line(monkeypatch, capsys, tmp_path, checkpoi
         (["generate", "--checkpoint", "nowhere", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
         (["train", "--data", "nowhere"], "there is no file or folder nowhere"),
         (["train", "--sequence-length", "0"], "sequence_length must be at least 2, got 0"),
-        (["train", "--steps", "many"], "Invalid value for '--steps': 'many' is not a valid integer."),
+        (["train", "--steps", "many"], "Invalid value for '--steps'"),
         (["train", "--decay-preset", "fast"], "decay_preset must be one of"),
         (["train", "--size", "1B", "--config", "x.json"], "give --size or --config, not both"),
         (["train", "--resume"], "no run to resume in run"),
@@ -205,7 +205,7 @@ def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, capsys, tmp_path,
 def test_info(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "info")
     assert code == 0
-    for expected in ("torch", torch.__version__, "chunked", "reference", "cpu", "yes"):
+    for expected in ("torch", torch.__version__.split("+")[0], "chunked", "reference", "cpu", "yes"):
         assert expected in out
 
 

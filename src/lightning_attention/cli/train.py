@@ -1,5 +1,6 @@
 """`lightning-attention train`: a language model from the user's own text."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,6 +62,7 @@ def train(
 
     Start it with torchrun to train on several GPUs or machines.
     """
+    values: dict[str, Any] = dict(locals())
     from transformers.utils.logging import disable_progress_bar
 
     from ..training import TrainingOptions
@@ -77,7 +79,6 @@ def train(
     else:
         if {"size", "config"} <= given:
             raise ValueError("give --size or --config, not both")
-        values: dict[str, Any] = {name: value for name, value in context.params.items() if name != "resume"}
         values["data"] = tuple(data or ())
-        options = TrainingOptions(**values)
+        options = TrainingOptions(**{field.name: values[field.name] for field in fields(TrainingOptions)})
     run(options, resume=resume, console=Console(soft_wrap=True))

@@ -1,0 +1,121 @@
+"""What must also hold on a GPU; the exact results are computed on the CPU, in float64."""
+
+import json
+
+import pytest
+import torch
+from oracle import Case, Inputs, definition, error, make_inputs, plain, run
+from rich.console import Console
+from tiny_model import make_config, tokens
+
+from lightning_attention import lightning_attention, lightning_attention_step
+from lightning_attention.inference import SamplingOptions, load, stream
+from lightning_attention.models import LightningForCausalLM
+from lightning_attention.ops.chunked import CHUNK_SIZE
+from lightning_attention.training import TrainingOptions, train
+from lightning_attention.training.metrics import read_metrics
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),  # from the compiler
+]
+
+CASES = [
+    Case(T=2 * CHUNK_SIZE + 3, K=64, V=64),
+    Case(T=CHUNK_SIZE + 1, K=20, V=36, slope=None, scale=0.5),
+    Case(T=CHUNK_SIZE + 70, slope=100.0),
+    Case(T=0),
+    Case(lengths=(3, 0, CHUNK_SIZE + 7, 1, 2 * CHUNK_SIZE)),
+]
+
+
+def on_gpu(inputs: Inputs) -> Inputs:
+    return Inputs(**{name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in vars(inputs).items()})
+
+
+def attention(q, k, v, log_decay, **options):
+    o, state = lightning_attention(q, k, v, log_decay, output_final_state=True, **options)
+    assert state is not None
+    return o, state
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_matches_the_definition(case, dtype):
+    inputs = make_inputs(case, dtype)
+    exact, baseline = run(definition, inputs.to(torch.float64)), run(plain, inputs)
+    for name, value in run(attention, on_gpu(inputs)).items():
+        allowed = 2 * error(baseline[name], exact[name]) + torch.finfo(value.dtype).eps
+        assert error(value.cpu(), exact[name]) <= allowed, name
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_slots(tokens):
+    inputs = make_inputs(Case(B=3, T=tokens))
+    pool = torch.randn(5, 3, 16, 16, dtype=torch.float64)
+    indices, gpu, gpu_pool = torch.tensor([4, -1, 0]), on_gpu(inputs), pool.cuda()
+    options = {"state": gpu_pool, "state_indices": indices.cuda()}
+    o = lightning_attention_step(gpu.q, gpu.k, gpu.v, gpu.log_decay, **options)
+    expected = lightning_attention_step(
+        inputs.q, inputs.k, inputs.v, inputs.log_decay, state=pool, state_indices=indices, backend="reference"
+    )
+    assert error(o.cpu(), expected) < 1e-13
+    assert error(gpu_pool.cpu(), pool) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decode_is_prefill(dtype):
+    torch.manual_seed(0)
+    model = LightningForCausalLM(make_config(positions="lrpe-d")).eval().cuda().to(dtype)
+    ids = tokens(2, 150).cuda()
+    with torch.no_grad():
+        whole, cache, logits = model(ids, use_cache=False).logits, None, []
+        for piece in ids.split([100, 1, 1, 48], dim=1):
+            output = model(piece, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits)
+    difference = (torch.cat(logits, dim=1) - whole).float().norm() / whole.float().norm()
+    assert difference < {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    assert model.model.layers[0].attention.decay.log_decay.dtype == torch.float32
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_generate_is_that_of_the_cpu(num_beams):
+    torch.manual_seed(1)
+    model = LightningForCausalLM(make_config(eos_token_id=None)).eval()
+    ids, mask = tokens(2, 7), torch.tensor([[1] * 7, [0, 0] + [1] * 5])
+    options = {"max_new_tokens": 15, "num_beams": num_beams, "do_sample": False}
+    expected = model.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(model.cuda().generate(ids.cuda(), attention_mask=mask.cuda(), **options).cpu(), expected)
+
+
+def test_compiled_gradients():
+    torch.manual_seed(0)
+    model = LightningForCausalLM(make_config()).cuda()
+    ids = tokens(2, 150).cuda()
+    losses = [m(ids, labels=ids, use_cache=False).loss for m in (model, torch.compile(model, fullgraph=True))]
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compile"])
+def test_a_run(tmp_path, compile):
+    (tmp_path / "data.txt").write_text("".join(f"{i} times {j} is {i * j}\n" for i in range(40) for j in range(40)))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    (tmp_path / "model.json").write_text(json.dumps(sizes))
+    options = TrainingOptions(
+        tmp_path / "run",
+        (tmp_path / "data.txt",),
+        config=tmp_path / "model.json",
+        sequence_length=256,
+        steps=100,
+        eval_tokens=1024,
+        bf16=True,
+        compile=compile,
+    )
+    train(options, console=Console(quiet=True))
+    losses = [record["loss"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in record]
+    assert losses[-1] < losses[0] - 1
+    model, tokenizer = load(tmp_path / "run", bf16=True)
+    assert model.device.type == "cuda"
+    assert len("".join(stream(model, tokenizer, "3 times", SamplingOptions(max_new_tokens=20, seed=0)))) > 0
