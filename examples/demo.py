@@ -17,13 +17,13 @@ OUTPUT = Path("demo")
 OPTIONS = TrainingOptions(
     output=OUTPUT,
     size="demo",
-    sequence_length=512,
-    batch_size=4,
-    steps=500,
-    learning_rate=4e-3,
-    eval_every=250,
-    save_every=250,
-    log_every=20,
+    sequence_length=128,
+    batch_size=8,
+    steps=900,
+    learning_rate=3e-3,
+    eval_every=300,
+    save_every=300,
+    log_every=50,
     eval_tokens=1 << 15,
 )
 LENGTHS = (1 << 10, 1 << 12, 1 << 14, 1 << 16)
@@ -40,7 +40,7 @@ def main() -> None:
     model, tokenizer = load(checkpoint)
 
     corpus = Corpus.open(OUTPUT / "corpus")
-    rows = PackedDataset(corpus.held_out_tokens(), OPTIONS.sequence_length, corpus.eos_token_id, 1 << 17)
+    rows = PackedDataset(corpus.held_out_tokens(), LENGTHS[0], corpus.eos_token_id, 1 << 17)
     result = evaluate(model, rows, corpus.unigram(), BYTES)
     console.rule(f"held-out loss over {result.num_tokens:,} bytes")
     table = Table("predicted by", "nats per byte", box=None)
