@@ -1,6 +1,7 @@
 """From files to rows of tokens."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,9 @@ def test_unigram(tmp_path):
     counts = np.bincount(corpus.train_tokens(), minlength=259) + 1
     np.testing.assert_allclose(frequencies.numpy(), counts / counts.sum())
     assert frequencies.sum().item() == pytest.approx(1)
+    rows = PackedDataset(corpus.held_out_tokens(), 5, EOS)
+    expected = -np.mean([math.log(frequencies[token]) for token in corpus.held_out_tokens()])
+    assert rows.loss_of(corpus.unigram()) == pytest.approx(expected)
 
 
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=12)

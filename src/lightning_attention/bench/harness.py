@@ -1,5 +1,6 @@
 """Time and memory of a call, and the machine they were measured on."""
 
+import ctypes
 import gc
 import os
 import platform
@@ -36,7 +37,7 @@ def interleaved_times(calls: dict[str, Callable[[], object]], seconds: float, de
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     """Memory that a call takes at its peak beyond what was in use before, its results included.
 
-    On a CPU this is resident memory, which only Linux lets a process measure; None elsewhere.
+    On a CPU this is resident memory, which only Linux with glibc lets a process measure; None elsewhere.
     """
     gc.collect()
     if device.type == "cuda":
@@ -47,11 +48,12 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed would hide what this one takes
         Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
         before = _resident("VmRSS")
         call()
         return max(_resident("VmHWM") - before, 0)
-    except OSError:
+    except (OSError, AttributeError):
         return None
 
 

@@ -168,6 +168,11 @@ class PackedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.tokens) // self.sequence_length
 
+    def loss_of(self, log_frequencies: Tensor) -> float:
+        """Mean loss in nats of predicting every token by `[vocab_size]` frequencies alone."""
+        counts = np.bincount(self.tokens, minlength=len(log_frequencies))
+        return -(torch.from_numpy(counts) * log_frequencies).sum().item() / len(self.tokens)
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)

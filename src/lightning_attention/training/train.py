@@ -173,7 +173,7 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
     trainer.train(resume_from_checkpoint=str(found[-1]) if found else False)
     checkpoint, picture = last_checkpoint(options.output), options.output / "loss.png"
     if process.is_main_process:
-        plot_loss(metrics, picture)
+        plot_loss(metrics, picture, {"token frequencies": held_out.loss_of(corpus.unigram())})
     console.print(f"checkpoint  {checkpoint}\nmetrics     {metrics}\nloss plot   {picture}")
     return checkpoint
 
