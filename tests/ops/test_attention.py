@@ -146,6 +146,18 @@ def test_a_permuted_batch_is_a_permuted_result():
     torch.testing.assert_close(permuted, straight[order], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_head_that_forgets_at_once(backend):
+    """log_decay of -inf is λ = 0: every token sees itself alone."""
+    inputs = make_inputs(Case(T=C + 3))
+    forgets = torch.full((3,), -torch.inf)
+    o, state = attention(backend)(inputs.q, inputs.k, inputs.v, forgets, **inputs.options())
+    q, k, v = inputs.q, inputs.k, inputs.v
+    assert error(o, (q * k).sum(-1, keepdim=True) * v) < 1e-13
+    assert error(state, k[:, -1, :, :, None] * v[:, -1, :, None, :]) < 1e-13
+    assert error(reference.quadratic(q, k, v, forgets, 1.0), o) < 1e-13
+
+
 def test_the_quadratic_form_is_the_recurrence():
     inputs = make_inputs(Case(state=False, scale=0.5))
     o, _ = definition(inputs.q, inputs.k, inputs.v, inputs.log_decay, **inputs.options())

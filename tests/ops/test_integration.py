@@ -115,6 +115,7 @@ import sys
 for name in ("transformers", "accelerate", "typer", "rich", "matplotlib", "tokenizers", "triton"):
     sys.modules[name] = None
 import lightning_attention, torch
+import lightning_attention.nn
 x = torch.randn(1, 3, 2, 4)
 lightning_attention.lightning_attention(x, x, x, lightning_attention.decay.log_decay(2, preset="alibi"))
 """

@@ -73,6 +73,8 @@ def test_a_run(files):
     model, tokenizer = load(files / "run")
     assert model.config.decay_preset == "transnormer"
     assert model.config.eos_token_id == tokenizer.eos_token_id == 257
+    train(TrainingOptions.load(files / "run"), resume=True, console=quiet())
+    assert losses(files / "run") == found
     # Two checkpoints are kept, and nothing unfinished is left.
     assert [path.name for path in checkpoints(files / "run")] == ["checkpoint-50", "checkpoint-60"]
     assert not (files / "run" / "unfinished").exists()
@@ -108,11 +110,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(files):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    (files / "data.txt").write_text("other text, which the run must not notice")
     assert max(losses(files / "killed"), default=0) < 200
     output = subprocess.run(
         [*COMMAND, "train", "--resume", "--output", str(files / "killed")], capture_output=True, text=True, check=True
     )
     assert "resuming from" in output.stdout
+    assert "missing" not in output.stderr
     assert losses(files / "killed") == pytest.approx(losses(files / "whole"), rel=1e-4)
     whole, killed = (load(files / name)[0].state_dict() for name in ("whole", "killed"))
     for name, weight in whole.items():
@@ -190,12 +194,16 @@ def test_two_processes_share_every_step(files):
         ({"held_out": 1.5}, "held_out_fraction must be between 0 and 1"),
         ({"sequence_length": 100_000}, "fewer than one sequence of 100000"),
         ({"config": Path("nowhere.json")}, "nowhere.json is not a model configuration"),
+        ({"config": Path("typo.json")}, "unknown option hiden_size"),
         ({"config": None, "size": "2B"}, "size must be one of"),
         ({"decay_preset": "fast"}, "decay_preset must be one of"),
         ({"tokenizer": "nowhere"}, "there is no file nowhere"),
     ],
 )
 def test_bad_options_start_no_run(files, changes, message):
+    (files / "typo.json").write_text('{"hiden_size": 8}')
+    if changes.get("config") == Path("typo.json"):
+        changes = {"config": files / "typo.json"}
     with pytest.raises(ValueError, match=message):
         train(options(files, **changes), console=quiet())
     assert not (files / "run" / "run.json").exists()

@@ -76,11 +76,17 @@ def plot(document: dict[str, Any], picture: Path) -> None:
             points = [(r["length"], r[field]) for r in document["results"] if r["implementation"] == name and r[field]]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
+        lengths = sorted({r["length"] for r in document["results"]})
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        axes.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else str(n) for n in lengths])
         axes.set(xlabel="sequence length (tokens)", ylabel=label)
-        axes.grid(alpha=0.3, which="both")
-    figure.axes[0].legend()
+        axes.grid(alpha=0.3)
+    time, memory = figure.axes
+    memory.set_ylim(bottom=0)
+    time.set_yscale("log")
+    time.yaxis.set_major_formatter("{x:g}")
+    time.yaxis.set_minor_formatter("{x:g}")
+    time.legend()
     first = document["results"][0]
     shape = f"B {first['batch_size']}, H {first['num_heads']}, D {first['head_dim']}, {first['dtype']}"
     figure.suptitle(f"forward and backward, {shape}, {document['machine']['device']}", fontsize=10)

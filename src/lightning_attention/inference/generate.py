@@ -68,8 +68,8 @@ def load(checkpoint: Path, *, bf16: bool = False) -> tuple[LightningForCausalLM,
     model: Any = load_model(folder, torch.bfloat16 if bf16 else torch.float32)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no tokenizer") from error
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise ValueError(f"{folder} holds no tokenizer: {error}") from error
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 

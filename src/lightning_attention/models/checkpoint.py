@@ -15,7 +15,12 @@ PREFIX = "checkpoint-"
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a training run, oldest first."""
     found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The optimizer step it was taken at."""
+    return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def last_checkpoint(folder: Path) -> Path:

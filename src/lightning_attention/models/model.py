@@ -170,6 +170,8 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = LightningModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:  # stored once, under the name of the embedding
+            self._keys_to_ignore_on_save = list(self._tied_weights_keys)
         self.post_init()
 
     @can_return_tuple

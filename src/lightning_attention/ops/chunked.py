@@ -206,6 +206,7 @@ class _Decay:
     def __init__(self, q: Tensor, log_decay: Tensor | None):
         size, dtype = min(CHUNK_SIZE, q.shape[1]), state_dtype(q.dtype)
         rates = q.new_zeros(q.shape[2], dtype=dtype) if log_decay is None else log_decay.to(dtype)
+        rates = rates.clamp_min(torch.finfo(dtype).min)  # -inf, which is λ = 0, times 0 would be NaN
         position = torch.arange(size + 1, device=q.device)
         self.powers = torch.exp(rates[:, None] * position)
         self.inside = self.powers[:, (position[:-1, None] - position[:-1]).clamp_min(0)].tril()

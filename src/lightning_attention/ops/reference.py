@@ -34,8 +34,8 @@ def quadratic(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: 
     q, k, v = (x.to(dtype) for x in (q, k, v))
     t = torch.arange(q.shape[1], device=q.device)
     distance = t[:, None] - t[None, :]
-    slopes = q.new_zeros(q.shape[2]) if log_decay is None else log_decay.to(dtype)
-    mask = torch.exp(slopes[:, None, None] * distance.clamp_min(0)) * (distance >= 0)
+    decay = q.new_ones(q.shape[2]) if log_decay is None else log_decay.to(dtype).exp()
+    mask = decay[:, None, None] ** distance.clamp_min(0) * (distance >= 0)
     scores = torch.einsum("bihk,bjhk->bhij", q, k) * mask
     return scale * torch.einsum("bhij,bjhv->bihv", scores, v)
 

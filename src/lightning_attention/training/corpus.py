@@ -235,5 +235,9 @@ def _cut(stream: np.ndarray, eos_token_id: int, held_out_fraction: float) -> int
     """Where the held-out part starts: at a document, if one starts not too far before."""
     cut = len(stream) - math.ceil(len(stream) * held_out_fraction)
     earliest = len(stream) - math.ceil(len(stream) * min(2 * held_out_fraction, 1.0))
-    ends = np.flatnonzero(stream[earliest:cut] == eos_token_id)
-    return earliest + int(ends[-1]) + 1 if len(ends) else cut
+    for stop in range(cut, earliest, -BATCH):
+        start = max(stop - BATCH, earliest)
+        ends = np.flatnonzero(stream[start:stop] == eos_token_id)
+        if len(ends):
+            return start + int(ends[-1]) + 1
+    return cut

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments
 
 from ..models import LightningConfig, LightningForCausalLM
-from ..models.checkpoint import checkpoints, last_checkpoint
+from ..models.checkpoint import checkpoint_step, checkpoints, last_checkpoint
 from .checkpoint import CheckpointingTrainer
 from .corpus import Corpus, PackedDataset
 from .documents import Sources, standard_library
@@ -115,7 +115,8 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
 
     Args:
         options: see there.
-        resume: continue from the last complete checkpoint, in the same order of data; from the start if there is none.
+        resume: continue from the last complete checkpoint with the tokens there are, in the same order; from the start
+            if there is no checkpoint.
         console: where to report.
 
     Returns:
@@ -136,7 +137,8 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
     if process.is_main_process:
         if not resume and _file(options.output).exists():
             raise ValueError(f"{options.output} holds a run already: resume it, or choose another output")
-        _prepare_corpus(options, corpus_folder, tokenizer, console)
+        if not resume:
+            _prepare_corpus(options, corpus_folder, tokenizer, console)
     process.wait_for_everyone()
     corpus = Corpus.open(corpus_folder)
     if corpus.num_held_out < options.sequence_length:
@@ -170,7 +172,8 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
     found = checkpoints(options.output) if resume else []
     if found:
         console.print(f"resuming from {found[-1]}")
-    trainer.train(resume_from_checkpoint=str(found[-1]) if found else False)
+    if not found or checkpoint_step(found[-1]) < options.steps:  # the Trainer would take one step more
+        trainer.train(resume_from_checkpoint=str(found[-1]) if found else False)
     checkpoint, picture = last_checkpoint(options.output), options.output / "loss.png"
     if process.is_main_process:
         plot_loss(metrics, picture, {"token frequencies": held_out.loss_of(corpus.unigram())})
@@ -194,6 +197,8 @@ def _configuration(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast)
         return LightningConfig.from_size(options.size, **from_tokenizer | changed)
     try:
         given = json.loads(options.config.read_text())
+        if unknown := sorted(set(given) - set(LightningConfig().to_dict())):
+            raise ValueError(f"unknown option {', '.join(unknown)}")
         return LightningConfig.from_dict(given | from_tokenizer | changed)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{options.config} is not a model configuration: {error}") from error
