@@ -17,8 +17,12 @@ from lightning_attention.training.metrics import read_metrics
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),  # from the compiler
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
+
+compiler_warnings = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore:TensorFloat32 tensor cores", "ignore:The .grad attribute of a Tensor"
+)
 
 CASES = [
     Case(T=2 * CHUNK_SIZE + 3, K=64, V=64),
@@ -89,6 +93,7 @@ def test_generate_is_that_of_the_cpu(num_beams):
     assert torch.equal(model.cuda().generate(ids.cuda(), attention_mask=mask.cuda(), **options).cpu(), expected)
 
 
+@compiler_warnings
 def test_compiled_gradients():
     torch.manual_seed(0)
     model = LightningForCausalLM(make_config()).cuda()
@@ -98,6 +103,7 @@ def test_compiled_gradients():
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
+@compiler_warnings
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compile"])
 def test_a_run(tmp_path, compile):
     (tmp_path / "data.txt").write_text("".join(f"{i} times {j} is {i * j}\n" for i in range(40) for j in range(40)))

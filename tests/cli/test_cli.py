@@ -84,6 +84,14 @@ def test_generate_streams_what_the_model_writes(monkeypatch, capsys, checkpoint)
     assert run(monkeypatch, capsys, *arguments, stdin="hello")[:2] == (0, expected)
 
 
+def test_what_the_tokenizer_returns_is_what_the_model_takes(checkpoint):
+    model, tokenizer = load(checkpoint)
+    inputs = tokenizer(["a", "longer"], return_tensors="pt", padding=True).to(model.device)
+    assert inputs["attention_mask"].tolist() == [[0, 0, 0, 0, 0, 1], [1] * 6]
+    alone = model.generate(inputs["input_ids"][1:], max_new_tokens=5, do_sample=False)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False)[1:], alone)
+
+
 def test_the_run_folder_is_its_last_checkpoint(checkpoint):
     assert load(checkpoint.parent)[0].config.name_or_path == str(checkpoint)
 

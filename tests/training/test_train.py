@@ -173,7 +173,7 @@ def test_two_processes_share_every_step(files):
     """torchrun with two processes of one row takes the steps of one process with two rows."""
     train(options(files, "one", steps=10), console=quiet())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(
         [*command, "lightning_attention.cli", *arguments(files, "two", steps=10, batch_size=1)],
         env=environment,

@@ -5,6 +5,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+INPUTS = ["input_ids", "attention_mask"]
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
 
@@ -42,13 +43,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         tokenizer.add_special_tokens({"eos_token": EOS})
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD})
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side, tokenizer.model_input_names = "left", INPUTS
     return tokenizer
 
 
 def _with_special_tokens(tokenizer: Tokenizer, **tokens: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, padding_side="left", clean_up_tokenization_spaces=False, **tokens
+        tokenizer_object=tokenizer,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=INPUTS,
+        **tokens,
     )
 
 
