@@ -1,8 +1,10 @@
 """The commands as a user runs them, in this process."""
 
+import inspect
 import io
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from tiny_model import make_config
 
 from lightning_attention.cli import main
+from lightning_attention.cli.train import train as train_command
 from lightning_attention.inference import SamplingOptions, load, stream
 from lightning_attention.models import LightningForCausalLM
-from lightning_attention.training import byte_tokenizer
+from lightning_attention.training import TrainingOptions, byte_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -187,6 +190,8 @@ def test_a_broken_checkpoint_is_one_line(monkeypatch, capsys, tmp_path, checkpoi
         (["generate", "--checkpoint", "nowhere", "--top-k", "-1"], "top_k must be at least 0, got -1"),
         (["generate", "--checkpoint", "nowhere", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
         (["train", "--data", "nowhere"], "there is no file or folder nowhere"),
+        (["train", "--data", "../empty.txt"], "the data holds no text"),
+        (["train", "--data", "../bad.jsonl"], "bad.jsonl, line 1: not a JSON object with a text in 'text'"),
         (["train", "--sequence-length", "0"], "sequence_length must be at least 2, got 0"),
         (["train", "--steps", "many"], "Invalid value for '--steps'"),
         (["train", "--decay-preset", "fast"], "decay_preset must be one of"),
@@ -201,13 +206,23 @@ def test_a_broken_checkpoint_is_one_line(monkeypatch, capsys, tmp_path, checkpoi
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, capsys, tmp_path, arguments, message):
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     code, out, err = run(monkeypatch, capsys, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("lightning-attention: ")
     assert err.count("\n") == 1
     assert message in err
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_the_command_has_the_defaults_of_the_library():
+    command = inspect.signature(train_command).parameters
+    for field in fields(TrainingOptions):
+        if field.name not in ("output", "data"):
+            assert command[field.name].default == field.default, field.name
 
 
 def test_info(monkeypatch, capsys):

@@ -29,6 +29,8 @@ CASES = [
     Case(K=5, V=7),
     Case(K=192, V=1, T=C + 5),
     Case(K=1, V=96),
+    Case(K=0, V=3),
+    Case(K=3, V=0),
     Case(lengths=(5,)),
     Case(lengths=()),
     Case(lengths=(0, 0)),

@@ -25,6 +25,7 @@ BAD = [
     ({"k": torch.randn(1, 6, 2, 5)}, ValueError, "k must have the shape of q"),
     ({"v": torch.randn(1, 5, 2, 3)}, ValueError, r"v must be \[1, 6, 2, 'V'\] to fit q, got shape \(1, 5, 2, 3\)"),
     ({"v": torch.randn(6, 2, 3)}, ValueError, "v must be"),
+    ({name: torch.ones(1, 6, 0, 4) for name in "qkv"}, ValueError, r"q must have at least one head"),
     ({"q": torch.ones(1, 6, 2, 4, dtype=torch.int64)}, TypeError, "q must be one of torch.float64"),
     ({"k": torch.randn(1, 6, 2, 4).half()}, TypeError, "k must have the dtype of q torch.float32, got torch.float16"),
     ({"v": torch.randn(1, 6, 2, 3).double()}, TypeError, "v must have the dtype of q"),

@@ -82,6 +82,13 @@ def test_fake_tensors():
         assert packed.final_state.shape == (8, 4, 64, 32)
 
 
+def test_meta_tensors():
+    q = torch.empty(2, 9, 4, 8, device="meta")
+    o, state = lightning_attention(q, q, q, torch.empty(4, device="meta"), output_final_state=True)
+    assert state is not None
+    assert (o.device.type, o.shape, state.shape) == ("meta", q.shape, (2, 4, 8, 8))
+
+
 def test_autocast():
     """q, k and v are cast, whatever mixture they come in; decay and state stay float32, and so do gradients."""
     inputs = make_inputs(Case(), torch.float32)

@@ -179,6 +179,9 @@ def test_an_unfinished_corpus_is_not_used(tmp_path, monkeypatch):
         patch.setattr(corpus_module, "_tokenize", stop)
         with pytest.raises(KeyboardInterrupt):
             Corpus.prepare(tmp_path / "corpus", Sources.find([folder]), byte_tokenizer(), 0.5)
+    assert not (tmp_path / "corpus").exists()
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "tokens.bin").write_bytes(b"12345678")  # what a kill may leave
     with pytest.raises(ValueError, match="no tokenized corpus"):
         Corpus.open(tmp_path / "corpus")
     corpus = Corpus.prepare(tmp_path / "corpus", Sources.find([folder]), byte_tokenizer(), 0.5)

@@ -25,7 +25,7 @@ def bench() -> None:
 def op(
     output: Annotated[Path, Option(help="Folder for op.json and op.png.")] = Path("benchmark"),
     length: Annotated[
-        list[int] | None, Option(help="Sequence length; repeat for more. [default: 512 to 65536, doubling]")
+        list[int] | None, Option(help="Sequence length; repeat for more. By default 512 to 65536, doubling.")
     ] = None,
     batch_size: Annotated[int, Option(help="Sequences.")] = 1,
     heads: Annotated[int, Option(help="Heads.")] = 8,

@@ -9,7 +9,7 @@ from typer import Option
 
 def generate(
     checkpoint: Annotated[Path, Option(help="A checkpoint, or the output folder of a run.")],
-    prompt: Annotated[str | None, Option(help="Text to go on from. [default: standard input]")] = None,
+    prompt: Annotated[str | None, Option(help="Text to go on from. By default standard input.")] = None,
     max_new_tokens: Annotated[int, Option(help="Tokens to write, at most.")] = 256,
     temperature: Annotated[float, Option(help="0 takes the likeliest token every time.")] = 1.0,
     top_k: Annotated[int, Option(help="Sample from the k likeliest tokens; 0 is all.")] = 0,

@@ -19,7 +19,7 @@ def train(
     data: Annotated[
         list[Path] | None,
         Option(
-            help="File or folder: text, code, .jsonl. Repeat for more. [default: Python's standard library]",
+            help="File or folder: text, code, .jsonl. Repeat for more. By default Python's standard library.",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -36,7 +36,7 @@ def train(
         Path | None, Option(help="JSON file of a model configuration, instead of a size.", rich_help_panel=MODEL)
     ] = None,
     decay_preset: Annotated[
-        str | None, Option(help="Decays by name. [default: transnormer]", rich_help_panel=MODEL)
+        str | None, Option(help="Decays by name. By default those of the configuration.", rich_help_panel=MODEL)
     ] = None,
     steps: Annotated[int, Option(help="Optimizer steps.", rich_help_panel=RUN)] = 1000,
     batch_size: Annotated[int, Option(help="Rows a process takes at a time.", rich_help_panel=RUN)] = 8,

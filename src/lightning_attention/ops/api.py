@@ -122,7 +122,7 @@ def lightning_attention_step(
 def _autocast(*inputs: Tensor) -> list[Tensor]:
     """As for PyTorch's own matrix products: what is on the device being autocast is cast, float64 is not."""
     device = inputs[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not library.is_autocast_enabled(device):
         return list(inputs)
     dtype = torch.get_autocast_dtype(device)
     return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in inputs]

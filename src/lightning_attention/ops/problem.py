@@ -92,6 +92,8 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> 
         raise ValueError(f"k must have the shape of q {tuple(q.shape)}, got {tuple(k.shape)}")
     if v.dim() != q.dim() or v.shape[:-1] != q.shape[:-1]:
         raise ValueError(f"v must be {[*q.shape[:-1], 'V']} to fit q, got shape {tuple(v.shape)}")
+    if q.shape[2] == 0:
+        raise ValueError(f"q must have at least one head, got shape {tuple(q.shape)}")
     if q.dtype not in DTYPES:
         raise TypeError(f"q must be one of {', '.join(map(str, DTYPES))}, got {q.dtype}")
     for name, tensor in (("k", k), ("v", v)):

@@ -82,18 +82,23 @@ class Corpus:
             corpus = cls.open(folder)
             if corpus.fingerprint == fingerprint:
                 return corpus
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         dtype = _dtype(len(tokenizer))
         unfinished = folder / "tokens.unfinished"
         num_tokens = num_documents = 0
-        with unfinished.open("wb") as file:
-            for tokens, ends in _tokenize(sources, tokenizer, progress):
-                file.write(np.array(tokens, dtype=dtype).tobytes())
-                num_tokens += len(tokens)
-                num_documents += ends
-        if num_documents == 0:
-            shutil.rmtree(folder)
-            raise ValueError("the data holds no text")
+        try:
+            with unfinished.open("wb") as file:
+                for tokens, ends in _tokenize(sources, tokenizer, progress):
+                    file.write(np.array(tokens, dtype=dtype).tobytes())
+                    num_tokens += len(tokens)
+                    num_documents += ends
+            if num_documents == 0:
+                raise ValueError("the data holds no text")
+        except BaseException:
+            if is_new:
+                shutil.rmtree(folder)
+            raise
         os.replace(unfinished, folder / "tokens.bin")
         stream = np.memmap(folder / "tokens.bin", dtype=dtype, mode="r")
         num_train = _cut(stream, eos_token_id, held_out_fraction)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,12 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
         if not resume and _file(options.output).exists():
             raise ValueError(f"{options.output} holds a run already: resume it, or choose another output")
         if not resume:
-            _prepare_corpus(options, corpus_folder, tokenizer, console)
+            try:
+                _prepare_corpus(options, corpus_folder, tokenizer, console)
+            except BaseException:
+                with suppress(OSError):
+                    options.output.rmdir()  # unless there was something in it
+                raise
     process.wait_for_everyone()
     corpus = Corpus.open(corpus_folder)
     if corpus.num_held_out < options.sequence_length:
