@@ -114,6 +114,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(files):
     process.send_signal(signal.SIGKILL)
     process.wait()
     (files / "data.txt").write_text("other text, which the run must not notice")
+    (files / "model.json").unlink()
     assert max(losses(files / "killed"), default=0) < 200
     output = subprocess.run(
         [*COMMAND, "train", "--resume", "--output", str(files / "killed")],

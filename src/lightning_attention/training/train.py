@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, set_seed
 
 from ..models import LightningConfig, LightningForCausalLM
 from ..models.checkpoint import checkpoint_step, checkpoints, last_checkpoint
@@ -116,8 +116,8 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
 
     Args:
         options: see there.
-        resume: continue from the last complete checkpoint with the tokens there are, in the same order; from the start
-            if there is no checkpoint.
+        resume: continue from the last complete checkpoint, with its model and tokenizer and the tokens there are, in
+            the same order; from the start if there is no checkpoint.
         console: where to report.
 
     Returns:
@@ -128,8 +128,9 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
         OSError: a checkpoint could not be written; earlier ones are intact.
     """
     console = console or Console()
-    tokenizer = load_tokenizer(options.tokenizer)
-    config = _configuration(options, tokenizer)
+    found = checkpoints(options.output) if resume else []
+    tokenizer = load_tokenizer(str(found[-1]) if found else options.tokenizer)
+    config = LightningConfig.from_pretrained(found[-1]) if found else _configuration(options, tokenizer)
     arguments = _arguments(options)
     process = PartialState()  # of the process group that the arguments have set up
     if not process.is_main_process:
@@ -161,8 +162,10 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
         options.save()
     tokens_per_step = options.sequence_length * arguments.train_batch_size * arguments.world_size * options.accumulate
     metrics = options.output / "metrics.jsonl"
+    set_seed(options.seed)
+    model = LightningForCausalLM(config)
     trainer = CheckpointingTrainer(
-        model_init=lambda: LightningForCausalLM(config),
+        model=model,
         args=arguments,
         train_dataset=rows,
         eval_dataset=held_out,
@@ -170,12 +173,10 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
         callbacks=[MetricsCallback(metrics, tokens_per_step, console)],
     )
     trainer.remove_callback(PrinterCallback)
-    num_parameters = sum(parameter.numel() for parameter in LightningForCausalLM(config).parameters())
     console.print(
-        f"{num_parameters / 1e6:.1f}M parameters on {arguments.world_size} x {arguments.device.type}, "
+        f"{model.num_parameters() / 1e6:.1f}M parameters on {arguments.world_size} x {arguments.device.type}, "
         f"{corpus.num_train:,} tokens of {corpus.num_documents:,} documents, {tokens_per_step:,} tokens a step"
     )
-    found = checkpoints(options.output) if resume else []
     if found:
         console.print(f"resuming from {found[-1]}")
     if not found or checkpoint_step(found[-1]) < options.steps:  # the Trainer would take one step more
