@@ -101,7 +101,7 @@ def _cpu() -> str:
 
 def _commit() -> str | None:
     """Of the checkout this package is installed from, with `-dirty` if its source differs from it."""
-    command = ["git", "-C", str(Path(__file__).parent)]
+    command = ["git", "-C", str(Path(__file__).parents[1])]
     try:
         commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
         changed = subprocess.run([*command, "status", "--porcelain", "."], capture_output=True, text=True, check=True)

@@ -29,8 +29,8 @@ def choose_backend(name: str, problem: Problem) -> str:
 
 
 def is_autocast_enabled(device_type: str) -> bool:
-    """Also for devices that autocast does not know, such as meta."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    """Also for meta, a device that autocast does not know."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _operator(fake: Callable, mutates_args: Iterable[str] = ()) -> Callable[[Callable], OpOverload]:
