@@ -74,12 +74,14 @@ def test_files_and_folders(tmp_path):
     folder = write(tmp_path / "data", a_txt="one", b_py="two", c_jsonl='{"text": "three"}\n\n{"text": "four"}\n')
     (folder / "binary").write_bytes(b"\x00\x01")
     (folder / "latin").write_bytes("é".encode("latin-1"))
+    write(folder / "tests", test_py="six")
     (folder / ".git").mkdir()
     (folder / ".git" / "HEAD").write_text("no text of the user's")
     alone = write(tmp_path / "more", d_txt="five") / "d.txt"
     sources = Sources.find([folder, alone])
-    assert sorted("".join(pieces) for pieces in sources.documents()) == ["five", "four", "one", "three", "two"]
+    assert sorted("".join(pieces) for pieces in sources.documents()) == ["five", "four", "one", "six", "three", "two"]
     assert sources.skipped == 2
+    assert len(Sources.find([folder, alone], without=["tests"]).files) == len(sources.files) - 1
     assert Sources.find([folder, alone], seed=1).files != sources.files
 
 

@@ -4,12 +4,12 @@ import json
 import os
 import random
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 PIECE = 1 << 18  # characters read at a time, so that no document has to fit in memory
-SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages", "test", "tests"}
+SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,12 @@ class Sources:
     skipped: int = 0
 
     @classmethod
-    def find(cls, paths: Iterable[Path], text_field: str = "text", seed: int = 0) -> "Sources":
+    def find(
+        cls, paths: Iterable[Path], text_field: str = "text", seed: int = 0, without: Collection[str] = ()
+    ) -> "Sources":
         """Files as given, folders searched; shuffled, so that the end of the corpus is a sample of it.
+
+        Hidden files, caches, installed packages and folders named in `without` are left out.
 
         Raises:
             ValueError: a path does not exist, a file named is not UTF-8 text, or there is no file at all.
@@ -36,7 +40,7 @@ class Sources:
         files, skipped = [], 0
         for path in paths:
             if path.is_dir():
-                found = sorted(_walk(path))
+                found = sorted(_walk(path, SKIPPED_FOLDERS | set(without)))
                 texts = [file for file in found if _is_text(file)]
                 files, skipped = files + texts, skipped + len(found) - len(texts)
             elif not path.is_file():
@@ -85,9 +89,9 @@ def standard_library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, skipped: set[str]) -> Iterator[Path]:
     for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in SKIPPED_FOLDERS and not name.startswith("."))
+        folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("."))
         yield from (Path(root) / name for name in files if not name.startswith("."))
 
 

@@ -214,7 +214,10 @@ def _configuration(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast)
 def _prepare_corpus(
     options: TrainingOptions, folder: Path, tokenizer: PreTrainedTokenizerFast, console: Console
 ) -> None:
-    sources = Sources.find(options.data or (standard_library(),), options.text_field, options.seed)
+    if options.data:
+        sources = Sources.find(options.data, options.text_field, options.seed)
+    else:
+        sources = Sources.find([standard_library()], seed=options.seed, without=("test", "tests"))
     with console.status("tokenizing") as status:
         corpus = Corpus.prepare(
             folder,
