@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_model import VOCAB, make_config, tokens
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 from lightning_attention.models import LightningCache, LightningForCausalLM, LightningModel
 from lightning_attention.ops.chunked import CHUNK_SIZE
@@ -117,7 +117,7 @@ def test_a_row_of_padding_keeps_its_state(model):
     assert cache.positions.tolist() == [6, 3]
 
 
-@pytest.mark.parametrize("how", ["cu_seqlens", "position_ids", "rows"])
+@pytest.mark.parametrize("how", ["cu_seqlens", "int32", "position_ids", "rows"])
 def test_packed_documents_do_not_leak(model, how):
     """Each document gives the logits it gives alone, and no gradient reaches another."""
     lengths = [9, CHUNK_SIZE + 2, 1, 20]
@@ -126,6 +126,7 @@ def test_packed_documents_do_not_leak(model, how):
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     options = {
         "cu_seqlens": lambda: {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0), "inputs_embeds": embeds},
+        "int32": lambda: {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(), "inputs_embeds": embeds},
         "position_ids": lambda: {"position_ids": positions, "inputs_embeds": embeds},
         "rows": lambda: {"position_ids": positions.view(2, -1), "inputs_embeds": embeds.view(2, -1, embeds.shape[-1])},
     }[how]()
@@ -266,3 +267,12 @@ def test_errors(model, index):
     arguments, message = bad_inputs(model)[index]
     with pytest.raises(ValueError, match=message):
         model(**arguments)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_caches_that_cannot_be(model):
+    with pytest.raises(TypeError, match="past_key_values must be a LightningCache, got DynamicCache"):
+        model(tokens(1, 3), past_key_values=DynamicCache(config=model.config))
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient checkpointing would advance past_key_values twice"):
+        model.train()(tokens(1, 3), past_key_values=LightningCache(3))

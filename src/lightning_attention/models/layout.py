@@ -44,7 +44,7 @@ class Layout:
     @classmethod
     def of_packed(cls, cu_seqlens: Tensor, length: int) -> "Layout":
         """The sequences of one row of `length` tokens."""
-        token = torch.arange(length, device=cu_seqlens.device)
+        token = torch.arange(length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
         starts = cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]
         return cls((1, length), (token - starts)[None], cu_seqlens)
 

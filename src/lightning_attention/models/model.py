@@ -49,10 +49,10 @@ class LightningPreTrainedModel(PreTrainedModel):
     config_class = LightningConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LightningDecoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["LightningDecoderLayer"]
     # The state cannot be rolled back, so transformers must not offer assisted generation.
     _is_stateful = True
-    _keep_in_fp32_modules_strict = ["theta"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["theta"]
     _can_compile_fullgraph = True
 
     @torch.no_grad()
@@ -104,9 +104,16 @@ class LightningModel(LightningPreTrainedModel):
 
         Raises:
             ValueError: inputs that contradict each other.
+            TypeError: the cache is not a `LightningCache`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        checkpointing = self.gradient_checkpointing and self.training
+        if past_key_values is not None:
+            if not isinstance(past_key_values, LightningCache):
+                raise TypeError(f"past_key_values must be a LightningCache, got {type(past_key_values).__name__}")
+            if checkpointing:
+                raise ValueError("gradient checkpointing would advance past_key_values twice: leave one of them out")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         x = x * self.config.hidden_size**0.5
         batch_size, length = x.shape[:2]
@@ -116,7 +123,6 @@ class LightningModel(LightningPreTrainedModel):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         is_packed = layout.cu_seqlens is not None and mask is None
-        checkpointing = self.gradient_checkpointing and self.training
         cache = past_key_values
         if cache is None and use_cache and not is_packed and not checkpointing:
             cache = LightningCache(self.config.num_hidden_layers)
@@ -164,7 +170,7 @@ class LightningModel(LightningPreTrainedModel):
 class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
     """The language model: `LightningModel`, and logits over the vocabulary."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: LightningConfig):
         super().__init__(config)

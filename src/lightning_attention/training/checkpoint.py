@@ -42,7 +42,8 @@ class CheckpointingTrainer(Trainer):
         if self.args.should_save:
             _flush(unfinished)
             os.replace(unfinished / name, folder / name)
-            for old in checkpoints(folder)[: -(self.args.save_total_limit or 0) or None]:
+            kept = self.args.save_total_limit
+            for old in checkpoints(folder)[:-kept] if kept else []:
                 os.replace(old, unfinished / old.name)
             shutil.rmtree(unfinished)
 

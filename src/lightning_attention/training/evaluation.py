@@ -17,7 +17,7 @@ class Evaluation:
     Attributes:
         loss: of the model.
         unigram: of the frequencies of the training part.
-        uniform: of all tokens alike, `ln(vocab_size)`.
+        uniform: of all symbols alike, `ln(num_symbols)`.
         num_tokens: tokens predicted.
     """
 
