@@ -3,10 +3,35 @@
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import pytest
 import torch
 from torch import Tensor
 
+from lightning_attention import lightning_attention
 from lightning_attention.ops import reference
+
+# The Triton kernels run on a GPU, or on a CPU under Triton's interpreter: see conftest.py.
+BACKENDS = ("chunked", "reference", pytest.param("triton", marks=pytest.mark.triton))
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def dtype_of(backend: str) -> torch.dtype:
+    """The widest it has."""
+    return torch.float32 if backend == "triton" else torch.float64
+
+
+def attention(backend: str = "auto"):
+    """`lightning_attention`, with its final state always there."""
+
+    def call(q, k, v, log_decay, **options) -> tuple[Tensor, Tensor]:
+        o, state = lightning_attention(q, k, v, log_decay, output_final_state=True, backend=backend, **options)
+        assert state is not None
+        return o, state
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -40,6 +65,9 @@ class Inputs:
     scale: float
     do: Tensor
     d_final_state: Tensor
+
+    def on(self, device: str) -> "Inputs":
+        return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)})
 
     def to(self, dtype: torch.dtype) -> "Inputs":
         state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -129,8 +157,8 @@ def plain(q, k, v, log_decay, *, initial_state, cu_seqlens, scale):
     for n in range(q.shape[0] if bounds is None else len(bounds) - 1):
         at = (slice(n, n + 1),) if bounds is None else (slice(None), slice(bounds[n], bounds[n + 1]))
         qs, ks, vs = (x[at].transpose(1, 2) for x in (q, k, v))
-        t = torch.arange(qs.shape[2])
-        rates = torch.zeros(q.shape[2]) if log_decay is None else log_decay
+        t = torch.arange(qs.shape[2], device=q.device)
+        rates = torch.zeros(q.shape[2], device=q.device) if log_decay is None else log_decay
         distance = (t[:, None] - t).clamp_min(0)
         mask = torch.exp(rates[:, None, None] * distance).tril().to(q.dtype)
         o = scale * ((qs @ ks.mT) * mask) @ vs
@@ -149,13 +177,13 @@ def error(actual: Tensor, exact: Tensor) -> float:
     """Root mean square, relative to that of the exact result."""
     if exact.numel() == 0:
         return 0.0
-    difference = (actual.double() - exact).square().mean().sqrt()
+    difference = (actual.to(exact.device).double() - exact).square().mean().sqrt()
     return (difference / exact.square().mean().sqrt().clamp_min(1e-30)).item()
 
 
 def assert_accurate(actual: dict[str, Tensor], inputs: Inputs) -> None:
     """The rule: the error against float64 is at most twice that of plain PyTorch in that dtype, plus one rounding."""
-    exact = run(definition, inputs.to(torch.float64))
+    exact = run(definition, inputs.on("cpu").to(torch.float64))
     baseline = run(plain, inputs)
     for name, value in actual.items():
         assert value.shape == exact[name].shape, name

@@ -2,16 +2,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Case, assert_accurate, definition, error, make_inputs, run
-from torch import Tensor
+from oracle import BACKENDS, Case, assert_accurate, attention, definition, device_of, dtype_of, error, make_inputs, run
 
 from lightning_attention import lightning_attention
 from lightning_attention.ops import reference
 from lightning_attention.ops.chunked import CHUNK_SIZE
 from lightning_attention.ops.problem import DTYPES
 
-BACKENDS = ("chunked", "reference")
 C = CHUNK_SIZE
+# In float32 the reference, which adds token after token, is less accurate than any product of matrices.
+BACKENDS_AND_DTYPES = [
+    *(("chunked", dtype) for dtype in DTYPES),
+    ("reference", torch.float64),
+    ("reference", torch.bfloat16),
+    *(pytest.param("triton", dtype, marks=pytest.mark.triton) for dtype in (torch.float32, torch.float16)),
+    pytest.param("triton", torch.bfloat16, marks=pytest.mark.gpu),
+]
 
 CASES = [
     Case(),
@@ -41,30 +47,19 @@ CASES = [
 ]
 
 
-def attention(backend):
-    def call(q, k, v, log_decay, **options) -> tuple[Tensor, Tensor]:
-        o, state = lightning_attention(q, k, v, log_decay, output_final_state=True, backend=backend, **options)
-        assert state is not None
-        return o, state
-
-    return call
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize(
-    ("backend", "dtype"),
-    # In float32 the reference, which adds token after token, is less accurate than any product of matrices.
-    [*(("chunked", dtype) for dtype in DTYPES), ("reference", torch.float64), ("reference", torch.bfloat16)],
-    ids=str,
-)
+@pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES, ids=str)
 def test_matches_the_definition(backend, case, dtype):
+    inputs = make_inputs(case, dtype).on(device_of(backend))
+    if backend == "triton" and min(case.K, case.V) == 0:
+        with pytest.raises(NotImplementedError, match="head sizes must be 1 to 256"):
+            run(attention(backend), inputs)
+        return
     if case.lengths == () or case.B == 0:
-        inputs = make_inputs(case, dtype)
         o, state = attention(backend)(inputs.q, inputs.k, inputs.v, inputs.log_decay, **inputs.options())
         assert o.shape == inputs.v.shape
         assert state.shape == inputs.d_final_state.shape
         return
-    inputs = make_inputs(case, dtype)
     actual = run(attention(backend), inputs)
     assert actual["o"].dtype == dtype
     assert actual["o"].is_contiguous()
@@ -95,32 +90,35 @@ def test_chunked_is_recurrent(case):
         assert error(value, exact[name]) < 1e-12, name
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 3 * C), st.data())
-def test_pieces_are_the_whole(T, data):
+PROPERTY_BACKENDS = ("chunked", pytest.param("triton", marks=pytest.mark.triton))
+
+
+@pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
+@settings(max_examples=15, deadline=None)
+@given(T=st.integers(1, 3 * C), data=st.data())
+def test_pieces_are_the_whole(backend, T, data):
     cut = data.draw(st.integers(0, T))
-    inputs = make_inputs(Case(T=T))
-    whole = run(attention("chunked"), inputs)
 
     def in_pieces(q, k, v, log_decay, *, initial_state, **options):
         pieces, state = [], initial_state
         for piece in (slice(0, cut), slice(cut, T)):
-            o, state = attention("chunked")(
+            o, state = attention(backend)(
                 q[:, piece], k[:, piece], v[:, piece], log_decay, initial_state=state, **options
             )
             pieces.append(o)
         return torch.cat(pieces, dim=1), state
 
-    for name, value in run(in_pieces, inputs).items():
-        assert error(value, whole[name]) < 1e-12, name
+    inputs = make_inputs(Case(T=T), dtype_of(backend)).on(device_of(backend))
+    assert_accurate(run(in_pieces, inputs), inputs)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 2 * C), min_size=1, max_size=5), st.permutations(range(5)))
-def test_packed_is_one_by_one(lengths, permutation):
+@pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(0, 2 * C), min_size=1, max_size=5), permutation=st.permutations(range(5)))
+def test_packed_is_one_by_one(backend, lengths, permutation):
     """Also in any order: packing is a set of independent sequences."""
-    inputs = make_inputs(Case(lengths=tuple(lengths)))
-    packed = run(attention("chunked"), inputs)
+    inputs = make_inputs(Case(lengths=tuple(lengths)), dtype_of(backend)).on(device_of(backend))
+    packed = run(attention(backend), inputs)
     order = [n for n in permutation if n < len(lengths)]
     assert inputs.cu_seqlens is not None
     bounds = inputs.cu_seqlens.tolist()
@@ -129,35 +127,38 @@ def test_packed_is_one_by_one(lengths, permutation):
         results = {}
         for n in order:
             at = slice(bounds[n], bounds[n + 1])
-            results[n] = attention("chunked")(
+            results[n] = attention(backend)(
                 q[:, at], k[:, at], v[:, at], log_decay, initial_state=initial_state[n : n + 1], scale=scale
             )
         in_order = [results[n] for n in range(len(lengths))]
         return torch.cat([o for o, _ in in_order], dim=1), torch.cat([state for _, state in in_order])
 
+    rounding = 8 * torch.finfo(inputs.q.dtype).eps
     for name, value in run(one_by_one, inputs).items():
-        assert error(value, packed[name]) < 1e-12, name
+        assert error(value, packed[name].double()) < rounding, name
 
 
-def test_a_permuted_batch_is_a_permuted_result():
-    inputs = make_inputs(Case(B=4, T=C + 9), torch.float32)
+@pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
+def test_a_permuted_batch_is_a_permuted_result(backend):
+    inputs = make_inputs(Case(B=4, T=C + 9), torch.float32).on(device_of(backend))
     q, k, v = inputs.q, inputs.k, inputs.v
     order = torch.tensor([2, 0, 3, 1])
-    straight, _ = lightning_attention(q, k, v, inputs.log_decay)
-    permuted, _ = lightning_attention(q[order], k[order], v[order], inputs.log_decay)
+    straight, _ = lightning_attention(q, k, v, inputs.log_decay, backend=backend)
+    permuted, _ = lightning_attention(q[order], k[order], v[order], inputs.log_decay, backend=backend)
     torch.testing.assert_close(permuted, straight[order], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_head_that_forgets_at_once(backend):
     """log_decay of -inf is λ = 0: every token sees itself alone."""
-    inputs = make_inputs(Case(T=C + 3))
-    forgets = torch.full((3,), -torch.inf)
+    inputs = make_inputs(Case(T=C + 3), dtype_of(backend)).on(device_of(backend))
+    forgets = torch.full((3,), -torch.inf, device=inputs.q.device)
     o, state = attention(backend)(inputs.q, inputs.k, inputs.v, forgets, **inputs.options())
-    q, k, v = inputs.q, inputs.k, inputs.v
-    assert error(o, (q * k).sum(-1, keepdim=True) * v) < 1e-13
-    assert error(state, k[:, -1, :, :, None] * v[:, -1, :, None, :]) < 1e-13
-    assert error(reference.quadratic(q, k, v, forgets, 1.0), o) < 1e-13
+    q, k, v = (x.double() for x in (inputs.q, inputs.k, inputs.v))
+    rounding = 4 * torch.finfo(inputs.q.dtype).eps
+    assert error(o, (q * k).sum(-1, keepdim=True) * v) < rounding
+    assert error(state, k[:, -1, :, :, None] * v[:, -1, :, None, :]) < rounding
+    assert error(reference.quadratic(q, k, v, forgets, 1.0), o.double()) < rounding
 
 
 def test_the_quadratic_form_is_the_recurrence():
@@ -166,7 +167,7 @@ def test_the_quadratic_form_is_the_recurrence():
     assert error(reference.quadratic(inputs.q, inputs.k, inputs.v, inputs.log_decay, 0.5), o) < 1e-13
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
 @pytest.mark.parametrize("case", [Case(T=5, K=2, V=3), Case(lengths=(3, 0, 4), K=2, V=2, scale=0.5)], ids=str)
 def test_gradcheck(backend, case):
     inputs = make_inputs(case)
@@ -212,21 +213,23 @@ def test_a_second_derivative_is_refused():
 def test_any_strides(backend, lengths):
     """Head-first views, slices of one projection, a broadcast head and a gradient that is expanded."""
     B, T, H, D = (2, C + 3, 3, 8) if lengths is None else (1, sum(lengths), 3, 8)
-    cu_seqlens = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
-    q = torch.randn(B, H, T, D, dtype=torch.float64).transpose(1, 2)
-    k = torch.randn(B, T, 3 * H * D, dtype=torch.float64)[..., D : D + H * D].unflatten(-1, (H, D))
-    v = torch.randn(B, T, 1, 2 * D, dtype=torch.float64)[..., ::2].expand(-1, -1, H, -1)
-    log_decay = -torch.rand(2 * H)[::2]
-    leaves, copies = (q, k, v), (q.contiguous(), k.contiguous(), v.contiguous())
+    new = {"dtype": dtype_of(backend), "device": device_of(backend)}
+    cu_seqlens = None if lengths is None else torch.tensor([0, *lengths], device=new["device"]).cumsum(0)
+    q = torch.randn(B, H, T, D, **new).transpose(1, 2)
+    k = torch.randn(B, T, 3 * H * D, **new)[..., D : D + H * D].unflatten(-1, (H, D))
+    v = torch.randn(B, T, 1, 2 * D, **new)[..., ::2].expand(-1, -1, H, -1)
+    log_decay = -torch.rand(2 * H, device=new["device"])[::2]
+    leaves, copies = (q, k, v), [x.double().contiguous() for x in (q, k, v)]
     for x in (*leaves, *copies):
         x.requires_grad_()
     o, _ = lightning_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens, backend=backend)
     expected, _ = attention("reference")(*copies, log_decay, cu_seqlens=cu_seqlens)
-    assert error(o, expected) < 1e-13
+    rounding = 8 * torch.finfo(new["dtype"]).eps
+    assert error(o, expected) < rounding
     for actual, exact in zip(
         torch.autograd.grad(o.sum(), leaves), torch.autograd.grad(expected.sum(), copies), strict=True
     ):
-        assert error(actual, exact) < 1e-13
+        assert error(actual, exact) < rounding
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -235,31 +238,35 @@ def test_every_element_is_written(backend):
     torch.use_deterministic_algorithms(True)
     try:
         for case in (Case(T=C + 1), Case(lengths=(2, 0, C + 1))):
-            for name, value in run(attention(backend), make_inputs(case)).items():
+            inputs = make_inputs(case, dtype_of(backend)).on(device_of(backend))
+            for name, value in run(attention(backend), inputs).items():
                 assert value.isfinite().all(), name
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def test_inputs_are_left_alone():
-    inputs = make_inputs(Case(T=C + 1, scale=0.5))
+@pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
+def test_inputs_are_left_alone(backend):
+    inputs = make_inputs(Case(T=C + 1, scale=0.5), dtype_of(backend)).on(device_of(backend))
     before = {name: value.clone() for name, value in vars(inputs).items() if isinstance(value, torch.Tensor)}
-    run(attention("chunked"), inputs)
+    run(attention(backend), inputs)
     for name, value in before.items():
         assert torch.equal(getattr(inputs, name), value), name
 
 
-def test_the_same_call_gives_the_same_bits():
-    inputs = make_inputs(Case(T=3 * C + 5, H=4, K=32, V=32), torch.float32)
-    first, second = run(attention("chunked"), inputs), run(attention("chunked"), inputs)
+@pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
+def test_the_same_call_gives_the_same_bits(backend):
+    inputs = make_inputs(Case(T=3 * C + 5, H=4, K=32, V=32), torch.float32).on(device_of(backend))
+    first, second = run(attention(backend), inputs), run(attention(backend), inputs)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
 
 
-def test_the_future_does_not_reach_the_past():
-    inputs = make_inputs(Case(T=2 * C), torch.float32)
-    o, _ = lightning_attention(inputs.q, inputs.k, inputs.v, inputs.log_decay)
+@pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
+def test_the_future_does_not_reach_the_past(backend):
+    inputs = make_inputs(Case(T=2 * C), torch.float32).on(device_of(backend))
+    o, _ = lightning_attention(inputs.q, inputs.k, inputs.v, inputs.log_decay, backend=backend)
     k, v = inputs.k.clone(), inputs.v.clone()
     k[:, C + 10 :], v[:, C + 10 :] = float("nan"), float("nan")
-    poisoned, _ = lightning_attention(inputs.q, k, v, inputs.log_decay)
+    poisoned, _ = lightning_attention(inputs.q, k, v, inputs.log_decay, backend=backend)
     assert torch.equal(poisoned[:, :C], o[:, :C])

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from oracle import Case, error, make_inputs, run
+from oracle import BACKENDS, Case, device_of, dtype_of, error, make_inputs, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_attention import lightning_attention, lightning_attention_step
@@ -15,27 +15,25 @@ CASES = [Case(T=20, K=4, V=6), Case(lengths=(7, 0, 13), K=4, V=6)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.filterwarnings("ignore")
 def test_opcheck(backend, case):
-    inputs = make_inputs(case)
-    for x in (inputs.q, inputs.k, inputs.v, inputs.state):
-        x.requires_grad_()
-    qkv, state = (inputs.q, inputs.k, inputs.v), inputs.state
+    inputs = make_inputs(case, dtype_of(backend)).on(device_of(backend))
+    qkv = (inputs.q, inputs.k, inputs.v)
     common = (inputs.cu_seqlens, 0.5, backend)
-    torch.library.opcheck(library.forward, (*qkv, inputs.log_decay, state, *common))
+    torch.library.opcheck(library.forward, (*qkv, inputs.log_decay, inputs.state, *common))
     torch.library.opcheck(library.forward, (*qkv, None, None, *common))
-    detached = [x.detach() for x in (*qkv, inputs.do)]
     torch.library.opcheck(
-        library.backward, (*detached, inputs.log_decay, state.detach(), inputs.d_final_state, *common)
+        library.backward, (*qkv, inputs.do, inputs.log_decay, inputs.state, inputs.d_final_state, *common)
     )
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("indices", [None, torch.tensor([1, -1])], ids=["all", "slots"])
 @pytest.mark.filterwarnings("ignore")
 def test_opcheck_step(backend, indices):
-    inputs = make_inputs(Case(T=1))
+    inputs = make_inputs(Case(T=1), dtype_of(backend)).on(device_of(backend))
+    indices = None if indices is None else indices.to(device_of(backend))
     torch.library.opcheck(
         library.step,
         (inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.state, indices, 1.0, backend),

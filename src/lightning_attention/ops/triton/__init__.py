@@ -1,0 +1,60 @@
+"""Portable GPU kernels, in Triton: NVIDIA from Ampere on. On a CPU they run under Triton's interpreter, for tests."""
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+from .config import MAX_HEAD_DIM
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    reasons = _unsupported_device(problem.device)
+    if problem.dtype == torch.float64:
+        reasons = [*reasons, "float64 has no tensor cores"]
+    if problem.dtype == torch.bfloat16 and problem.device.type == "cpu":
+        reasons = [*reasons, "the interpreter has no bfloat16 products"]
+    if not (1 <= problem.key_dim <= MAX_HEAD_DIM and 1 <= problem.value_dim <= MAX_HEAD_DIM):
+        sizes = f"K = {problem.key_dim} and V = {problem.value_dim}"
+        reasons = [*reasons, f"head sizes must be 1 to {MAX_HEAD_DIM}, got {sizes}"]
+    return reasons
+
+
+# The kernels are imported when they are first called: Triton is not installed everywhere, and takes its time.
+
+
+def forward(*arguments) -> tuple[Tensor, Tensor]:
+    from .launch import forward
+
+    return forward(*arguments)
+
+
+def backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from .launch import backward
+
+    return backward(*arguments)
+
+
+def step(*arguments) -> Tensor:
+    from .launch import step
+
+    return step(*arguments)
+
+
+@torch.compiler.assume_constant_result
+def _unsupported_device(device: torch.device) -> list[str]:
+    return _reasons_of_device(device)
+
+
+@cache
+def _reasons_of_device(device: torch.device) -> list[str]:
+    if find_spec("triton") is None:
+        return ["triton is not installed"]
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return [] if major >= 8 else [f"compute capability must be 8.0 or more, {device} has {major}.{minor}"]
+    from triton import knobs
+
+    return [] if device.type == "cpu" and knobs.runtime.interpret else [f"it runs on GPUs, got {device}"]

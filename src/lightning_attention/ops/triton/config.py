@@ -1,0 +1,91 @@
+"""How the work is cut: tiles from the sizes of the heads, segments from how many programs there are. Pure functions."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+MAX_HEAD_DIM = 256
+
+# A state is as large as 85 tokens of q, k and v in bfloat16 at D = 128: so far apart, states are 4 % of the inputs.
+MIN_INTERVAL = 2048
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Of one program of a scan: C tokens by BK by BV, with `programs_per_sm` of them at once on a multiprocessor."""
+
+    C: int
+    BK: int
+    BV: int
+    num_warps: int
+    num_stages: int
+    programs_per_sm: int
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Of a row, one a program. A segment starts from the sum of what the intervals before it add to the state."""
+
+    length: int
+    interval: int
+    count: int
+
+    @property
+    def num_intervals(self) -> int:
+        """Those before the last segment: no other segment starts after it."""
+        return (self.count - 1) * (self.length // self.interval)
+
+
+@cache
+def scan_tiles(key_dim: int, value_dim: int, dtype: torch.dtype, precision: str) -> Tiles:
+    """Measured on an H200; 32 tokens a chunk keep state, output and two chunks in flight inside 255 registers."""
+    BK, BV = _power_of_two(key_dim), _power_of_two(value_dim)
+    if dtype == torch.float32 and precision == "ieee":
+        return Tiles(32, BK, min(BV, 32), num_warps=8 if BK > 128 else 4, num_stages=1, programs_per_sm=1)
+    if dtype == torch.float32:
+        return Tiles(32, BK, min(BV, 32), num_warps=8 if BK > 128 else 4, num_stages=2, programs_per_sm=1)
+    if BK > 128:
+        return Tiles(32, BK, min(BV, 128), num_warps=8, num_stages=3, programs_per_sm=1)
+    return Tiles(32, BK, min(BV, 64), num_warps=4, num_stages=4, programs_per_sm=2)
+
+
+@cache
+def interval_tiles(key_dim: int, value_dim: int, dtype: torch.dtype, precision: str) -> Tiles:
+    """The states alone leave room for longer chunks."""
+    tiles = scan_tiles(key_dim, value_dim, dtype, precision)
+    if dtype == torch.float32 or tiles.BK > 128:
+        return tiles
+    return Tiles(64, tiles.BK, tiles.BV, num_warps=4, num_stages=3, programs_per_sm=2)
+
+
+@cache
+def step_tiles(key_dim: int, value_dim: int) -> tuple[int, int]:
+    """BK and BV of the decoding kernel: about 4096 elements of the state, 32 a thread."""
+    BK = _power_of_two(key_dim)
+    return BK, min(_power_of_two(value_dim), max(16, 4096 // BK))
+
+
+def segments(length: int, programs: int, slots: int) -> Segments:
+    """One segment, unless that leaves the device half empty.
+
+    Args:
+        length: tokens T of a row.
+        programs: that work if rows are not cut.
+        slots: programs that the device holds at once.
+    """
+    count = min(slots // max(programs, 1), length // MIN_INTERVAL)
+    if count <= 1:
+        return Segments(max(length, 1), max(length, 1), 1)
+    intervals = max(1, length // count // MIN_INTERVAL)
+    interval = ceil_div(length, count * intervals * 64) * 64
+    return Segments(intervals * interval, interval, ceil_div(length, intervals * interval))
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_two(size: int) -> int:
+    """That covers a head; a product on tensor cores needs 16."""
+    return max(16, 1 << (size - 1).bit_length())

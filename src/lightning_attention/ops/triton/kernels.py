@@ -1,0 +1,371 @@
+"""The kernels, in Triton: one scan for outputs and all gradients, the states between its segments, and decoding.
+
+Every scan keeps the transposed state `Sᵀ` `[BV, BK]` in registers, where it is the left operand of `Sᵀ Qᵀ` without a
+trip through shared memory. Chunks are cut off where their sequence ends: nothing outside it is read.
+
+Names: `i_` index, `o_` offsets, `p_` pointer to the current chunk, `b_` block, `m_` mask. B rows, T tokens, H heads,
+N sequences, K and V head sizes, C tokens in a chunk, BK and BV tile sizes; BK covers K.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+# To a type checker, a kernel that calls another raises.
+jit: Any = triton.jit
+
+# exp(-104) is 0 in float32, denormal numbers included.
+LOG_OF_NOTHING: tl.constexpr = tl.constexpr(104.0)
+LOG2_E: tl.constexpr = tl.constexpr(1.44269502)
+LOG2_E_REST: tl.constexpr = tl.constexpr(1.92596299e-8)
+LOG_2: tl.constexpr = tl.constexpr(0.693147182)
+
+
+@jit(do_not_specialize=["scale", "T", "H", "N", "segment_length", "interval"])
+def scan_kernel(
+    q,
+    k,
+    v,
+    o,
+    log_decay,
+    initial_state,
+    interval_states,
+    final_state,
+    cu_seqlens,
+    scale,
+    T,
+    H,
+    N,
+    segment_length,
+    interval,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    REVERSE: tl.constexpr,
+    TRANSPOSED_STATES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """`o = scale (λ^(i+1) q S + ((q kᵀ) ⊙ λ^(i-j)) v)` for one segment of one row and head, and BV of the columns.
+
+    In reverse, time runs backwards and the state decays after it is read rather than before. A segment may hold any
+    number of packed sequences, and parts of them.
+    """
+    num_segments = tl.maximum(1, tl.cdiv(T, segment_length))
+    i_v, i_h, i_s, i_b = _program(H, num_segments, V, BV)
+    q += i_b * stride_qb + i_h * stride_qh
+    k += i_b * stride_kb + i_h * stride_kh
+    v += i_b * stride_vb + i_h * stride_vh
+    o += (i_b * T * H + i_h) * V
+    stride_ot = H * V
+    if REVERSE:
+        q, stride_qt = _backwards(q, stride_qt, T)
+        k, stride_kt = _backwards(k, stride_kt, T)
+        v, stride_vt = _backwards(v, stride_vt, T)
+        o, stride_ot = _backwards(o, stride_ot, T)
+
+    dtype: tl.constexpr = q.dtype.element_ty
+    rate = _rate(log_decay, i_h)
+    o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    distance = o_c[None, :] - o_c[:, None]  # from key j, in rows, to query i, in columns
+    b_inside = tl.where(distance >= 0, _decay(rate, distance) * scale, 0.0)  # [C, C]
+    b_read = _decay(rate, o_c + 1 - REVERSE)
+    state_scale = 1.0 / scale if REVERSE else 1.0
+
+    first = i_s * segment_length
+    last = tl.minimum(first + segment_length, T)
+    if cu_seqlens is None:
+        n_first, n_last = i_b.to(tl.int32), i_b.to(tl.int32) + 1
+    else:
+        n_first, n_last = _sequences_in(cu_seqlens, first, last, N, T, REVERSE)
+    for n in range(n_first, n_last):
+        start, end, i_n = _sequence(cu_seqlens, n, N, T, REVERSE)
+        lo, hi = tl.maximum(start, first), tl.minimum(end, last)
+
+        b_S = tl.zeros([BV, BK], tl.float32)
+        if interval_states is not None:
+            num_intervals = (num_segments - 1) * (segment_length // interval)
+            for i in range(tl.maximum(start, first - _reach(rate, T)) // interval, first // interval):
+                p_S = interval_states + ((i_b * num_intervals + i) * H + i_h) * (K * V)
+                b_S = b_S * _decay(rate, interval) + _load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES)
+        if initial_state is not None:
+            p_S = initial_state + (i_n * H + i_h) * (K * V)
+            b_S += _load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES) * (_decay(rate, lo - start) * state_scale)
+
+        p_q = q + lo.to(tl.int64) * stride_qt
+        p_k = k + lo.to(tl.int64) * stride_kt
+        p_v = v + lo.to(tl.int64) * stride_vt
+        p_o = o + lo.to(tl.int64) * stride_ot
+        for t in tl.range(lo, hi, C, num_stages=NUM_STAGES):
+            m_c = o_c < hi - t
+            b_q = _load_rows(p_q, stride_qt, o_c, o_k, m_c, K, BK)  # [C, BK]
+            b_k = _load_rows(p_k, stride_kt, o_c, o_k, m_c, K, BK)  # [C, BK]
+            b_v = _load_rows(p_v, stride_vt, o_c, o_v, m_c, V, BV)  # [C, BV]
+
+            b_A = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * b_inside  # [C, C]
+            if dtype == tl.float16:  # whose range a long sum may leave, where its output does not
+                b_o = tl.dot((b_S * scale).to(dtype), tl.trans(b_q)) * b_read[None, :]  # [BV, C]
+            else:
+                b_o = tl.dot(b_S.to(dtype), tl.trans(b_q), input_precision=PRECISION) * (b_read * scale)[None, :]
+            b_o = tl.dot(tl.trans(b_v), b_A.to(dtype), b_o, input_precision=PRECISION)
+            b_S = _add_chunk(b_S, b_k, b_v, rate, tl.minimum(C, hi - t), o_c, REVERSE, PRECISION)
+
+            m_o = m_c[:, None] & (o_v < V)[None, :]
+            tl.store(p_o + o_c[:, None] * stride_ot + o_v[None, :], tl.trans(b_o).to(dtype), mask=m_o)
+            p_q += C * stride_qt
+            p_k += C * stride_kt
+            p_v += C * stride_vt
+            p_o += C * stride_ot
+
+        if final_state is not None:
+            p_S = final_state + (i_n * H + i_h) * (K * V)
+            _store_state(p_S, b_S / state_scale, o_k, o_v, hi == end, K, V, TRANSPOSED_STATES)
+
+
+@jit(do_not_specialize=["T", "H", "N", "segment_length", "interval"])
+def interval_state_kernel(
+    k,
+    v,
+    log_decay,
+    interval_states,
+    cu_seqlens,
+    T,
+    H,
+    N,
+    segment_length,
+    interval,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """What an interval adds to the state of the sequence that goes on after it: `Σ_j λ^(end-1-j) k_j v_jᵀ`.
+
+    Only tokens whose weight is not 0 in float32 when the next segment starts are read: few, where the head decays.
+    """
+    num_intervals = (tl.cdiv(T, segment_length) - 1) * (segment_length // interval)
+    i_v, i_h, i_i, i_b = _program(H, num_intervals, V, BV)
+    k += i_b * stride_kb + i_h * stride_kh
+    v += i_b * stride_vb + i_h * stride_vh
+    if REVERSE:
+        k, stride_kt = _backwards(k, stride_kt, T)
+        v, stride_vt = _backwards(v, stride_vt, T)
+
+    rate = _rate(log_decay, i_h)
+    o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    lo, hi = i_i * interval, (i_i + 1) * interval
+    lo = tl.maximum(lo, tl.cdiv(hi, segment_length) * segment_length - _reach(rate, T))
+    if cu_seqlens is not None:
+        lo = tl.maximum(lo, _start(cu_seqlens, _num_ended(cu_seqlens, hi, N, T, REVERSE), N, T, REVERSE))
+
+    b_S = tl.zeros([BV, BK], tl.float32)
+    p_k = k + lo.to(tl.int64) * stride_kt
+    p_v = v + lo.to(tl.int64) * stride_vt
+    for t in tl.range(lo, hi, C, num_stages=NUM_STAGES):
+        m_c = o_c < hi - t
+        b_k = _load_rows(p_k, stride_kt, o_c, o_k, m_c, K, BK)  # [C, BK]
+        b_v = _load_rows(p_v, stride_vt, o_c, o_v, m_c, V, BV)  # [C, BV]
+        b_S = _add_chunk(b_S, b_k, b_v, rate, tl.minimum(C, hi - t), o_c, REVERSE, PRECISION)
+        p_k += C * stride_kt
+        p_v += C * stride_vt
+    _store_state(interval_states + ((i_b * num_intervals + i_i) * H + i_h) * (K * V), b_S, o_k, o_v, True, K, V, False)
+
+
+@jit(do_not_specialize=["scale", "T", "H"])
+def step_kernel(
+    q,
+    k,
+    v,
+    o,
+    log_decay,
+    state,
+    state_indices,
+    scale,
+    T,
+    H,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_sn,
+    stride_sh,
+    stride_sk,
+    stride_sv,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Token after token: `S ← λ S + k vᵀ`, `o = scale Sᵀ q`, for one row and head, and BV of the columns."""
+    i_v, i_h, _, i_b = _program(H, 1, V, BV)
+    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    m_k, m_v = o_k < K, o_v < V
+    i_n = i_b
+    if state_indices is not None:
+        i_n = tl.load(state_indices + i_b).to(tl.int64)
+    q += i_b * stride_qb + i_h * stride_qh
+    k += i_b * stride_kb + i_h * stride_kh
+    v += i_b * stride_vb + i_h * stride_vh
+    o += (i_b * T * H + i_h) * V
+    if i_n < 0:
+        for t in range(T):
+            tl.store(o + t * H * V + o_v, tl.zeros([BV], o.dtype.element_ty), mask=m_v)
+    else:
+        decay = _decay(_rate(log_decay, i_h), 1)
+        o_S = o_k[:, None].to(tl.int64) * stride_sk + o_v[None, :].to(tl.int64) * stride_sv
+        p_S = state + i_n * stride_sn + i_h * stride_sh + o_S
+        m_S = m_k[:, None] & m_v[None, :]
+        b_S = tl.load(p_S, mask=m_S, other=0.0)  # [BK, BV]
+        for t in range(T):
+            b_q = tl.load(q + t * stride_qt + o_k, mask=m_k, other=0.0).to(tl.float32)
+            b_k = tl.load(k + t * stride_kt + o_k, mask=m_k, other=0.0).to(tl.float32)
+            b_v = tl.load(v + t * stride_vt + o_v, mask=m_v, other=0.0).to(tl.float32)
+            b_S = b_S * decay + b_k[:, None] * b_v[None, :]
+            b_o = tl.sum(b_S * b_q[:, None], axis=0) * scale
+            tl.store(o + t * H * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
+        tl.store(p_S, b_S, mask=m_S)
+
+
+@jit
+def _program(H, num_segments, V: tl.constexpr, BV: tl.constexpr):
+    """Tile of V, head, segment and row of this program. The tiles of a head run side by side: they share q and k."""
+    i = tl.program_id(0)
+    num_tiles: tl.constexpr = (V + BV - 1) // BV
+    i_v = i % num_tiles
+    i = i // num_tiles
+    i_h = i % H
+    i = i // H
+    return i_v, i_h.to(tl.int64), i % num_segments, (i // num_segments).to(tl.int64)
+
+
+@jit
+def _backwards(p, stride, T):
+    """The same rows, last one first."""
+    return p + (T - 1).to(tl.int64) * stride, -stride
+
+
+@jit
+def _rate(log_decay, i_h):
+    """log λ of a head; finite, because -inf times 0 is NaN."""
+    return 0.0 if log_decay is None else tl.maximum(tl.load(log_decay + i_h), -1e20)
+
+
+@jit
+def _decay(rate, distance):
+    """`λ^distance`. Negative distances stand in rows that are masked; no exponent is ever above 0.
+
+    `tl.exp` rounds `x log2(e)`, and errs by a part in 10^6 at e^-20. Here the rounding error is put back.
+    """
+    x = rate * tl.maximum(distance, 0).to(tl.float32)
+    y = x * LOG2_E
+    error = tl.fma(x, LOG2_E, -y) + x * LOG2_E_REST
+    return tl.exp2(y) * (1.0 + error * LOG_2)
+
+
+@jit
+def _reach(rate, T):
+    """How many tokens back, at most T, a token still has a weight in float32."""
+    tokens = (1.0 / tl.maximum(-rate, 1e-30)) * LOG_OF_NOTHING + 1.0
+    return tl.minimum(tokens, T.to(tl.float32)).to(tl.int32)
+
+
+@jit
+def _add_chunk(b_S, b_k, b_v, rate, m, o_c, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
+    """`λ^m Sᵀ + Σ_j λ^(m-1-j) v_j k_jᵀ` over the m rows of a chunk."""
+    b_write = _decay(rate, m - 1 - o_c + REVERSE)
+    b_v = (tl.trans(b_v) * b_write[None, :]).to(b_k.dtype)
+    return tl.dot(b_v, b_k, b_S * _decay(rate, m), input_precision=PRECISION)
+
+
+@jit
+def _load_rows(p, stride, o_c, o_d, m_c, D: tl.constexpr, BD: tl.constexpr):
+    """A block of rows, with zeros where a row or a column is past the end."""
+    m = m_c[:, None]
+    if D % BD != 0:
+        m = m & (o_d < D)[None, :]
+    return tl.load(p + o_c[:, None] * stride + o_d[None, :], mask=m, other=0.0)
+
+
+@jit
+def _state_offsets(o_k, o_v, K: tl.constexpr, V: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Of a state `[K, V]`, or `[V, K]` where it is transposed, in a block `[BV, BK]`."""
+    o_S = o_v[:, None] * K + o_k[None, :] if TRANSPOSED else o_k[None, :] * V + o_v[:, None]
+    return o_S, (o_v < V)[:, None] & (o_k < K)[None, :]
+
+
+@jit
+def _load_state(p, o_k, o_v, K: tl.constexpr, V: tl.constexpr, TRANSPOSED: tl.constexpr):
+    o_S, m_S = _state_offsets(o_k, o_v, K, V, TRANSPOSED)
+    return tl.load(p + o_S, mask=m_S, other=0.0)
+
+
+@jit
+def _store_state(p, b_S, o_k, o_v, condition, K: tl.constexpr, V: tl.constexpr, TRANSPOSED: tl.constexpr):
+    o_S, m_S = _state_offsets(o_k, o_v, K, V, TRANSPOSED)
+    tl.store(p + o_S, b_S, mask=m_S & condition)
+
+
+@jit
+def _start(cu_seqlens, n, N, T, REVERSE: tl.constexpr):
+    """Where sequence n starts, counted in the direction of the scan; for n = N, where the last one ends."""
+    return T - tl.load(cu_seqlens + N - n).to(tl.int32) if REVERSE else tl.load(cu_seqlens + n).to(tl.int32)
+
+
+@jit
+def _sequence(cu_seqlens, n, N, T, REVERSE: tl.constexpr):
+    """Start and end of sequence n in the direction of the scan, and the index of its states."""
+    if cu_seqlens is None:
+        start, end, i_n = 0, T, n
+    else:
+        start, end = _start(cu_seqlens, n, N, T, REVERSE), _start(cu_seqlens, n + 1, N, T, REVERSE)
+        i_n = N - 1 - n if REVERSE else n
+    return start, end, i_n
+
+
+@jit
+def _num_ended(cu_seqlens, position, N, T, REVERSE: tl.constexpr):
+    """How many sequences end at a position or before it."""
+    low, high = 0, N
+    while low < high:
+        middle = (low + high) // 2
+        if _start(cu_seqlens, middle + 1, N, T, REVERSE) <= position:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@jit
+def _sequences_in(cu_seqlens, first, last, N, T, REVERSE: tl.constexpr):
+    """Those with tokens in a segment, perhaps one more. An empty one belongs to the segment that ends with it."""
+    n_first = 0
+    if first > 0:
+        n_first = _num_ended(cu_seqlens, first, N, T, REVERSE)
+    return n_first, tl.minimum(_num_ended(cu_seqlens, last, N, T, REVERSE) + 1, N)

@@ -1,0 +1,162 @@
+"""From tensors to launches. What a tensor must look like is checked in `problem.py`; here results are made."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..problem import check_log_decay, check_state_indices, sequence_bounds, state_dtype
+from . import config, kernels
+from .config import Tiles, ceil_div
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    scans = _Scans(q, v, log_decay, cu_seqlens, scale)
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    final_state = scans.new_states(scans.N)
+    o = scans.scan(q, k, v, initial_state, scans.interval_states(k, v), final_state)
+    return o, final_state
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    d_final_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Three scans: `do, v, k` for dq, from transposed states; in reverse `v, do, q` for dk and `k, q, do` for dv."""
+    # In reverse the state is kept divided by scale.
+    scans = _Scans(q, v, log_decay, cu_seqlens, scale or 1e-30)
+    q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
+    d_initial_state = scans.new_states(scans.N)
+    states = scans.interval_states(k, v)
+    dq = scans.scan(do, v, k, initial_state, states, transposed=True)
+    states = scans.interval_states(q, do, reverse=True)
+    dk = scans.scan(v, do, q, d_final_state, states, reverse=True, transposed=True)
+    dv = scans.scan(k, q, do, d_final_state, states, d_initial_state, reverse=True)
+    return dq, dk, dv, d_initial_state
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    state_indices: Tensor | None,
+    scale: float,
+) -> Tensor:
+    check_log_decay(log_decay)
+    if state_indices is not None:
+        check_state_indices(state_indices, state.shape[0])
+    (B, T, H, K), V = q.shape, v.shape[3]
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    if o.numel():
+        BK, BV = config.step_tiles(K, V)
+        kernels.step_kernel[(ceil_div(V, BV) * H * B,)](
+            q, k, v, o, _contiguous(log_decay), state, _contiguous(state_indices), scale, T, H,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *state.stride(),
+            K=K, V=V, BK=BK, BV=BV,
+        )  # fmt: skip
+    return o
+
+
+class _Scans:
+    """The launches of one call, which share its sizes, decay, sequences and segments."""
+
+    def __init__(self, q: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, scale: float):
+        check_log_decay(log_decay)
+        self.B, self.T, self.H, self.K = q.shape
+        self.V = v.shape[3]
+        self.N = self.B
+        if cu_seqlens is not None:
+            self.N = cu_seqlens.shape[0] - 1
+            if cu_seqlens.device.type == "cpu":
+                sequence_bounds(cu_seqlens, self.T)
+        self.scale, self.log_decay, self.cu_seqlens = scale, _contiguous(log_decay), _contiguous(cu_seqlens)
+        self.dtype, self.device = q.dtype, q.device
+        self.precision = _precision(q.dtype)
+        tiles = config.scan_tiles(self.K, self.V, self.dtype, self.precision)
+        slots = tiles.programs_per_sm * _num_multiprocessors(q.device)
+        self.segments = config.segments(self.T, self._programs(self.V, tiles), slots)
+
+    def new_states(self, *sizes: int) -> Tensor:
+        """`[*sizes, H, K, V]`."""
+        return torch.empty(*sizes, self.H, self.K, self.V, dtype=state_dtype(self.dtype), device=self.device)
+
+    def interval_states(self, k: Tensor, v: Tensor, *, reverse: bool = False) -> Tensor | None:
+        """`[B, intervals, H, K, V]`, or None where there is one segment, which needs none."""
+        if self.segments.count == 1:
+            return None
+        states = self.new_states(self.B, self.segments.num_intervals)
+        tiles = config.interval_tiles(self.K, self.V, self.dtype, self.precision)
+        kernels.interval_state_kernel[(self._programs(self.V, tiles) * self.segments.num_intervals,)](
+            k, v, self.log_decay, states, self.cu_seqlens,
+            self.T, self.H, self.N, self.segments.length, self.segments.interval,
+            *k.stride()[:3], *v.stride()[:3],
+            K=self.K, V=self.V, C=tiles.C, BK=tiles.BK, BV=tiles.BV, REVERSE=reverse,
+            PRECISION=self.precision, NUM_STAGES=tiles.num_stages, num_warps=tiles.num_warps,
+        )  # fmt: skip
+        return states
+
+    def scan(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        initial_state: Tensor | None,
+        interval_states: Tensor | None,
+        final_state: Tensor | None = None,
+        *,
+        reverse: bool = False,
+        transposed: bool = False,
+    ) -> Tensor:
+        """The output; `final_state` is filled. A transposed scan has the V of the call for its K, also in states."""
+        o = torch.empty_like(v, memory_format=torch.contiguous_format)
+        K, V = q.shape[3], v.shape[3]
+        tiles = config.scan_tiles(K, V, self.dtype, self.precision)
+        if programs := self._programs(V, tiles) * self.segments.count:
+            kernels.scan_kernel[(programs,)](
+                q, k, v, o, self.log_decay, _contiguous(initial_state), interval_states, final_state, self.cu_seqlens,
+                self.scale, self.T, self.H, self.N, self.segments.length, self.segments.interval,
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                K=K, V=V, C=tiles.C, BK=tiles.BK, BV=tiles.BV, REVERSE=reverse, TRANSPOSED_STATES=transposed,
+                PRECISION=self.precision, NUM_STAGES=tiles.num_stages, num_warps=tiles.num_warps,
+            )  # fmt: skip
+        return o
+
+    def _programs(self, V: int, tiles: Tiles) -> int:
+        return ceil_div(V, tiles.BV) * self.H * self.B
+
+
+def _rows(x: Tensor) -> Tensor:
+    """As the kernels read it: a contiguous last dimension, and 32 bits for an offset inside a chunk."""
+    return x if x.stride(3) == 1 and x.stride(1) < 1 << 24 else x.contiguous()
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of products of float32, as PyTorch's own."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+@cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
