@@ -38,22 +38,33 @@ class Segments:
 
 
 @cache
-def scan_tiles(key_dim: int, value_dim: int, dtype: torch.dtype, precision: str) -> Tiles:
-    """Measured on an H200; 32 tokens a chunk keep state, output and two chunks in flight inside 255 registers."""
+def scan_tiles(key_dim: int, value_dim: int, dtype: torch.dtype, precision: str, shared_memory: int) -> Tiles:
+    """Measured on an H200, where chunks of 32 tokens keep state, output and loads in flight inside 255 registers.
+
+    Args:
+        precision: "ieee" or "tf32", of products of float32.
+        shared_memory: bytes that one program may take.
+    """
     BK, BV = _power_of_two(key_dim), _power_of_two(value_dim)
     if dtype == torch.float32 and precision == "ieee":
-        return Tiles(32, BK, min(BV, 32), num_warps=8 if BK > 128 else 4, num_stages=1, programs_per_sm=1)
+        if BK <= 64:
+            return Tiles(32, BK, min(BV, 32), num_warps=4, num_stages=1, programs_per_sm=2)
+        return Tiles(32 if BK > 128 else 16, BK, min(BV, 16), num_warps=BK // 32, num_stages=1, programs_per_sm=2)
     if dtype == torch.float32:
-        return Tiles(32, BK, min(BV, 32), num_warps=8 if BK > 128 else 4, num_stages=2, programs_per_sm=1)
-    if BK > 128:
+        if BK <= 128:
+            return Tiles(32, BK, min(BV, 32), num_warps=4, num_stages=2, programs_per_sm=2)
+        return Tiles(16, BK, min(BV, 32), num_warps=8, num_stages=2, programs_per_sm=1)
+    if BK <= 128:
+        return Tiles(32, BK, min(BV, 64), num_warps=4, num_stages=4, programs_per_sm=2)
+    if shared_memory > 160_000:
         return Tiles(32, BK, min(BV, 128), num_warps=8, num_stages=3, programs_per_sm=1)
-    return Tiles(32, BK, min(BV, 64), num_warps=4, num_stages=4, programs_per_sm=2)
+    return Tiles(16, BK, min(BV, 64), num_warps=8, num_stages=2, programs_per_sm=1)
 
 
 @cache
-def interval_tiles(key_dim: int, value_dim: int, dtype: torch.dtype, precision: str) -> Tiles:
+def interval_tiles(key_dim: int, value_dim: int, dtype: torch.dtype, precision: str, shared_memory: int) -> Tiles:
     """The states alone leave room for longer chunks."""
-    tiles = scan_tiles(key_dim, value_dim, dtype, precision)
+    tiles = scan_tiles(key_dim, value_dim, dtype, precision, shared_memory)
     if dtype == torch.float32 or tiles.BK > 128:
         return tiles
     return Tiles(64, tiles.BK, tiles.BV, num_warps=4, num_stages=3, programs_per_sm=2)

@@ -17,9 +17,10 @@ jit: Any = triton.jit
 
 # exp(-104) is 0 in float32, denormal numbers included.
 LOG_OF_NOTHING: tl.constexpr = tl.constexpr(104.0)
-LOG2_E: tl.constexpr = tl.constexpr(1.44269502)
-LOG2_E_REST: tl.constexpr = tl.constexpr(1.92596299e-8)
-LOG_2: tl.constexpr = tl.constexpr(0.693147182)
+LOG2_E: tl.constexpr = tl.constexpr(1.44269504)
+# log(2) in two parts; the first has 9 bits, so that a whole number times it is exact.
+LOG_2: tl.constexpr = tl.constexpr(0.693359375)
+LOG_2_REST: tl.constexpr = tl.constexpr(-2.12194440e-4)
 
 
 @jit(do_not_specialize=["scale", "T", "H", "N", "segment_length", "interval"])
@@ -281,12 +282,11 @@ def _rate(log_decay, i_h):
 def _decay(rate, distance):
     """`λ^distance`. Negative distances stand in rows that are masked; no exponent is ever above 0.
 
-    `tl.exp` rounds `x log2(e)`, and errs by a part in 10^6 at e^-20. Here the rounding error is put back.
+    `tl.exp` rounds `x log2(e)` and so errs by a part in 10^6 at e^-20; here a rest near 0 is left to it.
     """
-    x = rate * tl.maximum(distance, 0).to(tl.float32)
-    y = x * LOG2_E
-    error = tl.fma(x, LOG2_E, -y) + x * LOG2_E_REST
-    return tl.exp2(y) * (1.0 + error * LOG_2)
+    x = tl.maximum(rate * tl.maximum(distance, 0).to(tl.float32), -LOG_OF_NOTHING)
+    n = tl.floor(x * LOG2_E + 0.5)
+    return tl.exp2(n) * tl.exp2((x - n * LOG_2 - n * LOG_2_REST) * LOG2_E)
 
 
 @jit

@@ -38,8 +38,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Three scans: `do, v, k` for dq, from transposed states; in reverse `v, do, q` for dk and `k, q, do` for dv."""
-    # In reverse the state is kept divided by scale.
-    scans = _Scans(q, v, log_decay, cu_seqlens, scale or 1e-30)
+    scans = _Scans(q, v, log_decay, cu_seqlens, scale)
     q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
     d_initial_state = scans.new_states(scans.N)
     states = scans.interval_states(k, v)
@@ -90,8 +89,9 @@ class _Scans:
         self.scale, self.log_decay, self.cu_seqlens = scale, _contiguous(log_decay), _contiguous(cu_seqlens)
         self.dtype, self.device = q.dtype, q.device
         self.precision = _precision(q.dtype)
-        tiles = config.scan_tiles(self.K, self.V, self.dtype, self.precision)
-        slots = tiles.programs_per_sm * _num_multiprocessors(q.device)
+        num_multiprocessors, self.shared_memory = _capacity(q.device)
+        tiles = config.scan_tiles(self.K, self.V, self.dtype, self.precision, self.shared_memory)
+        slots = tiles.programs_per_sm * num_multiprocessors
         self.segments = config.segments(self.T, self._programs(self.V, tiles), slots)
 
     def new_states(self, *sizes: int) -> Tensor:
@@ -103,7 +103,7 @@ class _Scans:
         if self.segments.count == 1:
             return None
         states = self.new_states(self.B, self.segments.num_intervals)
-        tiles = config.interval_tiles(self.K, self.V, self.dtype, self.precision)
+        tiles = config.interval_tiles(self.K, self.V, self.dtype, self.precision, self.shared_memory)
         kernels.interval_state_kernel[(self._programs(self.V, tiles) * self.segments.num_intervals,)](
             k, v, self.log_decay, states, self.cu_seqlens,
             self.T, self.H, self.N, self.segments.length, self.segments.interval,
@@ -127,12 +127,14 @@ class _Scans:
     ) -> Tensor:
         """The output; `final_state` is filled. A transposed scan has the V of the call for its K, also in states."""
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
+        # In reverse the state is kept divided by scale.
+        scale = self.scale or 1e-30 if reverse else self.scale
         K, V = q.shape[3], v.shape[3]
-        tiles = config.scan_tiles(K, V, self.dtype, self.precision)
+        tiles = config.scan_tiles(K, V, self.dtype, self.precision, self.shared_memory)
         if programs := self._programs(V, tiles) * self.segments.count:
             kernels.scan_kernel[(programs,)](
                 q, k, v, o, self.log_decay, _contiguous(initial_state), interval_states, final_state, self.cu_seqlens,
-                self.scale, self.T, self.H, self.N, self.segments.length, self.segments.interval,
+                scale, self.T, self.H, self.N, self.segments.length, self.segments.interval,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
                 K=K, V=V, C=tiles.C, BK=tiles.BK, BV=tiles.BV, REVERSE=reverse, TRANSPOSED_STATES=transposed,
                 PRECISION=self.precision, NUM_STAGES=tiles.num_stages, num_warps=tiles.num_warps,
@@ -158,5 +160,9 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 @cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def _capacity(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors of a device, and bytes of shared memory for one program."""
+    if device.type != "cuda":
+        return 1, 1 << 30
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin

@@ -1,0 +1,138 @@
+"""The Triton kernels beyond what every backend must do: segments, ranges, refusals. See test_attention.py for the rest."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import Case, assert_accurate, attention, device_of, error, make_inputs, run
+
+from lightning_attention import lightning_attention
+from lightning_attention.ops import triton as backend
+from lightning_attention.ops.problem import Problem
+from lightning_attention.ops.triton import config
+
+kernels_run = pytest.mark.triton
+ATTENTION = attention("triton")
+
+
+@pytest.fixture(params=[1, 3], ids=["one-interval", "three-intervals"])
+def segments(monkeypatch, request):
+    """Three or four segments of 64 or 192 tokens in a row of 600, each of one or three intervals."""
+    intervals = request.param
+
+    def cut(length: int, programs: int, slots: int) -> config.Segments:
+        count = config.ceil_div(length, 64 * intervals)
+        return config.Segments(64 * intervals, 64, count) if count > 1 else config.Segments(max(length, 1), 1, 1)
+
+    monkeypatch.setattr(config, "segments", cut)
+
+
+SEGMENTED = [
+    Case(B=1, T=600, H=2),
+    Case(B=2, T=577, H=1, K=16, V=40, slope=None),
+    Case(B=1, T=450, H=2, slope=100.0),
+    Case(B=1, T=450, H=2, slope=1e-3, scale=0.2, state=False),
+    # Documents that end inside a segment, where one ends, and where an interval ends; that span several; empty ones.
+    Case(lengths=(0, 100, 28, 64, 0, 0, 200, 1, 63, 0, 144, 0), H=2, slope=0.1),
+    Case(lengths=(600,), H=2, slope=0.01),
+    Case(lengths=(1,) * 130, H=1, K=16, V=16),
+]
+
+
+@kernels_run
+@pytest.mark.parametrize("case", SEGMENTED, ids=str)
+def test_segments(segments, case):
+    inputs = make_inputs(case, torch.float32).on(device_of("triton"))
+    assert_accurate(run(ATTENTION, inputs), inputs)
+
+
+@kernels_run
+def test_only_its_own_rows_are_read(segments):
+    """Every tensor lies in a larger one full of NaN, and so do the states."""
+    inputs = make_inputs(Case(B=1, T=333, H=2, K=24, V=20), torch.float32).on(device_of("triton"))
+
+    def surrounded(x: torch.Tensor) -> torch.Tensor:
+        larger = x.new_full([size + 4 for size in x.shape], float("nan"))
+        inner = larger[tuple(slice(2, 2 + size) for size in x.shape)]
+        return inner.copy_(x)
+
+    around = {name: surrounded(getattr(inputs, name)) for name in ("q", "k", "v", "initial_state", "do")}
+    expected = run(ATTENTION, inputs)
+    for name, value in run(ATTENTION, type(inputs)(**vars(inputs) | around)).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@kernels_run
+def test_a_float16_state_may_leave_the_range_of_float16():
+    """Where scale brings the output back into it."""
+    ones = torch.ones(1, 200, 1, 16, dtype=torch.float16, device=device_of("triton"))
+    state = torch.full((1, 1, 16, 16), 1e7, device=ones.device)
+    o, final_state = ATTENTION(ones, ones, ones, None, initial_state=state, scale=1e-6)
+    t = torch.arange(1, 201, dtype=torch.float64, device=ones.device)
+    exact = (1e-6 * 16 * (1e7 + t))[None, :, None, None].expand(o.shape)
+    assert error(o, exact) < torch.finfo(torch.float16).eps
+    assert error(final_state, torch.full(final_state.shape, 1e7 + 200.0, dtype=torch.float64)) < 1e-6
+
+
+@kernels_run
+def test_a_scale_of_zero():
+    inputs = make_inputs(Case(scale=0.0), torch.float32).on(device_of("triton"))
+    result = run(ATTENTION, inputs)
+    assert result["o"].abs().max() == 0
+    assert_accurate(result, inputs)
+
+
+PROBLEM = Problem(1, 100, 2, 64, 64, 1, torch.float32, torch.device("cpu"))
+REFUSED = [
+    ({"dtype": torch.float64}, "float64 has no tensor cores"),
+    ({"dtype": torch.bfloat16}, "the interpreter has no bfloat16 products"),
+    ({"key_dim": 257}, "head sizes must be 1 to 256, got K = 257 and V = 64"),
+    ({"value_dim": 0}, "head sizes must be 1 to 256, got K = 64 and V = 0"),
+    ({"device": torch.device("meta")}, "it runs on GPUs, got meta"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), REFUSED, ids=[reason for _, reason in REFUSED])
+def test_what_it_refuses(change, reason):
+    assert reason in backend.unsupported_reasons(Problem(**vars(PROBLEM) | change))
+
+
+def test_the_default_on_a_cpu_is_not_an_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backend._reasons_of_device.cache_clear()
+    x = torch.randn(1, 3, 2, 16)
+    with pytest.raises(NotImplementedError, match="backend 'triton' cannot run this: it runs on GPUs, got cpu"):
+        lightning_attention(x, x, x, backend="triton")
+    backend._reasons_of_device.cache_clear()
+
+
+@given(st.integers(0, 1 << 22), st.integers(0, 4096), st.integers(1, 1000))
+def test_segments_cover_a_row_and_fill_the_device(length, programs, slots):
+    cut = config.segments(length, programs, slots)
+    assert (cut.count - 1) * cut.length < max(length, 1) <= cut.count * cut.length
+    assert cut.length % cut.interval == 0
+    if cut.count == 1:
+        assert cut.num_intervals == 0
+        assert 2 * programs > slots or length < 2 * config.MIN_INTERVAL or programs == 0
+    else:
+        assert programs * cut.count <= slots
+        assert cut.interval >= config.MIN_INTERVAL
+        assert cut.num_intervals * config.MIN_INTERVAL <= length
+
+
+SIZES = (1, 16, 40, 64, 96, 128, 192, 256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("shared_memory", [65_536, 101_376, 232_448])
+def test_tiles_cover_a_head(dtype, precision, shared_memory):
+    for K in SIZES:
+        for V in SIZES:
+            for tiles in (config.scan_tiles, config.interval_tiles):
+                cut = tiles(K, V, dtype, precision, shared_memory)
+                assert cut.BK >= K
+                assert min(cut.C, cut.BK, cut.BV) >= 16
+            BK, BV = config.step_tiles(K, V)
+            assert BK >= K
+            assert BK * BV <= 4096

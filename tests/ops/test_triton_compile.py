@@ -1,0 +1,134 @@
+"""Every kernel, in every configuration, compiled for every architecture, without a GPU."""
+
+import re
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_attention.ops.triton import config
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from lightning_attention.ops.triton import kernels  # noqa: E402
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter does not compile")
+
+# Bytes of shared memory that one program may take (CUDA C++ Programming Guide, technical specifications).
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
+# One head size for each configuration that the heuristics return, and one that is not a power of two.
+HEAD_DIMS = (16, 64, 96, 128, 256)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Local memory of a thread, in bytes. 255 registers are 1020; a few loop-invariant values spilled cost little.
+SPILLS = {128: 160, 256: 800}
+
+
+def compile_kernel(kernel: Any, arch: int | str, dtype: str, tiles: config.Tiles | None, **constants: Any) -> Any:
+    """With every optional tensor given, which takes most registers."""
+    tensors = {"q", "k", "v", "o"}
+    states = {"initial_state", "interval_states", "final_state", "log_decay", "state"}
+    signature: dict[str, str] = {}
+    if tiles is not None:
+        constants |= {"C": tiles.C, "BK": tiles.BK, "BV": tiles.BV, "NUM_STAGES": tiles.num_stages}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in tensors:
+            signature[name] = f"*{dtype}"
+        elif name in states:
+            signature[name] = "*fp32"
+        elif name in ("cu_seqlens", "state_indices"):
+            signature[name] = "*i32"
+        else:
+            signature[name] = "fp32" if name == "scale" else "i32"
+    aligned = [
+        i for i, name in enumerate(signature) if signature[name].startswith("*") or re.match(r"stride_.[bth]", name)
+    ]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
+    return triton.compile(source, target=target, options={"num_warps": 4 if tiles is None else tiles.num_warps})
+
+
+@cache
+def cuobjdump(*arguments: str) -> str:
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def machine_code(compiled: Any) -> tuple[int, str]:
+    """Bytes of local memory of a thread, and the instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = cuobjdump("-res-usage", file.name), cuobjdump("-sass", file.name)
+    found = re.search(r"STACK:(\d+)", usage)
+    assert found is not None
+    return int(found[1]), code
+
+
+def check(compiled: Any, arch: int, head_dim: int, *, products: bool) -> None:
+    assert compiled.metadata.shared <= SHARED_MEMORY[arch]
+    stack, code = machine_code(compiled)
+    assert stack <= SPILLS[256 if head_dim > 128 else 128]
+    if products:
+        assert TENSOR_CORES[arch] in code or "HMMA" in code
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [*((head_dim, "bf16") for head_dim in HEAD_DIMS), (128, "fp16")], ids=str
+)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_scan(arch, head_dim, dtype, reverse):
+    tiles = config.scan_tiles(head_dim, head_dim, DTYPES[dtype], "ieee", SHARED_MEMORY[arch])
+    constants = {"K": head_dim, "V": head_dim, "REVERSE": reverse, "TRANSPOSED_STATES": reverse, "PRECISION": "ieee"}
+    compiled = compile_kernel(kernels.scan_kernel, arch, dtype, tiles, **constants)
+    check(compiled, arch, head_dim, products=True)
+    if head_dim in (64, 128):
+        assert TENSOR_CORES[arch] in machine_code(compiled)[1]
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_interval_states(arch, head_dim):
+    tiles = config.interval_tiles(head_dim, head_dim, torch.bfloat16, "ieee", SHARED_MEMORY[arch])
+    constants = {"K": head_dim, "V": head_dim, "REVERSE": True, "PRECISION": "ieee"}
+    compiled = compile_kernel(kernels.interval_state_kernel, arch, "bf16", tiles, **constants)
+    check(compiled, arch, head_dim, products=True)
+
+
+@pytest.mark.parametrize("arch", [86, 90], ids="sm_{}".format)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_float32(arch, head_dim, precision):
+    tiles = config.scan_tiles(head_dim, head_dim, torch.float32, precision, SHARED_MEMORY[arch])
+    constants = {"K": head_dim, "V": head_dim, "REVERSE": True, "TRANSPOSED_STATES": True, "PRECISION": precision}
+    compiled = compile_kernel(kernels.scan_kernel, arch, "fp32", tiles, **constants)
+    check(compiled, arch, head_dim, products=precision == "tf32")
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
+def test_step(arch):
+    for head_dim in HEAD_DIMS:
+        BK, BV = config.step_tiles(head_dim, head_dim)
+        constants = {"K": head_dim, "V": head_dim, "BK": BK, "BV": BV}
+        compiled = compile_kernel(kernels.step_kernel, arch, "bf16", None, **constants)
+        check(compiled, arch, head_dim, products=False)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_amd(head_dim):
+    """Compiled for an MI300 by the compiler that triton brings; never run there."""
+    tiles = config.scan_tiles(head_dim, head_dim, torch.bfloat16, "ieee", 65_536)
+    constants = {"K": head_dim, "V": head_dim, "REVERSE": True, "TRANSPOSED_STATES": True, "PRECISION": "ieee"}
+    compiled = compile_kernel(kernels.scan_kernel, "gfx942", "bf16", tiles, **constants)
+    assert compiled.metadata.shared <= 65_536
+    assert "v_mfma" in compiled.asm["amdgcn"]

@@ -1,0 +1,214 @@
+"""What only a GPU can show of the Triton kernels: real sizes, memory, graphs, compilation."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import Case, assert_accurate, attention, error, make_inputs, run
+
+from lightning_attention import decay, lightning_attention, lightning_attention_step
+from lightning_attention.ops.triton import kernels, launch
+
+pytestmark = pytest.mark.gpu
+
+ATTENTION = attention("triton")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+LONG = [
+    (Case(B=1, T=9001, H=2, K=128, V=128, slope=0.01), BF16),
+    (Case(B=1, T=9001, H=2, K=128, V=128, slope=100.0), BF16),
+    (Case(B=1, T=8191, H=3, K=64, V=64, slope=None, state=False), BF16),
+    (Case(B=2, T=4100, H=2, K=128, V=64, slope=0.1, scale=0.1), FP16),
+    (Case(B=1, T=5000, H=2, K=96, V=40, slope=0.001), FP16),
+    (Case(B=1, T=4500, H=1, K=256, V=256, slope=0.1), BF16),
+    (Case(B=1, T=4500, H=1, K=192, V=80, slope=8.0), BF16),
+    (Case(B=1, T=4500, H=3, K=64, V=64, slope=0.5), FP32),
+    (Case(B=1, T=4500, H=1, K=256, V=256, slope=0.5), FP32),
+    (Case(lengths=(0, 1, 4095, 0, 2049, 63, 3000, 1, 0), H=2, K=128, V=128, slope=0.02), BF16),
+    (Case(lengths=(8192,), H=2, K=64, V=64, slope=0.02), BF16),
+    (Case(lengths=(1,) * 300 + (6000,), H=2, K=32, V=32, slope=0.02), BF16),
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), LONG, ids=[f"{case},{dtype}" for case, dtype in LONG])
+def test_long_sequences(case, dtype):
+    """Long enough to be cut into segments."""
+    inputs = make_inputs(case, dtype).on("cuda")
+    assert_accurate(run(ATTENTION, inputs), inputs, is_long=True)
+
+
+HEAD_DIMS = [(16, 16), (64, 64), (128, 128), (48, 80)]
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    st.sampled_from(HEAD_DIMS),
+    st.integers(1, 3),
+    st.integers(0, 700),
+    st.integers(1, 3),
+    st.none() | st.lists(st.integers(0, 300), min_size=1, max_size=5).map(tuple),
+    st.sampled_from([1e-3, 0.5, 3.0, 200.0]),
+    st.integers(0, 1 << 30),
+)
+def test_any_shape(head_dims, B, T, H, lengths, slope, seed):
+    K, V = head_dims
+    inputs = make_inputs(Case(B, T, H, K, V, lengths, slope), BF16, seed).on("cuda")
+    assert_accurate(run(ATTENTION, inputs), inputs, is_long=True)
+
+
+def test_tf32():
+    """As PyTorch's setting says, and as exact as PyTorch's own products then are."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        inputs = make_inputs(Case(T=300, H=2, K=64, V=128), FP32).on("cuda")
+        actual = run(ATTENTION, inputs)
+        assert_accurate(actual, inputs)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for name, value in run(ATTENTION, inputs).items():
+        assert not torch.equal(value, actual[name]), name
+
+
+def large(B: int, T: int, H: int, D: int) -> list[torch.Tensor]:
+    return [torch.randn(B, T, H, D, device="cuda", dtype=BF16) for _ in range(4)]
+
+
+def differentiated(q, k, v, do, log_decay, **options) -> list[torch.Tensor]:
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    o, _ = lightning_attention(*leaves, log_decay, backend="triton", **options)
+    return [o.detach(), *torch.autograd.grad(o, leaves, do)]
+
+
+def test_more_than_two_to_the_31_elements():
+    """Heads of slope 1 forget within 200 tokens: the last ones, and the first in reverse, are those of a short call."""
+    T, H, D, n = 1_100_000, 16, 128, 4096
+    assert T * H * D > 1 << 31
+    inputs = large(1, T, H, D)
+    log_decay = torch.full((H,), -1.0, device="cuda")
+    whole = differentiated(*inputs, log_decay)
+    for piece, good in ((slice(T - n, T), slice(300, n)), (slice(0, n), slice(0, n - 300))):
+        part = differentiated(*(x[:, piece] for x in inputs), log_decay)
+        for x, y in zip(whole, part, strict=True):
+            assert error(x[:, piece][:, good], y[:, good].double()) < 4e-3
+
+
+def test_the_same_bits_again():
+    """Whatever runs beside it: there are no atomics."""
+    inputs, log_decay = large(1, 32768, 8, 128), decay.log_decay(8, preset="alibi").cuda()
+    for x, y in zip(differentiated(*inputs, log_decay), differentiated(*inputs, log_decay), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_pieces_and_packed_rows_are_the_whole():
+    q, k, v, _ = large(1, 16384, 4, 128)
+    log_decay = decay.log_decay(4, preset="alibi").cuda()
+    o, state = ATTENTION(q, k, v, log_decay)
+    between = None
+    pieces = []
+    for piece in (slice(0, 5000), slice(5000, 5001), slice(5001, 16384)):
+        part, between = ATTENTION(q[:, piece], k[:, piece], v[:, piece], log_decay, initial_state=between)
+        pieces.append(part)
+    assert error(torch.cat(pieces, dim=1), o.double()) < 4e-3
+    assert between is not None
+    assert error(between, state.double()) < 4e-3
+    bounds = [0, 5000, 5000, 9000, 16384]
+    packed, _ = ATTENTION(q, k, v, log_decay, cu_seqlens=torch.tensor(bounds, device="cuda", dtype=torch.int32))
+    one_by_one = [ATTENTION(q[:, a:b], k[:, a:b], v[:, a:b], log_decay)[0] for a, b in pairwise(bounds)]
+    assert error(packed, torch.cat(one_by_one, dim=1).double()) < 4e-3
+
+
+@pytest.mark.parametrize("shape", [(4, 8192, 32, 128), (1, 65536, 8, 128), (1, 65536, 8, 64)], ids=str)
+def test_memory(shape):
+    """Beyond inputs and results, at most 5 % of the inputs."""
+    q, k, v, do = large(*shape)
+    log_decay = decay.log_decay(shape[2], preset="alibi").cuda()
+    for call, inputs, results in (
+        (lambda: launch.forward(q, k, v, log_decay, None, None, 1.0), 3, 1),
+        (lambda: launch.backward(q, k, v, do, log_decay, None, None, None, 1.0), 4, 3),
+    ):
+        call()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        extra = torch.cuda.max_memory_allocated() - before - results * q.nbytes
+        assert extra <= 0.05 * inputs * q.nbytes
+
+
+def test_cuda_graph():
+    inputs, log_decay = large(1, 9000, 4, 64), decay.log_decay(4, preset="alibi").cuda()
+    cu_seqlens = torch.tensor([0, 3000, 3000, 9000], device="cuda", dtype=torch.int32)
+    expected = differentiated(*inputs, log_decay, cu_seqlens=cu_seqlens)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = differentiated(*inputs, log_decay, cu_seqlens=cu_seqlens)
+    for x in captured:
+        x.fill_(float("nan"))
+    graph.replay()
+    for x, y in zip(captured, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compile():
+    inputs, log_decay = large(2, 500, 4, 64), decay.log_decay(4, preset="alibi").cuda()
+
+    def loss(q, k, v, do):
+        o, state = lightning_attention(q * 2, k, v, log_decay, output_final_state=True)
+        assert state is not None
+        return ((o + 1) * do).sum() + state.sum()
+
+    gradients = []
+    for call in (loss, torch.compile(loss, fullgraph=True)):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        gradients.append(torch.autograd.grad(call(*leaves), leaves))
+    for x, y in zip(*gradients, strict=True):
+        assert error(x, y.double()) < 1e-2
+
+
+def test_no_length_is_compiled_again():
+    log_decay = decay.log_decay(4, preset="alibi").cuda()
+    found = []
+    for T in (100, 1000, 1, 9000, 8192, 64, 63, 20_000):
+        differentiated(*large(1, T, 4, 64), log_decay)
+        found.append(len(kernels.scan_kernel.device_caches[torch.cuda.current_device()][0]))
+        if T == 9000:
+            found.clear()  # the first that is cut into segments
+    assert len(set(found)) == 1
+
+
+def test_the_default_on_a_gpu():
+    q, k, v, _ = large(1, 100, 2, 64)
+    torch.testing.assert_close(lightning_attention(q, k, v).output, ATTENTION(q, k, v, None)[0], rtol=0, atol=0)
+
+
+def test_decoding_far_into_a_pool():
+    """A slot past 2^31 elements."""
+    H, D, slots = 64, 128, 2200
+    pool = torch.empty(slots, H, D, D, device="cuda")
+    assert (slots - 1) * pool.stride(0) > 1 << 31
+    pool[-1].normal_()
+    before, indices = pool[-1:].clone(), torch.tensor([slots - 1, -1], device="cuda")
+    q, k, v, _ = (x[:, 0] for x in large(2, 1, H, D))
+    log_decay = decay.log_decay(H, preset="alibi").cuda()
+    o = lightning_attention_step(q, k, v, log_decay, state=pool, state_indices=indices, backend="triton")
+    expected = lightning_attention_step(q[:1], k[:1], v[:1], log_decay, state=before, backend="chunked")
+    assert error(o[:1], expected.double()) < 4e-3
+    assert error(pool[-1:], before.double()) < 1e-6
+    assert o[1].abs().max() == 0
+
+
+def test_strided_inputs_are_not_copied():
+    """Slices of one projection, and head-first tensors."""
+    x = torch.randn(2, 3000, 3, 4, 64, device="cuda", dtype=BF16)
+    y = [torch.randn(2, 4, 3000, 64, device="cuda", dtype=BF16).transpose(1, 2) for _ in range(3)]
+    for q, k, v in (x.unbind(2), y):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        o, _ = launch.forward(q, k, v, None, None, None, 1.0)
+        assert torch.cuda.max_memory_allocated() - before < 1.3 * o.nbytes
+        expected, _ = launch.forward(q.contiguous(), k.contiguous(), v.contiguous(), None, None, None, 1.0)
+        assert torch.equal(o, expected)
