@@ -28,7 +28,7 @@ TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA",
 HEAD_DIMS = (16, 64, 96, 128, 256)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Local memory of a thread, in bytes. 255 registers are 1020; a few loop-invariant values spilled cost little.
-SPILLS = {128: 160, 256: 800}
+SPILLS = {128: 160, 256: 600}
 
 
 def compile_kernel(kernel: Any, arch: int | str, dtype: str, tiles: config.Tiles | None, **constants: Any) -> Any:
@@ -88,7 +88,7 @@ def check(compiled: Any, arch: int, head_dim: int, *, products: bool) -> None:
 )
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_scan(arch, head_dim, dtype, reverse):
-    tiles = config.scan_tiles(head_dim, head_dim, DTYPES[dtype], "ieee", SHARED_MEMORY[arch])
+    tiles = config.scan_tiles(head_dim, head_dim, DTYPES[dtype], "ieee")
     constants = {"K": head_dim, "V": head_dim, "REVERSE": reverse, "TRANSPOSED_STATES": reverse, "PRECISION": "ieee"}
     compiled = compile_kernel(kernels.scan_kernel, arch, dtype, tiles, **constants)
     check(compiled, arch, head_dim, products=True)
@@ -99,7 +99,7 @@ def test_scan(arch, head_dim, dtype, reverse):
 @pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_interval_states(arch, head_dim):
-    tiles = config.interval_tiles(head_dim, head_dim, torch.bfloat16, "ieee", SHARED_MEMORY[arch])
+    tiles = config.interval_tiles(head_dim, head_dim, torch.bfloat16, "ieee")
     constants = {"K": head_dim, "V": head_dim, "REVERSE": True, "PRECISION": "ieee"}
     compiled = compile_kernel(kernels.interval_state_kernel, arch, "bf16", tiles, **constants)
     check(compiled, arch, head_dim, products=True)
@@ -109,7 +109,7 @@ def test_interval_states(arch, head_dim):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_float32(arch, head_dim, precision):
-    tiles = config.scan_tiles(head_dim, head_dim, torch.float32, precision, SHARED_MEMORY[arch])
+    tiles = config.scan_tiles(head_dim, head_dim, torch.float32, precision)
     constants = {"K": head_dim, "V": head_dim, "REVERSE": True, "TRANSPOSED_STATES": True, "PRECISION": precision}
     compiled = compile_kernel(kernels.scan_kernel, arch, "fp32", tiles, **constants)
     check(compiled, arch, head_dim, products=precision == "tf32")
@@ -127,7 +127,7 @@ def test_step(arch):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_amd(head_dim):
     """Compiled for an MI300 by the compiler that triton brings; never run there."""
-    tiles = config.scan_tiles(head_dim, head_dim, torch.bfloat16, "ieee", 65_536)
+    tiles = config.scan_tiles(head_dim, head_dim, torch.bfloat16, "ieee")
     constants = {"K": head_dim, "V": head_dim, "REVERSE": True, "TRANSPOSED_STATES": True, "PRECISION": "ieee"}
     compiled = compile_kernel(kernels.scan_kernel, "gfx942", "bf16", tiles, **constants)
     assert compiled.metadata.shared <= 65_536

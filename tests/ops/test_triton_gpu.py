@@ -59,16 +59,17 @@ def test_any_shape(head_dims, B, T, H, lengths, slope, seed):
 
 
 def test_tf32():
-    """As PyTorch's setting says, and as exact as PyTorch's own products then are."""
+    """Products of float32 are as PyTorch's setting says: 10 bits of mantissa, or all 23."""
+    inputs = make_inputs(Case(T=300, H=2, K=64, V=128), FP32).on("cuda")
+    exact = run(attention("chunked"), inputs.to(torch.float64))
     torch.set_float32_matmul_precision("high")
     try:
-        inputs = make_inputs(Case(T=300, H=2, K=64, V=128), FP32).on("cuda")
-        actual = run(ATTENTION, inputs)
-        assert_accurate(actual, inputs)
+        rounded = run(ATTENTION, inputs)
     finally:
         torch.set_float32_matmul_precision("highest")
     for name, value in run(ATTENTION, inputs).items():
-        assert not torch.equal(value, actual[name]), name
+        assert error(value, exact[name]) < 1e-6, name
+        assert 1e-5 < error(rounded[name], exact[name]) < 2e-3, name
 
 
 def large(B: int, T: int, H: int, D: int) -> list[torch.Tensor]:

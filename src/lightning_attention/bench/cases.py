@@ -4,12 +4,46 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ops.chunked import CHUNK_SIZE
+# (B, T, H, D): long, short and few sequences, few and many heads.
+TABLE = (
+    (4, 32768, 32, 128),
+    (4, 4096, 32, 128),
+    (1, 8192, 64, 128),
+    (1, 1024, 64, 128),
+    (1, 131072, 16, 128),
+    (2, 1048576, 8, 128),
+    (8, 2048, 16, 64),
+)
+
+# Of the chunkwise algorithm, where its arithmetic is counted; what an implementation takes is its own affair.
+CHUNK_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Forward or backward.
+
+    Args:
+        name: of the pass.
+        tensors: of q's size that it reads or writes, at least.
+        results: those among them that it makes.
+        products: of matrices, over pairs of tokens.
+    """
+
+    name: str
+    tensors: int
+    results: int
+    products: int
+
+
+# Forward reads q, k, v and writes o; backward reads q, k, v, do and writes dq, dk, dv.
+FORWARD = Pass("forward", tensors=4, results=1, products=2)
+BACKWARD = Pass("backward", tensors=7, results=3, products=5)
 
 
 @dataclass(frozen=True)
 class OpCase:
-    """One call of the operator, forward and backward."""
+    """One call of the operator, with keys and values of one size."""
 
     batch_size: int
     length: int
@@ -18,22 +52,27 @@ class OpCase:
     dtype: torch.dtype
 
     @property
-    def num_tokens(self) -> int:
-        return self.batch_size * self.length
+    def shape(self) -> tuple[int, int, int, int]:
+        """`[B, T, H, D]`."""
+        return self.batch_size, self.length, self.num_heads, self.head_dim
 
     @property
     def tensor_bytes(self) -> int:
         """Of q, which k, v and the output equal."""
-        return self.num_tokens * self.num_heads * self.head_dim * self.dtype.itemsize
+        return self._num_elements * self.dtype.itemsize
 
-    def linear_flops(self, chunk_size: int = CHUNK_SIZE) -> int:
+    def minimal_bytes(self, direction: Pass) -> int:
+        """That any implementation has to move: the floor of its time is this over the copy bandwidth."""
+        return direction.tensors * self.tensor_bytes
+
+    def linear_flops(self, direction: Pass, chunk_size: int = CHUNK_SIZE) -> int:
         """Of the chunkwise algorithm: forward `4 C D + 4 D²` a token and head, backward `10 C D + 10 D²`."""
-        return 14 * self.num_tokens * self.num_heads * self.head_dim * (chunk_size + self.head_dim)
+        return 2 * direction.products * self._num_elements * (chunk_size + self.head_dim)
 
-    def softmax_flops(self) -> int:
-        """Of causal softmax attention: two products forward and five backward, over half of all pairs."""
-        return 7 * self.num_tokens * self.num_heads * self.head_dim * self.length
+    def quadratic_flops(self, direction: Pass) -> int:
+        """Of causal attention over pairs: two products forward and five backward, over half of all pairs."""
+        return direction.products * self._num_elements * self.length
 
-    def minimal_bytes(self) -> int:
-        """Forward reads q, k, v and writes o; backward reads q, k, v, do and writes dq, dk, dv."""
-        return 11 * self.tensor_bytes
+    @property
+    def _num_elements(self) -> int:
+        return self.batch_size * self.length * self.num_heads * self.head_dim

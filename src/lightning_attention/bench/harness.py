@@ -1,40 +1,66 @@
-"""Time and memory of a call, and the machine they were measured on."""
+"""Time and memory of a call. On a GPU time is the device's own, from events; what the host takes is measured apart."""
 
 import ctypes
 import gc
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..version import __version__
+Call = Callable[[], object]
+
+# Zeroing this much evicts what a call left in L2. It takes a GPU longer than the host takes to enqueue any call here,
+# about 1 ms, so that no call waits for its launches.
+FLUSHED_BYTES, FLUSHES = 1 << 29, 8
+
+MAX_RUNS = 100
 
 
-def interleaved_times(calls: dict[str, Callable[[], object]], seconds: float, device: torch.device) -> dict[str, float]:
+def interleaved_times(
+    calls: dict[str, Call], seconds: float, device: torch.device
+) -> tuple[dict[str, float], dict[str, str]]:
     """Median seconds of each call, taken in turns so that a noisy moment falls on all of them.
 
     Args:
         calls: by name.
-        seconds: to spend on each call, about; every call runs at least three times, after one that is not counted.
-        device: whose work a call waits for.
+        seconds: to spend on each call, about. After one run that is not counted a call runs at least five times (three
+            where it takes over 0.1 s) and at most 100.
+        device: whose time is measured.
+
+    Returns:
+        The times, and the reasons of those that raised.
     """
+    timed = _event_timer(device) if device.type == "cuda" else _host_timed
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        _timed(call, device)
-    while unfinished := [name for name, spent in times.items() if len(spent) < 3 or sum(spent) < seconds]:
+    failures: dict[str, str] = {}
+
+    def run(name: str) -> float:
+        try:
+            return timed(calls[name])
+        except Exception as error:  # whatever a call raises is its result
+            failures[name] = reason(error)
+            del times[name]
+            return 0.0
+
+    for name in calls:
+        run(name)
+    while unfinished := [name for name, spent in times.items() if not _is_enough(spent, seconds)]:
         for name in unfinished:
-            times[name].append(_timed(calls[name], device))
-    return {name: statistics.median(spent) for name, spent in times.items()}
+            elapsed = run(name)
+            if name in times:
+                times[name].append(elapsed)
+    return {name: statistics.median(spent) for name, spent in times.items()}, failures
 
 
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+def reason(error: Exception) -> str:
+    """An exception in one line."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}"[:200]
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
     """Memory that a call takes at its peak beyond what was in use before, its results included.
 
     On a CPU this is resident memory, which only Linux with glibc lets a process measure; None elsewhere.
@@ -57,31 +83,59 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
         return None
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to place a number."""
-    name = _cpu() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return {
-        "device": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning_attention": __version__,
-        "commit": _commit(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+def enqueue_seconds(call: Call, device: torch.device) -> float | None:
+    """What a call takes of the host on a GPU: median over batches, each short enough not to fill the queue.
 
-
-def _timed(call: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
+    None on a CPU, where the host does all the work.
+    """
+    if device.type == "cpu":
+        return None
+    calls_a_batch, batches = 32, []
+    for _ in range(20):
         torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls_a_batch):
+            call()
+        batches.append((time.perf_counter() - start) / calls_a_batch)
+    return statistics.median(batches)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written per second by a copy that no cache holds."""
+    size = 1 << 30 if device.type == "cuda" else 1 << 28
+    source = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    times, _ = interleaved_times({"copy": lambda: target.copy_(source)}, 0.05, device)
+    return 2 * size / times["copy"]
+
+
+def _is_enough(spent: list[float], seconds: float) -> bool:
+    least = 3 if spent and min(spent) > 0.1 else 5
+    return len(spent) >= MAX_RUNS or (len(spent) >= least and sum(spent) >= seconds)
+
+
+def _host_timed(call: Call) -> float:
     start = time.perf_counter()
     result = call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
     elapsed = time.perf_counter() - start
     del result
     return elapsed
+
+
+def _event_timer(device: torch.device) -> Callable[[Call], float]:
+    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def timed(call: Call) -> float:
+        for _ in range(FLUSHES):
+            flushed.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return timed
 
 
 def _resident(field: str) -> int:
@@ -89,22 +143,3 @@ def _resident(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"no {field} in /proc/self/status")
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """Of the checkout this package is installed from, with `-dirty` if its source differs from it."""
-    command = ["git", "-C", str(Path(__file__).parents[1])]
-    try:
-        commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-        changed = subprocess.run([*command, "status", "--porcelain", "."], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.strip() + ("-dirty" if changed.stdout.strip() else "")

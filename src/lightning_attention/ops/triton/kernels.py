@@ -15,13 +15,6 @@ import triton.language as tl
 # To a type checker, a kernel that calls another raises.
 jit: Any = triton.jit
 
-# exp(-104) is 0 in float32, denormal numbers included.
-LOG_OF_NOTHING: tl.constexpr = tl.constexpr(104.0)
-LOG2_E: tl.constexpr = tl.constexpr(1.44269504)
-# log(2) in two parts; the first has 9 bits, so that a whole number times it is exact.
-LOG_2: tl.constexpr = tl.constexpr(0.693359375)
-LOG_2_REST: tl.constexpr = tl.constexpr(-2.12194440e-4)
-
 
 @jit(do_not_specialize=["scale", "T", "H", "N", "segment_length", "interval"])
 def scan_kernel(
@@ -282,17 +275,21 @@ def _rate(log_decay, i_h):
 def _decay(rate, distance):
     """`λ^distance`. Negative distances stand in rows that are masked; no exponent is ever above 0.
 
-    `tl.exp` rounds `x log2(e)` and so errs by a part in 10^6 at e^-20; here a rest near 0 is left to it.
+    `tl.exp` rounds `x log2(e)` and so errs by a part in 10^6 at e^-20; here only a rest near 0 is rounded.
     """
-    x = tl.maximum(rate * tl.maximum(distance, 0).to(tl.float32), -LOG_OF_NOTHING)
+    LOG2_E: tl.constexpr = tl.constexpr(1.44269504)
+    # log(2) in two parts; the first has 9 bits, so that a whole number times it is exact.
+    LOG_2: tl.constexpr = tl.constexpr(0.693359375)
+    LOG_2_REST: tl.constexpr = tl.constexpr(-2.12194440e-4)
+    x = tl.maximum(rate * tl.maximum(distance, 0).to(tl.float32), -104.0)  # exp(-104) is 0
     n = tl.floor(x * LOG2_E + 0.5)
     return tl.exp2(n) * tl.exp2((x - n * LOG_2 - n * LOG_2_REST) * LOG2_E)
 
 
 @jit
 def _reach(rate, T):
-    """How many tokens back, at most T, a token still has a weight in float32."""
-    tokens = (1.0 / tl.maximum(-rate, 1e-30)) * LOG_OF_NOTHING + 1.0
+    """How many tokens back, at most T, a token still has a weight: exp(-104) is 0 in float32."""
+    tokens = (1.0 / tl.maximum(-rate, 1e-30)) * 104.0 + 1.0
     return tl.minimum(tokens, T.to(tl.float32)).to(tl.int32)
 
 

@@ -89,9 +89,8 @@ class _Scans:
         self.scale, self.log_decay, self.cu_seqlens = scale, _contiguous(log_decay), _contiguous(cu_seqlens)
         self.dtype, self.device = q.dtype, q.device
         self.precision = _precision(q.dtype)
-        num_multiprocessors, self.shared_memory = _capacity(q.device)
-        tiles = config.scan_tiles(self.K, self.V, self.dtype, self.precision, self.shared_memory)
-        slots = tiles.programs_per_sm * num_multiprocessors
+        tiles = config.scan_tiles(self.K, self.V, self.dtype, self.precision)
+        slots = tiles.programs_per_sm * _num_multiprocessors(q.device)
         self.segments = config.segments(self.T, self._programs(self.V, tiles), slots)
 
     def new_states(self, *sizes: int) -> Tensor:
@@ -103,7 +102,7 @@ class _Scans:
         if self.segments.count == 1:
             return None
         states = self.new_states(self.B, self.segments.num_intervals)
-        tiles = config.interval_tiles(self.K, self.V, self.dtype, self.precision, self.shared_memory)
+        tiles = config.interval_tiles(self.K, self.V, self.dtype, self.precision)
         kernels.interval_state_kernel[(self._programs(self.V, tiles) * self.segments.num_intervals,)](
             k, v, self.log_decay, states, self.cu_seqlens,
             self.T, self.H, self.N, self.segments.length, self.segments.interval,
@@ -130,7 +129,7 @@ class _Scans:
         # In reverse the state is kept divided by scale.
         scale = self.scale or 1e-30 if reverse else self.scale
         K, V = q.shape[3], v.shape[3]
-        tiles = config.scan_tiles(K, V, self.dtype, self.precision, self.shared_memory)
+        tiles = config.scan_tiles(K, V, self.dtype, self.precision)
         if programs := self._programs(V, tiles) * self.segments.count:
             kernels.scan_kernel[(programs,)](
                 q, k, v, o, self.log_decay, _contiguous(initial_state), interval_states, final_state, self.cu_seqlens,
@@ -160,9 +159,5 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 @cache
-def _capacity(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors of a device, and bytes of shared memory for one program."""
-    if device.type != "cuda":
-        return 1, 1 << 30
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

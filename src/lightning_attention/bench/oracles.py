@@ -1,0 +1,77 @@
+"""What an implementation has to agree with before it is timed, in float64."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..ops.api import lightning_attention
+from .peers import Calls, Inputs
+
+# Of output and gradients, as relative error of a head. Products of float32 may be tf32.
+TOLERANCES = {torch.float32: 3e-3, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+
+
+class Oracles:
+    """Exact results of a case for two heads of its last row.
+
+    The last row and head lie at the largest offsets; the first head decays fastest, the last one slowest. They are
+    computed over the whole length, where they are first asked for.
+    """
+
+    def __init__(self, inputs: Inputs):
+        num_heads = inputs.do.shape[2]
+        self._heads, self._tolerance = sorted({0, num_heads - 1}), TOLERANCES[inputs.do.dtype]
+        self._qkvdo = tuple(self._slice(x.detach()) for x in (*inputs.qkv, inputs.do))
+        self._log_decay = inputs.log_decay[self._heads]
+        self._exact: dict[bool, tuple[Tensor, ...]] = {}
+
+    def error(self, calls: Calls) -> float:
+        """The largest relative error `|x - exact| / |exact|` of output, dq, dk and dv.
+
+        Raises:
+            ArithmeticError: it is above the tolerance, or NaN.
+        """
+        exact = self._exact_results(calls.peer.is_softmax)
+        errors = {
+            name: float(((self._slice(x).double() - y).norm(dim=(1, 3)) / y.norm(dim=(1, 3))).max())
+            for name, x, y in zip(("o", "dq", "dk", "dv"), calls.results(), exact, strict=True)
+        }
+        for name, error in errors.items():
+            if not error <= self._tolerance:
+                raise ArithmeticError(f"wrong: relative error of {name} is {error:.1e}, above {self._tolerance:.0e}")
+        return max(errors.values())
+
+    def _slice(self, x: Tensor) -> Tensor:
+        return x[-1:, :, self._heads]
+
+    def _exact_results(self, is_softmax: bool) -> tuple[Tensor, ...]:
+        if is_softmax not in self._exact:
+            q, k, v, do = (x.double() for x in self._qkvdo)
+            self._exact[is_softmax] = _softmax(q, k, v, do) if is_softmax else _linear(q, k, v, do, self._log_decay)
+        return self._exact[is_softmax]
+
+
+def _linear(q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor) -> tuple[Tensor, ...]:
+    for x in (q, k, v):
+        x.requires_grad_()
+    o = lightning_attention(q, k, v, log_decay, backend="chunked").output
+    return o.detach(), *torch.autograd.grad(o, (q, k, v), do)
+
+
+def _softmax(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, ...]:
+    """In blocks of queries, because the scores of a long sequence do not fit."""
+    q, k, v, do = (x.transpose(1, 2) for x in (q, k, v, do))
+    o, gradients = torch.empty_like(q), tuple(torch.zeros_like(x) for x in (q, k, v))
+    for start in range(0, q.shape[2], 512):
+        rows = slice(start, start + 512)
+        qkv = tuple(x.detach().requires_grad_() for x in (q[:, :, rows], k[:, :, : rows.stop], v[:, :, : rows.stop]))
+        mask = qkv[0].new_ones(qkv[0].shape[2], qkv[1].shape[2], dtype=torch.bool).tril(start)
+        with sdpa_kernel(SDPBackend.MATH):
+            block = F.scaled_dot_product_attention(*qkv, attn_mask=mask)
+        o[:, :, rows] = block.detach()
+        dq, dk, dv = torch.autograd.grad(block, qkv, do[:, :, rows])
+        gradients[0][:, :, rows] = dq
+        gradients[1][:, :, : rows.stop] += dk
+        gradients[2][:, :, : rows.stop] += dv
+    return tuple(x.transpose(1, 2) for x in (o, *gradients))
