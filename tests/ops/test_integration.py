@@ -20,12 +20,12 @@ CASES = [Case(T=20, K=4, V=6), Case(lengths=(7, 0, 13), K=4, V=6)]
 def test_opcheck(backend, case):
     inputs = make_inputs(case, dtype_of(backend)).on(device_of(backend))
     qkv = (inputs.q, inputs.k, inputs.v)
-    common = (inputs.cu_seqlens, 0.5, backend)
-    torch.library.opcheck(library.forward, (*qkv, inputs.log_decay, inputs.state, *common))
-    torch.library.opcheck(library.forward, (*qkv, None, None, *common))
-    torch.library.opcheck(
-        library.backward, (*qkv, inputs.do, inputs.log_decay, inputs.state, inputs.d_final_state, *common)
-    )
+    common = (inputs.cu_seqlens, 0.5)
+    torch.library.opcheck(library.forward, (*qkv, inputs.log_decay, inputs.state, *common, True, backend))
+    torch.library.opcheck(library.forward, (*qkv, None, None, *common, False, backend))
+    for state in (inputs.state, None):
+        gradients = (inputs.do, inputs.log_decay, state, inputs.d_final_state)
+        torch.library.opcheck(library.backward, (*qkv, *gradients, *common, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -120,13 +120,15 @@ def test_pieces_and_packed_rows_are_the_whole():
     assert error(packed, torch.cat(one_by_one, dim=1).double()) < 4e-3
 
 
-@pytest.mark.parametrize("shape", [(4, 8192, 32, 128), (1, 65536, 8, 128), (1, 65536, 8, 64)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1024, 64, 128), (4, 8192, 32, 128), (1, 65536, 8, 128), (1, 65536, 8, 64)], ids=str
+)
 def test_memory(shape):
     """Beyond inputs and results, at most 5 % of the inputs."""
     q, k, v, do = large(*shape)
     log_decay = decay.log_decay(shape[2], preset="alibi").cuda()
     for call, inputs, results in (
-        (lambda: launch.forward(q, k, v, log_decay, None, None, 1.0), 3, 1),
+        (lambda: launch.forward(q, k, v, log_decay, None, None, 1.0, False), 3, 1),
         (lambda: launch.backward(q, k, v, do, log_decay, None, None, None, 1.0), 4, 3),
     ):
         call()
@@ -209,7 +211,7 @@ def test_strided_inputs_are_not_copied():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        o, _ = launch.forward(q, k, v, None, None, None, 1.0)
+        o, _ = launch.forward(q, k, v, None, None, None, 1.0, False)
         assert torch.cuda.max_memory_allocated() - before < 1.3 * o.nbytes
-        expected, _ = launch.forward(q.contiguous(), k.contiguous(), v.contiguous(), None, None, None, 1.0)
+        expected, _ = launch.forward(q.contiguous(), k.contiguous(), v.contiguous(), None, None, None, 1.0, False)
         assert torch.equal(o, expected)

@@ -66,8 +66,10 @@ def lightning_attention(
     q, k, v = _autocast(q, k, v)
     problem = Problem.of_attention(q, k, v, log_decay, initial_state, cu_seqlens)
     backend = library.choose_backend(backend, problem)
-    output, final_state = library.attention(q, k, v, log_decay, initial_state, cu_seqlens, float(scale), backend)
-    return LightningAttentionOutput(output, final_state if output_final_state else None)
+    o, final_state = library.attention(
+        q, k, v, log_decay, initial_state, cu_seqlens, float(scale), output_final_state, backend
+    )
+    return LightningAttentionOutput(o, final_state)
 
 
 def lightning_attention_step(

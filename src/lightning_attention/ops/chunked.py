@@ -27,11 +27,12 @@ def forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
     sequences = _Sequences(q, cu_seqlens)
     states = sequences.states(initial_state, q.shape[3], v.shape[3])
     o = _scan_(sequences, q, k, v, log_decay, states, scale)
-    return o, sequences.in_given_order(states)
+    return o, sequences.in_given_order(states) if output_final_state else None
 
 
 def backward(

@@ -52,12 +52,13 @@ def _operator(fake: Callable, mutates_args: Iterable[str] = ()) -> Callable[[Cal
     return register
 
 
-def _fake_forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, backend):
-    return _fake_output(v), _fake_state(q, v, cu_seqlens)
+def _fake_forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend):
+    return _fake_output(v), _fake_state(q, v, cu_seqlens) if output_final_state else _no_state(q)
 
 
 def _fake_backward(q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, scale, backend):
-    return _fake_output(q), _fake_output(k), _fake_output(v), _fake_state(q, v, cu_seqlens)
+    d_initial_state = _no_state(q) if initial_state is None else _fake_state(q, v, cu_seqlens)
+    return _fake_output(q), _fake_output(k), _fake_output(v), d_initial_state
 
 
 def _fake_step(q, k, v, log_decay, state, state_indices, scale, backend):
@@ -73,6 +74,11 @@ def _fake_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return q.new_empty(num_sequences, q.shape[2], q.shape[3], v.shape[3], dtype=state_dtype(q.dtype))
 
 
+def _no_state(q: Tensor) -> Tensor:
+    """An operator cannot return None."""
+    return q.new_empty(0, dtype=state_dtype(q.dtype))
+
+
 @_operator(_fake_forward)
 def forward(
     q: Tensor,
@@ -82,9 +88,12 @@ def forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
+    output_final_state: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return BACKENDS[backend].forward(q, k, v, log_decay, initial_state, cu_seqlens, scale)
+    run = BACKENDS[backend].forward
+    o, final_state = run(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state)
+    return o, _no_state(q) if final_state is None else final_state
 
 
 @_operator(_fake_backward)
@@ -100,7 +109,9 @@ def backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return BACKENDS[backend].backward(q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, scale)
+    run = BACKENDS[backend].backward
+    dq, dk, dv, d_initial_state = run(q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, scale)
+    return dq, dk, dv, _no_state(q) if initial_state is None else d_initial_state
 
 
 @_operator(_fake_step, mutates_args=("state",))
@@ -121,11 +132,11 @@ class _Attention(torch.autograd.Function):
     """The gradient of `forward`. Written in the old style, which costs 7 µs a call; with `setup_context` it is 34."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_decay, initial_state, cu_seqlens, scale, backend):
+    def forward(ctx, q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend):
         ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens)
         ctx.scale, ctx.backend = scale, backend
         ctx.set_materialize_grads(False)
-        return forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, backend)
+        return forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend)
 
     @staticmethod
     def backward(ctx, do, d_final_state):
@@ -136,7 +147,7 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv, d_initial_state = differentiate(
             q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, ctx.scale, ctx.backend
         )
-        return dq, dk, dv, None, (None if initial_state is None else d_initial_state), None, None, None
+        return dq, dk, dv, None, (None if initial_state is None else d_initial_state), None, None, None, None
 
 
 class _Gradients(torch.autograd.Function):
@@ -159,10 +170,12 @@ def attention(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
+    output_final_state: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """`forward`, with gradients where one is needed."""
     differentiable = (q, k, v) if initial_state is None else (q, k, v, initial_state)
     is_needed = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
     call = _Attention.apply if is_needed else forward
-    return call(q, k, v, log_decay, initial_state, cu_seqlens, scale, backend)
+    o, final_state = call(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend)
+    return o, final_state if output_final_state else None

@@ -48,14 +48,15 @@ def forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
     check_log_decay(log_decay)
     rows = _rows(q, cu_seqlens)
     state = _initial_state(q, v, len(rows), initial_state).clone()
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     for i, row in enumerate(rows):
         o[row], state[i : i + 1] = recurrence(q[row], k[row], v[row], log_decay, scale, state[i : i + 1])
-    return o, state
+    return o, state if output_final_state else None
 
 
 def backward(

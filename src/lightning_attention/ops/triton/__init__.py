@@ -25,13 +25,13 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 # The kernels are imported when they are first called: Triton is not installed everywhere, and takes its time.
 
 
-def forward(*arguments) -> tuple[Tensor, Tensor]:
+def forward(*arguments) -> tuple[Tensor, Tensor | None]:
     from .launch import forward
 
     return forward(*arguments)
 
 
-def backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     from .launch import backward
 
     return backward(*arguments)

@@ -1,6 +1,8 @@
 """From tensors to launches. What a tensor must look like is checked in `problem.py`; here results are made."""
 
-from functools import cache
+from functools import cache, reduce
+from operator import or_
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +20,14 @@ def forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    scans = _Scans(q, v, log_decay, cu_seqlens, scale)
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    final_state = scans.new_states(scans.N)
-    o = scans.scan(q, k, v, initial_state, scans.interval_states(k, v), final_state)
-    return o, final_state
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    with torch.cuda.device_of(q):
+        scans = _Scans(q, v, log_decay, cu_seqlens, scale)
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        final_state = scans.new_states(scans.N) if output_final_state else None
+        o = scans.scan(q, k, v, initial_state, scans.interval_states(k, v), final_state)
+        return o, final_state
 
 
 def backward(
@@ -36,17 +40,18 @@ def backward(
     d_final_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Three scans: `do, v, k` for dq, from transposed states; in reverse `v, do, q` for dk and `k, q, do` for dv."""
-    scans = _Scans(q, v, log_decay, cu_seqlens, scale)
-    q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
-    d_initial_state = scans.new_states(scans.N)
-    states = scans.interval_states(k, v)
-    dq = scans.scan(do, v, k, initial_state, states, transposed=True)
-    states = scans.interval_states(q, do, reverse=True)
-    dk = scans.scan(v, do, q, d_final_state, states, reverse=True, transposed=True)
-    dv = scans.scan(k, q, do, d_final_state, states, d_initial_state, reverse=True)
-    return dq, dk, dv, d_initial_state
+    with torch.cuda.device_of(q):
+        scans = _Scans(q, v, log_decay, cu_seqlens, scale)
+        q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
+        d_initial_state = None if initial_state is None else scans.new_states(scans.N)
+        states = scans.interval_states(k, v)
+        dq = scans.scan(do, v, k, initial_state, states, transposed=True)
+        states = scans.interval_states(q, do, reverse=True)
+        dk = scans.scan(v, do, q, d_final_state, states, reverse=True, transposed=True)
+        dv = scans.scan(k, q, do, d_final_state, states, d_initial_state, reverse=True)
+        return dq, dk, dv, d_initial_state
 
 
 def step(
@@ -66,11 +71,16 @@ def step(
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     if o.numel():
         BK, BV = config.step_tiles(K, V)
-        kernels.step_kernel[(ceil_div(V, BV) * H * B,)](
-            q, k, v, o, _contiguous(log_decay), state, _contiguous(state_indices), scale, T, H,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *state.stride(),
-            K=K, V=V, BK=BK, BV=BV,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            _launch(
+                kernels.step_kernel,
+                ceil_div(V, BV) * H * B,
+                (q, k, v, o, _contiguous(log_decay), state, _contiguous(state_indices)),
+                (scale, T, H),
+                (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *state.stride()),
+                (K, V, BK, BV),
+                num_warps=4,
+            )
     return o
 
 
@@ -103,13 +113,15 @@ class _Scans:
             return None
         states = self.new_states(self.B, self.segments.num_intervals)
         tiles = config.interval_tiles(self.K, self.V, self.dtype, self.precision)
-        kernels.interval_state_kernel[(self._programs(self.V, tiles) * self.segments.num_intervals,)](
-            k, v, self.log_decay, states, self.cu_seqlens,
-            self.T, self.H, self.N, self.segments.length, self.segments.interval,
-            *k.stride()[:3], *v.stride()[:3],
-            K=self.K, V=self.V, C=tiles.C, BK=tiles.BK, BV=tiles.BV, REVERSE=reverse,
-            PRECISION=self.precision, NUM_STAGES=tiles.num_stages, num_warps=tiles.num_warps,
-        )  # fmt: skip
+        _launch(
+            kernels.interval_state_kernel,
+            self._programs(self.V, tiles) * self.segments.num_intervals,
+            (k, v, self.log_decay, states, self.cu_seqlens),
+            (self.T, self.H, self.N, self.segments.length, self.segments.interval),
+            (*k.stride()[:3], *v.stride()[:3]),
+            (self.K, self.V, tiles.C, tiles.BK, tiles.BV, reverse, self.precision, tiles.num_stages),
+            tiles.num_warps,
+        )
         return states
 
     def scan(
@@ -131,17 +143,49 @@ class _Scans:
         K, V = q.shape[3], v.shape[3]
         tiles = config.scan_tiles(K, V, self.dtype, self.precision)
         if programs := self._programs(V, tiles) * self.segments.count:
-            kernels.scan_kernel[(programs,)](
-                q, k, v, o, self.log_decay, _contiguous(initial_state), interval_states, final_state, self.cu_seqlens,
-                scale, self.T, self.H, self.N, self.segments.length, self.segments.interval,
-                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                K=K, V=V, C=tiles.C, BK=tiles.BK, BV=tiles.BV, REVERSE=reverse, TRANSPOSED_STATES=transposed,
-                PRECISION=self.precision, NUM_STAGES=tiles.num_stages, num_warps=tiles.num_warps,
-            )  # fmt: skip
+            _launch(
+                kernels.scan_kernel,
+                programs,
+                (q, k, v, o, self.log_decay, _contiguous(initial_state), interval_states, final_state, self.cu_seqlens),
+                (scale, self.T, self.H, self.N, self.segments.length, self.segments.interval),
+                (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+                (K, V, tiles.C, tiles.BK, tiles.BV, reverse, transposed, self.precision, tiles.num_stages),
+                tiles.num_warps,
+            )
         return o
 
     def _programs(self, V: int, tiles: Tiles) -> int:
         return ceil_div(V, tiles.BV) * self.H * self.B
+
+
+_compiled: dict[tuple, Any] = {}
+
+
+def _launch(
+    kernel: Any,
+    programs: int,
+    tensors: tuple[Any, ...],
+    numbers: tuple[float, ...],
+    strides: tuple[int, ...],
+    constants: tuple[int | str, ...],
+    num_warps: int,
+) -> None:
+    """`kernel[(programs,)](...)`, with its arguments in this order.
+
+    Triton finds out anew at every call how its arguments are aligned, in 20 µs. What is aligned to 16, as all usual
+    tensors are, is looked up here by what else the compiled code depends on; anything else goes the long way.
+    """
+    pointers = reduce(or_, [x.data_ptr() for x in tensors if x is not None])
+    arguments = (*tensors, *numbers, *strides, *constants)
+    is_usual = pointers % 16 == 0 and reduce(or_, strides) % 16 == 0 and max(strides) < 1 << 31
+    dtypes = tuple([None if x is None else x.dtype for x in tensors])
+    key = id(kernel), tensors[0].device, dtypes, constants
+    if is_usual and (compiled := _compiled.get(key)):
+        compiled[(programs, 1, 1)](*arguments)
+        return
+    compiled = kernel[(programs,)](*arguments, num_warps=num_warps)
+    if is_usual and compiled is not None:  # the interpreter compiles nothing
+        _compiled[key] = compiled
 
 
 def _rows(x: Tensor) -> Tensor:
