@@ -56,6 +56,20 @@ def test_compile(case, dynamic):
         torch.testing.assert_close(value, expected[name])
 
 
+def test_compile_of_an_output_alone():
+    """The compiler gives a gradient of zeros to a final state that nobody asked for, and that has no size."""
+    inputs = make_inputs(Case(T=20, K=4, V=6, state=False), torch.float32)
+
+    def loss(q, k, v):
+        return (lightning_attention(q * 1.5, k, v, inputs.log_decay).output * inputs.do).sum()
+
+    gradients = []
+    for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+        gradients.append(torch.autograd.grad(call(*leaves), leaves))
+    torch.testing.assert_close(*gradients)
+
+
 def test_compile_step():
     inputs = make_inputs(Case(T=1), torch.float32)
     q, k, v = inputs.q[:, 0], inputs.k[:, 0], inputs.v[:, 0]

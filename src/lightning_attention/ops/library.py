@@ -134,7 +134,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend):
         ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens)
-        ctx.scale, ctx.backend = scale, backend
+        ctx.scale, ctx.output_final_state, ctx.backend = scale, output_final_state, backend
         ctx.set_materialize_grads(False)
         return forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend)
 
@@ -143,6 +143,8 @@ class _Attention(torch.autograd.Function):
         q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
         if do is None:
             do = torch.zeros_like(v)
+        if not ctx.output_final_state:  # the compiler makes one up
+            d_final_state = None
         differentiate = _Gradients.apply if torch.is_grad_enabled() else backward
         dq, dk, dv, d_initial_state = differentiate(
             q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, ctx.scale, ctx.backend
