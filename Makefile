@@ -9,6 +9,7 @@ demo: environment
 
 test: environment lint
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton
 
 lint: environment
 	$(BIN)/ruff check .

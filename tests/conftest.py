@@ -1,12 +1,11 @@
 """Where the Triton kernels run: on a GPU (`pytest -m gpu`), or interpreted (`TRITON_INTERPRET=1 pytest -m triton`)."""
 
-import os
+from importlib.util import find_spec
 
 import pytest
-import torch
+from oracle import HAS_GPU, INTERPRETED
 
-HAS_GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CAN_INTERPRET = INTERPRETED and find_spec("triton") is not None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -14,7 +13,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("triton"):
             if HAS_GPU:
                 item.add_marker(pytest.mark.gpu)
-            elif not INTERPRETED:
+            elif not CAN_INTERPRET:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU, or TRITON_INTERPRET=1"))
         elif item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -1,5 +1,6 @@
 """Inputs, the float64 oracle, and the one tolerance rule of the suite."""
 
+import os
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -10,12 +11,15 @@ from torch import Tensor
 from lightning_attention import lightning_attention
 from lightning_attention.ops import reference
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_GPU = torch.cuda.is_available() and not INTERPRETED
+
 # The Triton kernels run on a GPU, or on a CPU under Triton's interpreter: see conftest.py.
 BACKENDS = ("chunked", "reference", pytest.param("triton", marks=pytest.mark.triton))
 
 
 def device_of(backend: str) -> str:
-    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    return "cuda" if backend == "triton" and HAS_GPU else "cpu"
 
 
 def dtype_of(backend: str) -> torch.dtype:

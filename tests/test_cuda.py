@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from oracle import Case, Inputs, definition, error, make_inputs, plain, run
+from oracle import Case, attention, definition, error, make_inputs, plain, run
 from rich.console import Console
 from tiny_model import make_config, tokens
 
-from lightning_attention import lightning_attention, lightning_attention_step
+from lightning_attention import lightning_attention_step
 from lightning_attention.inference import SamplingOptions, load, stream
 from lightning_attention.models import LightningForCausalLM
 from lightning_attention.ops.chunked import CHUNK_SIZE
@@ -16,7 +16,7 @@ from lightning_attention.training import TrainingOptions, train
 from lightning_attention.training.metrics import read_metrics
 
 pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
@@ -33,22 +33,12 @@ CASES = [
 ]
 
 
-def on_gpu(inputs: Inputs) -> Inputs:
-    return Inputs(**{name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in vars(inputs).items()})
-
-
-def attention(q, k, v, log_decay, **options):
-    o, state = lightning_attention(q, k, v, log_decay, output_final_state=True, **options)
-    assert state is not None
-    return o, state
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_matches_the_definition(case, dtype):
     inputs = make_inputs(case, dtype)
     exact, baseline = run(definition, inputs.to(torch.float64)), run(plain, inputs)
-    for name, value in run(attention, on_gpu(inputs)).items():
+    for name, value in run(attention(), inputs.on("cuda")).items():
         allowed = 2 * error(baseline[name], exact[name]) + torch.finfo(value.dtype).eps
         assert error(value.cpu(), exact[name]) <= allowed, name
 
@@ -57,7 +47,7 @@ def test_matches_the_definition(case, dtype):
 def test_slots(tokens):
     inputs = make_inputs(Case(B=3, T=tokens))
     pool = torch.randn(5, 3, 16, 16, dtype=torch.float64)
-    indices, gpu, gpu_pool = torch.tensor([4, -1, 0]), on_gpu(inputs), pool.cuda()
+    indices, gpu, gpu_pool = torch.tensor([4, -1, 0]), inputs.on("cuda"), pool.cuda()
     options = {"state": gpu_pool, "state_indices": indices.cuda()}
     o = lightning_attention_step(gpu.q, gpu.k, gpu.v, gpu.log_decay, **options)
     expected = lightning_attention_step(
