@@ -94,7 +94,7 @@ PROPERTY_BACKENDS = ("chunked", pytest.param("triton", marks=pytest.mark.triton)
 
 
 @pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(T=st.integers(1, 3 * C), data=st.data())
 def test_pieces_are_the_whole(backend, T, data):
     cut = data.draw(st.integers(0, T))
@@ -113,7 +113,7 @@ def test_pieces_are_the_whole(backend, T, data):
 
 
 @pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(lengths=st.lists(st.integers(0, 2 * C), min_size=1, max_size=5), permutation=st.permutations(range(5)))
 def test_packed_is_one_by_one(backend, lengths, permutation):
     """Also in any order: packing is a set of independent sequences."""

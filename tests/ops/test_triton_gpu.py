@@ -162,6 +162,7 @@ def test_compile(T, output_final_state):
 
     def loss(q, k, v, do):
         o, state = lightning_attention(q * 2, k, v, log_decay, output_final_state=output_final_state)
+        assert (state is not None) == output_final_state
         return ((o + 1) * do).sum() + (0 if state is None else state.sum())
 
     gradients = []

@@ -129,7 +129,7 @@ def step(
 
 
 class _Attention(torch.autograd.Function):
-    """The gradient of `forward`. Written in the old style, which costs 7 µs a call; with `setup_context` it is 34."""
+    """The gradient of `forward`. Written in the old style, which takes 15 µs a call; with `setup_context` it is 42."""
 
     @staticmethod
     def forward(ctx, q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend):

@@ -39,9 +39,9 @@ class Segments:
 
 @cache
 def scan_tiles(key_dim: int, value_dim: int, dtype: torch.dtype, precision: str) -> Tiles:
-    """The fastest measured on an H200 of those that fit the 99 KB of shared memory of the smallest chips.
+    """Chosen by trials on an H200 from those that fit the 99 KB of shared memory of the smallest chips.
 
-    Short chunks leave registers for the state, `BV BK / 32` a thread of 4 warps, and for loads in flight.
+    Short chunks leave registers for the state, which takes `BV BK / 128` a thread of 4 warps, and for loads in flight.
 
     Args:
         precision: "ieee" or "tf32", of products of float32.
