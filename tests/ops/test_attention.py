@@ -2,7 +2,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import BACKENDS, Case, assert_accurate, attention, definition, device_of, dtype_of, error, make_inputs, run
+from oracle import (
+    BACKENDS,
+    INTERPRETED,
+    Case,
+    assert_accurate,
+    attention,
+    definition,
+    device_of,
+    dtype_of,
+    error,
+    make_inputs,
+    run,
+)
 
 from lightning_attention import lightning_attention
 from lightning_attention.ops import reference
@@ -90,11 +102,14 @@ def test_chunked_is_recurrent(case):
         assert error(value, exact[name]) < 1e-12, name
 
 
+# The interpreter takes a second or two for a call and its gradients.
+EXAMPLES = 15 if INTERPRETED else 25
+
 PROPERTY_BACKENDS = ("chunked", pytest.param("triton", marks=pytest.mark.triton))
 
 
 @pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(T=st.integers(1, 3 * C), data=st.data())
 def test_pieces_are_the_whole(backend, T, data):
     cut = data.draw(st.integers(0, T))
@@ -113,7 +128,7 @@ def test_pieces_are_the_whole(backend, T, data):
 
 
 @pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(lengths=st.lists(st.integers(0, 2 * C), min_size=1, max_size=5), permutation=st.permutations(range(5)))
 def test_packed_is_one_by_one(backend, lengths, permutation):
     """Also in any order: packing is a set of independent sequences."""
