@@ -20,7 +20,7 @@ def segments(monkeypatch, request):
     """Three or four segments of 64 or 192 tokens in a row of 600, each of one or three intervals."""
     intervals = request.param
 
-    def cut(length: int, programs: int, slots: int) -> config.Segments:
+    def cut(length: int, programs: int, slots: int, min_interval: int) -> config.Segments:
         count = config.ceil_div(length, 64 * intervals)
         return config.Segments(64 * intervals, 64, count) if count > 1 else config.Segments(max(length, 1), 1, 1)
 
@@ -106,21 +106,30 @@ def test_the_default_on_a_cpu_is_not_an_interpreter(monkeypatch):
     backend._reasons_of_device.cache_clear()
 
 
-@given(st.integers(0, 1 << 22), st.integers(0, 4096), st.integers(1, 1000))
-def test_segments_cover_a_row_and_fill_the_device(length, programs, slots):
-    cut = config.segments(length, programs, slots)
+@given(st.integers(0, 1 << 22), st.integers(0, 4096), st.integers(1, 1000), st.integers(256, 4096))
+def test_segments_cover_a_row_and_fill_the_device(length, programs, slots, min_interval):
+    cut = config.segments(length, programs, slots, min_interval)
     assert (cut.count - 1) * cut.length < max(length, 1) <= cut.count * cut.length
     assert cut.length % cut.interval == 0
     if cut.count == 1:
         assert cut.num_intervals == 0
-        assert 2 * programs > slots or length < 2 * config.MIN_INTERVAL or programs == 0
+        assert 2 * programs > slots or length < 2 * min_interval or programs == 0
     else:
         assert programs * cut.count <= slots
-        assert cut.interval >= config.MIN_INTERVAL
-        assert cut.num_intervals * config.MIN_INTERVAL <= length
+        assert cut.interval >= min_interval
+        assert cut.num_intervals * min_interval <= length
 
 
 SIZES = (1, 16, 40, 64, 96, 128, 192, 256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_states_of_intervals_are_small(dtype):
+    for K in SIZES:
+        for V in SIZES:
+            inputs = config.min_interval(K, V, dtype) * (2 * K + V) * dtype.itemsize
+            states = 4 * K * V
+            assert states <= 0.05 * inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,6 +1,11 @@
 """What only a GPU can show of the Triton kernels: real sizes, memory, graphs, compilation."""
 
+import os
+import shutil
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +27,7 @@ LONG = [
     (Case(B=1, T=8191, H=3, K=64, V=64, slope=None, state=False), BF16),
     (Case(B=2, T=4100, H=2, K=128, V=64, slope=0.1, scale=0.1), FP16),
     (Case(B=1, T=5000, H=2, K=96, V=40, slope=0.001), FP16),
-    (Case(B=1, T=4500, H=1, K=256, V=256, slope=0.1), BF16),
+    (Case(B=1, T=9000, H=1, K=256, V=256, slope=0.1), BF16),
     (Case(B=1, T=4500, H=1, K=192, V=80, slope=8.0), BF16),
     (Case(B=1, T=4500, H=3, K=64, V=64, slope=0.5), FP32),
     (Case(B=1, T=4500, H=1, K=256, V=256, slope=0.5), FP32),
@@ -121,7 +126,9 @@ def test_pieces_and_packed_rows_are_the_whole():
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1024, 64, 128), (4, 8192, 32, 128), (1, 65536, 8, 128), (1, 65536, 8, 64)], ids=str
+    "shape",
+    [(1, 1024, 64, 128), (4, 8192, 32, 128), (1, 65536, 8, 128), (1, 65536, 8, 64), (1, 65536, 2, 256)],
+    ids=str,
 )
 def test_memory(shape):
     """Beyond inputs and results, at most 5 % of the inputs."""
@@ -217,3 +224,23 @@ def test_strided_inputs_are_not_copied():
         assert torch.cuda.max_memory_allocated() - before < 1.3 * o.nbytes
         expected, _ = launch.forward(q.contiguous(), k.contiguous(), v.contiguous(), None, None, None, 1.0, False)
         assert torch.equal(o, expected)
+
+
+def test_memory_is_not_touched_out_of_bounds():
+    """compute-sanitizer's memcheck, where it can watch this device, with every tensor in an allocation of its own."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    small_set = Path(__file__).parent / "test_triton.py"
+    options = ["-q", "-m", "triton", "-k", "test_segments and three", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    found = subprocess.run(
+        [sanitizer, "--tool", "memcheck", "--error-exitcode", "7", sys.executable, "-m", "pytest", small_set, *options],
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if "Device not supported" in found.stdout:
+        pytest.skip("compute-sanitizer does not support this device")
+    assert found.returncode == 0, found.stdout[-3000:]
+    assert "ERROR SUMMARY: 0 errors" in found.stdout
+    assert " passed" in found.stdout

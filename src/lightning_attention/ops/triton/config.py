@@ -7,8 +7,8 @@ import torch
 
 MAX_HEAD_DIM = 256
 
-# A state is as large as 85 tokens of q, k and v in bfloat16 at D = 128: so far apart, states are 4 % of the inputs.
-MIN_INTERVAL = 2048
+# Inputs are at least so many times as large as the states of intervals.
+INPUTS_OVER_STATES = 24
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,27 @@ def step_tiles(key_dim: int, value_dim: int) -> tuple[int, int]:
     return BK, min(_power_of_two(value_dim), max(16, 4096 // BK))
 
 
+@cache
+def min_interval(key_dim: int, value_dim: int, dtype: torch.dtype) -> int:
+    """Tokens of an interval, at least: 2048 for heads of 128 in 16 bits. Its state is float32."""
+    state_bytes, token_bytes = 4 * key_dim * value_dim, (2 * key_dim + value_dim) * dtype.itemsize
+    return max(256, ceil_div(INPUTS_OVER_STATES * state_bytes, token_bytes))
+
+
 @lru_cache(1024)
-def segments(length: int, programs: int, slots: int) -> Segments:
+def segments(length: int, programs: int, slots: int, min_interval: int) -> Segments:
     """One segment, unless that leaves the device half empty.
 
     Args:
         length: tokens T of a row.
         programs: that work if rows are not cut.
         slots: programs that the device holds at once.
+        min_interval: tokens of an interval, at least.
     """
-    count = min(slots // max(programs, 1), length // MIN_INTERVAL)
+    count = min(slots // max(programs, 1), length // min_interval)
     if count <= 1:
         return Segments(max(length, 1), max(length, 1), 1)
-    intervals = max(1, length // count // MIN_INTERVAL)
+    intervals = max(1, length // count // min_interval)
     interval = ceil_div(length, count * intervals * 64) * 64
     return Segments(intervals * interval, interval, ceil_div(length, intervals * interval))
 

@@ -101,7 +101,8 @@ class _Scans:
         self.precision = _precision(q.dtype)
         tiles = config.scan_tiles(self.K, self.V, self.dtype, self.precision)
         slots = tiles.programs_per_sm * _num_multiprocessors(q.device)
-        self.segments = config.segments(self.T, self._programs(self.V, tiles), slots)
+        min_interval = config.min_interval(self.K, self.V, self.dtype)
+        self.segments = config.segments(self.T, self._programs(self.V, tiles), slots, min_interval)
 
     def new_states(self, *sizes: int) -> Tensor:
         """`[*sizes, H, K, V]`."""
