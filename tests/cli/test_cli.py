@@ -225,6 +225,14 @@ def test_the_command_has_the_defaults_of_the_library():
             assert command[field.name].default == field.default, field.name
 
 
+def test_an_interrupted_command_fails(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_attention.cli.info.Console", interrupted)
+    assert run(monkeypatch, capsys, "info")[0] == 130
+
+
 def test_info(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "info")
     assert code == 0

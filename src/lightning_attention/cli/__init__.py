@@ -20,7 +20,7 @@ def _run() -> None:
     from .app import app
 
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False))
     except Exception as error:
         # A missing or unknown option. Depending on its version typer raises click's classes or its own copies of them.
         if message := getattr(error, "format_message", None):
