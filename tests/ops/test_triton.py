@@ -113,11 +113,11 @@ def test_segments_cover_a_row_and_fill_the_device(length, programs, slots, min_i
     assert cut.length % cut.interval == 0
     if cut.count == 1:
         assert cut.num_intervals == 0
-        assert 2 * programs > slots or length < 2 * min_interval or programs == 0
+        assert 2 * programs > slots or length < 2 * config.MIN_SEGMENT or programs == 0
     else:
         assert programs * cut.count <= slots
-        assert cut.interval >= min_interval
-        assert cut.num_intervals * min_interval <= length
+        assert cut.length >= config.MIN_SEGMENT
+        assert cut.interval == cut.length or cut.interval >= min_interval
 
 
 SIZES = (1, 16, 40, 64, 96, 128, 192, 256)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from oracle import Case, assert_accurate, attention, error, make_inputs, run
 
 from lightning_attention import decay, lightning_attention, lightning_attention_step
-from lightning_attention.ops.triton import kernels, launch
+from lightning_attention.ops.triton import config, kernels, launch
 
 pytestmark = pytest.mark.gpu
 
@@ -127,12 +127,22 @@ def test_pieces_and_packed_rows_are_the_whole():
 
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1024, 64, 128), (4, 8192, 32, 128), (1, 65536, 8, 128), (1, 65536, 8, 64), (1, 65536, 2, 256)],
+    [
+        (1, 512, 16, 128),
+        (1, 1024, 64, 128),
+        (4, 8192, 32, 128),
+        (1, 65536, 8, 128),
+        (1, 65536, 8, 64),
+        (1, 65536, 2, 256),
+    ],
     ids=str,
 )
 def test_memory(shape):
-    """Beyond inputs and results, at most 5 % of the inputs."""
+    """Beyond inputs and results, at most 5 % of the inputs; of short ones, the states of all programs at once."""
     q, k, v, do = large(*shape)
+    tiles = config.scan_tiles(shape[3], shape[3], BF16, "ieee")
+    multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
+    states = multiprocessors * tiles.programs_per_sm * tiles.BK * tiles.BV * 4
     log_decay = decay.log_decay(shape[2], preset="alibi").cuda()
     for call, inputs, results in (
         (lambda: launch.forward(q, k, v, log_decay, None, None, 1.0, False), 3, 1),
@@ -144,7 +154,7 @@ def test_memory(shape):
         before = torch.cuda.memory_allocated()
         call()
         extra = torch.cuda.max_memory_allocated() - before - results * q.nbytes
-        assert extra <= 0.05 * inputs * q.nbytes
+        assert extra <= max(0.05 * inputs * q.nbytes, states)
 
 
 def test_cuda_graph():
@@ -186,7 +196,7 @@ def test_no_length_is_compiled_again():
     for T in (100, 1000, 1, 9000, 8192, 64, 63, 20_000):
         differentiated(*large(1, T, 4, 64), log_decay)
         found.append(len(kernels.scan_kernel.device_caches[torch.cuda.current_device()][0]))
-        if T == 9000:
+        if T == 1000:
             found.clear()  # the first that is cut into segments
     assert len(set(found)) == 1
 

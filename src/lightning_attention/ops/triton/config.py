@@ -7,7 +7,10 @@ import torch
 
 MAX_HEAD_DIM = 256
 
-# Inputs are at least so many times as large as the states of intervals.
+# Tokens of a segment, at least: to start one takes as long as some of them.
+MIN_SEGMENT = 256
+
+# Inputs are at least so many times as large as the states of intervals, where a segment has several.
 INPUTS_OVER_STATES = 24
 
 
@@ -74,22 +77,22 @@ def step_tiles(key_dim: int, value_dim: int) -> tuple[int, int]:
 
 @cache
 def min_interval(key_dim: int, value_dim: int, dtype: torch.dtype) -> int:
-    """Tokens of an interval, at least: 2048 for heads of 128 in 16 bits. Its state is float32."""
+    """Tokens of one of several intervals in a segment, at least: 2048 for heads of 128 in 16 bits."""
     state_bytes, token_bytes = 4 * key_dim * value_dim, (2 * key_dim + value_dim) * dtype.itemsize
     return max(256, ceil_div(INPUTS_OVER_STATES * state_bytes, token_bytes))
 
 
 @lru_cache(1024)
 def segments(length: int, programs: int, slots: int, min_interval: int) -> Segments:
-    """One segment, unless that leaves the device half empty.
+    """One segment, unless that leaves the device half empty; then as many as fill it.
 
     Args:
         length: tokens T of a row.
         programs: that work if rows are not cut.
         slots: programs that the device holds at once.
-        min_interval: tokens of an interval, at least.
+        min_interval: tokens of one of several intervals in a segment, at least.
     """
-    count = min(slots // max(programs, 1), length // min_interval)
+    count = min(slots // max(programs, 1), length // MIN_SEGMENT)
     if count <= 1:
         return Segments(max(length, 1), max(length, 1), 1)
     intervals = max(1, length // count // min_interval)
