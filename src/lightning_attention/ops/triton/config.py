@@ -7,9 +7,6 @@ import torch
 
 MAX_HEAD_DIM = 256
 
-# Tokens of a segment, at least: to start one takes as long as some of them.
-MIN_SEGMENT = 256
-
 # Inputs are at least so many times as large as the states of intervals, where a segment has several.
 INPUTS_OVER_STATES = 24
 
@@ -83,17 +80,28 @@ def min_interval(key_dim: int, value_dim: int, dtype: torch.dtype) -> int:
 
 
 @lru_cache(1024)
-def segments(length: int, programs: int, slots: int, min_interval: int) -> Segments:
-    """One segment, unless that leaves the device half empty; then as many as fill it.
+def segments(length: int, programs: int, multiprocessors: int, programs_per_sm: int, min_interval: int) -> Segments:
+    """As many as take least time, by what was measured on an H200, among those that the device runs at once.
 
     Args:
         length: tokens T of a row.
         programs: that work if rows are not cut.
-        slots: programs that the device holds at once.
+        multiprocessors: of the device.
+        programs_per_sm: that one of them holds at once.
         min_interval: tokens of one of several intervals in a segment, at least.
     """
-    count = min(slots // max(programs, 1), length // MIN_SEGMENT)
-    if count <= 1:
+
+    def time(count: int) -> float:
+        """Of a scan, in that of a token where one program has a multiprocessor for itself."""
+        if count == 1:
+            return length
+        sharing = 1.4 if programs * count > multiprocessors else 1.0
+        launch, state = 160, 15
+        return launch + (1.25 * length / count + state * count) * sharing
+
+    most = min(programs_per_sm * multiprocessors // max(programs, 1), length // 64)
+    count = min(range(1, most + 1), key=time, default=1)
+    if count == 1:
         return Segments(max(length, 1), max(length, 1), 1)
     intervals = max(1, length // count // min_interval)
     interval = ceil_div(length, count * intervals * 64) * 64

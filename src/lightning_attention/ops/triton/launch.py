@@ -100,9 +100,13 @@ class _Scans:
         self.dtype, self.device = q.dtype, q.device
         self.precision = _precision(q.dtype)
         tiles = config.scan_tiles(self.K, self.V, self.dtype, self.precision)
-        slots = tiles.programs_per_sm * _num_multiprocessors(q.device)
-        min_interval = config.min_interval(self.K, self.V, self.dtype)
-        self.segments = config.segments(self.T, self._programs(self.V, tiles), slots, min_interval)
+        self.segments = config.segments(
+            self.T,
+            self._programs(self.V, tiles),
+            _num_multiprocessors(q.device),
+            tiles.programs_per_sm,
+            config.min_interval(self.K, self.V, self.dtype),
+        )
 
     def new_states(self, *sizes: int) -> Tensor:
         """`[*sizes, H, K, V]`."""
