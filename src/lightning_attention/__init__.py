@@ -1,7 +1,25 @@
 """Lightning Attention: causal linear attention with exponential decay, at constant time and memory per token."""
 
 from .ops import decay
-from .ops.api import LightningAttentionOutput, lightning_attention, lightning_attention_step
+from .ops.api import (
+    LightningAttentionOutput,
+    PrefillOutput,
+    lightning_attention,
+    lightning_attention_commit,
+    lightning_attention_prefill,
+    lightning_attention_step,
+    lightning_attention_verify,
+)
 from .version import __version__
 
-__all__ = ["LightningAttentionOutput", "__version__", "decay", "lightning_attention", "lightning_attention_step"]
+__all__ = [
+    "LightningAttentionOutput",
+    "PrefillOutput",
+    "__version__",
+    "decay",
+    "lightning_attention",
+    "lightning_attention_commit",
+    "lightning_attention_prefill",
+    "lightning_attention_step",
+    "lightning_attention_verify",
+]

@@ -40,6 +40,29 @@ def test_opcheck_step(backend, indices):
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("parents", [None, torch.tensor([[-1, 0, 0], [-1, -1, 1]])], ids=["chain", "tree"])
+@pytest.mark.filterwarnings("ignore")
+def test_opcheck_drafts(backend, parents):
+    device = device_of(backend)
+    inputs = make_inputs(Case(T=3), dtype_of(backend)).on(device)
+    kv, parents = (inputs.k, inputs.v, inputs.log_decay), None if parents is None else parents.to(device)
+    indices, last = torch.tensor([1, -1], device=device), torch.tensor([2, 0], device=device)
+    torch.library.opcheck(library.verify, (inputs.q, *kv, inputs.state, parents, indices, 0.5, backend))
+    torch.library.opcheck(library.commit, (*kv, inputs.state, last, parents, indices, backend))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore")
+def test_opcheck_prefill(backend, case):
+    inputs = make_inputs(case, dtype_of(backend)).on(device_of(backend))
+    qkv = (inputs.q, inputs.k, inputs.v, inputs.log_decay)
+    for positions in ([], [3, 20]):
+        arguments = (*qkv, inputs.state, inputs.cu_seqlens, 0.5, positions, backend)
+        torch.library.opcheck(library.prefill, arguments)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile(case, dynamic):

@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from lightning_attention.ops.triton import kernels  # noqa: E402
+from lightning_attention.ops.triton import decoding, kernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter does not compile")
 
@@ -31,12 +31,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SPILLS = {128: 200, 256: 600}
 
 
-def compile_kernel(kernel: Any, arch: int | str, dtype: str, tiles: config.Tiles | None, **constants: Any) -> Any:
+def compile_kernel(
+    kernel: Any, arch: int | str, dtype: str, tiles: config.Tiles | None, num_warps: int = 4, **constants: Any
+) -> Any:
     """With every optional tensor given, which takes most registers."""
     tensors = {"q", "k", "v", "o"}
     states = {"initial_state", "interval_states", "final_state", "log_decay", "state"}
     signature: dict[str, str] = {}
     if tiles is not None:
+        num_warps = tiles.num_warps
         constants |= {"C": tiles.C, "BK": tiles.BK, "BV": tiles.BV, "NUM_STAGES": tiles.num_stages}
     for name in kernel.arg_names:
         if name in constants:
@@ -45,7 +48,7 @@ def compile_kernel(kernel: Any, arch: int | str, dtype: str, tiles: config.Tiles
             signature[name] = f"*{dtype}"
         elif name in states:
             signature[name] = "*fp32"
-        elif name in ("cu_seqlens", "state_indices"):
+        elif name in ("cu_seqlens", "state_indices", "parents", "last"):
             signature[name] = "*i32"
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
@@ -54,7 +57,7 @@ def compile_kernel(kernel: Any, arch: int | str, dtype: str, tiles: config.Tiles
     ]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
-    return triton.compile(source, target=target, options={"num_warps": 4 if tiles is None else tiles.num_warps})
+    return triton.compile(source, target=target, options={"num_warps": num_warps})
 
 
 @cache
@@ -115,13 +118,26 @@ def test_float32(arch, head_dim, precision):
     check(compiled, arch, head_dim, products=precision == "tf32")
 
 
+DECODING = {"step": {"last": None, "parents": None}, "commit": {"o": None}}
+
+
 @pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
-def test_step(arch):
-    for head_dim in HEAD_DIMS:
+@pytest.mark.parametrize("constants", DECODING.values(), ids=DECODING.keys())
+def test_step(arch, constants):
+    for head_dim in (16, 128, 256):
         BK, BV = config.step_tiles(head_dim, head_dim)
-        constants = {"K": head_dim, "V": head_dim, "BK": BK, "BV": BV}
-        compiled = compile_kernel(kernels.step_kernel, arch, "bf16", None, **constants)
+        sizes = {"K": head_dim, "V": head_dim, "BK": BK, "BV": BV, "stride_sv": 1}
+        compiled = compile_kernel(decoding.step_kernel, arch, "bf16", None, **constants, **sizes)
         check(compiled, arch, head_dim, products=False)
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90], ids="sm_{}".format)
+@pytest.mark.parametrize(("head_dim", "num_drafts"), [(128, 16), (128, 64), (256, 64)])
+def test_verify(arch, head_dim, num_drafts):
+    C, BK, BV, num_warps = config.verify_tiles(head_dim, head_dim, num_drafts)
+    sizes = {"K": head_dim, "V": head_dim, "C": C, "BK": BK, "BV": BV, "stride_sv": 1}
+    compiled = compile_kernel(decoding.verify_kernel, arch, "bf16", None, num_warps=num_warps, **sizes)
+    check(compiled, arch, head_dim, products=False)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

@@ -1,12 +1,13 @@
 """The public calls: document, check, choose a backend, call."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import library
-from .problem import Problem
+from .problem import Problem, check_state_positions
 
 
 class LightningAttentionOutput(NamedTuple):
@@ -14,6 +15,14 @@ class LightningAttentionOutput(NamedTuple):
 
     output: Tensor
     final_state: Tensor | None
+
+
+class PrefillOutput(NamedTuple):
+    """What `lightning_attention_prefill` returns."""
+
+    output: Tensor
+    final_state: Tensor
+    states: Tensor
 
 
 def lightning_attention(
@@ -92,7 +101,8 @@ def lightning_attention_step(
         k: keys, the shape and dtype of q.
         v: values `[B, H, V]` or `[B, T, H, V]`, the dtype of q.
         log_decay: `[H]` float32, natural logarithm of the decay per token, <= 0; None is no decay.
-        state: `[N, H, K, V]` float32 (float64 for float64 inputs), updated in place. Without `state_indices`, N = B.
+        state: `[N, H, K, V]` float32 (float64 for float64 inputs), updated in place; or bfloat16, in which it is then
+            only kept, with arithmetic in float32. Without `state_indices`, N = B.
         scale: factor on every output.
         state_indices: `[B]` int32 or int64, the slot of `state` that each row uses, each slot at most once. A row
             with -1 is padding: it changes no state and its output is zero.
@@ -107,8 +117,7 @@ def lightning_attention_step(
 
     Source: Lightning Attention-2 (arXiv 2401.04658), equation 4.
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, state)):
-        raise ValueError("lightning_attention_step keeps no gradient: call it under torch.no_grad()")
+    _refuse_gradients("lightning_attention_step", q, k, v, state)
     q, k, v = _autocast(q, k, v)
     if q.dim() not in (3, 4):
         raise ValueError(f"q must be [B, H, K] or [B, T, H, K], got shape {tuple(q.shape)}")
@@ -119,6 +128,128 @@ def lightning_attention_step(
     backend = library.choose_backend(backend, problem)
     o = library.step(q, k, v, log_decay, state, state_indices, float(scale), backend)
     return o[:, 0] if one_token else o
+
+
+def lightning_attention_verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    state: Tensor,
+    parents: Tensor | None = None,
+    scale: float = 1.0,
+    state_indices: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Speculative decoding: the outputs of T drafts of every sequence; the state stays as it is.
+
+    Draft i comes after its ancestors, the d-th on its path from the state. Over the ancestors j of i, and i itself:
+
+        o_i = scale (λ^d_i Sᵀ q_i + Σ_j λ^(d_i - d_j) (q_i k_j) v_j)
+
+    No state is kept for a draft. `lightning_attention_commit` then accepts some of them.
+
+    Args:
+        q: queries of the drafts `[B, T, H, K]`; dtypes as for `lightning_attention`.
+        k: keys, the shape and dtype of q.
+        v: values `[B, T, H, V]`, the dtype of q.
+        log_decay: `[H]` float32, natural logarithm of the decay per token, <= 0; None is no decay.
+        state: `[N, H, K, V]` as for `lightning_attention_step`, before the drafts.
+        parents: `[B, T]` int32 or int64, of a tree: the index of the draft that each one follows, less than its own; -1
+            where it follows the state. T <= 64. None is a chain, of any length.
+        scale: factor on every output.
+        state_indices: `[B]` int32 or int64, as for `lightning_attention_step`; the output of a row with -1 is zero.
+        backend: as for `lightning_attention`.
+
+    Returns:
+        `[B, T, H, V]` in the dtype of q.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `lightning_attention_step`.
+    """
+    _refuse_gradients("lightning_attention_verify", q, k, v, state)
+    q, k, v = _autocast(q, k, v)
+    problem = Problem.of_drafts(q, k, v, log_decay, state, state_indices, parents, None)
+    backend = library.choose_backend(backend, problem)
+    return library.verify(q, k, v, log_decay, state, parents, state_indices, float(scale), backend)
+
+
+def lightning_attention_commit(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    state: Tensor,
+    last: Tensor,
+    parents: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Speculative decoding: accept drafts; updates `state` in place.
+
+    The state is then, to the last bit where it is float32, that of decoding the accepted drafts one by one, and no
+    others, with `lightning_attention_step`.
+
+    Args:
+        k: keys of the drafts `[B, T, H, K]`, as given to `lightning_attention_verify`.
+        v: values `[B, T, H, V]`, likewise.
+        log_decay: `[H]` float32, likewise.
+        state: `[N, H, K, V]`, likewise; updated in place.
+        last: `[B]` int32 or int64, the last accepted draft of every row, with which its ancestors are; -1 for none.
+            Of a chain, the number of accepted drafts less one.
+        parents: `[B, T]`, as given to `lightning_attention_verify`.
+        state_indices: `[B]`, likewise; a row with -1 changes nothing.
+        backend: as for `lightning_attention`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `lightning_attention_step`.
+    """
+    _refuse_gradients("lightning_attention_commit", k, v, state)
+    k, v = _autocast(k, v)
+    problem = Problem.of_drafts(k, k, v, log_decay, state, state_indices, parents, last)
+    backend = library.choose_backend(backend, problem)
+    library.commit(k, v, log_decay, state, last, parents, state_indices, backend)
+
+
+def lightning_attention_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    state_positions: Sequence[int],
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> PrefillOutput:
+    """`lightning_attention` without gradients, and the states at some positions on the way, to go on from later.
+
+    Args:
+        q, k, v, log_decay, scale, initial_state, cu_seqlens, backend: as for `lightning_attention`.
+        state_positions: M numbers of tokens, rising from 1 to at most T. Where sequences are packed they are positions
+            in the row: the state after p tokens is that of the sequence that holds token p - 1.
+
+    Returns:
+        `output` `[B, T, H, V]`, `final_state` `[N, H, K, V]`, and `states` `[B, M, H, K, V]`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `lightning_attention_step`.
+    """
+    _refuse_gradients("lightning_attention_prefill", q, k, v, initial_state)
+    q, k, v = _autocast(q, k, v)
+    problem = Problem.of_attention(q, k, v, log_decay, initial_state, cu_seqlens)
+    positions = list(state_positions)
+    check_state_positions(positions, problem.length)
+    backend = library.choose_backend(backend, problem)
+    outputs = library.prefill(q, k, v, log_decay, initial_state, cu_seqlens, float(scale), positions, backend)
+    return PrefillOutput(*outputs)
+
+
+def _refuse_gradients(name: str, *inputs: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        raise ValueError(f"{name} keeps no gradient: call it under torch.no_grad()")
 
 
 def _autocast(*inputs: Tensor) -> list[Tensor]:

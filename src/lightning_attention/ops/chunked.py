@@ -81,24 +81,94 @@ def step(
     state_indices: Tensor | None,
     scale: float,
 ) -> Tensor:
-    if state_indices is None:
-        return _step_(q, k, v, log_decay, state, scale)
     check_state_indices(state_indices, state.shape[0])
+    if state_indices is None and state.dtype == state_dtype(q.dtype):
+        return _step_(q, k, v, log_decay, state, scale)
+    rows, slots, states = _taken(state, state_indices, state_dtype(q.dtype))
+    o = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    o[rows] = _step_(q[rows], k[rows], v[rows], log_decay, states, scale)
+    state[slots] = states.to(state.dtype)
+    return o
+
+
+def verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    parents: Tensor | None,
+    state_indices: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """`o_i = scale (λ^d_i q_i S + Σ_j λ^(d_i-d_j) (q_i k_j) v_j)` over the ancestors j of i and itself, at depths d."""
+    rows, _, states = _taken(state, state_indices, state_dtype(q.dtype))
+    path = _paths(k, parents)[rows]
+    depth = path.sum(dim=2)[:, None]  # [B, 1, T]
+    rates = _rates(q, log_decay)[:, None]
+    between = torch.exp(rates[..., None] * (depth[..., None] - depth[:, :, None]).clamp_min(0)) * path[:, None]
+    qs, ks, vs = (x[rows].transpose(1, 2).to(states.dtype) for x in (q, k, v))
+    read = torch.exp(rates * depth)[..., None]
+    o = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    o[rows] = (scale * ((qs * read) @ states + ((qs @ ks.mT) * between) @ vs)).transpose(1, 2).to(v.dtype)
+    return o
+
+
+def commit(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    last: Tensor,
+    parents: Tensor | None,
+    state_indices: Tensor | None,
+) -> None:
+    rows, slots, states = _taken(state, state_indices, state_dtype(k.dtype))
+    paths, last = _paths(k, parents)[rows], last[rows]
+    accepted = paths[torch.arange(len(last), device=k.device), last.clamp_min(0).long()] & (last >= 0)[:, None]
+    ks, vs = k[rows], v[rows]
+    for t in range(k.shape[1]):
+        after = _advanced_(states.clone(), ks[:, t], vs[:, t], log_decay)
+        states = torch.where(accepted[:, t, None, None, None], after, states)
+    state[slots] = states.to(state.dtype)
+
+
+def _taken(
+    state: Tensor, state_indices: Tensor | None, dtype: torch.dtype
+) -> tuple[slice | Tensor, slice | Tensor, Tensor]:
+    """The rows that are no padding, their slots, and their states, in the dtype of the arithmetic."""
+    if state_indices is None:
+        return slice(None), slice(None), state.to(dtype)
     rows = (state_indices >= 0).nonzero()[:, 0]
     slots = state_indices[rows]
-    states, o = state[slots], torch.zeros_like(v, memory_format=torch.contiguous_format)
-    o[rows] = _step_(q[rows], k[rows], v[rows], log_decay, states, scale)
-    state[slots] = states
-    return o
+    return rows, slots, state[slots].to(dtype)
+
+
+def _paths(k: Tensor, parents: Tensor | None) -> Tensor:
+    """`[B, T, T]`, true where j is an ancestor of i, or i itself."""
+    B, T = k.shape[:2]
+    paths = torch.eye(T, dtype=torch.bool, device=k.device).repeat(B, 1, 1)
+    if parents is None:
+        return torch.ones_like(paths).tril()
+    row = torch.arange(B, device=k.device)
+    for t in range(T):
+        parent = parents[:, t].long()
+        paths[:, t] |= paths[row, parent.clamp_min(0)] & (parent >= 0)[:, None]
+    return paths
+
+
+def _advanced_(states: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
+    """`λ S + k vᵀ` for one token of every row, in place."""
+    if log_decay is not None:
+        states.mul_(log_decay.to(states.dtype).exp()[:, None, None])
+    return states.addcmul_(k[..., :, None].to(states.dtype), v[..., None, :].to(states.dtype))
 
 
 def _step_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float) -> Tensor:
     """The output; `state` `[B, H, K, V]` is updated in place."""
     if q.shape[1] == 1:
         check_log_decay(log_decay)
-        if log_decay is not None:
-            state.mul_(log_decay.to(state.dtype).exp()[:, None, None])
-        state.addcmul_(k[:, 0, :, :, None].to(state.dtype), v[:, 0, :, None, :].to(state.dtype))
+        _advanced_(state, k[:, 0], v[:, 0], log_decay)
         return (scale * (q.transpose(1, 2).to(state.dtype) @ state)).transpose(1, 2).to(v.dtype)
     states = state.contiguous()
     o = _scan_(_Sequences(q, None), q, k, v, log_decay, states.flatten(0, 1), scale)
@@ -121,6 +191,13 @@ def _scan_(
         chunk.store(o, torch.bmm(scores, vc).baddbmm_(decay.read(qc), S, beta=scale, alpha=scale))
         decay.carry_(S, chunk).baddbmm_(decay.write(kc, chunk).mT, vc)
     return o
+
+
+def _rates(q: Tensor, log_decay: Tensor | None) -> Tensor:
+    """log λ `[H]`; finite, since -inf, which is λ = 0, times 0 would be NaN."""
+    dtype = state_dtype(q.dtype)
+    rates = q.new_zeros(q.shape[2], dtype=dtype) if log_decay is None else log_decay.to(dtype)
+    return rates.clamp_min(torch.finfo(dtype).min)
 
 
 @dataclass(frozen=True)
@@ -205,10 +282,8 @@ class _Decay:
     """Multiplies by powers of λ. One table of λ^0 .. λ^C serves all, so no exponent is ever above 0."""
 
     def __init__(self, q: Tensor, log_decay: Tensor | None):
-        size, dtype = min(CHUNK_SIZE, q.shape[1]), state_dtype(q.dtype)
-        rates = q.new_zeros(q.shape[2], dtype=dtype) if log_decay is None else log_decay.to(dtype)
-        rates = rates.clamp_min(torch.finfo(dtype).min)  # -inf, which is λ = 0, times 0 would be NaN
-        position = torch.arange(size + 1, device=q.device)
+        rates = _rates(q, log_decay)
+        position = torch.arange(min(CHUNK_SIZE, q.shape[1]) + 1, device=q.device)
         self.powers = torch.exp(rates[:, None] * position)
         self.inside = self.powers[:, (position[:-1, None] - position[:-1]).clamp_min(0)].tril()
 

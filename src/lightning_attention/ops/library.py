@@ -1,17 +1,18 @@
 """The operators as PyTorch sees them: schemas, fake kernels and the only autograd of the package.
 
-A backend is a module with `unsupported_reasons`, `forward`, `backward` and `step`; its name travels as an argument, so
-a new backend adds a module and a line here, and no operator.
+A backend is a module with `unsupported_reasons`, `forward`, `backward`, `step`, `verify` and `commit`; its name travels
+as an argument, so a new backend adds a module and a line here, and no operator.
 """
 
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
 from . import chunked, reference, triton
-from .problem import Problem, state_dtype
+from .problem import Problem, check_drafts, check_log_decay, check_state_indices, state_dtype
 
 # In the order in which backend="auto" asks them.
 BACKENDS = {"triton": triton, "chunked": chunked, "reference": reference}
@@ -37,11 +38,11 @@ def _operator(fake: Callable, mutates_args: Iterable[str] = ()) -> Callable[[Cal
     """Registers a function and its fake. Unlike `custom_op` this wraps little: 6 µs a call instead of 45."""
 
     def register(implementation: Callable) -> OpOverload:
-        def run(q: Tensor, *arguments):
-            if not is_autocast_enabled(q.device.type):
-                return implementation(q, *arguments)
-            with torch.autocast(q.device.type, enabled=False):
-                return implementation(q, *arguments)
+        def run(x: Tensor, *arguments):
+            if not is_autocast_enabled(x.device.type):
+                return implementation(x, *arguments)
+            with torch.autocast(x.device.type, enabled=False):
+                return implementation(x, *arguments)
 
         name = f"lightning_attention::{implementation.__name__}"
         torch.library.define(name, torch.library.infer_schema(implementation, mutates_args=mutates_args))
@@ -63,6 +64,19 @@ def _fake_backward(q, k, v, do, log_decay, initial_state, d_final_state, cu_seql
 
 def _fake_step(q, k, v, log_decay, state, state_indices, scale, backend):
     return _fake_output(v)
+
+
+def _fake_verify(q, k, v, log_decay, state, parents, state_indices, scale, backend):
+    return _fake_output(v)
+
+
+def _fake_commit(k, v, log_decay, state, last, parents, state_indices, backend):
+    return None
+
+
+def _fake_prefill(q, k, v, log_decay, initial_state, cu_seqlens, scale, state_positions, backend):
+    state = _fake_state(q, v, cu_seqlens)
+    return _fake_output(v), state, state.new_empty(q.shape[0], len(state_positions), *state.shape[1:])
 
 
 def _fake_output(x: Tensor) -> Tensor:
@@ -126,6 +140,75 @@ def step(
     backend: str,
 ) -> Tensor:
     return BACKENDS[backend].step(q, k, v, log_decay, state, state_indices, scale)
+
+
+@_operator(_fake_verify)
+def verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    parents: Tensor | None,
+    state_indices: Tensor | None,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    check_log_decay(log_decay)
+    check_state_indices(state_indices, state.shape[0])
+    check_drafts(parents, None, q.shape[1])
+    return BACKENDS[backend].verify(q, k, v, log_decay, state, parents, state_indices, scale)
+
+
+@_operator(_fake_commit, mutates_args=("state",))
+def commit(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    last: Tensor,
+    parents: Tensor | None,
+    state_indices: Tensor | None,
+    backend: str,
+) -> None:
+    check_log_decay(log_decay)
+    check_state_indices(state_indices, state.shape[0])
+    check_drafts(parents, last, k.shape[1])
+    if k.numel():
+        BACKENDS[backend].commit(k, v, log_decay, state, last, parents, state_indices)
+
+
+@_operator(_fake_prefill)
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    state_positions: list[int],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Piece after piece, from one position to the next."""
+    B, T = q.shape[:2]
+    outputs, saved, state = [], [], initial_state
+    for start, stop in pairwise([0, *state_positions, T]):
+        piece = (x[:, start:stop] for x in (q, k, v))
+        bounds = None if cu_seqlens is None else cu_seqlens.clamp(start, stop) - start
+        o, state = BACKENDS[backend].forward(*piece, log_decay, state, bounds, scale, True)
+        outputs.append(o)
+        saved.append(state if cu_seqlens is None else state[_sequence_of(stop - 1, cu_seqlens)])
+    final_state, saved = state, saved[:-1]
+    assert final_state is not None
+    states = torch.stack(saved, dim=1) if saved else final_state.new_empty(B, 0, *final_state.shape[1:])
+    return torch.cat(outputs, dim=1), final_state, states
+
+
+def _sequence_of(token: int, cu_seqlens: Tensor) -> Tensor:
+    """`[1]`: the sequence that holds a token, found without reading `cu_seqlens` on the host."""
+    index = torch.full((1,), token, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens, index, right=True) - 1
 
 
 class _Attention(torch.autograd.Function):

@@ -6,6 +6,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+# Drafts in a tree: the ancestors of one are the bits of an integer.
+MAX_TREE = 64
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -64,13 +67,33 @@ class Problem:
             raise ValueError(f"state must be [N, H, K, V], got shape {tuple(state.shape)}")
         num_states = q.shape[0] if state_indices is None else state.shape[0]
         problem = cls._of(q, v, num_states)
-        problem._check_state("state", state, q)
+        problem._check_state("state", state, q, stored=(torch.bfloat16,))
         if state_indices is not None:
-            if state_indices.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"state_indices must be int32 or int64, got {state_indices.dtype}")
-            if tuple(state_indices.shape) != (q.shape[0],):
-                raise ValueError(f"state_indices must be [B] = [{q.shape[0]}], got shape {tuple(state_indices.shape)}")
-            _check_device("state_indices", state_indices, q)
+            _check_indices("state_indices", state_indices, q, B=q.shape[0])
+        return problem
+
+    @classmethod
+    def of_drafts(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        state: Tensor,
+        state_indices: Tensor | None,
+        parents: Tensor | None,
+        last: Tensor | None,
+    ) -> "Problem":
+        """For speculative decoding."""
+        if q.dim() != 4:
+            raise ValueError(f"drafts must be [B, T, H, D], got shape {tuple(q.shape)}")
+        problem = cls.of_step(q, k, v, log_decay, state, state_indices)
+        if parents is not None:
+            _check_indices("parents", parents, q, B=q.shape[0], T=q.shape[1])
+            if q.shape[1] > MAX_TREE:
+                raise ValueError(f"a tree has at most {MAX_TREE} drafts, got {q.shape[1]}")
+        if last is not None:
+            _check_indices("last", last, q, B=q.shape[0])
         return problem
 
     @classmethod
@@ -78,12 +101,14 @@ class Problem:
         batch_size, length, num_heads, key_dim = q.shape
         return cls(batch_size, length, num_heads, key_dim, v.shape[3], num_states, q.dtype, q.device)
 
-    def _check_state(self, name: str, state: Tensor, q: Tensor) -> None:
+    def _check_state(self, name: str, state: Tensor, q: Tensor, stored: tuple[torch.dtype, ...] = ()) -> None:
         expected = (self.num_states, self.num_heads, self.key_dim, self.value_dim)
         if tuple(state.shape) != expected:
             raise ValueError(f"{name} must be [N, H, K, V] = {list(expected)}, got shape {tuple(state.shape)}")
-        if state.dtype != state_dtype(self.dtype):
-            raise TypeError(f"{name} must be {state_dtype(self.dtype)} when q is {self.dtype}, got {state.dtype}")
+        allowed = (state_dtype(self.dtype), *(stored if self.dtype != torch.float64 else ()))
+        if state.dtype not in allowed:
+            names = " or ".join(map(str, allowed))
+            raise TypeError(f"{name} must be {names} when q is {self.dtype}, got {state.dtype}")
         _check_device(name, state, q)
 
 
@@ -111,6 +136,15 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> 
         raise ValueError("log_decay must not require a gradient: none is computed for it; pass log_decay.detach()")
 
 
+def _check_indices(name: str, indices: Tensor, q: Tensor, **sizes: int) -> None:
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {indices.dtype}")
+    if tuple(indices.shape) != tuple(sizes.values()):
+        expected = f"[{', '.join(sizes)}] = {list(sizes.values())}"
+        raise ValueError(f"{name} must be {expected}, got shape {tuple(indices.shape)}")
+    _check_device(name, indices, q)
+
+
 def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
     if tensor.device != q.device:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
@@ -132,9 +166,30 @@ def sequence_bounds(cu_seqlens: Tensor, length: int) -> list[int]:
     return bounds
 
 
-def check_state_indices(state_indices: Tensor, num_states: int) -> None:
-    """Refuse slots that are not there. Read where that is free, as for `check_log_decay`."""
-    if state_indices.device.type == "cpu" and state_indices.numel():
-        low, high = (int(bound) for bound in state_indices.aminmax())
-        if low < -1 or high >= num_states:
-            raise ValueError(f"state_indices must be -1 or in [0, {num_states}), got {low} to {high}")
+def check_state_indices(state_indices: Tensor | None, num_states: int) -> None:
+    """Refuse slots that are not there."""
+    if state_indices is not None:
+        _check_range("state_indices", state_indices, num_states)
+
+
+def check_drafts(parents: Tensor | None, last: Tensor | None, length: int) -> None:
+    """Refuse drafts that come before their parents, or are not there."""
+    if last is not None:
+        _check_range("last", last, length)
+    if parents is None or parents.device.type != "cpu":
+        return
+    if not bool(((parents >= -1) & (parents < torch.arange(length))).all()):
+        raise ValueError(f"parents must be -1 or the index of an earlier draft, got {parents.tolist()}")
+
+
+def check_state_positions(state_positions: list[int], length: int) -> None:
+    if any(later <= earlier for earlier, later in pairwise([0, *state_positions])) or state_positions[-1:] > [length]:
+        raise ValueError(f"state_positions must rise from 1 to at most T = {length}, got {state_positions}")
+
+
+def _check_range(name: str, indices: Tensor, size: int) -> None:
+    """Read where that is free, as for `check_log_decay`."""
+    if indices.device.type == "cpu" and indices.numel():
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < -1 or high >= size:
+            raise ValueError(f"{name} must be -1 or in [0, {size}), got {low} to {high}")

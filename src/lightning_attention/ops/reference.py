@@ -101,14 +101,59 @@ def step(
     scale: float,
 ) -> Tensor:
     check_log_decay(log_decay)
-    if state_indices is not None:
-        check_state_indices(state_indices, state.shape[0])
+    check_state_indices(state_indices, state.shape[0])
     o = torch.zeros_like(v, memory_format=torch.contiguous_format)
-    for row, slot in enumerate(range(q.shape[0]) if state_indices is None else state_indices.tolist()):
-        if slot >= 0:
-            at, of = slice(row, row + 1), slice(slot, slot + 1)
-            o[at], state[of] = recurrence(q[at], k[at], v[at], log_decay, scale, state[of])
+    for at, of in _slots(q, state_indices):
+        o[at], state[of] = recurrence(q[at], k[at], v[at], log_decay, scale, state[of].to(state_dtype(q.dtype)))
     return o
+
+
+def verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    parents: Tensor | None,
+    state_indices: Tensor | None,
+    scale: float,
+) -> Tensor:
+    o = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    for at, of in _slots(q, state_indices):
+        # The state after a draft, with the one before all of them at the end, where -1 finds it.
+        states = [*[state[of]] * q.shape[1], state[of].to(state_dtype(q.dtype))]
+        for t, parent in enumerate(_parents(parents, at, q.shape[1])):
+            draft = at, slice(t, t + 1)
+            o[draft], states[t] = recurrence(q[draft], k[draft], v[draft], log_decay, scale, states[parent])
+    return o
+
+
+def commit(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    last: Tensor,
+    parents: Tensor | None,
+    state_indices: Tensor | None,
+) -> None:
+    for at, of in _slots(k, state_indices):
+        accepted, draft, parent = [], int(last[at]), _parents(parents, at, k.shape[1])
+        while draft >= 0:
+            accepted.insert(0, draft)
+            draft = parent[draft]
+        ks, vs = k[at][:, accepted], v[at][:, accepted]
+        state[of] = recurrence(ks, ks, vs, log_decay, 1.0, state[of].to(state_dtype(k.dtype)))[1]
+
+
+def _slots(q: Tensor, state_indices: Tensor | None) -> list[tuple[slice, slice]]:
+    """The rows that are no padding, and the slots of their states."""
+    slots = range(q.shape[0]) if state_indices is None else state_indices.tolist()
+    return [(slice(row, row + 1), slice(slot, slot + 1)) for row, slot in enumerate(slots) if slot >= 0]
+
+
+def _parents(parents: Tensor | None, row: slice, length: int) -> list[int]:
+    return list(range(-1, length - 1)) if parents is None else parents[row][0].tolist()
 
 
 def _rows(q: Tensor, cu_seqlens: Tensor | None) -> list[tuple[slice, slice]]:

@@ -43,6 +43,18 @@ def step(*arguments) -> Tensor:
     return step(*arguments)
 
 
+def verify(*arguments) -> Tensor:
+    from .launch import verify
+
+    return verify(*arguments)
+
+
+def commit(*arguments) -> None:
+    from .launch import commit
+
+    commit(*arguments)
+
+
 @torch.compiler.assume_constant_result
 def _unsupported_device(device: torch.device) -> list[str]:
     return _reasons_of_device(device)

@@ -46,7 +46,7 @@ def scan_tiles(key_dim: int, value_dim: int, dtype: torch.dtype, precision: str)
     Args:
         precision: "ieee" or "tf32", of products of float32.
     """
-    BK, BV = _power_of_two(key_dim), _power_of_two(value_dim)
+    BK, BV = power_of_two(key_dim), power_of_two(value_dim)
     if dtype == torch.float32 and precision == "ieee":
         if BK <= 64:
             return Tiles(32, BK, min(BV, 32), num_warps=4, num_stages=1, programs_per_sm=2)
@@ -68,8 +68,15 @@ def interval_tiles(key_dim: int, value_dim: int, dtype: torch.dtype, precision: 
 @cache
 def step_tiles(key_dim: int, value_dim: int) -> tuple[int, int]:
     """BK and BV of the decoding kernel: about 4096 elements of the state, 32 a thread."""
-    BK = _power_of_two(key_dim)
-    return BK, min(_power_of_two(value_dim), max(16, 4096 // BK))
+    BK = power_of_two(key_dim)
+    return BK, min(power_of_two(value_dim), max(16, 4096 // BK))
+
+
+@cache
+def verify_tiles(key_dim: int, value_dim: int, num_drafts: int) -> tuple[int, int, int, int]:
+    """C, BK, BV and num_warps of the kernel for drafts, whose float32 products want registers."""
+    C, (BK, BV) = power_of_two(num_drafts), step_tiles(key_dim, value_dim)
+    return C, BK, BV if C <= 32 else 16, 4 if C <= 16 else 8
 
 
 @cache
@@ -112,6 +119,6 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _power_of_two(size: int) -> int:
+def power_of_two(size: int) -> int:
     """That covers a head; a product on tensor cores needs 16."""
     return max(16, 1 << (size - 1).bit_length())

@@ -1,4 +1,4 @@
-"""The kernels, in Triton: one scan for outputs and all gradients, the states between its segments, and decoding.
+"""The kernels of sequences, in Triton: one scan for outputs and all gradients, and the states between its segments.
 
 Every scan keeps the transposed state `Sᵀ` `[BV, BK]` in registers, where it is the left operand of `Sᵀ Qᵀ` without a
 trip through shared memory. Chunks are cut off where their sequence ends: nothing outside it is read.
@@ -58,7 +58,7 @@ def scan_kernel(
     number of packed sequences, and parts of them.
     """
     num_segments = tl.maximum(1, tl.cdiv(T, segment_length))
-    i_v, i_h, i_s, i_b = _program(H, num_segments, V, BV)
+    i_v, i_h, i_s, i_b = program_ids(H, num_segments, V, BV)
     q += i_b * stride_qb + i_h * stride_qh
     k += i_b * stride_kb + i_h * stride_kh
     v += i_b * stride_vb + i_h * stride_vh
@@ -71,11 +71,11 @@ def scan_kernel(
         o, stride_ot = _backwards(o, stride_ot, T)
 
     dtype: tl.constexpr = q.dtype.element_ty
-    rate = _rate(log_decay, i_h)
+    rate = load_rate(log_decay, i_h)
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     distance = o_c[None, :] - o_c[:, None]  # from key j, in rows, to query i, in columns
-    b_inside = tl.where(distance >= 0, _decay(rate, distance) * scale, 0.0)  # [C, C]
-    b_read = _decay(rate, o_c + 1 - REVERSE)
+    b_inside = tl.where(distance >= 0, decay_over(rate, distance) * scale, 0.0)  # [C, C]
+    b_read = decay_over(rate, o_c + 1 - REVERSE)
     state_scale = 1.0 / scale if REVERSE else 1.0
 
     first = i_s * segment_length
@@ -93,10 +93,10 @@ def scan_kernel(
             num_intervals = (num_segments - 1) * (segment_length // interval)
             for i in range(tl.maximum(start, first - _reach(rate, T)) // interval, first // interval):
                 p_S = interval_states + ((i_b * num_intervals + i) * H + i_h) * (K * V)
-                b_S = b_S * _decay(rate, interval) + _load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES)
+                b_S = b_S * decay_over(rate, interval) + _load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES)
         if initial_state is not None:
             p_S = initial_state + (i_n * H + i_h) * (K * V)
-            b_S += _load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES) * (_decay(rate, lo - start) * state_scale)
+            b_S += _load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES) * (decay_over(rate, lo - start) * state_scale)
 
         p_q = q + lo.to(tl.int64) * stride_qt
         p_k = k + lo.to(tl.int64) * stride_kt
@@ -160,14 +160,14 @@ def interval_state_kernel(
     Only tokens whose weight is not 0 in float32 when the next segment starts are read: few, where the head decays.
     """
     num_intervals = (tl.cdiv(T, segment_length) - 1) * (segment_length // interval)
-    i_v, i_h, i_i, i_b = _program(H, num_intervals, V, BV)
+    i_v, i_h, i_i, i_b = program_ids(H, num_intervals, V, BV)
     k += i_b * stride_kb + i_h * stride_kh
     v += i_b * stride_vb + i_h * stride_vh
     if REVERSE:
         k, stride_kt = _backwards(k, stride_kt, T)
         v, stride_vt = _backwards(v, stride_vt, T)
 
-    rate = _rate(log_decay, i_h)
+    rate = load_rate(log_decay, i_h)
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     lo, hi = i_i * interval, (i_i + 1) * interval
     lo = tl.maximum(lo, tl.cdiv(hi, segment_length) * segment_length - _reach(rate, T))
@@ -187,68 +187,8 @@ def interval_state_kernel(
     _store_state(interval_states + ((i_b * num_intervals + i_i) * H + i_h) * (K * V), b_S, o_k, o_v, True, K, V, False)
 
 
-@jit(do_not_specialize=["scale", "T", "H"])
-def step_kernel(
-    q,
-    k,
-    v,
-    o,
-    log_decay,
-    state,
-    state_indices,
-    scale,
-    T,
-    H,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_sn,
-    stride_sh,
-    stride_sk,
-    stride_sv,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-):
-    """Token after token: `S ← λ S + k vᵀ`, `o = scale Sᵀ q`, for one row and head, and BV of the columns."""
-    i_v, i_h, _, i_b = _program(H, 1, V, BV)
-    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    m_k, m_v = o_k < K, o_v < V
-    i_n = i_b
-    if state_indices is not None:
-        i_n = tl.load(state_indices + i_b).to(tl.int64)
-    q += i_b * stride_qb + i_h * stride_qh
-    k += i_b * stride_kb + i_h * stride_kh
-    v += i_b * stride_vb + i_h * stride_vh
-    o += (i_b * T * H + i_h) * V
-    if i_n < 0:
-        for t in range(T):
-            tl.store(o + t * H * V + o_v, tl.zeros([BV], o.dtype.element_ty), mask=m_v)
-    else:
-        decay = _decay(_rate(log_decay, i_h), 1)
-        o_S = o_k[:, None].to(tl.int64) * stride_sk + o_v[None, :].to(tl.int64) * stride_sv
-        p_S = state + i_n * stride_sn + i_h * stride_sh + o_S
-        m_S = m_k[:, None] & m_v[None, :]
-        b_S = tl.load(p_S, mask=m_S, other=0.0)  # [BK, BV]
-        for t in range(T):
-            b_q = tl.load(q + t * stride_qt + o_k, mask=m_k, other=0.0).to(tl.float32)
-            b_k = tl.load(k + t * stride_kt + o_k, mask=m_k, other=0.0).to(tl.float32)
-            b_v = tl.load(v + t * stride_vt + o_v, mask=m_v, other=0.0).to(tl.float32)
-            b_S = b_S * decay + b_k[:, None] * b_v[None, :]
-            b_o = tl.sum(b_S * b_q[:, None], axis=0) * scale
-            tl.store(o + t * H * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
-        tl.store(p_S, b_S, mask=m_S)
-
-
 @jit
-def _program(H, num_segments, V: tl.constexpr, BV: tl.constexpr):
+def program_ids(H, num_segments, V: tl.constexpr, BV: tl.constexpr):
     """Tile of V, head, segment and row of this program. The tiles of a head run side by side: they share q and k."""
     i = tl.program_id(0)
     num_tiles: tl.constexpr = (V + BV - 1) // BV
@@ -266,13 +206,13 @@ def _backwards(p, stride, T):
 
 
 @jit
-def _rate(log_decay, i_h):
+def load_rate(log_decay, i_h):
     """log λ of a head; finite, because -inf times 0 is NaN."""
     return 0.0 if log_decay is None else tl.maximum(tl.load(log_decay + i_h), -1e20)
 
 
 @jit
-def _decay(rate, distance):
+def decay_over(rate, distance):
     """`λ^distance`. Negative distances stand in rows that are masked; no exponent is ever above 0.
 
     `tl.exp` rounds `x log2(e)` and so errs by a part in 10^6 at e^-20; here only a rest near 0 is rounded.
@@ -296,9 +236,9 @@ def _reach(rate, T):
 @jit
 def _add_chunk(b_S, b_k, b_v, rate, m, o_c, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
     """`λ^m Sᵀ + Σ_j λ^(m-1-j) v_j k_jᵀ` over the m rows of a chunk."""
-    b_write = _decay(rate, m - 1 - o_c + REVERSE)
+    b_write = decay_over(rate, m - 1 - o_c + REVERSE)
     b_v = (tl.trans(b_v) * b_write[None, :]).to(b_k.dtype)
-    return tl.dot(b_v, b_k, b_S * _decay(rate, m), input_precision=PRECISION)
+    return tl.dot(b_v, b_k, b_S * decay_over(rate, m), input_precision=PRECISION)
 
 
 @jit

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import check_log_decay, check_state_indices, sequence_bounds, state_dtype
-from . import config, kernels
+from ..problem import MAX_TREE, check_log_decay, check_state_indices, sequence_bounds, state_dtype
+from . import config, decoding, kernels
 from .config import Tiles, ceil_div
 
 
@@ -64,24 +64,83 @@ def step(
     scale: float,
 ) -> Tensor:
     check_log_decay(log_decay)
-    if state_indices is not None:
-        check_state_indices(state_indices, state.shape[0])
+    check_state_indices(state_indices, state.shape[0])
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    _step(q, k, v, o, log_decay, state, None, None, state_indices, scale)
+    return o
+
+
+def commit(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    last: Tensor,
+    parents: Tensor | None,
+    state_indices: Tensor | None,
+) -> None:
+    _step(None, k, v, None, log_decay, state, last, parents, state_indices, 1.0)
+
+
+def verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    parents: Tensor | None,
+    state_indices: Tensor | None,
+    scale: float,
+) -> Tensor:
     (B, T, H, K), V = q.shape, v.shape[3]
+    if T > MAX_TREE:  # a chain
+        states = (state if state_indices is None else state[state_indices.clamp_min(0)]).float()
+        o, _ = forward(q, k, v, log_decay, states, None, scale, False)
+        return o if state_indices is None else o * (state_indices >= 0)[:, None, None, None]
     q, k, v = _rows(q), _rows(k), _rows(v)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     if o.numel():
-        BK, BV = config.step_tiles(K, V)
+        C, BK, BV, num_warps = config.verify_tiles(K, V, T)
         with torch.cuda.device_of(q):
             _launch(
-                kernels.step_kernel,
+                decoding.verify_kernel,
                 ceil_div(V, BV) * H * B,
-                (q, k, v, o, _contiguous(log_decay), state, _contiguous(state_indices)),
+                (q, k, v, o, _contiguous(log_decay), state, _contiguous(parents), _contiguous(state_indices)),
                 (scale, T, H),
-                (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *state.stride()),
-                (K, V, BK, BV),
-                num_warps=4,
+                (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *state.stride()[:3]),
+                (state.stride(3), K, V, C, BK, BV),
+                num_warps,
             )
     return o
+
+
+def _step(
+    q: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor | None,
+    log_decay: Tensor | None,
+    state: Tensor,
+    last: Tensor | None,
+    parents: Tensor | None,
+    state_indices: Tensor | None,
+    scale: float,
+) -> None:
+    (B, T, H, K), V = k.shape, v.shape[3]
+    k, v = _rows(k), _rows(v)
+    q = k if q is None else _rows(q)
+    if B * T * V:
+        BK, BV = config.step_tiles(K, V)
+        with torch.cuda.device_of(k):
+            _launch(
+                decoding.step_kernel,
+                ceil_div(V, BV) * H * B,
+                (q, k, v, o, _contiguous(log_decay), state, *map(_contiguous, (last, parents, state_indices))),
+                (scale, T, H),
+                (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *state.stride()[:3]),
+                (state.stride(3), K, V, BK, BV),
+                num_warps=4,
+            )
 
 
 class _Scans:

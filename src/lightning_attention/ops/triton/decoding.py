@@ -1,0 +1,182 @@
+"""The kernels of decoding, in Triton: tokens that are there to stay, and drafts that may not be.
+
+A program takes one row and head, and BV columns of the state, which it reads once. Names as in kernels.py; here C is
+the number of drafts, rounded up.
+"""
+
+import triton.language as tl
+
+from .kernels import decay_over, jit, load_rate, program_ids
+
+
+@jit(do_not_specialize=["scale", "T", "H"])
+def step_kernel(
+    q,
+    k,
+    v,
+    o,
+    log_decay,
+    state,
+    last,
+    parents,
+    state_indices,
+    scale,
+    T,
+    H,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_sn,
+    stride_sh,
+    stride_sk,
+    stride_sv: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Token after token: `S ← λ S + k vᵀ`, `o = scale Sᵀ q`. Without q and o, only those that lead to `last`."""
+    i_v, i_h, _, i_b = program_ids(H, 1, V, BV)
+    i_n = _slot(state_indices, i_b)
+    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    m_k, m_v = o_k < K, o_v < V
+    k += i_b * stride_kb + i_h * stride_kh
+    v += i_b * stride_vb + i_h * stride_vh
+    if o is not None:
+        q += i_b * stride_qb + i_h * stride_qh
+        o += (i_b * T * H + i_h) * V
+    if i_n < 0:
+        if o is not None:
+            for t in range(T):
+                tl.store(o + t * H * V + o_v, tl.zeros([BV], o.dtype.element_ty), mask=m_v)
+    else:
+        if last is not None:
+            i_last = tl.load(last + i_b).to(tl.int32)
+            if parents is not None:
+                path = _path(parents + i_b * T, i_last)
+        b_decay = decay_over(load_rate(log_decay, i_h), 1)
+        p_S = state + i_n * stride_sn + i_h * stride_sh
+        p_S += o_k[:, None].to(tl.int64) * stride_sk + o_v[None, :].to(tl.int64) * stride_sv
+        m_S = m_k[:, None] & m_v[None, :]
+        b_S = tl.load(p_S, mask=m_S, other=0.0).to(tl.float32)  # [BK, BV]
+        for t in range(T):
+            b_k = tl.load(k + t * stride_kt + o_k, mask=m_k, other=0.0).to(tl.float32)
+            b_v = tl.load(v + t * stride_vt + o_v, mask=m_v, other=0.0).to(tl.float32)
+            b_after = b_S * b_decay + b_k[:, None] * b_v[None, :]
+            if last is None:
+                b_S = b_after
+            elif parents is None:
+                b_S = tl.where(t <= i_last, b_after, b_S)
+            else:
+                b_S = tl.where((path >> t) & 1 != 0, b_after, b_S)
+            if o is not None:
+                b_q = tl.load(q + t * stride_qt + o_k, mask=m_k, other=0.0).to(tl.float32)
+                b_o = tl.sum(b_S * b_q[:, None], axis=0) * scale
+                tl.store(o + t * H * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
+        tl.store(p_S, b_S.to(state.dtype.element_ty), mask=m_S)
+
+
+@jit(do_not_specialize=["scale", "T", "H"])
+def verify_kernel(
+    q,
+    k,
+    v,
+    o,
+    log_decay,
+    state,
+    parents,
+    state_indices,
+    scale,
+    T,
+    H,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_sn,
+    stride_sh,
+    stride_sk,
+    stride_sv: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """`o_i = scale (λ^d_i q_i S + Σ_j λ^(d_i-d_j) (q_i k_j) v_j)` over the path of draft i, which is its d_i-th."""
+    i_v, i_h, _, i_b = program_ids(H, 1, V, BV)
+    i_n = _slot(state_indices, i_b)
+    o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    m_c, m_k, m_v = o_c < T, o_k < K, o_v < V
+    o += (i_b * T * H + i_h) * V
+    p_o, m_o = o + o_c[:, None] * H * V + o_v[None, :], m_c[:, None] & m_v[None, :]
+    if i_n < 0:
+        tl.store(p_o, tl.zeros([C, BV], o.dtype.element_ty), mask=m_o)
+    else:
+        q += i_b * stride_qb + i_h * stride_qh
+        k += i_b * stride_kb + i_h * stride_kh
+        v += i_b * stride_vb + i_h * stride_vh
+        b_q = tl.load(q + o_c[:, None] * stride_qt + o_k[None, :], mask=m_c[:, None] & m_k[None, :], other=0.0)
+        b_k = tl.load(k + o_c[:, None] * stride_kt + o_k[None, :], mask=m_c[:, None] & m_k[None, :], other=0.0)
+        b_v = tl.load(v + o_c[:, None] * stride_vt + o_v[None, :], mask=m_o, other=0.0)
+        p_S = state + i_n * stride_sn + i_h * stride_sh
+        p_S += o_k[:, None].to(tl.int64) * stride_sk + o_v[None, :].to(tl.int64) * stride_sv
+        b_S = tl.load(p_S, mask=m_k[:, None] & m_v[None, :], other=0.0).to(tl.float32)  # [BK, BV]
+
+        b_path, b_depth = _paths(parents, i_b, T, C)
+        b_rate = load_rate(log_decay, i_h)
+        is_on_path = (b_path[:, None] >> o_c[None, :].to(tl.int64)) & 1 != 0  # draft i, in rows, after j, in columns
+        b_between = tl.where(is_on_path, decay_over(b_rate, b_depth[:, None] - b_depth[None, :]), 0.0)
+        b_A = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_between  # [C, C]
+        b_o = tl.dot(b_q.to(tl.float32), b_S, input_precision="ieee") * decay_over(b_rate, b_depth)[:, None]
+        b_o = tl.dot(b_A, b_v.to(tl.float32), b_o, input_precision="ieee") * scale
+        tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_o)
+
+
+@jit
+def _slot(state_indices, i_b):
+    return i_b if state_indices is None else tl.load(state_indices + i_b).to(tl.int64)
+
+
+@jit
+def _path(p_parents, i):
+    """A draft and its ancestors, as bits. Whatever the parents are, the way ends, and leaves nothing out of bounds."""
+    path = tl.zeros([], tl.int64)
+    while i >= 0:
+        path |= tl.full([], 1, tl.int64) << i
+        i = tl.minimum(tl.load(p_parents + i).to(tl.int32), i - 1)
+    return path
+
+
+@jit
+def _paths(parents, i_b, T, C: tl.constexpr):
+    """The same for every draft at once, and how many there are on its path."""
+    o_c = tl.arange(0, C)
+    b_path = tl.full([C], 1, tl.int64) << o_c.to(tl.int64)
+    if parents is None:
+        b_path = b_path | (b_path - 1)
+        b_depth = o_c + 1
+    else:
+        p_parents = parents + i_b * T
+        b_depth = tl.full([C], 1, tl.int32)
+        b_i = tl.load(p_parents + o_c, mask=o_c < T, other=-1).to(tl.int32)
+        b_i = tl.minimum(b_i, o_c - 1)
+        for _ in range(T):
+            b_is_draft = b_i >= 0
+            b_bit = tl.full([C], 1, tl.int64) << tl.maximum(b_i, 0).to(tl.int64)
+            b_path = tl.where(b_is_draft, b_path | b_bit, b_path)
+            b_depth += b_is_draft.to(tl.int32)
+            b_next = tl.load(p_parents + tl.maximum(b_i, 0), mask=b_is_draft, other=-1).to(tl.int32)
+            b_i = tl.minimum(b_next, b_i - 1)
+    return b_path, b_depth

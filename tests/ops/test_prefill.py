@@ -1,0 +1,74 @@
+"""States on the way through a prompt."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import BACKENDS, Case, attention, device_of, dtype_of, error, make_inputs
+
+from lightning_attention import lightning_attention_prefill
+
+CASES = [
+    (Case(T=37), [1, 16, 36, 37]),
+    (Case(T=300, H=1, slope=None, scale=0.5, state=False), [128, 200, 256]),
+    (Case(T=20, K=5, V=7, slope=50.0), [11]),
+    (Case(T=20), []),
+    (Case(lengths=(0, 7, 0, 140, 1, 20, 0)), [3, 7, 8, 100, 147, 148, 149, 168]),
+    (Case(lengths=(9,), state=False), [4, 9]),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("case", "positions"), CASES, ids=[str(case) for case, _ in CASES])
+def test_states_are_those_of_the_beginnings(backend, case, positions):
+    inputs = make_inputs(case, dtype_of(backend)).on(device_of(backend))
+    exact = make_inputs(case)
+    q, k, v = inputs.q, inputs.k, inputs.v
+    o, final_state, states = lightning_attention_prefill(
+        q, k, v, inputs.log_decay, state_positions=positions, backend=backend, **inputs.options()
+    )
+    expected_o, expected_state = attention("chunked")(exact.q, exact.k, exact.v, exact.log_decay, **exact.options())
+    rounding = 16 * torch.finfo(q.dtype).eps
+    assert error(o, expected_o) < rounding
+    assert error(final_state, expected_state) < rounding
+    assert states.shape == (q.shape[0], len(positions), *final_state.shape[1:])
+    assert states.dtype == final_state.dtype
+    bounds = [0, case.T] if exact.cu_seqlens is None else exact.cu_seqlens.tolist()
+    for i, position in enumerate(positions):
+        n, start = next((n, a) for n, (a, b) in enumerate(pairwise(bounds)) if a < position <= b)
+        initial = exact.initial_state
+        if initial is not None and case.lengths is not None:
+            initial = initial[n : n + 1]
+        beginning = (x[:, start:position] for x in (exact.q, exact.k, exact.v))
+        _, expected = attention("chunked")(*beginning, exact.log_decay, initial_state=initial, scale=case.scale)
+        assert error(states[:, i], expected) < rounding
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sets(st.integers(1, 50)), st.integers(0, 1000))
+def test_going_on_from_a_state_is_the_whole(positions, seed):
+    inputs = make_inputs(Case(T=50), seed=seed)
+    q, k, v, positions = inputs.q, inputs.k, inputs.v, sorted(positions)
+    whole, final_state, states = lightning_attention_prefill(
+        q, k, v, inputs.log_decay, state_positions=positions, initial_state=inputs.state
+    )
+    for position, state in zip(positions, states.unbind(1), strict=True):
+        rest = (x[:, position:] for x in (q, k, v))
+        o, after = attention()(*rest, inputs.log_decay, initial_state=state)
+        assert error(o, whole[:, position:]) < 1e-13
+        assert error(after, final_state) < 1e-13
+
+
+@pytest.mark.parametrize("positions", [[0], [3, 3], [4, 2], [11], [-1]], ids=str)
+def test_positions_rise_and_are_there(positions):
+    x = torch.zeros(1, 10, 1, 4)
+    with pytest.raises(ValueError, match="state_positions must rise from 1 to at most T = 10"):
+        lightning_attention_prefill(x, x, x, state_positions=positions)
+
+
+def test_it_keeps_no_gradient():
+    x = torch.zeros(1, 10, 1, 4, requires_grad=True)
+    with pytest.raises(ValueError, match="lightning_attention_prefill keeps no gradient"):
+        lightning_attention_prefill(x, x, x, state_positions=[3])

@@ -1,0 +1,250 @@
+"""Drafts: their outputs are those of decoding them after their ancestors, and what is accepted is what was decoded."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import BACKENDS, Case, Inputs, device_of, dtype_of, error, make_inputs
+from torch import Tensor
+
+from lightning_attention import lightning_attention_commit, lightning_attention_step, lightning_attention_verify
+
+TREES = {
+    "chain": None,
+    "the same chain": [-1, 0, 1, 2, 3, 4, 5],
+    "all after the state": [-1] * 7,
+    "two chains": [-1, -1, 0, 1, 2, 3, 4],
+    "a tree": [-1, 0, 0, 1, 1, 2, 5],
+}
+CASES = [Case(B=3, T=7), Case(B=3, T=7, K=5, V=20, scale=0.3), Case(B=3, T=7, K=40, V=16, slope=None)]
+
+
+def tree(parents: list[int] | None, inputs: Inputs) -> Tensor | None:
+    """The same for every row."""
+    if parents is None:
+        return None
+    return torch.tensor(parents, device=inputs.q.device).expand(inputs.q.shape[0], -1).contiguous()
+
+
+def path(parents: list[int] | None, draft: int) -> list[int]:
+    return [] if draft < 0 else [*path(parents, draft - 1 if parents is None else parents[draft]), draft]
+
+
+def decoded(inputs: Inputs, drafts: list[int], backend: str) -> tuple[Tensor | None, Tensor]:
+    """The last output and the state of decoding these drafts one by one."""
+    state, o = inputs.state.clone(), None
+    for t in drafts:
+        q, k, v = (x[:, t] for x in (inputs.q, inputs.k, inputs.v))
+        o = lightning_attention_step(q, k, v, inputs.log_decay, state=state, scale=inputs.scale, backend=backend)
+    return o, state
+
+
+def verified(inputs: Inputs, backend: str, **options) -> Tensor:
+    before = inputs.state.clone()
+    options = {"state": inputs.state, "scale": inputs.scale} | options
+    o = lightning_attention_verify(inputs.q, inputs.k, inputs.v, inputs.log_decay, backend=backend, **options)
+    assert torch.equal(inputs.state, before)
+    return o
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("parents", TREES.values(), ids=TREES.keys())
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_drafts_are_decoded_after_their_ancestors(backend, case, parents):
+    inputs = make_inputs(case, dtype_of(backend)).on(device_of(backend))
+    o = verified(inputs, backend, parents=tree(parents, inputs))
+    assert o.dtype == inputs.q.dtype
+    exact = make_inputs(case, dtype_of(backend)).to(torch.float64)
+    for t in range(case.T):
+        expected, _ = decoded(exact, path(parents, t), "reference")
+        assert expected is not None
+        assert error(o[:, t], expected) < 8 * torch.finfo(o.dtype).eps
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("parents", TREES.values(), ids=TREES.keys())
+def test_any_draft_may_be_the_last(backend, parents):
+    """Bit for bit, with another one for every row."""
+    inputs = make_inputs(Case(B=4, T=7, K=12), dtype_of(backend)).on(device_of(backend))
+    for lasts in ([-1, 0, 1, 2], [3, 4, 5, 6]):
+        state = inputs.state.clone()
+        last = torch.tensor(lasts, device=state.device)
+        lightning_attention_commit(
+            inputs.k, inputs.v, inputs.log_decay, state=state, last=last, parents=tree(parents, inputs), backend=backend
+        )
+        for row, draft in enumerate(lasts):
+            _, expected = decoded(inputs, path(parents, draft), backend)
+            assert torch.equal(state[row], expected[row])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data(), st.integers(1, 12), st.integers(0, 1000))
+def test_any_trees(data, T, seed):
+    """Chunked against the reference, each row with a tree of its own."""
+    inputs = make_inputs(Case(B=2, T=T), seed=seed)
+    parents = torch.tensor([[data.draw(st.integers(-1, t - 1)) for t in range(T)] for _ in range(2)])
+    last = torch.tensor([data.draw(st.integers(-1, T - 1)) for _ in range(2)])
+    outputs, states = [], []
+    for backend in ("chunked", "reference"):
+        outputs.append(verified(inputs, backend, parents=parents))
+        states.append(inputs.state.clone())
+        options = {"last": last, "parents": parents, "backend": backend}
+        lightning_attention_commit(inputs.k, inputs.v, inputs.log_decay, state=states[-1], **options)
+    assert error(*outputs) < 1e-13
+    assert error(*states) < 1e-14
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("T", [1, 16, 17, 64])
+def test_trees_of_many_drafts(T):
+    inputs = make_inputs(Case(B=2, T=T, H=1), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    parents = torch.stack([torch.randint(-1, max(t, 0) or 1, (2,), generator=generator) for t in range(T)], dim=1)
+    parents = torch.minimum(parents, torch.arange(T) - 1)
+    expected = verified(inputs.to(torch.float64), "reference", parents=parents)
+    gpu = inputs.on(device_of("triton"))
+    o = verified(gpu, "triton", parents=parents.to(gpu.q.device))
+    assert error(o, expected) < 1e-6
+    state = gpu.state.clone()
+    last = torch.tensor([T - 1, T // 2], device=state.device)
+    options = {"last": last, "parents": parents.to(state.device), "backend": "triton"}
+    lightning_attention_commit(gpu.k, gpu.v, gpu.log_decay, state=state, **options)
+    for row, draft in enumerate(last.tolist()):
+        _, after = decoded(gpu, path(parents[row].tolist(), draft), "triton")
+        assert torch.equal(state[row], after[row])
+
+
+@pytest.mark.triton
+def test_a_chain_longer_than_a_tree_may_be():
+    inputs = make_inputs(Case(B=2, T=70, H=1), torch.float32)
+    expected = verified(inputs.to(torch.float64), "reference")
+    assert error(verified(inputs.on(device_of("triton")), "triton"), expected) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("parents", [None, [-1, 0, 0]], ids=["chain", "tree"])
+def test_slots(backend, parents):
+    """Rows use the slots they name; padding gives zeros; NaN in slots that are free goes nowhere."""
+    inputs = make_inputs(Case(B=4, T=3), dtype_of(backend)).on(device_of(backend))
+    pool = torch.full_like(inputs.state[:1], float("nan")).expand(7, -1, -1, -1).clone()
+    indices = torch.tensor([5, -1, 0, 2], dtype=torch.int32, device=pool.device)
+    rows, slots = torch.tensor([0, 2, 3]), torch.tensor([5, 0, 2])
+    pool[slots] = inputs.state[rows]
+    before, options = pool.clone(), {"parents": tree(parents, inputs), "state_indices": indices, "backend": backend}
+    o = lightning_attention_verify(inputs.q, inputs.k, inputs.v, inputs.log_decay, state=pool, **options)
+    assert torch.equal(pool.nan_to_num(123.0), before.nan_to_num(123.0))
+    expected = verified(inputs, backend, parents=tree(parents, inputs))
+    assert torch.equal(o[1], torch.zeros_like(o[1]))
+    assert error(o[rows], expected[rows].double()) < 8 * torch.finfo(o.dtype).eps
+    last = torch.tensor([2, 2, -1, 1], device=pool.device)
+    lightning_attention_commit(inputs.k, inputs.v, inputs.log_decay, state=pool, last=last, **options)
+    for row, slot in ((0, 5), (3, 2)):
+        assert torch.equal(pool[slot], decoded(inputs, path(parents, int(last[row])), backend)[1][row])
+    assert torch.equal(pool[0], before[0])
+    assert pool[[1, 3, 4, 6]].isnan().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_kept_in_bfloat16(backend):
+    """Arithmetic is float32: rounded where it is kept, once a call."""
+    inputs = make_inputs(Case(B=2, T=4), torch.float32).on(device_of(backend))
+    kept = inputs.state.bfloat16()
+    wide = kept.float()
+    arguments = inputs.k, inputs.v, inputs.log_decay
+    options = {"backend": backend}
+    expected = lightning_attention_verify(inputs.q, *arguments, state=wide, **options)
+    o = lightning_attention_verify(inputs.q, *arguments, state=kept, **options)
+    assert error(o, expected.double()) < 1e-6
+    last = torch.tensor([1, 3], device=kept.device)
+    lightning_attention_commit(*arguments, state=kept, last=last, **options)
+    lightning_attention_commit(*arguments, state=wide, last=last, **options)
+    rounding = torch.finfo(torch.bfloat16).eps
+    assert error(kept, wide.double()) < rounding
+    wide = kept.float()
+    o = lightning_attention_step(inputs.q, *arguments, state=kept, **options)
+    assert error(o, lightning_attention_step(inputs.q, *arguments, state=wide, **options).double()) < 1e-6
+    assert error(kept, wide.double()) < rounding
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_drafts(backend):
+    inputs = make_inputs(Case(B=2, T=4, H=2), dtype_of(backend)).on(device_of(backend))
+    expected = verified(inputs, backend)
+    q, k, v = torch.stack([inputs.q, inputs.k, inputs.v], dim=2).unbind(2)
+    state = inputs.state.transpose(2, 3).contiguous().transpose(2, 3)
+    o = lightning_attention_verify(q, k, v, inputs.log_decay, state=state, backend=backend)
+    assert error(o, expected.double()) < 8 * torch.finfo(o.dtype).eps
+    last = torch.tensor([0, 2], device=state.device)
+    lightning_attention_commit(k, v, inputs.log_decay, state=state, last=last, backend=backend)
+    for row, draft in enumerate(last.tolist()):
+        after = decoded(inputs, path(None, draft), backend)[1][row]
+        assert error(state[row], after.double()) < 8 * torch.finfo(state.dtype).eps
+
+
+def test_no_drafts():
+    inputs = make_inputs(Case(T=0))
+    state = inputs.state.clone()
+    assert verified(inputs, "chunked").shape == inputs.v.shape
+    lightning_attention_commit(inputs.k, inputs.v, state=state, last=torch.tensor([-1, -1]))
+    assert torch.equal(state, inputs.state)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled():
+    inputs = make_inputs(Case(T=3), torch.float32)
+    parents, last = tree([-1, 0, 0], inputs), torch.tensor([2, 1])
+
+    def both(q, k, v, log_decay, state):
+        o = lightning_attention_verify(q, k, v, log_decay, state=state, parents=parents)
+        lightning_attention_commit(k, v, log_decay, state=state, last=last, parents=parents)
+        return o, state + 0
+
+    arguments = inputs.q, inputs.k, inputs.v, inputs.log_decay
+    expected = both(*arguments, inputs.state.clone())
+    found = torch.compile(both, fullgraph=True, backend="aot_eager")(*arguments, inputs.state.clone())
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+REFUSED = {
+    "parents of another shape": (
+        {"parents": torch.zeros(2, 3, dtype=torch.int32)},
+        ValueError,
+        r"parents must be \[B, T\] = \[2, 4\], got shape \(2, 3\)",
+    ),
+    "parents in float": ({"parents": torch.zeros(2, 4)}, TypeError, "parents must be int32 or int64"),
+    "a parent that comes later": (
+        {"parents": torch.tensor([[-1, 1, 0, 0]] * 2)},
+        ValueError,
+        r"parents must be -1 or the index of an earlier draft, got \[\[-1, 1, 0, 0\]",
+    ),
+    "a last draft that is not there": ({"last": torch.tensor([0, 4])}, ValueError, r"last must be -1 or in \[0, 4\)"),
+    "last of another shape": ({"last": torch.tensor([0])}, ValueError, r"last must be \[B\] = \[2\]"),
+    "slots that are not there": (
+        {"state_indices": torch.tensor([0, 2])},
+        ValueError,
+        r"state_indices must be -1 or in \[0, 2\), got 0 to 2",
+    ),
+    "a state in float16": ({"state": torch.zeros(2, 3, 16, 16).half()}, TypeError, "state must be torch.float32 or"),
+}
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_is_refused(change, kind, message):
+    inputs = make_inputs(Case(T=4), torch.float32)
+    options = {"state": inputs.state, "last": torch.tensor([0, 0])} | change
+    with pytest.raises(kind, match=message):
+        lightning_attention_commit(inputs.k, inputs.v, inputs.log_decay, **options)
+    if "last" not in change:
+        del options["last"]
+        with pytest.raises(kind, match=message):
+            lightning_attention_verify(inputs.q, inputs.k, inputs.v, inputs.log_decay, **options)
+
+
+def test_a_tree_has_a_limit_and_no_gradient():
+    x = torch.zeros(1, 65, 1, 4)
+    state = torch.zeros(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="a tree has at most 64 drafts, got 65"):
+        lightning_attention_verify(x, x, x, state=state, parents=torch.full((1, 65), -1))
+    with pytest.raises(ValueError, match="lightning_attention_commit keeps no gradient"):
+        lightning_attention_commit(x.requires_grad_(), x, state=state, last=torch.tensor([0]))
