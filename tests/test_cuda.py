@@ -1,6 +1,7 @@
 """What must also hold on a GPU; the exact results are computed on the CPU, in float64."""
 
 import json
+from collections import defaultdict
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from rich.console import Console
 from tiny_model import make_config, tokens
 
 from lightning_attention import lightning_attention_step
-from lightning_attention.inference import SamplingOptions, load, stream
+from lightning_attention.inference import Engine, SamplingOptions, load, stream
 from lightning_attention.models import LightningForCausalLM
 from lightning_attention.ops.chunked import CHUNK_SIZE
 from lightning_attention.training import TrainingOptions, train
@@ -81,6 +82,29 @@ def test_generate_is_that_of_the_cpu(num_beams):
     options = {"max_new_tokens": 15, "num_beams": num_beams, "do_sample": False}
     expected = model.generate(ids, attention_mask=mask, **options)
     assert torch.equal(model.cuda().generate(ids.cuda(), attention_mask=mask.cuda(), **options).cpu(), expected)
+
+
+@pytest.mark.parametrize("prefix_slots", [0, 8])
+def test_the_engine_is_generate(prefix_slots):
+    """Graphs of several sizes, with rows of padding; requests that come later."""
+    torch.manual_seed(1)
+    model = LightningForCausalLM(make_config(eos_token_id=None)).eval().cuda()
+    options = SamplingOptions(max_new_tokens=30, temperature=0)
+    engine = Engine(model, max_requests=5, prefill_tokens=64, prefix_slots=prefix_slots, prefix_block=8)
+    common, answers = tokens(40).tolist(), defaultdict(list)
+    prompts = [common[: 7 * i] + tokens(1 + 5 * i, seed=i).tolist() for i in range(9)]
+    for i, prompt in enumerate(prompts):
+        assert engine.submit(prompt, options) == i
+        for output in engine.step() if i % 2 else []:
+            answers[output.request].append(output.token)
+    while engine.has_work:
+        for output in engine.step():
+            answers[output.request].append(output.token)
+    assert set(engine._decoder._graphs) <= {1, 2, 4, 5}
+    assert engine._decoder._graphs
+    for i, prompt in enumerate(prompts):
+        ids = model.generate(torch.tensor([prompt], device="cuda"), max_new_tokens=30, do_sample=False)
+        assert answers[i] == ids[0, len(prompt) :].tolist()
 
 
 @compiler_warnings

@@ -1,9 +1,22 @@
-"""Text from a trained model. Needs `lightning-attention[models]`."""
+"""Text from a trained model, one at a time or many at once. Needs `lightning-attention[models]`."""
 
 from ..extras import require
 
 require("models", "transformers", "safetensors", "tokenizers")
 
-from .generate import SamplingOptions, load, stream  # noqa: E402
+from .engine import Completion, Engine, FinishReason, Output  # noqa: E402
+from .generate import load, stream  # noqa: E402
+from .pool import PoolExhaustedError, StatePool  # noqa: E402
+from .sampling import SamplingOptions  # noqa: E402
 
-__all__ = ["SamplingOptions", "load", "stream"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "FinishReason",
+    "Output",
+    "PoolExhaustedError",
+    "SamplingOptions",
+    "StatePool",
+    "load",
+    "stream",
+]

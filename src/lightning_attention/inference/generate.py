@@ -1,7 +1,6 @@
 """From a checkpoint to a stream of text."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -11,47 +10,7 @@ from transformers import PreTrainedTokenizerFast, TextIteratorStreamer
 
 from ..models import LightningForCausalLM
 from ..models.checkpoint import last_checkpoint, load_model
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How the next token is chosen.
-
-    Attributes:
-        max_new_tokens: tokens to write, at most.
-        temperature: 0 takes the likeliest token.
-        top_k: sample from the k likeliest; 0 is all.
-        top_p: sample from the likeliest of this total probability.
-        repetition_penalty: above 1 avoids what was there already.
-        seed: makes sampling repeatable.
-    """
-
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
-
-    def for_generate(self) -> dict[str, Any]:
-        """As arguments of transformers' generate()."""
-        common = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
-        if self.temperature == 0:
-            return common | {"do_sample": False}
-        sampling = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        return common | {"do_sample": True} | sampling
+from .sampling import SamplingOptions
 
 
 def load(checkpoint: Path, *, bf16: bool = False) -> tuple[LightningForCausalLM, PreTrainedTokenizerFast]:
@@ -73,6 +32,20 @@ def load(checkpoint: Path, *, bf16: bool = False) -> tuple[LightningForCausalLM,
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
+def encode(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    """The tokens of a prompt, as the model has learned that documents begin.
+
+    Raises:
+        ValueError: there is none, since the prompt is empty and the tokenizer has no token for a beginning.
+    """
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    if tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id, *ids]
+    if not ids:
+        raise ValueError("the prompt is empty, and the tokenizer has no token for the beginning of a document")
+    return ids
+
+
 def stream(
     model: LightningForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, options: SamplingOptions
 ) -> Iterator[str]:
@@ -87,11 +60,7 @@ def stream(
     Raises:
         ValueError: the prompt is empty and the tokenizer has no such token.
     """
-    ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    if tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id, *ids]
-    if not ids:
-        raise ValueError("the prompt is empty, and the tokenizer has no token for the beginning of a document")
+    ids = encode(tokenizer, prompt)
     if options.seed is not None:
         torch.manual_seed(options.seed)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from ..nn import LRPE, GatedLightningAttention, SimpleGLU, SimpleRMSNorm
-from ..nn.attention import Decay
+from ..nn.attention import Decay, Slots
 from ..ops.problem import state_dtype
 from .cache import LightningCache
 from .configuration import LightningConfig
@@ -40,12 +40,20 @@ class LightningDecoderLayer(GradientCheckpointingLayer):
         self.mlp_norm = SimpleRMSNorm(config.norm_eps)
         self.mlp = SimpleGLU(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None, state: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), positions, cu_seqlens, state)
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | None,
+        state: Tensor | None,
+        slots: Slots | None = None,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), positions, cu_seqlens, state, slots)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class LightningPreTrainedModel(PreTrainedModel):
+    config: LightningConfig
     config_class = LightningConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -114,8 +122,7 @@ class LightningModel(LightningPreTrainedModel):
                 raise TypeError(f"past_key_values must be a LightningCache, got {type(past_key_values).__name__}")
             if checkpointing:
                 raise ValueError("gradient checkpointing would advance past_key_values twice: leave one of them out")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        x = x * self.config.hidden_size**0.5
+        x = self._scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         batch_size, length = x.shape[:2]
         mask = _local_mask(attention_mask, batch_size, length)
         layout = _lay_out(x, mask, position_ids, past_key_values, cu_seqlens)
@@ -145,6 +152,30 @@ class LightningModel(LightningPreTrainedModel):
             past_key_values=cache if use_cache else None,
             hidden_states=tuple(map(layout.unpack, hidden_states)) if output_hidden_states else None,
         )
+
+    @torch.no_grad()
+    def advance(
+        self, input_ids: Tensor, positions: Tensor, states: list[Tensor], slots: Slots, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """For serving: the next tokens of sequences whose states are slots of a pool, which advance in place.
+
+        Args:
+            input_ids: `[N, 1]`, a token each; or `[1, T]`, some tokens of each, packed.
+            positions: the shape of `input_ids`, each token's in its sequence.
+            states: of every layer `[num_slots, H, K, V]`.
+            slots: whose turn it is.
+            cu_seqlens: `[N + 1]`, where they are packed.
+
+        Returns:
+            `[N, W]`, the normalised hidden states of the last token of every sequence.
+        """
+        x = self._scaled(self.embed_tokens(input_ids))
+        for layer, state in zip(self.layers, states, strict=True):
+            x = layer(x, positions, cu_seqlens, state, slots)
+        return self.norm(x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:] - 1])
+
+    def _scaled(self, embeddings: Tensor) -> Tensor:
+        return embeddings * self.config.hidden_size**0.5
 
     def _through_layers(
         self,

@@ -1,8 +1,8 @@
 """Layers of models with lightning attention. They need nothing but PyTorch."""
 
-from .attention import GatedLightningAttention
+from .attention import GatedLightningAttention, Slots
 from .glu import SimpleGLU
 from .norms import SimpleRMSNorm
 from .positions import LRPE
 
-__all__ = ["LRPE", "GatedLightningAttention", "SimpleGLU", "SimpleRMSNorm"]
+__all__ = ["LRPE", "GatedLightningAttention", "SimpleGLU", "SimpleRMSNorm", "Slots"]

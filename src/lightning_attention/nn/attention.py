@@ -1,10 +1,14 @@
 """Token mixing."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.api import lightning_attention, lightning_attention_step
+from ..ops.api import lightning_attention, lightning_attention_prefill, lightning_attention_step
+from ..ops.problem import state_dtype
 from .float32 import Float32Module
 from .norms import SimpleRMSNorm
 from .positions import LRPE
@@ -22,6 +26,21 @@ class Decay(Float32Module):
 
     def initial_log_decay(self) -> Tensor:
         return torch.tensor(self.rates, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Which states of a pool `[num_slots, H, K, V]` the sequences of a call have; the same in every layer.
+
+    Attributes:
+        of_sequences: `[N]` int64; -1 is a row of padding, where single tokens are decoded.
+        saved: `[M]` int64, slots that get the states after so many tokens:
+        saved_after: M positions in the packed row, rising.
+    """
+
+    of_sequences: Tensor
+    saved: Tensor | None = None
+    saved_after: Sequence[int] = ()
 
 
 class GatedLightningAttention(nn.Module):
@@ -54,7 +73,12 @@ class GatedLightningAttention(nn.Module):
         self.lrpe = LRPE(num_heads, self.head_dim) if lrpe else None
 
     def forward(
-        self, x: Tensor, positions: Tensor, cu_seqlens: Tensor | None = None, state: Tensor | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | None = None,
+        state: Tensor | None = None,
+        slots: Slots | None = None,
     ) -> Tensor:
         """
         Args:
@@ -62,6 +86,7 @@ class GatedLightningAttention(nn.Module):
             positions: `[B, T]` or `[1, T]` integers, read by LRPE-d alone.
             cu_seqlens: `[N + 1]`, packed sequences in one row, see `lightning_attention`.
             state: `[N, H, K, V]` float32, the state before these tokens; replaced in place by the state after them.
+            slots: where `state` is a pool, which of its states are used.
 
         Returns:
             `[B, T, W]`.
@@ -70,18 +95,46 @@ class GatedLightningAttention(nn.Module):
         q, k, v = (y.unflatten(-1, (self.num_heads, self.head_dim)) for y in (F.silu(q), F.silu(k), v))
         if self.lrpe is not None:
             q, k = self.lrpe(q, positions), self.lrpe(k, positions)
-        o = self._attend(q, k, v, cu_seqlens, state)
+        o = self._attend(q, k, v, cu_seqlens, state, slots)
         return self.out_proj(self.norm(o.flatten(-2)) * u)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None, slots: Slots | None
+    ) -> Tensor:
         log_decay = self.decay.log_decay
         if state is None:
             return lightning_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens).output
         if cu_seqlens is None and q.shape[1] == 1 and not torch.is_grad_enabled():
-            return lightning_attention_step(q, k, v, log_decay, state=state)
+            indices = None if slots is None else slots.of_sequences
+            return lightning_attention_step(q, k, v, log_decay, state=state, state_indices=indices)
+        if slots is not None:
+            return self._prefill(q, k, v, cu_seqlens, state, slots)
         o, final_state = lightning_attention(
             q, k, v, log_decay, initial_state=state.clone(), output_final_state=True, cu_seqlens=cu_seqlens
         )
         assert final_state is not None
         state.copy_(final_state.detach())
+        return o
+
+    def _prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, pool: Tensor, slots: Slots
+    ) -> Tensor:
+        log_decay, initial_state = self.decay.log_decay, pool[slots.of_sequences].to(state_dtype(q.dtype))
+        if slots.saved is None:
+            o, final_state = lightning_attention(
+                q, k, v, log_decay, initial_state=initial_state, output_final_state=True, cu_seqlens=cu_seqlens
+            )
+        else:
+            o, final_state, saved = lightning_attention_prefill(
+                q,
+                k,
+                v,
+                log_decay,
+                state_positions=slots.saved_after,
+                initial_state=initial_state,
+                cu_seqlens=cu_seqlens,
+            )
+            pool[slots.saved] = saved[0].to(pool.dtype)
+        assert final_state is not None
+        pool[slots.of_sequences] = final_state.to(pool.dtype)
         return o

@@ -1,0 +1,250 @@
+import gc
+import random
+from collections import defaultdict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_model import VOCAB, make_config, tokens
+
+from lightning_attention.inference import Engine, FinishReason, SamplingOptions
+from lightning_attention.inference import engine as engine_module
+from lightning_attention.models import LightningForCausalLM
+
+GREEDY = SamplingOptions(max_new_tokens=6, temperature=0)
+
+
+def make_model(**options) -> LightningForCausalLM:
+    torch.manual_seed(1)
+    return LightningForCausalLM(make_config(**options)).double().eval()
+
+
+EOS = [3, 4, 5, 6, 7, 8]
+MODEL = make_model(eos_token_id=EOS)
+
+
+def generated(prompt: list[int], options: SamplingOptions, model: LightningForCausalLM = MODEL) -> list[int]:
+    """What transformers' generate() writes, one prompt at a time."""
+    ids = model.generate(torch.tensor([prompt]), **options.for_generate())
+    return ids[0, len(prompt) :].tolist()
+
+
+def prompts(count: int, longest: int = 20, seed: int = 0) -> list[list[int]]:
+    """With beginnings in common."""
+    generator, common = random.Random(seed), tokens(longest, seed=seed).tolist()
+    return [
+        common[: generator.randrange(longest)] + tokens(1 + generator.randrange(longest), seed=seed + i).tolist()
+        for i in range(count)
+    ]
+
+
+ENGINES = {
+    "plain": {},
+    "one at a time": {"max_requests": 1},
+    "few tokens at a time": {"prefill_tokens": 3},
+    "prefixes": {"prefix_slots": 5, "prefix_block": 4, "prefill_tokens": 11},
+    "one prefix": {"prefix_slots": 1, "prefix_block": 1, "max_requests": 2},
+}
+
+
+@pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES.keys())
+@pytest.mark.parametrize("positions", ["mix", "lrpe-d", "decay"])
+def test_greedy_answers_are_those_of_generate(options, positions):
+    model = make_model(eos_token_id=EOS, positions=positions)
+    engine, given = Engine(model, **options), prompts(12)
+    completions = engine.run(given, GREEDY)
+    assert [completion.tokens for completion in completions] == [generated(x, GREEDY, model) for x in given]
+    for completion in completions:
+        stopped = completion.finish_reason == FinishReason.STOP
+        assert stopped == (completion.tokens[-1] in EOS)
+        assert stopped or len(completion.tokens) == 6
+    assert {completion.finish_reason for completion in completions} == {FinishReason.STOP, FinishReason.LENGTH}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 30),
+    st.integers(0, 3),
+    st.integers(1, 9),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9), st.booleans()), max_size=12),
+    st.integers(0, 1000),
+)
+def test_requests_come_and_go_as_they_like(max_requests, prefill_tokens, prefix_slots, prefix_block, arrivals, seed):
+    """Every arrival: steps before it, length of its answer, and whether it is cancelled some time later."""
+    engine = Engine(
+        MODEL,
+        max_requests=max_requests,
+        prefill_tokens=prefill_tokens,
+        prefix_slots=prefix_slots,
+        prefix_block=prefix_block,
+    )
+    engine.pool._memory.fill_(float("nan"))
+    written, reasons, given, cancelled = defaultdict(list), {}, {}, set()
+
+    def step() -> None:
+        for output in engine.step():
+            assert output.request not in reasons
+            if output.token is not None:
+                written[output.request].append(output.token)
+            if output.finish_reason is not None:
+                reasons[output.request] = output.finish_reason
+
+    for (steps, length, is_cancelled), prompt in zip(arrivals, prompts(len(arrivals), seed=seed), strict=True):
+        for _ in range(steps):
+            step()
+        options = SamplingOptions(max_new_tokens=length + 1, temperature=0)
+        request = engine.submit(prompt, options)
+        given[request] = prompt, options
+        victim = request - length % 3
+        if is_cancelled and engine.cancel(victim):
+            cancelled.add(victim)
+            assert not engine.cancel(victim)
+    while engine.has_work:
+        step()
+    assert set(reasons) == set(given)
+    for request, (prompt, options) in given.items():
+        expected = generated(prompt, options)
+        if request in cancelled:
+            assert reasons[request] == FinishReason.CANCELLED
+            assert written[request] == expected[: len(written[request])]
+        else:
+            assert reasons[request] != FinishReason.CANCELLED
+            assert written[request] == expected
+    assert engine.pool.num_free == engine.pool.num_slots - len(engine.prefixes)
+
+
+def test_an_answer_does_not_depend_on_the_others():
+    options = [SamplingOptions(max_new_tokens=9, top_p=0.9, seed=seed) for seed in range(6)]
+    given, together = prompts(6), Engine(MODEL)
+    answers = defaultdict(list)
+    numbers = [together.submit(*pair, stop_token_ids=()) for pair in zip(given, options, strict=True)]
+    while together.has_work:
+        for output in together.step():
+            answers[output.request].append(output.token)
+    for number, prompt, option in zip(numbers, given, options, strict=True):
+        alone = Engine(MODEL, max_requests=1, prefill_tokens=2)
+        alone.submit(prompt, option, stop_token_ids=())
+        written = []
+        while alone.has_work:
+            written += [output.token for output in alone.step()]
+        assert answers[number] == written
+
+
+def count_read_tokens(monkeypatch) -> list[int]:
+    read, prefill = [], Engine._prefill
+
+    def counted(self, pieces, saved):
+        read.append(sum(piece.stop - piece.start for piece in pieces))
+        return prefill(self, pieces, saved)
+
+    monkeypatch.setattr(Engine, "_prefill", counted)
+    return read
+
+
+def test_a_known_beginning_is_not_read_again(monkeypatch):
+    read, engine = count_read_tokens(monkeypatch), Engine(MODEL, prefix_slots=8, prefix_block=10)
+    beginning = tokens(35).tolist()
+    for end, tokens_read in (([3, 4], 37), ([5, 6, 8], 8), ([3, 4], 7)):
+        prompt = beginning + end
+        (completion,) = engine.run([prompt], GREEDY)
+        assert completion.tokens == generated(prompt, GREEDY)
+        assert sum(read) == tokens_read
+        read.clear()
+    # A conversation: the prompt, its answer, and something new; the last token of the answer has not been read.
+    conversation = prompt + completion.tokens + [9, 10]
+    assert engine.run([conversation], GREEDY)[0].tokens == generated(conversation, GREEDY)
+    assert sum(read) == 3
+
+
+def test_a_step_reads_no_more_than_it_may(monkeypatch):
+    read, engine = count_read_tokens(monkeypatch), Engine(MODEL, prefill_tokens=8)
+    engine.run(prompts(10), GREEDY)
+    assert max(read) == 8
+    assert sum(read) == sum(map(len, prompts(10)))
+
+
+def test_requests_end_as_they_ask():
+    engine = Engine(MODEL)
+    prompt = prompts(1)[0]
+    expected = generated(prompt, SamplingOptions(max_new_tokens=8, temperature=0), make_model(eos_token_id=None))
+    options = SamplingOptions(max_new_tokens=8, temperature=0)
+
+    def broken(_):
+        raise RuntimeError("broken")
+
+    numbers = {
+        engine.submit(prompt, options, stop_token_ids=[expected[3]]): FinishReason.STOP,
+        engine.submit(prompt, options, stop_token_ids=(), is_finished=lambda new: len(new) == 4): FinishReason.STOP,
+        engine.submit(prompt, options, stop_token_ids=()): FinishReason.LENGTH,
+        engine.submit(prompt, options, stop_token_ids=(), is_finished=broken): FinishReason.FAILED,
+    }
+    answers, reasons = defaultdict(list), {}
+    while engine.has_work:
+        for output in engine.step():
+            answers[output.request].append(output.token)
+            if output.finish_reason:
+                reasons[output.request] = output.finish_reason
+    assert reasons == numbers
+    first = expected.index(expected[3]) + 1
+    assert list(answers.values()) == [expected[:first], expected[:4], expected, expected[:1]]
+
+
+REFUSED = {
+    "no tokens": ([], "prompt must hold at least one token"),
+    "not in the vocabulary": ([3, VOCAB], rf"prompt must be token ids in \[0, {VOCAB}\), got 3 to {VOCAB}"),
+    "negative": ([-1, 4], "got -1 to 4"),
+    "text": ("to be", "prompt must be token ids"),
+}
+
+
+@pytest.mark.parametrize(("prompt", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_bad_request_is_refused_and_the_others_go_on(prompt, message):
+    engine, good = Engine(MODEL), prompts(1)[0]
+    engine.submit(good, GREEDY)
+    engine.step()
+    with pytest.raises(ValueError, match=message):
+        engine.submit(prompt)
+    written = []
+    while engine.has_work:
+        written += [output.token for output in engine.step()]
+    assert written == generated(good, GREEDY)[1:]
+
+
+@pytest.mark.parametrize("name", ["max_requests", "prefill_tokens", "prefix_block"])
+def test_sizes_are_checked(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        Engine(MODEL, **{name: 0})
+
+
+def test_states_in_half_the_memory():
+    model = make_model(eos_token_id=None).float()
+    whole, half = Engine(model), Engine(model, pool_dtype=torch.bfloat16)
+    assert 2 * half.pool.nbytes == whole.pool.nbytes
+    given = prompts(4)
+    agreements = [
+        x == y
+        for one, other in zip(whole.run(given, GREEDY), half.run(given, GREEDY), strict=True)
+        for x, y in zip(one.tokens, other.tokens, strict=True)
+    ]
+    assert sum(agreements) > len(agreements) / 2
+
+
+def test_ten_thousand_requests_leave_nothing_behind():
+    model = LightningForCausalLM(make_config(num_hidden_layers=1, positions="decay", eos_token_id=None)).eval()
+    engine = Engine(model, max_requests=256, prefix_slots=16, prefix_block=4)
+    generator, finished = random.Random(0), 0
+    for _ in range(10_000):
+        engine.submit([generator.randrange(VOCAB) for _ in range(1 + generator.randrange(8))], GREEDY)
+        if generator.random() < 0.1:
+            engine.cancel(generator.randrange(10_000))
+        if generator.random() < 0.02:
+            finished += sum(output.finish_reason is not None for output in engine.step())
+    while engine.has_work:
+        finished += sum(output.finish_reason is not None for output in engine.step())
+    assert finished == 10_000
+    assert len(engine.prefixes) == 16
+    assert engine.pool.num_free == 256
+    gc.collect()
+    assert not [x for x in gc.get_objects() if type(x) is engine_module._Request]
