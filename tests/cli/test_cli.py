@@ -87,6 +87,25 @@ def test_generate_streams_what_the_model_writes(monkeypatch, capsys, checkpoint)
     assert run(monkeypatch, capsys, *arguments, stdin="hello")[:2] == (0, expected)
 
 
+def test_generate_answers_a_file(monkeypatch, capsys, checkpoint, tmp_path):
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"prompt": "hello", "temperature": 0, "max_new_tokens": 20}\n\n{"prompt": 3}\n')
+    arguments = ["generate", "--checkpoint", checkpoint]
+    code, expected, _ = run(
+        monkeypatch, capsys, *arguments, "--prompt", "hello", "--max-new-tokens", 20, "--temperature", 0
+    )
+    assert code == 0
+    code, out, err = run(monkeypatch, capsys, *arguments, "--prompts", prompts, "--output", output)
+    assert (code, out) == (0, "")
+    assert "1 of 2 lines could not be answered" in err
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    by_index = {answer["index"]: answer for answer in answers}
+    assert "hello" + by_index[0]["text"] + "\n" == expected
+    assert by_index[2]["error"] == "a line must be a JSON object with a text prompt"
+    code, out, _ = run(monkeypatch, capsys, *arguments, "--prompts", prompts)
+    assert [json.loads(line) for line in out.splitlines()] == answers
+
+
 def test_what_the_tokenizer_returns_is_what_the_model_takes(checkpoint):
     model, tokenizer = load(checkpoint)
     inputs = tokenizer(["a", "longer"], return_tensors="pt", padding=True).to(model.device)
@@ -200,6 +219,14 @@ def test_a_broken_checkpoint_is_one_line(monkeypatch, capsys, tmp_path, checkpoi
         (["train", "--resume", "--steps", "9"], "leave out --steps"),
         (["bench", "op", "--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
         (["bench", "op", "--length", "0"], "must be at least 1"),
+        (["generate", "--checkpoint", "x", "--prompt", "a", "--prompts", "b"], "give --prompt or --prompts, not both"),
+        (["generate", "--checkpoint", "x", "--output", "b"], "--output goes with --prompts"),
+        (["generate", "--checkpoint", "x", "--prompts", "../none.jsonl"], "No such file or directory"),
+        (["generate", "--checkpoint", "x", "--prompts", "../bad.jsonl"], "no checkpoint in x"),
+        (
+            ["generate", "--checkpoint", "x", "--prompts", "../bad.jsonl", "--output", "../bad.jsonl"],
+            "--output would overwrite --prompts",
+        ),
         (["fly"], "No such command 'fly'."),
         (["train", "--wings"], "No such option: --wings"),
     ],
