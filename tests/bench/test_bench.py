@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from lightning_attention import lightning_attention
-from lightning_attention.bench import report
+from lightning_attention.bench import op, report
 from lightning_attention.bench.cases import BACKWARD, FORWARD, OpCase
 from lightning_attention.bench.harness import copy_bandwidth, interleaved_times, peak_bytes
 from lightning_attention.bench.machine import machine
 from lightning_attention.bench.op import measure
 from lightning_attention.bench.oracles import Oracles
 from lightning_attention.bench.peers import OURS, PEERS, Calls, Inputs, Peer
-from lightning_attention.bench.plot import plot
-from lightning_attention.cli import main
+from lightning_attention.bench.plot import plot_sweep
 
 CPU = torch.device("cpu")
 CASE = OpCase(batch_size=2, length=150, num_heads=3, head_dim=8, dtype=torch.float32)
@@ -162,7 +161,7 @@ def test_what_is_wrong_or_raises_is_reported_and_not_timed(build, why):
     assert why in bad["not_measured"]
     assert not bad.keys() & {"forward", "backward", "peak_bytes"}
     assert good["forward"]["milliseconds"] > 0
-    assert any(why in line for line in report.lines(CASE, records, 1e9))
+    assert any(why in line for line in op.TABLE.lines("", records))
 
 
 def test_lengths_beyond_a_limit_are_left_out():
@@ -174,25 +173,13 @@ def test_lengths_beyond_a_limit_are_left_out():
     assert [r["not_measured"] for r in records] == ["not run beyond 149 tokens", "not run beyond 9 tokens"]
 
 
-@pytest.fixture(autouse=True)
-def small_copy(monkeypatch):
-    monkeypatch.setattr("lightning_attention.bench.run.copy_bandwidth", lambda device: 1e9)
-
-
 def test_copy_bandwidth():
     assert 1e8 < copy_bandwidth(CPU) < 1e13
 
 
-def bench(monkeypatch, *arguments):
-    command = ["lightning-attention", "bench", "op", *map(str, arguments)]
-    monkeypatch.setattr(sys, "argv", command)
-    main()
-    return command
-
-
-def test_bench_op_writes_its_results(monkeypatch, tmp_path, capsys):
+def test_bench_op_writes_its_results(bench, tmp_path, capsys):
     sizes = "--length 64 --length 128 --heads 2 --head-dim 8 --softmax-up-to 64 --seconds 0.001 --device cpu --output"
-    command = bench(monkeypatch, *sizes.split(), tmp_path)
+    command = bench("op", *sizes.split(), tmp_path)
     written = json.loads((tmp_path / "op.json").read_text())
     sweep = written["runs"]["sweep"]
     assert sweep["command"] == " ".join(command)
@@ -209,12 +196,12 @@ def test_bench_op_writes_its_results(monkeypatch, tmp_path, capsys):
     assert "not run beyond 64 tokens" in out
 
 
-def test_table_and_sweep_are_kept_together(monkeypatch, tmp_path):
+def test_table_and_sweep_are_kept_together(bench, monkeypatch, tmp_path):
     monkeypatch.setattr("lightning_attention.bench.cases.TABLE", [(1, 8, 1, 4)])
     options = ["--seconds", 0, "--device", "cpu", "--output", tmp_path]
-    bench(monkeypatch, "--only", "table", *options)
+    bench("op", "--only", "table", *options)
     assert {path.name for path in tmp_path.iterdir()} == {"op.json"}
-    bench(monkeypatch, "--length", 16, "--heads", 1, "--head-dim", 4, *options)
+    bench("op", "--length", 16, "--heads", 1, "--head-dim", 4, *options)
     document = json.loads((tmp_path / "op.json").read_text())
     lengths = {kind: {record["length"] for record in run["results"]} for kind, run in document["runs"].items()}
     assert lengths == {"table": {8}, "sweep": {16}}
@@ -236,18 +223,18 @@ def test_a_picture_is_drawn_from_the_document_alone(tmp_path, peak_bytes):
         {"implementation": "a", "length": 1024, **sizes, **passes},
         {"implementation": "b", "length": 1024, **sizes, "not_measured": "why"},
     ]
-    plot({"machine": {"device": "a"}, "runs": {"sweep": {"results": results}}}, tmp_path / "op.png")
+    plot_sweep({"machine": {"device": "a"}, "runs": {"sweep": {"results": results}}}, tmp_path / "op.png")
     assert (tmp_path / "op.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_that_is_cut_off_keeps_what_it_has(monkeypatch, tmp_path):
+def test_a_run_that_is_cut_off_keeps_what_it_has(bench, monkeypatch, tmp_path):
     def cut_off(*arguments):
         raise OSError("no space left")
 
-    monkeypatch.setattr("lightning_attention.bench.report.lines", cut_off)
+    monkeypatch.setattr("lightning_attention.bench.report.Table.lines", cut_off)
     sizes = "--length 16 --length 32 --heads 1 --head-dim 4 --seconds 0 --device cpu --output"
     with pytest.raises(SystemExit):
-        bench(monkeypatch, *sizes.split(), tmp_path)
+        bench("op", *sizes.split(), tmp_path)
     results = json.loads((tmp_path / "op.json").read_text())["runs"]["sweep"]["results"]
     assert {record["length"] for record in results} == {32}
 
@@ -264,9 +251,9 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(monkeypatch, tmp_path):
     ],
     ids=str,
 )
-def test_bad_options_are_one_line(monkeypatch, tmp_path, capsys, arguments, message):
+def test_bad_options_are_one_line(bench, tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
-        bench(monkeypatch, *arguments, "--output", tmp_path / "new")
+        bench("op", *arguments, "--output", tmp_path / "new")
     out, err = capsys.readouterr()
     assert (stopped.value.code, out, err.count("\n")) == (2, "", 1)
     assert message in err

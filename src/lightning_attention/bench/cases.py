@@ -1,5 +1,6 @@
 """What is measured: shapes, and the arithmetic and traffic they take at least."""
 
+import random
 from dataclasses import dataclass
 
 import torch
@@ -76,3 +77,63 @@ class OpCase:
     @property
     def _num_elements(self) -> int:
         return self.batch_size * self.length * self.num_heads * self.head_dim
+
+
+# Sequences that are given a token; with 64 heads of 128 the state of each takes 4 MiB. The most first: an
+# implementation that tunes itself at its first call keeps what it found for all.
+STEP_BATCHES = {"cuda": (256, 64, 16, 1), "cpu": (16, 4, 1)}
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One token for a batch, with keys and values of one size and a float32 state."""
+
+    batch_size: int
+    num_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def state_bytes(self) -> int:
+        return self.batch_size * self.num_heads * self.head_dim**2 * torch.float32.itemsize
+
+    @property
+    def minimal_bytes(self) -> int:
+        """That any implementation has to move: the state read and written once, q, k and v read and o written."""
+        return 2 * self.state_bytes + 4 * self.batch_size * self.num_heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ContextCase:
+    """A token for every sequence of a batch, the last of a context of `length` tokens."""
+
+    batch_size: int
+    length: int
+
+
+# Of a serving case: how many, and how many of them one by one.
+REQUESTS = {"cuda": (256, 8), "cpu": (8, 2)}
+
+
+@dataclass(frozen=True)
+class ServingCase:
+    """Requests of mixed sizes.
+
+    Args:
+        requests: how many.
+        sample: of them that are answered one by one.
+        max_requests: that an engine decodes at once.
+        prompt_tokens: fewest and most.
+        answer_tokens: likewise.
+    """
+
+    requests: int
+    sample: int
+    max_requests: int = 64
+    prompt_tokens: tuple[int, int] = (16, 1024)
+    answer_tokens: tuple[int, int] = (16, 256)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Tokens of prompt and answer of every request, always the same."""
+        draw = random.Random(0).randint
+        return [(draw(*self.prompt_tokens), draw(*self.answer_tokens)) for _ in range(self.requests)]

@@ -6,10 +6,14 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 
+from ..cuda_graph import record
+
 Call = Callable[[], object]
+Ready = TypeVar("Ready")
 
 # Zeroing this much evicts what a call left in L2. It takes a GPU longer than the host takes to enqueue any call here,
 # about 1 ms, so that no call waits for its launches.
@@ -18,8 +22,43 @@ FLUSHED_BYTES, FLUSHES = 1 << 29, 8
 MAX_RUNS = 100
 
 
+class Contest(Generic[Ready]):
+    """Implementations side by side. One that raises is out of what follows, with the reason; the others go on.
+
+    Attributes:
+        ready: what each of them has prepared, by name.
+        failures: the reasons, by name.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.ready: dict[str, Ready] = {}
+        self.failures: dict[str, str] = {}
+
+    def prepare(self, name: str, prepare: Callable[[], Ready]) -> None:
+        try:
+            self.ready[name] = prepare()
+        except Exception as error:  # whatever an implementation raises is its result
+            self.failures[name] = reason(error)
+        release(self.device)
+
+    def times(self, call_of: Callable[[Ready], Call], seconds: float, *, on_host: bool = False) -> dict[str, float]:
+        """Of a call of each, as `interleaved_times`."""
+        calls = {name: call_of(ready) for name, ready in self.ready.items()}
+        times, failures = interleaved_times(calls, seconds, self.device, on_host=on_host)
+        for name, why in failures.items():
+            self.failures[name] = why
+            del self.ready[name]
+        return times
+
+    def record(self, name: str, sizes: dict[str, Any], facts: Callable[[Ready], dict[str, Any]]) -> dict[str, Any]:
+        """Name, sizes, and then the facts, or `not_measured`: the reason why there are none."""
+        found = {"not_measured": self.failures[name]} if name in self.failures else facts(self.ready[name])
+        return {"implementation": name, **sizes, **found}
+
+
 def interleaved_times(
-    calls: dict[str, Call], seconds: float, device: torch.device
+    calls: dict[str, Call], seconds: float, device: torch.device, *, on_host: bool = False
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Median seconds of each call, taken in turns so that a noisy moment falls on all of them.
 
@@ -28,11 +67,12 @@ def interleaved_times(
         seconds: to spend on each call, about. After one run that is not counted a call runs at least five times (three
             where it takes over 0.1 s) and at most 100.
         device: whose time is measured.
+        on_host: measure by the clock on the wall instead, from the call until the device has done what it asks for.
 
     Returns:
         The times, and the reasons of those that raised.
     """
-    timed = _event_timer(device) if device.type == "cuda" else _host_timed
+    timed = _host_timer(device) if on_host or device.type == "cpu" else _event_timer(device)
     times: dict[str, list[float]] = {name: [] for name in calls}
     failures: dict[str, str] = {}
 
@@ -76,9 +116,9 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed would hide what this one takes
         Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
-        before = _resident("VmRSS")
+        before = _kibibytes("/proc/self/status", "VmRSS")
         call()
-        return max(_resident("VmHWM") - before, 0)
+        return max(_kibibytes("/proc/self/status", "VmHWM") - before, 0)
     except (OSError, AttributeError):
         return None
 
@@ -100,6 +140,34 @@ def enqueue_seconds(call: Call, device: torch.device) -> float | None:
     return statistics.median(batches)
 
 
+def captured(call: Call) -> Call:
+    """The same call, recorded as a CUDA graph: it returns what the recorded one did, made anew by every replay."""
+    graph, result = record(call)
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def release(device: torch.device) -> None:
+    """What an implementation has left, for the next one."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is left; None where only trying tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return _kibibytes("/proc/meminfo", "MemAvailable")
+    except OSError:
+        return None
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes read and written per second by a copy that no cache holds."""
     size = 1 << 30 if device.type == "cuda" else 1 << 28
@@ -114,12 +182,17 @@ def _is_enough(spent: list[float], seconds: float) -> bool:
     return len(spent) >= MAX_RUNS or (len(spent) >= least and sum(spent) >= seconds)
 
 
-def _host_timed(call: Call) -> float:
-    start = time.perf_counter()
-    result = call()
-    elapsed = time.perf_counter() - start
-    del result
-    return elapsed
+def _host_timer(device: torch.device) -> Callable[[Call], float]:
+    def timed(call: Call) -> float:
+        start = time.perf_counter()
+        result = call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        elapsed = time.perf_counter() - start
+        del result
+        return elapsed
+
+    return timed
 
 
 def _event_timer(device: torch.device) -> Callable[[Call], float]:
@@ -138,8 +211,9 @@ def _event_timer(device: torch.device) -> Callable[[Call], float]:
     return timed
 
 
-def _resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def _kibibytes(file: str, field: str) -> int:
+    """In bytes, a field that the kernel tells in KiB."""
+    for line in Path(file).read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"no {field} in /proc/self/status")
+    raise OSError(f"no {field} in {file}")

@@ -1,18 +1,26 @@
 """The operator beside other implementations of it, and beside softmax attention: the measuring loop."""
 
-import gc
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from .cases import BACKWARD, FORWARD, OpCase, Pass
-from .harness import enqueue_seconds, interleaved_times, peak_bytes, reason
+from .harness import Contest, enqueue_seconds, peak_bytes, release
 from .oracles import Oracles
-from .peers import OURS, Calls, Inputs, Peer
+from .peers import OURS, PEERS, Calls, Inputs, Peer
+from .report import Column, Record, Table, dtype_name, rounded
+from .run import Plan
 
-Record = dict[str, Any]
+
+def plan(kind: str, cases: list[OpCase], device: torch.device, *, softmax_up_to: int, seconds: float) -> Plan:
+    """Of `measure` with every implementation for the device; `kind` is "table" or "sweep"."""
+    peers = [peer for peer in PEERS if peer.device == device.type]
+
+    def measured(bandwidth: float) -> Iterator[list[Record]]:
+        return measure(cases, peers, device, bandwidth=bandwidth, softmax_up_to=softmax_up_to, seconds=seconds)
+
+    return Plan(kind, cases, measured, title, TABLE)
 
 
 def measure(
@@ -52,50 +60,46 @@ def _measure_case(
     seconds: float,
     host_times: dict[tuple[str, torch.dtype, int], float | None],
 ) -> list[Record]:
+    contest = _prepare_all(case, peers, device, softmax_up_to, host_times)
+    release(device)
+    times = {
+        direction: contest.times(lambda ready, direction=direction: getattr(ready[0], direction.name), seconds)
+        for direction in (FORWARD, BACKWARD)
+    }
+
+    def measured(peer: Peer, facts: Record) -> Record:
+        for direction, of_this in times.items():
+            facts[direction.name] |= _pass_record(
+                case, direction, peer, of_this[peer.name], of_this.get(OURS), bandwidth
+            )
+        return facts
+
+    sizes = {
+        "batch_size": case.batch_size,
+        "length": case.length,
+        "num_heads": case.num_heads,
+        "head_dim": case.head_dim,
+        "dtype": dtype_name(case.dtype),
+    }
+    return [contest.record(peer.name, sizes, lambda ready, peer=peer: measured(peer, ready[1])) for peer in peers]
+
+
+def _prepare_all(
+    case: OpCase,
+    peers: list[Peer],
+    device: torch.device,
+    softmax_up_to: int,
+    host_times: dict[tuple[str, torch.dtype, int], float | None],
+) -> Contest[tuple[Calls, Record]]:
     inputs = Inputs(case, device)
     oracles = Oracles(inputs)
-    ready: dict[str, Calls] = {}
-    facts: dict[str, Record] = {}
-    failures: dict[str, str] = {}
+    contest: Contest[tuple[Calls, Record]] = Contest(device)
     for peer in peers:
         if case.length > _max_length(peer, softmax_up_to):
-            failures[peer.name] = f"not run beyond {_max_length(peer, softmax_up_to)} tokens"
-            continue
-        try:
-            ready[peer.name], facts[peer.name] = _prepare(peer, case, inputs, oracles, device, host_times)
-        except Exception as error:  # whatever an implementation raises is its result
-            failures[peer.name] = reason(error)
-        _free(device)
-    del oracles
-    _free(device)
-
-    times: dict[str, dict[str, float]] = {}
-    for direction in (FORWARD, BACKWARD):
-        calls = {name: getattr(call, direction.name) for name, call in ready.items() if name not in failures}
-        times[direction.name], failed = interleaved_times(calls, seconds, device)
-        failures |= failed
-
-    records = []
-    for peer in peers:
-        record: Record = {
-            "implementation": peer.name,
-            "batch_size": case.batch_size,
-            "length": case.length,
-            "num_heads": case.num_heads,
-            "head_dim": case.head_dim,
-            "dtype": str(case.dtype).removeprefix("torch."),
-        }
-        if peer.name in failures:
-            record["not_measured"] = failures[peer.name]
+            contest.failures[peer.name] = f"not run beyond {_max_length(peer, softmax_up_to)} tokens"
         else:
-            record |= facts[peer.name]
-            for direction in (FORWARD, BACKWARD):
-                of_this = times[direction.name]
-                record[direction.name] |= _pass_record(
-                    case, direction, peer, of_this[peer.name], of_this.get(OURS), bandwidth
-                )
-        records.append(record)
-    return records
+            contest.prepare(peer.name, lambda peer=peer: _prepare(peer, case, inputs, oracles, device, host_times))
+    return contest
 
 
 def _prepare(
@@ -108,12 +112,12 @@ def _prepare(
 ) -> tuple[Calls, Record]:
     """The calls, checked, and all that is measured of them but time."""
     calls = Calls(peer, inputs)
-    facts: Record = {"error": _rounded(oracles.error(calls))}
+    facts: Record = {"error": rounded(oracles.error(calls))}
     key = peer.name, case.dtype, case.head_dim
     if key not in host_times:
         host_times[key] = _host_time(peer, case, device)
     host_time = host_times[key]
-    facts["host_microseconds"] = None if host_time is None else _rounded(host_time * 1e6)
+    facts["host_microseconds"] = None if host_time is None else rounded(host_time * 1e6)
     facts["peak_bytes"] = peak_bytes(calls.both, device)
     for direction in (FORWARD, BACKWARD):
         facts[direction.name] = _memory_record(case, direction, peak_bytes(getattr(calls, direction.name), device))
@@ -136,7 +140,7 @@ def _memory_record(case: OpCase, direction: Pass, peak: int | None) -> Record:
     return {
         "peak_bytes": peak,
         "workspace_bytes": workspace,
-        "workspace_over_inputs": _rounded(workspace / inputs),
+        "workspace_over_inputs": rounded(workspace / inputs),
     }
 
 
@@ -146,10 +150,10 @@ def _pass_record(
     """`milliseconds`; that over the floor and over ours; `teraflops` of the arithmetic of its kind of algorithm."""
     flops = case.quadratic_flops(direction) if peer.is_quadratic else case.linear_flops(direction)
     return {
-        "milliseconds": _rounded(time * 1e3),
-        "times_floor": _rounded(time * bandwidth / case.minimal_bytes(direction)),
-        "times_ours": None if our_time is None else _rounded(time / our_time),
-        "teraflops": _rounded(flops / time / 1e12),
+        "milliseconds": rounded(time * 1e3),
+        "times_floor": rounded(time * bandwidth / case.minimal_bytes(direction)),
+        "times_ours": None if our_time is None else rounded(time / our_time),
+        "teraflops": rounded(flops / time / 1e12),
     }
 
 
@@ -159,12 +163,29 @@ def _max_length(peer: Peer, softmax_up_to: int) -> float:
     return float("inf") if peer.max_length is None else peer.max_length
 
 
-def _free(device: torch.device) -> None:
-    """What an implementation has left, for the next one."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
+def title(case: OpCase, bandwidth: float) -> str:
+    """The case and its floors."""
+    B, T, H, D = case.shape
+    floors = [case.minimal_bytes(direction) / bandwidth * 1e3 for direction in (FORWARD, BACKWARD)]
+    return f"B {B}, T {T}, H {H}, D {D}: floor {floors[0]:.3g} ms forward, {floors[1]:.3g} ms backward"
 
 
-def _rounded(x: float) -> float:
-    return float(f"{x:.4g}")
+def _pass_columns(name: str) -> list[Column]:
+    """Time, time over the floor, time over ours, workspace over inputs."""
+
+    def extra(record: Record) -> float | None:
+        workspace = record[name]["workspace_over_inputs"]
+        return None if workspace is None else 100 * workspace
+
+    return [
+        Column("ms", 11, lambda record: record[name]["milliseconds"], ".4g"),
+        Column("floor", 9, lambda record: record[name]["times_floor"], ".3g", "x"),
+        Column("ours", 8, lambda record: record[name]["times_ours"], ".3g", "x"),
+        Column("extra", 8, extra, ".0f", "%"),
+    ]
+
+
+TABLE = Table(
+    {direction.name: _pass_columns(direction.name) for direction in (FORWARD, BACKWARD)}
+    | {"": [Column("host µs", 9, lambda record: record["host_microseconds"], ".0f")]}
+)

@@ -33,14 +33,10 @@ class Oracles:
             ArithmeticError: it is above the tolerance, or NaN.
         """
         exact = self._exact_results(calls.peer.is_softmax)
-        errors = {
-            name: float(((self._slice(x).double() - y).norm(dim=(1, 3)) / y.norm(dim=(1, 3))).max())
+        return max(
+            checked_error(name, self._slice(x), y, self._tolerance)
             for name, x, y in zip(("o", "dq", "dk", "dv"), calls.results(), exact, strict=True)
-        }
-        for name, error in errors.items():
-            if not error <= self._tolerance:
-                raise ArithmeticError(f"wrong: relative error of {name} is {error:.1e}, above {self._tolerance:.0e}")
-        return max(errors.values())
+        )
 
     def _slice(self, x: Tensor) -> Tensor:
         return x[-1:, :, self._heads]
@@ -50,6 +46,18 @@ class Oracles:
             q, k, v, do = (x.double() for x in self._qkvdo)
             self._exact[is_softmax] = _softmax(q, k, v, do) if is_softmax else _linear(q, k, v, do, self._log_decay)
         return self._exact[is_softmax]
+
+
+def checked_error(name: str, x: Tensor, exact: Tensor, tolerance: float) -> float:
+    """The largest relative error of a head, of `[B, T, H, D]`.
+
+    Raises:
+        ArithmeticError: it is above the tolerance, or NaN.
+    """
+    error = float(((x.double() - exact).norm(dim=(1, 3)) / exact.norm(dim=(1, 3))).max())
+    if not error <= tolerance:
+        raise ArithmeticError(f"wrong: relative error of {name} is {error:.1e}, above {tolerance:.0e}")
+    return error
 
 
 def _linear(q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from ..ops import decay
 from .cases import OpCase
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 OURS = "lightning_attention"
 
@@ -41,6 +42,22 @@ class Peer:
     is_head_first: bool = False
     max_length: int | None = None
     context: Callable[[], AbstractContextManager] = nullcontext
+
+
+@dataclass(frozen=True)
+class StepPeer:
+    """An implementation of decoding.
+
+    Args:
+        name: as in results.
+        device: type of the devices it is measured on.
+        build: from log_decay `[H]` to a call on q, k, v `[B, 1, H, D]` and a state `[B, H, D, D]`, which it may
+            overwrite; it returns the output and the new state.
+    """
+
+    name: str
+    device: str
+    build: Callable[[Tensor], Step]
 
 
 class Inputs:
@@ -143,4 +160,25 @@ PEERS = (
     # These two go through a sequence in one program a head, or a few: seconds at a million tokens.
     Peer("fla fused_chunk_simple_gla", "cuda", _fla_fused_chunk, max_length=1 << 17),
     Peer("OpenNLPLab lightning_attn", "cuda", _lightning_attn, is_head_first=True, max_length=1 << 17),
+)
+
+
+def _our_step(log_decay: Tensor) -> Step:
+    from ..ops.api import lightning_attention_step
+
+    return lambda q, k, v, state: (lightning_attention_step(q, k, v, log_decay, state=state), state)
+
+
+def _fla_fused_recurrent(log_decay: Tensor) -> Step:
+    from fla.ops.simple_gla import fused_recurrent_simple_gla  # pyright: ignore[reportMissingImports]
+
+    return lambda q, k, v, state: fused_recurrent_simple_gla(
+        q, k, v, g_gamma=log_decay, scale=1.0, initial_state=state, output_final_state=True
+    )
+
+
+STEP_PEERS = (
+    StepPeer(OURS, "cpu", _our_step),
+    StepPeer(OURS, "cuda", _our_step),
+    StepPeer("fla fused_recurrent_simple_gla", "cuda", _fla_fused_recurrent),
 )

@@ -1,40 +1,67 @@
-"""The picture of a sweep: time and memory against length, as in Lightning Attention-2 (arXiv 2401.04658)."""
+"""The picture of a run: time and memory against length, as in Lightning Attention-2 (arXiv 2401.04658)."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from .report import Document, Record
+
+Value = Callable[[Record], float | None]
 
 
-def plot(document: dict[str, Any], picture: Path) -> None:
-    """Two panels, from the sweep of a loaded `op.json`: forward and backward in ms, and their memory beyond inputs."""
+def plot_sweep(document: Document, picture: Path) -> None:
+    """From the sweep of a loaded `op.json`: forward and backward in ms, and their memory beyond inputs."""
+    first = document["runs"]["sweep"]["results"][0]
+    shape = f"B {first['batch_size']}, H {first['num_heads']}, D {first['head_dim']}, {first['dtype']}"
+    panels: dict[str, Value] = {
+        "time (ms)": lambda record: record["forward"]["milliseconds"] + record["backward"]["milliseconds"],
+        "peak memory, results and workspace (MiB)": lambda record: _mebibytes(record["peak_bytes"]),
+    }
+    _plot(document, "sweep", "sequence length (tokens)", panels, f"forward and backward, {shape}", picture)
+
+
+def plot_model(document: Document, picture: Path) -> None:
+    """From the run of a model in a loaded `decode.json`: milliseconds per token, and state or KV cache."""
+    first = document["runs"]["model"]["results"][0]
+    title = f"one token of a {first['size']} model, B {first['batch_size']}, {first['dtype']}"
+    panels: dict[str, Value] = {
+        "time per token (ms)": lambda record: record["milliseconds"],
+        "state or KV cache (MiB)": lambda record: _mebibytes(record["state_bytes"]),
+    }
+    _plot(document, "model", "context length (tokens)", panels, title, picture)
+
+
+def _plot(document: Document, kind: str, abscissa: str, panels: dict[str, Value], title: str, picture: Path) -> None:
+    """Two panels, a line for every implementation."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
-    records = [record for record in document["runs"]["sweep"]["results"] if "not_measured" not in record]
+    records = [record for record in document["runs"][kind]["results"] if "not_measured" not in record]
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    time, memory = figure.subplots(1, 2)
-    for name in dict.fromkeys(record["implementation"] for record in records):
-        of_name = sorted((r for r in records if r["implementation"] == name), key=lambda r: r["length"])
-        milliseconds = [(r["length"], r["forward"]["milliseconds"] + r["backward"]["milliseconds"]) for r in of_name]
-        # On a CPU memory may be unknown, or too little to be seen.
-        mebibytes = [(r["length"], r["peak_bytes"] / 2**20) for r in of_name if r["peak_bytes"]]
-        for axes, points in ((time, milliseconds), (memory, mebibytes)):
+    all_axes = figure.subplots(1, len(panels))
+    lengths = sorted({record["length"] for record in records})
+    for axes, (label, value) in zip(all_axes, panels.items(), strict=True):
+        for name in dict.fromkeys(record["implementation"] for record in records):
+            of_name = sorted((r for r in records if r["implementation"] == name), key=lambda r: r["length"])
+            # On a CPU memory may be unknown, or too little to be seen.
+            points = [(record["length"], y) for record in of_name if (y := value(record))]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
-    lengths = sorted({record["length"] for record in records})
-    for axes, label in ((time, "time (ms)"), (memory, "peak memory, results and workspace (MiB)")):
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [_short(length) for length in lengths])
         if axes.lines:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(LogFormatter())
-        axes.set(xlabel="sequence length (tokens)", ylabel=label)
+        axes.set(xlabel=abscissa, ylabel=label)
         axes.grid(alpha=0.3)
-    time.legend(fontsize=8)
-    first = document["runs"]["sweep"]["results"][0]
-    shape = f"B {first['batch_size']}, H {first['num_heads']}, D {first['head_dim']}, {first['dtype']}"
-    figure.suptitle(f"forward and backward, {shape}, {document['machine']['device']}", fontsize=10)
+    if all_axes[0].lines:
+        all_axes[0].legend(fontsize=8)
+    figure.suptitle(f"{title}, {document['machine']['device']}", fontsize=10)
     figure.savefig(picture, dpi=150)
+
+
+def _mebibytes(count: int | None) -> float | None:
+    return None if count is None else count / 2**20
 
 
 def _short(length: int) -> str:

@@ -1,38 +1,64 @@
-"""What a run leaves: lines of a table, `op.json`, and the picture drawn from it."""
+"""What a run leaves: lines of a table, and a `.json` document."""
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cases import BACKWARD, FORWARD, OpCase
+import torch
 
 Document = dict[str, Any]
+Record = dict[str, Any]
 
-_COLUMNS = (("ms", 11), ("floor", 9), ("ours", 8), ("extra", 8))
-
-
-def heading() -> str:
-    """Of the lines: for each pass, time, time over the floor, time over ours, workspace over inputs; then host time."""
-    columns = "".join(f"{name:>{width}}" for name, width in _COLUMNS)
-    span = sum(width for _, width in _COLUMNS)
-    above = f"{'':28}{'forward':>{span}}{'backward':>{span}}"
-    return f"{above}\n{'':28}{columns}{columns}{'host µs':>9}"
+_NAME_WIDTH = 28
 
 
-def lines(case: OpCase, records: list[dict[str, Any]], bandwidth: float) -> Iterator[str]:
-    """The case and its floors, then a line for every implementation."""
-    B, T, H, D = case.shape
-    floors = [case.minimal_bytes(direction) / bandwidth * 1e3 for direction in (FORWARD, BACKWARD)]
-    yield f"B {B}, T {T}, H {H}, D {D}: floor {floors[0]:.3g} ms forward, {floors[1]:.3g} ms backward"
-    for record in records:
-        name = f"  {record['implementation']:26}"
-        if "not_measured" in record:
-            yield f"{name}  {record['not_measured']}"
-            continue
-        passes = "".join(_pass_columns(record[direction.name]) for direction in (FORWARD, BACKWARD))
-        yield f"{name}{passes}{_cell(record['host_microseconds'], '.0f', '', 9)}"
+@dataclass(frozen=True)
+class Column:
+    """Of a table: `value` of a record, as `form` and `unit` show it, or nothing where it is None."""
+
+    name: str
+    width: int
+    value: Callable[[Record], float | None]
+    form: str
+    unit: str = ""
+
+    def cell(self, record: Record) -> str:
+        value = self.value(record)
+        return f"{'' if value is None else f'{value:{self.form}}{self.unit}':>{self.width}}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns in groups, by name; a line for every implementation."""
+
+    groups: Mapping[str, Sequence[Column]]
+
+    def heading(self) -> str:
+        columns = [column for group in self.groups.values() for column in group]
+        names = " " * _NAME_WIDTH + "".join(f"{column.name:>{column.width}}" for column in columns)
+        groups = "".join(f"{name:>{sum(column.width for column in group)}}" for name, group in self.groups.items())
+        return f"{'':{_NAME_WIDTH}}{groups}".rstrip() + f"\n{names}" if groups.strip() else names
+
+    def lines(self, title: str, records: Sequence[Record]) -> Iterator[str]:
+        """The title of a case, then its records."""
+        yield title
+        for record in records:
+            if "not_measured" in record:
+                cells = f"  {record['not_measured']}"
+            else:
+                cells = "".join(column.cell(record) for group in self.groups.values() for column in group)
+            yield f"  {record['implementation']:{_NAME_WIDTH - 2}}{cells}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def rounded(x: float) -> float:
+    return float(f"{x:.4g}")
 
 
 def start(path: Path, machine: dict[str, Any]) -> Document:
@@ -50,18 +76,3 @@ def write(document: Document, path: Path) -> None:
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(document, indent=1) + "\n")
     os.replace(unfinished, path)
-
-
-def _pass_columns(record: dict[str, Any]) -> str:
-    (_, ms), (_, floor), (_, ours), (_, extra) = _COLUMNS
-    workspace = record["workspace_over_inputs"]
-    return (
-        _cell(record["milliseconds"], ".4g", "", ms)
-        + _cell(record["times_floor"], ".3g", "x", floor)
-        + _cell(record["times_ours"], ".3g", "x", ours)
-        + _cell(None if workspace is None else 100 * workspace, ".0f", "%", extra)
-    )
-
-
-def _cell(value: float | None, form: str, unit: str, width: int) -> str:
-    return f"{'' if value is None else f'{value:{form}}{unit}':>{width}}"

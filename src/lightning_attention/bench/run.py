@@ -1,53 +1,79 @@
-"""A run of `lightning-attention bench op`: measure, show, and keep what was measured so far."""
+"""A run of `lightning-attention bench`: measure, show, and keep what was measured so far."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import report
-from .cases import OpCase
 from .harness import copy_bandwidth
 from .machine import machine
-from .op import measure
-from .peers import PEERS
-from .plot import plot
+from .report import Document, Record, Table
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Cases of one kind, "table" or "sweep", and the longest sequence to run quadratic implementations on."""
+    """Cases of one kind, and how to measure and show them.
+
+    Args:
+        kind: as the document calls it.
+        cases: in their order.
+        measure: from the bandwidth of a copy, in bytes per second, the records of one case after the other.
+        title: of a case, from it and the bandwidth.
+        table: of the records.
+    """
 
     kind: str
-    cases: list[OpCase]
-    softmax_up_to: int
+    cases: Sequence[Any]
+    measure: Callable[[float], Iterable[list[Record]]]
+    title: Callable[[Any, float], str]
+    table: Table
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The kind of run that is drawn, and what draws it from a document."""
+
+    kind: str
+    draw: Callable[[Document, Path], None]
 
 
 def run(
-    plans: list[Plan], device: torch.device, *, seconds: float, command: str, output: Path, echo: Callable[[str], None]
+    name: str,
+    plans: Sequence[Plan],
+    picture: Picture,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    command: str,
+    output: Path,
+    echo: Callable[[str], None],
 ) -> list[Path]:
-    """Measure every plan into `op.json`, written after each case, and draw `op.png` if there is a sweep.
+    """Measure every plan into `<name>.json`, written after each case, and draw `<name>.png` if its kind is there.
 
     Args:
+        name: of the files.
         plans: what to measure.
+        picture: what to draw.
         device: where.
-        seconds: to spend on each timing, about.
+        dtype: of the inputs, to be shown.
         command: that makes these results, to be kept with them.
-        output: folder. Of an `op.json` in it from the same device and commit, runs of other kinds are kept.
+        output: folder. Of a document in it from the same device and commit, runs of other kinds are kept.
         echo: takes the lines to show.
 
     Returns:
         The files written.
     """
-    results, picture = output / "op.json", output / "op.png"
+    results, drawing = output / f"{name}.json", output / f"{name}.png"
     document = report.start(results, machine(device))
     bandwidth = copy_bandwidth(device)
-    echo(f"{document['machine']['device']}, copy {bandwidth / 1e9:.4g} GB/s, {plans[0].cases[0].dtype}")
-    echo(report.heading())
-    peers = [peer for peer in PEERS if peer.device == device.type]
+    echo(f"{document['machine']['device']}, copy {bandwidth / 1e9:.4g} GB/s, {dtype}")
     for plan in plans:
+        echo(f"{plan.kind}:")
+        echo(plan.table.heading())
         records = []
         document["runs"][plan.kind] = {
             "command": command,
@@ -55,15 +81,12 @@ def run(
             "copy_bytes_per_second": round(bandwidth),
             "results": records,
         }
-        measured = measure(
-            plan.cases, peers, device, bandwidth=bandwidth, softmax_up_to=plan.softmax_up_to, seconds=seconds
-        )
-        for case, of_case in zip(plan.cases, measured, strict=True):
+        for case, of_case in zip(plan.cases, plan.measure(bandwidth), strict=True):
             records.extend(of_case)
             report.write(document, results)
-            for line in report.lines(case, of_case, bandwidth):
+            for line in plan.table.lines(plan.title(case, bandwidth), of_case):
                 echo(line)
-    if "sweep" not in document["runs"]:
+    if picture.kind not in document["runs"]:
         return [results]
-    plot(document, picture)
-    return [results, picture]
+    picture.draw(document, drawing)
+    return [results, drawing]

@@ -2,8 +2,10 @@
 
 import shlex
 import sys
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
@@ -11,6 +13,9 @@ from rich.console import Console
 from typer import Option
 
 from ..extras import require
+
+if TYPE_CHECKING:
+    from ..bench.run import Picture, Plan
 
 app = typer.Typer(help="Measure implementations side by side.", no_args_is_help=True)
 
@@ -65,19 +70,14 @@ def op(
 ) -> None:
     """The operator, forward and backward, beside other implementations and scaled_dot_product_attention."""
     from ..bench.cases import TABLE, OpCase
-    from ..bench.run import Plan, run
+    from ..bench.op import plan
+    from ..bench.plot import plot_sweep
+    from ..bench.run import Picture
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = device == "cuda"
-    dtype = dtype or ("bfloat16" if on_gpu else "float32")
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
-    if on_gpu and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no GPU")
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if only not in (None, "table", "sweep"):
-        raise ValueError(f"--only must be table or sweep, got {only!r}")
+    torch_device = _device(device)
+    torch_dtype = _dtype(dtype, torch_device)
+    on_gpu = torch_device.type == "cuda"
+    _check_only(only, ("table", "sweep"))
     has_sizes = any(size is not None for size in (length, batch_size, heads, head_dim))
     if only == "table" and has_sizes:
         raise ValueError("--only table has sizes of its own: leave out --length, --batch-size, --heads and --head-dim")
@@ -91,18 +91,146 @@ def op(
     heads, head_dim = or_default(heads, 16, 8), or_default(head_dim, 128, 64)
     if min([*lengths, batch_size, heads, head_dim]) < 1:
         raise ValueError("lengths, --batch-size, --heads and --head-dim must be at least 1")
-    sweep = [OpCase(batch_size, length, heads, head_dim, DTYPES[dtype]) for length in lengths]
-    table = [OpCase(*shape, DTYPES[dtype]) for shape in TABLE]
-    plans = {
-        "table": Plan("table", table, or_default(softmax_up_to, 1 << 15, 1 << 14)),
-        "sweep": Plan("sweep", sweep, or_default(softmax_up_to, 1 << 16, 1 << 14)),
-    }
     kinds = [only] if only else ["table", "sweep"] if on_gpu and not has_sizes else ["sweep"]
+    cases = {
+        "table": [OpCase(*shape, torch_dtype) for shape in TABLE],
+        "sweep": [OpCase(batch_size, length, heads, head_dim, torch_dtype) for length in lengths],
+    }
+    up_to = {"table": or_default(softmax_up_to, 1 << 15, 1 << 14), "sweep": or_default(softmax_up_to, 1 << 16, 1 << 14)}
+    seconds = or_default(seconds, 0.2, 2.0)
+    plans = [plan(kind, cases[kind], torch_device, softmax_up_to=up_to[kind], seconds=seconds) for kind in kinds]
+    _run("op", plans, Picture("sweep", plot_sweep), torch_device, torch_dtype, output)
+
+
+@app.command("decode")
+def decode(
+    output: Annotated[
+        Path,
+        Option(
+            help="Folder for decode.json and decode.png. Of a decode.json in it from the same device and commit, runs "
+            "of other kinds are kept."
+        ),
+    ] = Path("benchmark"),
+    only: Annotated[
+        str | None,
+        Option(
+            help="kernel: the operator alone; model: a token of a whole model against the length of its context; "
+            "engine: many requests at once. By default all of them."
+        ),
+    ] = None,
+    length: Annotated[
+        list[int] | None,
+        Option(
+            help="Context length of the model; repeat for more. By default doubling from 1024 to 1048576 on a GPU, to "
+            "65536 on a CPU."
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, Option(help="Sequences that the model decodes. By default 1.")] = None,
+    max_requests: Annotated[
+        int | None, Option(help="Requests that the engine answers at a time. By default 64.")
+    ] = None,
+    size: Annotated[
+        str | None, Option(help="Of model and engine, as in train. By default 385M on a GPU, demo on a CPU.")
+    ] = None,
+    dtype: Annotated[
+        str | None, Option(help="float32, bfloat16 or float16. By default bfloat16 on a GPU, float32 on a CPU.")
+    ] = None,
+    device: Annotated[str | None, Option(help="cpu or cuda. By default cuda where PyTorch sees a GPU.")] = None,
+    seconds: Annotated[
+        float | None, Option(help="To spend on each measurement, about. By default 0.2 on a GPU, 0.5 on a CPU.")
+    ] = None,
+) -> None:
+    """Decoding: the operator, a model beside softmax attention with a KV cache, and many requests beside one by one."""
+    from ..bench.plot import plot_model
+    from ..bench.run import Picture
+
+    torch_device = _device(device)
+    torch_dtype = _dtype(dtype, torch_device)
+    on_gpu = torch_device.type == "cuda"
+    _check_only(only, ("kernel", "model", "engine"))
+    for name, value, kinds in (
+        ("--length", length, ("model",)),
+        ("--batch-size", batch_size, ("model",)),
+        ("--max-requests", max_requests, ("engine",)),
+        ("--size", size, ("model", "engine")),
+    ):
+        if value is not None and only not in (None, *kinds):
+            raise ValueError(f"--only {only} does not go with {name}, which is for {' and '.join(kinds)}")
+    lengths = sorted(set(length or [1024 << i for i in range(11 if on_gpu else 7)]))
+    batch_size = 1 if batch_size is None else batch_size
+    max_requests = 64 if max_requests is None else max_requests
+    if min([*lengths, batch_size, max_requests]) < 1:
+        raise ValueError("lengths, --batch-size and --max-requests must be at least 1")
+    size = size or ("385M" if on_gpu else "demo")
+    seconds = (0.2 if on_gpu else 0.5) if seconds is None else seconds
+    kinds = [only] if only else ["kernel", "model", "engine"]
+    plans = _decode_plans(kinds, lengths, batch_size, max_requests, size, torch_dtype, torch_device, seconds)
+    _run("decode", plans, Picture("model", plot_model), torch_device, torch_dtype, output)
+
+
+def _decode_plans(
+    kinds: list[str],
+    lengths: list[int],
+    batch_size: int,
+    max_requests: int,
+    size: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: float,
+) -> list["Plan"]:
+    from ..bench import cases, decode_kernel
+
+    plans = {}
+    if "kernel" in kinds:
+        steps = [cases.StepCase(batch, 64, 128, dtype) for batch in cases.STEP_BATCHES[device.type]]
+        plans["kernel"] = decode_kernel.plan(steps, device, seconds=seconds)
+    if kinds != ["kernel"]:
+        from ..bench import decode_engine, decode_model
+        from ..models import SIZES
+
+        if size not in SIZES:
+            raise ValueError(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
+        model = cache(lambda: decode_model.random_model(size, dtype, device))
+        contexts = [cases.ContextCase(batch_size, length) for length in lengths]
+        plans["model"] = decode_model.plan(contexts, model, size, device, seconds=seconds)
+        serving = [cases.ServingCase(*cases.REQUESTS[device.type], max_requests)]
+        plans["engine"] = decode_engine.plan(serving, model, size, device, seconds=seconds)
+    return [plans[kind] for kind in kinds]
+
+
+def _device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no GPU")
+    return torch.device(name)
+
+
+def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+    name = name or ("bfloat16" if device.type == "cuda" else "float32")
+    if name not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def _check_only(only: str | None, kinds: Sequence[str]) -> None:
+    if only not in (None, *kinds):
+        raise ValueError(f"--only must be {', '.join(kinds[:-1])} or {kinds[-1]}, got {only!r}")
+
+
+def _run(
+    name: str, plans: Sequence["Plan"], picture: "Picture", device: torch.device, dtype: torch.dtype, output: Path
+) -> None:
+    from ..bench.run import run
+
     console = Console(soft_wrap=True)
     written = run(
-        [plans[kind] for kind in kinds],
-        torch.device(device),
-        seconds=or_default(seconds, 0.2, 2.0),
+        name,
+        plans,
+        picture,
+        device,
+        dtype=dtype,
         command=shlex.join(["lightning-attention", *sys.argv[1:]]),
         output=output,
         echo=lambda line: console.print(line, highlight=False, markup=False),

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cuda_graph import record
 from ..models import LightningForCausalLM
 from ..nn import Slots
 from ..ops.library import choose_backend
@@ -65,14 +66,7 @@ class _Graph:
 
     def __init__(self, decoder: Decoder, size: int, memory: Any):
         self.rows = torch.tensor([[0], [0], [-1]], device=decoder.model.device).repeat(1, size)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles and allocates what must not be recorded
-            decoder.step(self.rows)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=memory):
-            self.logits = decoder.step(self.rows)
+        self.graph, self.logits = record(lambda: decoder.step(self.rows), memory)
         self.memory = self.graph.pool()
 
     def __call__(self, rows: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""Other algorithms for the same operator, written here to compare with."""
+"""Other algorithms, written here to compare with."""

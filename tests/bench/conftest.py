@@ -1,0 +1,29 @@
+"""The command, run as a user does, on a machine whose copy takes no time to measure."""
+
+import sys
+
+import pytest
+
+from lightning_attention.cli import main
+
+
+@pytest.fixture(autouse=True)
+def small_copy(monkeypatch):
+    monkeypatch.setattr("lightning_attention.bench.run.copy_bandwidth", lambda device: 1e9)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Runs `lightning-attention bench` with arguments; returns the command. An exit code above 0 raises SystemExit."""
+
+    def run(*arguments):
+        command = ["lightning-attention", "bench", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        try:
+            main()
+        except SystemExit as stopped:
+            if stopped.code:
+                raise
+        return command
+
+    return run
