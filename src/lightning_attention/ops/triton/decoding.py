@@ -68,7 +68,8 @@ def step_kernel(
         for t in range(T):
             b_k = tl.load(k + t * stride_kt + o_k, mask=m_k, other=0.0).to(tl.float32)
             b_v = tl.load(v + t * stride_vt + o_v, mask=m_v, other=0.0).to(tl.float32)
-            b_after = b_S * b_decay + b_k[:, None] * b_v[None, :]
+            # Said outright, so that every variant of this kernel rounds alike.
+            b_after = tl.fma(b_S, b_decay, b_k[:, None] * b_v[None, :])
             if last is None:
                 b_S = b_after
             elif parents is None:
