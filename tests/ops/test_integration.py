@@ -58,7 +58,7 @@ def test_opcheck_drafts(backend, parents):
 def test_opcheck_prefill(backend, case):
     inputs = make_inputs(case, dtype_of(backend)).on(device_of(backend))
     qkv = (inputs.q, inputs.k, inputs.v, inputs.log_decay)
-    for positions in ([], [3, 20]):
+    for positions in (torch.tensor(x, dtype=torch.int64, device=inputs.q.device) for x in ([], [3, 20])):
         arguments = (*qkv, inputs.state, inputs.cu_seqlens, 0.5, positions, backend)
         torch.library.opcheck(library.prefill, arguments)
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from oracle import BACKENDS, Case, attention, device_of, dtype_of, error, make_inputs
 
 from lightning_attention import lightning_attention_prefill
+from lightning_attention.ops.triton import config
 
 CASES = [
     (Case(T=37), [1, 16, 36, 37]),
@@ -25,9 +26,9 @@ CASES = [
 def test_states_are_those_of_the_beginnings(backend, case, positions):
     inputs = make_inputs(case, dtype_of(backend)).on(device_of(backend))
     exact = make_inputs(case)
-    q, k, v = inputs.q, inputs.k, inputs.v
+    q, k, v, given = inputs.q, inputs.k, inputs.v, torch.tensor(positions, dtype=torch.int32, device=inputs.q.device)
     o, final_state, states = lightning_attention_prefill(
-        q, k, v, inputs.log_decay, state_positions=positions, backend=backend, **inputs.options()
+        q, k, v, inputs.log_decay, state_positions=given, backend=backend, **inputs.options()
     )
     expected_o, expected_state = attention("chunked")(exact.q, exact.k, exact.v, exact.log_decay, **exact.options())
     rounding = 16 * torch.finfo(q.dtype).eps
@@ -61,10 +62,91 @@ def test_going_on_from_a_state_is_the_whole(positions, seed):
         assert error(after, final_state) < 1e-13
 
 
+SEGMENTED = [
+    (Case(B=2, T=200, H=1), [1, 63, 64, 65, 128, 199, 200]),
+    (Case(lengths=(0, 100, 28, 0, 64, 8, 0), H=1, slope=0.1), [64, 100, 101, 127, 128, 192, 199]),
+]
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(("case", "positions"), SEGMENTED, ids=[str(case) for case, _ in SEGMENTED])
+def test_positions_in_segments(monkeypatch, case, positions):
+    """Inside a segment of 64 tokens, and where one ends; with the same outputs and launches as without them."""
+    monkeypatch.setattr(config, "segments", lambda *_: config.Segments(64, 64, 4))
+    inputs = make_inputs(case, torch.float32).on(device_of("triton"))
+    exact = make_inputs(case)
+    launches = count_launches(monkeypatch)
+    arguments = inputs.q, inputs.k, inputs.v, inputs.log_decay
+    o, final_state, states = lightning_attention_prefill(
+        *arguments, state_positions=positions, backend="triton", **inputs.options()
+    )
+    assert len(launches) == 2  # the states of intervals, and the scan
+    expected = lightning_attention_prefill(
+        exact.q, exact.k, exact.v, exact.log_decay, state_positions=positions, backend="reference", **exact.options()
+    )
+    for x, y in zip((o, final_state, states), expected, strict=True):
+        assert error(x, y) < 2e-6
+
+
+def count_launches(monkeypatch) -> list[int]:
+    from lightning_attention.ops.triton import launch
+
+    launches, launched = [], launch._launch
+
+    def counted(kernel, programs, *arguments):
+        launches.append(programs)
+        launched(kernel, programs, *arguments)
+
+    monkeypatch.setattr(launch, "_launch", counted)
+    return launches
+
+
+def test_a_list_is_as_good_as_a_tensor():
+    inputs = make_inputs(Case(T=20))
+    arguments = inputs.q, inputs.k, inputs.v, inputs.log_decay
+    found = [
+        lightning_attention_prefill(*arguments, state_positions=positions)
+        for positions in ([3, 20], (3, 20), torch.tensor([3, 20]))
+    ]
+    for outputs in found[1:]:
+        for x, y in zip(outputs, found[0], strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled():
+    inputs = make_inputs(Case(T=20), torch.float32)
+
+    def prefill(q, k, v, log_decay, positions):
+        o, final_state, states = lightning_attention_prefill(q, k, v, log_decay, state_positions=positions)
+        return o + 1, final_state * 2, states * 3
+
+    compiled = torch.compile(prefill, fullgraph=True, backend="aot_eager")
+    for positions in (torch.tensor([3, 11]), [3, 11]):
+        arguments = inputs.q, inputs.k, inputs.v, inputs.log_decay, positions
+        for x, y in zip(compiled(*arguments), prefill(*arguments), strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor], ids=["list", "tensor"])
 @pytest.mark.parametrize("positions", [[0], [3, 3], [4, 2], [11], [-1]], ids=str)
-def test_positions_rise_and_are_there(positions):
+def test_positions_rise_and_are_there(positions, kind):
     x = torch.zeros(1, 10, 1, 4)
     with pytest.raises(ValueError, match="state_positions must rise from 1 to at most T = 10"):
+        lightning_attention_prefill(x, x, x, state_positions=kind(positions))
+
+
+REFUSED = [
+    (torch.tensor([[3]]), ValueError, r"state_positions must be \[M\], got shape \(1, 1\)"),
+    (torch.tensor([3.0]), TypeError, "state_positions must be int32 or int64, got torch.float32"),
+    (torch.empty(1, dtype=torch.int64, device="meta"), ValueError, "state_positions must be on the device of q, cpu"),
+]
+
+
+@pytest.mark.parametrize(("positions", "kind", "message"), REFUSED, ids=["shape", "dtype", "device"])
+def test_positions_are_a_row_of_integers(positions, kind, message):
+    x = torch.zeros(1, 10, 1, 4)
+    with pytest.raises(kind, match=message):
         lightning_attention_prefill(x, x, x, state_positions=positions)
 
 

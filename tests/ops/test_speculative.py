@@ -116,9 +116,32 @@ def test_trees_of_many_drafts(T):
 
 @pytest.mark.triton
 def test_a_chain_longer_than_a_tree_may_be():
+    """Padding too, where slot 0 is free and full of NaN."""
     inputs = make_inputs(Case(B=2, T=70, H=1), torch.float32)
     expected = verified(inputs.to(torch.float64), "reference")
-    assert error(verified(inputs.on(device_of("triton")), "triton"), expected) < 1e-6
+    inputs = inputs.on(device_of("triton"))
+    assert error(verified(inputs, "triton"), expected) < 1e-6
+    pool = torch.cat([torch.full_like(inputs.state[:1], float("nan")), inputs.state[:1]])
+    options = {"state": pool, "state_indices": torch.tensor([1, -1], device=pool.device), "backend": "triton"}
+    o = lightning_attention_verify(inputs.q, inputs.k, inputs.v, inputs.log_decay, **options)
+    assert error(o[:1], expected[:1]) < 1e-6
+    assert torch.equal(o[1], torch.zeros_like(o[1]))
+
+
+@pytest.mark.triton
+def test_no_parents_out_of_bounds_are_read():
+    """On a GPU nobody checks `last` and `parents`. Here, what lies past a row is that of the next one."""
+    from lightning_attention.ops.triton import launch
+
+    inputs = make_inputs(Case(B=2, T=4, H=1), torch.float32).on(device_of("triton"))
+    states = []
+    for others in ([-1, -1, -1, -1], [-1, 0, 1, 2], [9, 9, 9, 9]):
+        parents = torch.tensor([[-1, 0, 9, 0], others], device=inputs.q.device)
+        state, last = inputs.state.clone(), torch.tensor([7, -1], device=parents.device)
+        launch.commit(inputs.k, inputs.v, inputs.log_decay, state, last, parents, None)
+        launch.verify(inputs.q, inputs.k, inputs.v, inputs.log_decay, state, parents, None, 1.0)
+        states.append(state)
+    assert all(torch.equal(state, states[0]) for state in states)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -241,10 +264,14 @@ def test_what_is_refused(change, kind, message):
             lightning_attention_verify(inputs.q, inputs.k, inputs.v, inputs.log_decay, **options)
 
 
-def test_a_tree_has_a_limit_and_no_gradient():
-    x = torch.zeros(1, 65, 1, 4)
-    state = torch.zeros(1, 1, 4, 4)
-    with pytest.raises(ValueError, match="a tree has at most 64 drafts, got 65"):
-        lightning_attention_verify(x, x, x, state=state, parents=torch.full((1, 65), -1))
+def test_a_tree_of_more_than_64_drafts():
+    inputs = make_inputs(Case(B=1, T=70, H=1))
+    parents = (torch.arange(70)[None] - 3).clamp_min(-1)
+    expected = verified(inputs, "reference", parents=parents)
+    assert error(verified(inputs, "chunked", parents=parents), expected) < 1e-13
+
+
+def test_no_gradient():
+    x, state = torch.zeros(1, 3, 1, 4), torch.zeros(1, 1, 4, 4)
     with pytest.raises(ValueError, match="lightning_attention_commit keeps no gradient"):
         lightning_attention_commit(x.requires_grad_(), x, state=state, last=torch.tensor([0]))

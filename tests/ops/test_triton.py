@@ -35,7 +35,7 @@ SEGMENTED = [
     # Documents that end inside a segment, where one ends, and where an interval ends; that span several; empty ones.
     Case(lengths=(0, 100, 28, 64, 0, 0, 200, 1, 63, 0, 144, 0), H=2, slope=0.1),
     Case(lengths=(600,), H=2, slope=0.01),
-    Case(lengths=(1,) * 130, H=1, K=16, V=16),
+    Case(lengths=(1,) * 70, H=1, K=16, V=16),
 ]
 
 
@@ -82,12 +82,54 @@ def test_a_scale_of_zero():
     assert_accurate(result, inputs)
 
 
+class Recorder:
+    """A kernel, or what it is compiled to, that only counts its launches."""
+
+    def __init__(self, compiled=None):
+        self.compiled, self.launches = compiled, 0
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *arguments, **options):
+        self.launches += 1
+        return self.compiled
+
+
+STATES = {
+    "contiguous": (lambda x: x, 1),
+    "in bfloat16": (lambda x: x.bfloat16(), 1),
+    "every other slot": (lambda x: torch.cat([x, x], dim=1).view(4, *x.shape[1:])[::2], 1),
+    "transposed": (lambda x: x.mT.contiguous().mT, 3),
+    "odd rows": (lambda x: torch.nn.functional.pad(x, (0, 1))[..., :-1], 3),
+    "not aligned": (lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x), 3),
+}
+
+
+@pytest.mark.parametrize(("strided", "lookups"), STATES.values(), ids=STATES.keys())
+def test_usual_states_are_looked_up_once(monkeypatch, strided, lookups):
+    """Three steps: the code compiled for the first is launched again only where it is right for the arguments."""
+    pytest.importorskip("triton")
+    from lightning_attention.ops.triton import decoding, launch
+
+    kernel = Recorder(Recorder())
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(decoding, "step_kernel", kernel)
+    inputs = make_inputs(Case(T=1), torch.float32)
+    state = strided(inputs.state)
+    for _ in range(3):
+        launch.step(inputs.q, inputs.k, inputs.v, inputs.log_decay, state, None, 1.0)
+    assert kernel.launches == lookups
+    assert kernel.compiled.launches == 3 - lookups
+
+
 PROBLEM = Problem(1, 100, 2, 64, 64, 1, torch.float32, torch.device("cpu"))
 REFUSED = [
     ({"dtype": torch.float64}, "float64 has no tensor cores"),
     ({"dtype": torch.bfloat16}, "the interpreter has no bfloat16 products"),
     ({"key_dim": 257}, "head sizes must be 1 to 256, got K = 257 and V = 64"),
     ({"value_dim": 0}, "head sizes must be 1 to 256, got K = 64 and V = 0"),
+    ({"is_tree": True}, "a tree must have at most 64 drafts, got 100"),
     ({"device": torch.device("meta")}, "it runs on GPUs, got meta"),
 ]
 

@@ -27,6 +27,8 @@ TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA",
 # One head size for each configuration that the heuristics return, and one that is not a power of two.
 HEAD_DIMS = (16, 64, 96, 128, 256)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Of a scan that keeps no states on the way.
+NO_STATES = {"states": None, "state_positions": None}
 # Local memory of a thread, in bytes. 255 registers are 1020; a few loop-invariant values spilled cost little.
 SPILLS = {128: 200, 256: 600}
 
@@ -36,7 +38,7 @@ def compile_kernel(
 ) -> Any:
     """With every optional tensor given, which takes most registers."""
     tensors = {"q", "k", "v", "o"}
-    states = {"initial_state", "interval_states", "final_state", "log_decay", "state"}
+    states = {"initial_state", "interval_states", "final_state", "states", "log_decay", "state"}
     signature: dict[str, str] = {}
     if tiles is not None:
         num_warps = tiles.num_warps
@@ -48,7 +50,7 @@ def compile_kernel(
             signature[name] = f"*{dtype}"
         elif name in states:
             signature[name] = "*fp32"
-        elif name in ("cu_seqlens", "state_indices", "parents", "last"):
+        elif name in ("cu_seqlens", "state_indices", "state_positions", "parents", "last"):
             signature[name] = "*i32"
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
@@ -93,10 +95,19 @@ def check(compiled: Any, arch: int, head_dim: int, *, products: bool) -> None:
 def test_scan(arch, head_dim, dtype, reverse):
     tiles = config.scan_tiles(head_dim, head_dim, DTYPES[dtype], "ieee")
     constants = {"K": head_dim, "V": head_dim, "REVERSE": reverse, "TRANSPOSED_STATES": reverse, "PRECISION": "ieee"}
-    compiled = compile_kernel(kernels.scan_kernel, arch, dtype, tiles, **constants)
+    compiled = compile_kernel(kernels.scan_kernel, arch, dtype, tiles, **NO_STATES, **constants)
     check(compiled, arch, head_dim, products=True)
     if head_dim in (64, 128):
         assert TENSOR_CORES[arch] in machine_code(compiled)[1]
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
+def test_prefill(arch):
+    for head_dim in (128, 256):
+        tiles = config.scan_tiles(head_dim, head_dim, torch.bfloat16, "ieee")
+        constants = {"K": head_dim, "V": head_dim, "REVERSE": False, "TRANSPOSED_STATES": False, "PRECISION": "ieee"}
+        compiled = compile_kernel(kernels.scan_kernel, arch, "bf16", tiles, **constants)
+        check(compiled, arch, head_dim, products=True)
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
@@ -114,7 +125,7 @@ def test_interval_states(arch, head_dim):
 def test_float32(arch, head_dim, precision):
     tiles = config.scan_tiles(head_dim, head_dim, torch.float32, precision)
     constants = {"K": head_dim, "V": head_dim, "REVERSE": True, "TRANSPOSED_STATES": True, "PRECISION": precision}
-    compiled = compile_kernel(kernels.scan_kernel, arch, "fp32", tiles, **constants)
+    compiled = compile_kernel(kernels.scan_kernel, arch, "fp32", tiles, **NO_STATES, **constants)
     check(compiled, arch, head_dim, products=precision == "tf32")
 
 
@@ -145,6 +156,6 @@ def test_amd(head_dim):
     """Compiled for an MI300 by the compiler that triton brings; never run there."""
     tiles = config.scan_tiles(head_dim, head_dim, torch.bfloat16, "ieee")
     constants = {"K": head_dim, "V": head_dim, "REVERSE": True, "TRANSPOSED_STATES": True, "PRECISION": "ieee"}
-    compiled = compile_kernel(kernels.scan_kernel, "gfx942", "bf16", tiles, **constants)
+    compiled = compile_kernel(kernels.scan_kernel, "gfx942", "bf16", tiles, **NO_STATES, **constants)
     assert compiled.metadata.shared <= 65_536
     assert "v_mfma" in compiled.asm["amdgcn"]

@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Case, assert_accurate, attention, error, make_inputs, run
 
-from lightning_attention import decay, lightning_attention, lightning_attention_step
+from lightning_attention import (
+    decay,
+    lightning_attention,
+    lightning_attention_commit,
+    lightning_attention_prefill,
+    lightning_attention_step,
+    lightning_attention_verify,
+)
 from lightning_attention.ops.triton import config, kernels, launch
 
 pytestmark = pytest.mark.gpu
@@ -164,6 +171,33 @@ def test_cuda_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = differentiated(*inputs, log_decay, cu_seqlens=cu_seqlens)
+    for x in captured:
+        x.fill_(float("nan"))
+    graph.replay()
+    for x, y in zip(captured, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_cuda_graph_of_inference():
+    """A prompt with states on the way, then drafts in a tree: nothing is read on the host."""
+    q, k, v, _ = large(1, 9000, 4, 64)
+    log_decay = decay.log_decay(4, preset="alibi").cuda()
+    integers = {"device": "cuda", "dtype": torch.int32}
+    positions, cu_seqlens = torch.tensor([64, 4000, 9000], **integers), torch.tensor([0, 3000, 9000], **integers)
+    parents, last = torch.tensor([[-1, 0, 0, 2], [-1, -1, 1, 1]], **integers), torch.tensor([3, 0], **integers)
+    drafts = [x[0, :8].unflatten(0, (2, 4)) for x in (q, k, v)]
+
+    def infer() -> list[torch.Tensor]:
+        outputs = lightning_attention_prefill(q, k, v, log_decay, state_positions=positions, cu_seqlens=cu_seqlens)
+        state = outputs.final_state.clone()
+        o = lightning_attention_verify(*drafts, log_decay, state=state, parents=parents)
+        lightning_attention_commit(*drafts[1:], log_decay, state=state, last=last, parents=parents)
+        return [*outputs, o, state]
+
+    expected = infer()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = infer()
     for x in captured:
         x.fill_(float("nan"))
     graph.replay()

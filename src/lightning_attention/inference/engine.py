@@ -284,7 +284,7 @@ class Engine:
         slots = Slots(
             self._tensor([piece.request.slot for piece in pieces]),
             self._tensor(saved) if saved else None,
-            saved_after,
+            self._tensor(saved_after) if saved else None,
         )
         rows = self._tensor([tokens, positions])
         return self.model.model.advance(rows[:1], rows[1:], self.pool.states, slots, self._tensor(starts))

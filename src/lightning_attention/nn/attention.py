@@ -1,6 +1,5 @@
 """Token mixing."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,12 +34,12 @@ class Slots:
     Attributes:
         of_sequences: `[N]` int64; -1 is a row of padding, where single tokens are decoded.
         saved: `[M]` int64, slots that get the states after so many tokens:
-        saved_after: M positions in the packed row, rising.
+        saved_after: `[M]` int64, positions in the packed row, rising.
     """
 
     of_sequences: Tensor
     saved: Tensor | None = None
-    saved_after: Sequence[int] = ()
+    saved_after: Tensor | None = None
 
 
 class GatedLightningAttention(nn.Module):
@@ -120,7 +119,7 @@ class GatedLightningAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, pool: Tensor, slots: Slots
     ) -> Tensor:
         log_decay, initial_state = self.decay.log_decay, pool[slots.of_sequences].to(state_dtype(q.dtype))
-        if slots.saved is None:
+        if slots.saved is None or slots.saved_after is None:
             o, final_state = lightning_attention(
                 q, k, v, log_decay, initial_state=initial_state, output_final_state=True, cu_seqlens=cu_seqlens
             )

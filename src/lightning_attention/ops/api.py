@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import library
-from .problem import Problem, check_state_positions
+from .problem import Problem
 
 
 class LightningAttentionOutput(NamedTuple):
@@ -157,7 +157,7 @@ def lightning_attention_verify(
         log_decay: `[H]` float32, natural logarithm of the decay per token, <= 0; None is no decay.
         state: `[N, H, K, V]` as for `lightning_attention_step`, before the drafts.
         parents: `[B, T]` int32 or int64, of a tree: the index of the draft that each one follows, less than its own; -1
-            where it follows the state. T <= 64. None is a chain, of any length.
+            where it follows the state. None is a chain.
         scale: factor on every output.
         state_indices: `[B]` int32 or int64, as for `lightning_attention_step`; the output of a row with -1 is zero.
         backend: as for `lightning_attention`.
@@ -218,7 +218,7 @@ def lightning_attention_prefill(
     v: Tensor,
     log_decay: Tensor | None = None,
     *,
-    state_positions: Sequence[int],
+    state_positions: Tensor | Sequence[int],
     scale: float = 1.0,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -228,8 +228,9 @@ def lightning_attention_prefill(
 
     Args:
         q, k, v, log_decay, scale, initial_state, cu_seqlens, backend: as for `lightning_attention`.
-        state_positions: M numbers of tokens, rising from 1 to at most T. Where sequences are packed they are positions
-            in the row: the state after p tokens is that of the sequence that holds token p - 1.
+        state_positions: `[M]` int32 or int64, numbers of tokens, rising from 1 to at most T; or a list, of which a
+            tensor is made. Where sequences are packed they are positions in the row: the state after p tokens is that
+            of the sequence that holds token p - 1.
 
     Returns:
         `output` `[B, T, H, V]`, `final_state` `[N, H, K, V]`, and `states` `[B, M, H, K, V]`.
@@ -239,11 +240,11 @@ def lightning_attention_prefill(
     """
     _refuse_gradients("lightning_attention_prefill", q, k, v, initial_state)
     q, k, v = _autocast(q, k, v)
-    problem = Problem.of_attention(q, k, v, log_decay, initial_state, cu_seqlens)
-    positions = list(state_positions)
-    check_state_positions(positions, problem.length)
+    problem = Problem.of_prefill(q, k, v, log_decay, initial_state, cu_seqlens, state_positions)
+    if not isinstance(state_positions, Tensor):
+        state_positions = torch.tensor(list(state_positions), dtype=torch.int64, device=q.device)
     backend = library.choose_backend(backend, problem)
-    outputs = library.prefill(q, k, v, log_decay, initial_state, cu_seqlens, float(scale), positions, backend)
+    outputs = library.prefill(q, k, v, log_decay, initial_state, cu_seqlens, float(scale), state_positions, backend)
     return PrefillOutput(*outputs)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import pieces
 from .problem import Problem, check_log_decay, check_state_indices, sequence_bounds, state_dtype
 
 # Measured on 2 CPU cores at D = 64: 64 spends its time in calls, 256 in the C x C products; 128 is level with the best.
@@ -33,6 +34,19 @@ def forward(
     states = sequences.states(initial_state, q.shape[3], v.shape[3])
     o = _scan_(sequences, q, k, v, log_decay, states, scale)
     return o, sequences.in_given_order(states) if output_final_state else None
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    state_positions: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return pieces.prefill(forward, q, k, v, log_decay, initial_state, cu_seqlens, scale, state_positions)
 
 
 def backward(

@@ -1,18 +1,17 @@
 """The operators as PyTorch sees them: schemas, fake kernels and the only autograd of the package.
 
-A backend is a module with `unsupported_reasons`, `forward`, `backward`, `step`, `verify` and `commit`; its name travels
-as an argument, so a new backend adds a module and a line here, and no operator.
+A backend is a module with `unsupported_reasons`, `forward`, `prefill`, `backward`, `step`, `verify` and `commit`; its
+name travels as an argument, so a new backend adds a module and a line here, and no operator.
 """
 
 from collections.abc import Callable, Iterable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
 from . import chunked, reference, triton
-from .problem import Problem, check_drafts, check_log_decay, check_state_indices, state_dtype
+from .problem import Problem, check_drafts, check_log_decay, check_state_indices, check_state_positions, state_dtype
 
 # In the order in which backend="auto" asks them.
 BACKENDS = {"triton": triton, "chunked": chunked, "reference": reference}
@@ -76,7 +75,7 @@ def _fake_commit(k, v, log_decay, state, last, parents, state_indices, backend):
 
 def _fake_prefill(q, k, v, log_decay, initial_state, cu_seqlens, scale, state_positions, backend):
     state = _fake_state(q, v, cu_seqlens)
-    return _fake_output(v), state, state.new_empty(q.shape[0], len(state_positions), *state.shape[1:])
+    return _fake_output(v), state, state.new_empty(q.shape[0], state_positions.shape[0], *state.shape[1:])
 
 
 def _fake_output(x: Tensor) -> Tensor:
@@ -187,28 +186,12 @@ def prefill(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
-    state_positions: list[int],
+    state_positions: Tensor,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Piece after piece, from one position to the next."""
-    B, T = q.shape[:2]
-    outputs, saved, state = [], [], initial_state
-    for start, stop in pairwise([0, *state_positions, T]):
-        piece = (x[:, start:stop] for x in (q, k, v))
-        bounds = None if cu_seqlens is None else cu_seqlens.clamp(start, stop) - start
-        o, state = BACKENDS[backend].forward(*piece, log_decay, state, bounds, scale, True)
-        outputs.append(o)
-        saved.append(state if cu_seqlens is None else state[_sequence_of(stop - 1, cu_seqlens)])
-    final_state, saved = state, saved[:-1]
-    assert final_state is not None
-    states = torch.stack(saved, dim=1) if saved else final_state.new_empty(B, 0, *final_state.shape[1:])
-    return torch.cat(outputs, dim=1), final_state, states
-
-
-def _sequence_of(token: int, cu_seqlens: Tensor) -> Tensor:
-    """`[1]`: the sequence that holds a token, found without reading `cu_seqlens` on the host."""
-    index = torch.full((1,), token, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens, index, right=True) - 1
+    if state_positions.device.type == "cpu":
+        check_state_positions(state_positions.tolist(), q.shape[1])
+    return BACKENDS[backend].prefill(q, k, v, log_decay, initial_state, cu_seqlens, scale, state_positions)
 
 
 class _Attention(torch.autograd.Function):

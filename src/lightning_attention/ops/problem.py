@@ -1,13 +1,11 @@
 """What one call asks for: its sizes, dtype and device, checked once for every backend."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
-
-# Drafts in a tree: the ancestors of one are the bits of an integer.
-MAX_TREE = 64
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,6 +27,7 @@ class Problem:
     num_states: int
     dtype: torch.dtype
     device: torch.device
+    is_tree: bool = False
 
     @classmethod
     def of_attention(
@@ -58,15 +57,43 @@ class Problem:
         return problem
 
     @classmethod
+    def of_prefill(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state_positions: Tensor | Sequence[int],
+    ) -> "Problem":
+        problem = cls.of_attention(q, k, v, log_decay, initial_state, cu_seqlens)
+        if not isinstance(state_positions, Tensor):
+            check_state_positions(list(state_positions), problem.length)
+            return problem
+        if state_positions.dim() != 1:
+            raise ValueError(f"state_positions must be [M], got shape {tuple(state_positions.shape)}")
+        _check_indices("state_positions", state_positions, q, M=state_positions.shape[0])
+        return problem
+
+    @classmethod
     def of_step(
-        cls, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, state_indices: Tensor | None
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        state: Tensor,
+        state_indices: Tensor | None,
+        *,
+        is_tree: bool = False,
     ) -> "Problem":
         """The same for decoding, with q, k, v as `[B, T, H, D]`."""
         _check_inputs(q, k, v, log_decay)
         if state.dim() != 4:
             raise ValueError(f"state must be [N, H, K, V], got shape {tuple(state.shape)}")
         num_states = q.shape[0] if state_indices is None else state.shape[0]
-        problem = cls._of(q, v, num_states)
+        problem = cls._of(q, v, num_states, is_tree)
         problem._check_state("state", state, q, stored=(torch.bfloat16,))
         if state_indices is not None:
             _check_indices("state_indices", state_indices, q, B=q.shape[0])
@@ -87,19 +114,17 @@ class Problem:
         """For speculative decoding."""
         if q.dim() != 4:
             raise ValueError(f"drafts must be [B, T, H, D], got shape {tuple(q.shape)}")
-        problem = cls.of_step(q, k, v, log_decay, state, state_indices)
+        problem = cls.of_step(q, k, v, log_decay, state, state_indices, is_tree=parents is not None)
         if parents is not None:
             _check_indices("parents", parents, q, B=q.shape[0], T=q.shape[1])
-            if q.shape[1] > MAX_TREE:
-                raise ValueError(f"a tree has at most {MAX_TREE} drafts, got {q.shape[1]}")
         if last is not None:
             _check_indices("last", last, q, B=q.shape[0])
         return problem
 
     @classmethod
-    def _of(cls, q: Tensor, v: Tensor, num_states: int) -> "Problem":
+    def _of(cls, q: Tensor, v: Tensor, num_states: int, is_tree: bool = False) -> "Problem":
         batch_size, length, num_heads, key_dim = q.shape
-        return cls(batch_size, length, num_heads, key_dim, v.shape[3], num_states, q.dtype, q.device)
+        return cls(batch_size, length, num_heads, key_dim, v.shape[3], num_states, q.dtype, q.device, is_tree)
 
     def _check_state(self, name: str, state: Tensor, q: Tensor, stored: tuple[torch.dtype, ...] = ()) -> None:
         expected = (self.num_states, self.num_heads, self.key_dim, self.value_dim)
@@ -183,6 +208,7 @@ def check_drafts(parents: Tensor | None, last: Tensor | None, length: int) -> No
 
 
 def check_state_positions(state_positions: list[int], length: int) -> None:
+    """Refuse those that do not rise, or are not there."""
     if any(later <= earlier for earlier, later in pairwise([0, *state_positions])) or state_positions[-1:] > [length]:
         raise ValueError(f"state_positions must rise from 1 to at most T = {length}, got {state_positions}")
 

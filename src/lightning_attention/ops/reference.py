@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from . import pieces
 from .problem import Problem, check_log_decay, check_state_indices, sequence_bounds, state_dtype
 
 
@@ -57,6 +58,19 @@ def forward(
     for i, row in enumerate(rows):
         o[row], state[i : i + 1] = recurrence(q[row], k[row], v[row], log_decay, scale, state[i : i + 1])
     return o, state if output_final_state else None
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    state_positions: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return pieces.prefill(forward, q, k, v, log_decay, initial_state, cu_seqlens, scale, state_positions)
 
 
 def backward(

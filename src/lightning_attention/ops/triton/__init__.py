@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .config import MAX_HEAD_DIM
+from .config import MAX_HEAD_DIM, MAX_TREE
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
@@ -19,6 +19,8 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     if not (1 <= problem.key_dim <= MAX_HEAD_DIM and 1 <= problem.value_dim <= MAX_HEAD_DIM):
         sizes = f"K = {problem.key_dim} and V = {problem.value_dim}"
         reasons = [*reasons, f"head sizes must be 1 to {MAX_HEAD_DIM}, got {sizes}"]
+    if problem.is_tree and problem.length > MAX_TREE:
+        reasons = [*reasons, f"a tree must have at most {MAX_TREE} drafts, got {problem.length}"]
     return reasons
 
 
@@ -29,6 +31,12 @@ def forward(*arguments) -> tuple[Tensor, Tensor | None]:
     from .launch import forward
 
     return forward(*arguments)
+
+
+def prefill(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    from .launch import prefill
+
+    return prefill(*arguments)
 
 
 def backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -7,6 +7,9 @@ import torch
 
 MAX_HEAD_DIM = 256
 
+# Drafts in a tree: the ancestors of one are the bits of an integer.
+MAX_TREE = 64
+
 # Inputs are at least so many times as large as the states of intervals, where a segment has several.
 INPUTS_OVER_STATES = 24
 

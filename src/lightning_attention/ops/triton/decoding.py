@@ -53,21 +53,24 @@ def step_kernel(
         o += (i_b * T * H + i_h) * V
     if i_n < 0:
         if o is not None:
-            for t in range(T):
-                tl.store(o + t * H * V + o_v, tl.zeros([BV], o.dtype.element_ty), mask=m_v)
+            for _ in range(T):
+                tl.store(o + o_v, tl.zeros([BV], o.dtype.element_ty), mask=m_v)
+                o += H * V
     else:
         if last is not None:
             i_last = tl.load(last + i_b).to(tl.int32)
             if parents is not None:
-                path = _path(parents + i_b * T, i_last)
+                path = _path(parents + i_b * T, tl.minimum(i_last, T - 1))
         b_decay = decay_over(load_rate(log_decay, i_h), 1)
         p_S = state + i_n * stride_sn + i_h * stride_sh
         p_S += o_k[:, None].to(tl.int64) * stride_sk + o_v[None, :].to(tl.int64) * stride_sv
         m_S = m_k[:, None] & m_v[None, :]
         b_S = tl.load(p_S, mask=m_S, other=0.0).to(tl.float32)  # [BK, BV]
         for t in range(T):
-            b_k = tl.load(k + t * stride_kt + o_k, mask=m_k, other=0.0).to(tl.float32)
-            b_v = tl.load(v + t * stride_vt + o_v, mask=m_v, other=0.0).to(tl.float32)
+            b_k = tl.load(k + o_k, mask=m_k, other=0.0).to(tl.float32)
+            b_v = tl.load(v + o_v, mask=m_v, other=0.0).to(tl.float32)
+            k += stride_kt
+            v += stride_vt
             # Said outright, so that every variant of this kernel rounds alike.
             b_after = tl.fma(b_S, b_decay, b_k[:, None] * b_v[None, :])
             if last is None:
@@ -77,9 +80,11 @@ def step_kernel(
             else:
                 b_S = tl.where((path >> t) & 1 != 0, b_after, b_S)
             if o is not None:
-                b_q = tl.load(q + t * stride_qt + o_k, mask=m_k, other=0.0).to(tl.float32)
+                b_q = tl.load(q + o_k, mask=m_k, other=0.0).to(tl.float32)
                 b_o = tl.sum(b_S * b_q[:, None], axis=0) * scale
-                tl.store(o + t * H * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
+                tl.store(o + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
+                q += stride_qt
+                o += H * V
         tl.store(p_S, b_S.to(state.dtype.element_ty), mask=m_S)
 
 
@@ -152,7 +157,7 @@ def _slot(state_indices, i_b):
 
 @jit
 def _path(p_parents, i):
-    """A draft and its ancestors, as bits. Whatever the parents are, the way ends, and leaves nothing out of bounds."""
+    """Draft i < T and its ancestors, as bits. Whatever the parents are, the way ends and stays within bounds."""
     path = tl.zeros([], tl.int64)
     while i >= 0:
         path |= tl.full([], 1, tl.int64) << i

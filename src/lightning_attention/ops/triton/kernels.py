@@ -16,7 +16,7 @@ import triton.language as tl
 jit: Any = triton.jit
 
 
-@jit(do_not_specialize=["scale", "T", "H", "N", "segment_length", "interval"])
+@jit(do_not_specialize=["scale", "T", "H", "N", "M", "segment_length", "interval"])
 def scan_kernel(
     q,
     k,
@@ -26,11 +26,14 @@ def scan_kernel(
     initial_state,
     interval_states,
     final_state,
+    states,
+    state_positions,
     cu_seqlens,
     scale,
     T,
     H,
     N,
+    M,
     segment_length,
     interval,
     stride_qb,
@@ -55,7 +58,7 @@ def scan_kernel(
     """`o = scale (λ^(i+1) q S + ((q kᵀ) ⊙ λ^(i-j)) v)` for one segment of one row and head, and BV of the columns.
 
     In reverse, time runs backwards and the state decays after it is read rather than before. A segment may hold any
-    number of packed sequences, and parts of them.
+    number of packed sequences, and parts of them. Forwards, the states after `state_positions` tokens are kept too.
     """
     num_segments = tl.maximum(1, tl.cdiv(T, segment_length))
     i_v, i_h, i_s, i_b = program_ids(H, num_segments, V, BV)
@@ -98,30 +101,42 @@ def scan_kernel(
             p_S = initial_state + (i_n * H + i_h) * (K * V)
             b_S += _load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES) * (decay_over(rate, lo - start) * state_scale)
 
-        p_q = q + lo.to(tl.int64) * stride_qt
-        p_k = k + lo.to(tl.int64) * stride_kt
-        p_v = v + lo.to(tl.int64) * stride_vt
-        p_o = o + lo.to(tl.int64) * stride_ot
-        for t in tl.range(lo, hi, C, num_stages=NUM_STAGES):
-            m_c = o_c < hi - t
-            b_q = _load_rows(p_q, stride_qt, o_c, o_k, m_c, K, BK)  # [C, BK]
-            b_k = _load_rows(p_k, stride_kt, o_c, o_k, m_c, K, BK)  # [C, BK]
-            b_v = _load_rows(p_v, stride_vt, o_c, o_v, m_c, V, BV)  # [C, BV]
+        # A single piece, unless states are to be kept on the way.
+        m_first, m_last = 0, 0
+        if states is not None:
+            m_first, m_last = _positions_in(state_positions, lo, hi, M)
+        for m in range(m_first, m_last + 1):
+            stop = hi
+            if states is not None:
+                stop = _stop(state_positions, m, m_last, lo, hi)
+            p_q = q + lo.to(tl.int64) * stride_qt
+            p_k = k + lo.to(tl.int64) * stride_kt
+            p_v = v + lo.to(tl.int64) * stride_vt
+            p_o = o + lo.to(tl.int64) * stride_ot
+            for t in tl.range(lo, stop, C, num_stages=NUM_STAGES):
+                m_c = o_c < stop - t
+                b_q = _load_rows(p_q, stride_qt, o_c, o_k, m_c, K, BK)  # [C, BK]
+                b_k = _load_rows(p_k, stride_kt, o_c, o_k, m_c, K, BK)  # [C, BK]
+                b_v = _load_rows(p_v, stride_vt, o_c, o_v, m_c, V, BV)  # [C, BV]
 
-            b_A = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * b_inside  # [C, C]
-            if dtype == tl.float16:  # whose range a long sum may leave, where its output does not
-                b_o = tl.dot((b_S * scale).to(dtype), tl.trans(b_q)) * b_read[None, :]  # [BV, C]
-            else:
-                b_o = tl.dot(b_S.to(dtype), tl.trans(b_q), input_precision=PRECISION) * (b_read * scale)[None, :]
-            b_o = tl.dot(tl.trans(b_v), b_A.to(dtype), b_o, input_precision=PRECISION)
-            b_S = _add_chunk(b_S, b_k, b_v, rate, tl.minimum(C, hi - t), o_c, REVERSE, PRECISION)
+                b_A = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * b_inside  # [C, C]
+                if dtype == tl.float16:  # whose range a long sum may leave, where its output does not
+                    b_o = tl.dot((b_S * scale).to(dtype), tl.trans(b_q)) * b_read[None, :]  # [BV, C]
+                else:
+                    b_o = tl.dot(b_S.to(dtype), tl.trans(b_q), input_precision=PRECISION) * (b_read * scale)[None, :]
+                b_o = tl.dot(tl.trans(b_v), b_A.to(dtype), b_o, input_precision=PRECISION)
+                b_S = _add_chunk(b_S, b_k, b_v, rate, tl.minimum(C, stop - t), o_c, REVERSE, PRECISION)
 
-            m_o = m_c[:, None] & (o_v < V)[None, :]
-            tl.store(p_o + o_c[:, None] * stride_ot + o_v[None, :], tl.trans(b_o).to(dtype), mask=m_o)
-            p_q += C * stride_qt
-            p_k += C * stride_kt
-            p_v += C * stride_vt
-            p_o += C * stride_ot
+                m_o = m_c[:, None] & (o_v < V)[None, :]
+                tl.store(p_o + o_c[:, None] * stride_ot + o_v[None, :], tl.trans(b_o).to(dtype), mask=m_o)
+                p_q += C * stride_qt
+                p_k += C * stride_kt
+                p_v += C * stride_vt
+                p_o += C * stride_ot
+            lo = stop
+            if states is not None:
+                p_S = states + ((i_b * M + m) * H + i_h) * (K * V)
+                _store_state(p_S, b_S, o_k, o_v, m < m_last, K, V, TRANSPOSED_STATES)
 
         if final_state is not None:
             p_S = final_state + (i_n * H + i_h) * (K * V)
@@ -297,6 +312,20 @@ def _num_ended(cu_seqlens, position, N, T, REVERSE: tl.constexpr):
         else:
             high = middle
     return low
+
+
+@jit
+def _positions_in(state_positions, lo, hi, M):
+    """Which of them lie after `lo` and at most at `hi`: they end pieces of it, as sequences end in a row."""
+    p_ends = state_positions - 1
+    return _num_ended(p_ends, lo, M, 0, False), _num_ended(p_ends, hi, M, 0, False)
+
+
+@jit
+def _stop(state_positions, m, m_last, lo, hi):
+    """Where piece m ends; the last one, which no position ends, goes on to `hi`."""
+    stop = tl.load(state_positions + m, mask=m < m_last, other=hi).to(tl.int32)
+    return tl.minimum(tl.maximum(stop, lo), hi)
 
 
 @jit

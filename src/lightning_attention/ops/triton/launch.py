@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import MAX_TREE, check_log_decay, check_state_indices, sequence_bounds, state_dtype
+from ..problem import check_log_decay, check_state_indices, sequence_bounds, state_dtype
 from . import config, decoding, kernels
-from .config import Tiles, ceil_div
+from .config import MAX_TREE, Tiles, ceil_div
 
 
 def forward(
@@ -28,6 +28,25 @@ def forward(
         final_state = scans.new_states(scans.N) if output_final_state else None
         o = scans.scan(q, k, v, initial_state, scans.interval_states(k, v), final_state)
         return o, final_state
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    state_positions: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.cuda.device_of(q):
+        scans = _Scans(q, v, log_decay, cu_seqlens, scale)
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        final_state, states = scans.new_states(scans.N), scans.new_states(scans.B, state_positions.shape[0])
+        kept = states, state_positions.contiguous()
+        o = scans.scan(q, k, v, initial_state, scans.interval_states(k, v), final_state, kept)
+        return o, final_state, states
 
 
 def backward(
@@ -96,7 +115,7 @@ def verify(
     if T > MAX_TREE:  # a chain
         states = (state if state_indices is None else state[state_indices.clamp_min(0)]).float()
         o, _ = forward(q, k, v, log_decay, states, None, scale, False)
-        return o if state_indices is None else o * (state_indices >= 0)[:, None, None, None]
+        return o if state_indices is None else o.masked_fill_((state_indices < 0)[:, None, None, None], 0)
     q, k, v = _rows(q), _rows(k), _rows(v)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     if o.numel():
@@ -196,22 +215,29 @@ class _Scans:
         initial_state: Tensor | None,
         interval_states: Tensor | None,
         final_state: Tensor | None = None,
+        kept: tuple[Tensor, Tensor] | None = None,
         *,
         reverse: bool = False,
         transposed: bool = False,
     ) -> Tensor:
-        """The output; `final_state` is filled. A transposed scan has the V of the call for its K, also in states."""
+        """The output; `final_state` and the states to be `kept`, given with their positions, are filled.
+
+        A transposed scan has the V of the call for its K, also in states.
+        """
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
         # In reverse the state is kept divided by scale.
         scale = self.scale or 1e-30 if reverse else self.scale
+        states, state_positions = kept or (None, None)
+        results = interval_states, final_state, states, state_positions
+        M = 0 if state_positions is None else state_positions.shape[0]
         K, V = q.shape[3], v.shape[3]
         tiles = config.scan_tiles(K, V, self.dtype, self.precision)
         if programs := self._programs(V, tiles) * self.segments.count:
             _launch(
                 kernels.scan_kernel,
                 programs,
-                (q, k, v, o, self.log_decay, _contiguous(initial_state), interval_states, final_state, self.cu_seqlens),
-                (scale, self.T, self.H, self.N, self.segments.length, self.segments.interval),
+                (q, k, v, o, self.log_decay, _contiguous(initial_state), *results, self.cu_seqlens),
+                (scale, self.T, self.H, self.N, M, self.segments.length, self.segments.interval),
                 (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
                 (K, V, tiles.C, tiles.BK, tiles.BV, reverse, transposed, self.precision, tiles.num_stages),
                 tiles.num_warps,
