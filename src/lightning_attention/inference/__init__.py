@@ -5,7 +5,7 @@ from ..extras import require
 require("models", "transformers", "safetensors", "tokenizers")
 
 from .engine import Completion, Engine, FinishReason, Output  # noqa: E402
-from .generate import load, stream  # noqa: E402
+from .generate import encode, load, stream  # noqa: E402
 from .pool import PoolExhaustedError, StatePool  # noqa: E402
 from .sampling import SamplingOptions  # noqa: E402
 
@@ -17,6 +17,7 @@ __all__ = [
     "PoolExhaustedError",
     "SamplingOptions",
     "StatePool",
+    "encode",
     "load",
     "stream",
 ]
