@@ -138,6 +138,8 @@ def step(
     scale: float,
     backend: str,
 ) -> Tensor:
+    check_log_decay(log_decay)
+    check_state_indices(state_indices, state.shape[0])
     return BACKENDS[backend].step(q, k, v, log_decay, state, state_indices, scale)
 
 

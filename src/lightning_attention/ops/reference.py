@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import pieces
-from .problem import Problem, check_log_decay, check_state_indices, sequence_bounds, state_dtype
+from .problem import Problem, check_log_decay, sequence_bounds, state_dtype
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
@@ -114,8 +114,6 @@ def step(
     state_indices: Tensor | None,
     scale: float,
 ) -> Tensor:
-    check_log_decay(log_decay)
-    check_state_indices(state_indices, state.shape[0])
     o = torch.zeros_like(v, memory_format=torch.contiguous_format)
     for at, of in _slots(q, state_indices):
         o[at], state[of] = recurrence(q[at], k[at], v[at], log_decay, scale, state[of].to(state_dtype(q.dtype)))

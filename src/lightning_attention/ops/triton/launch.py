@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import check_log_decay, check_state_indices, sequence_bounds, state_dtype
+from ..problem import check_log_decay, sequence_bounds, state_dtype
 from . import config, decoding, kernels
 from .config import MAX_TREE, Tiles, ceil_div
 
@@ -82,8 +82,6 @@ def step(
     state_indices: Tensor | None,
     scale: float,
 ) -> Tensor:
-    check_log_decay(log_decay)
-    check_state_indices(state_indices, state.shape[0])
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     _step(q, k, v, o, log_decay, state, None, None, state_indices, scale)
     return o
