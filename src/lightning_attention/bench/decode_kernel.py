@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops import decay
 from ..ops.api import lightning_attention_step
 from .cases import StepCase
-from .harness import FLUSHED_BYTES, Call, Contest, captured, release
+from .harness import FLUSHED_BYTES, Call, Contest, captured, enqueue_seconds, release
 from .oracles import TOLERANCES, checked_error
 from .peers import OURS, STEP_PEERS, Step, StepPeer
 from .report import Column, Record, Table, dtype_name, rounded
@@ -36,9 +36,10 @@ def measure(
 ) -> Iterator[list[Record]]:
     """The records of one case after the other, one for every implementation.
 
-    A record has the sizes and then `error` of output and state against float64, and the times of a call, `eager`, on
-    the clock of the host, and as part of a CUDA `graph`, on that of the device: `microseconds`, `times_floor` and
-    `times_ours`. On a CPU `graph` is None. For an implementation that raises or is wrong it has `not_measured`.
+    A record has the sizes and then `error` of output and state against float64, and the times of a call, in
+    `microseconds`, `times_floor` and `times_ours`: `eager`, of calls in a row until the device has done them; `graph`,
+    of a CUDA graph of them; and `host`, without a floor, until a call returns. On a CPU the latter two are None. For an
+    implementation that raises or is wrong it has `not_measured`.
 
     Args:
         cases: shapes.
@@ -80,6 +81,7 @@ class _Calls:
     """A round of calls of an implementation, by how it is called, and its error."""
 
     rounds: dict[str, Call]
+    host_seconds: float | None
     error: float
 
 
@@ -119,13 +121,19 @@ def _measure_case(
     }
 
     def facts(name: str, calls: _Calls) -> Record:
-        record: Record = {"error": rounded(calls.error), "graph": None}
+        record: Record = {"error": rounded(calls.error), "graph": None, "host": None}
         for kind, of_kind in times.items():
             seconds_a_call = of_kind[name] / inputs.calls
             record[kind] = {
                 "microseconds": rounded(seconds_a_call * 1e6),
                 "times_floor": rounded(seconds_a_call * bandwidth / case.minimal_bytes),
                 "times_ours": rounded(of_kind[name] / of_kind[OURS]) if OURS in of_kind else None,
+            }
+        if calls.host_seconds:
+            ours = contest.ready[OURS].host_seconds if OURS in contest.ready else None
+            record["host"] = {
+                "microseconds": rounded(calls.host_seconds * 1e6),
+                "times_ours": rounded(calls.host_seconds / ours) if ours else None,
             }
         return record
 
@@ -151,7 +159,8 @@ def _prepare(peer: StepPeer, inputs: StepInputs, device: torch.device) -> _Calls
         return kept
 
     ways: dict[str, Callable[[Call], Call]] = {"eager": lambda call: call, "graph": captured}
-    return _Calls({kind: ways[kind](round_of_calls) for kind in _kinds(device)}, error)
+    host_seconds = enqueue_seconds(lambda: step(*inputs.sets[0]), device)
+    return _Calls({kind: ways[kind](round_of_calls) for kind in _kinds(device)}, host_seconds, error)
 
 
 def _kinds(device: torch.device) -> list[str]:
@@ -176,4 +185,5 @@ def _columns(kind: str) -> list[Column]:
     ]
 
 
-_TABLE = Table({"eager": _columns("eager"), "graph": _columns("graph")})
+_TIME, _, _RATIO = _columns("host")
+_TABLE = Table({"eager": _columns("eager"), "graph": _columns("graph"), "host": [_TIME, _RATIO]})
