@@ -7,9 +7,10 @@ import pytest
 import torch
 from oracle import BACKENDS, Case, device_of, dtype_of, error, make_inputs, run
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_attention import lightning_attention, lightning_attention_step
-from lightning_attention.ops import library
 
 CASES = [Case(T=20, K=4, V=6), Case(lengths=(7, 0, 13), K=4, V=6)]
 
@@ -21,11 +22,13 @@ def test_opcheck(backend, case):
     inputs = make_inputs(case, dtype_of(backend)).on(device_of(backend))
     qkv = (inputs.q, inputs.k, inputs.v)
     common = (inputs.cu_seqlens, 0.5)
-    torch.library.opcheck(library.forward, (*qkv, inputs.log_decay, inputs.state, *common, True, backend))
-    torch.library.opcheck(library.forward, (*qkv, None, None, *common, False, backend))
+    torch.library.opcheck(
+        torch.ops.lightning_attention.forward.default, (*qkv, inputs.log_decay, inputs.state, *common, True, backend)
+    )
+    torch.library.opcheck(torch.ops.lightning_attention.forward.default, (*qkv, None, None, *common, False, backend))
     for state in (inputs.state, None):
         gradients = (inputs.do, inputs.log_decay, state, inputs.d_final_state)
-        torch.library.opcheck(library.backward, (*qkv, *gradients, *common, backend))
+        torch.library.opcheck(torch.ops.lightning_attention.backward.default, (*qkv, *gradients, *common, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -35,7 +38,7 @@ def test_opcheck_step(backend, indices):
     inputs = make_inputs(Case(T=1), dtype_of(backend)).on(device_of(backend))
     indices = None if indices is None else indices.to(device_of(backend))
     torch.library.opcheck(
-        library.step,
+        torch.ops.lightning_attention.step.default,
         (inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.state, indices, 1.0, backend),
     )
 
@@ -48,8 +51,12 @@ def test_opcheck_drafts(backend, parents):
     inputs = make_inputs(Case(T=3), dtype_of(backend)).on(device)
     kv, parents = (inputs.k, inputs.v, inputs.log_decay), None if parents is None else parents.to(device)
     indices, last = torch.tensor([1, -1], device=device), torch.tensor([2, 0], device=device)
-    torch.library.opcheck(library.verify, (inputs.q, *kv, inputs.state, parents, indices, 0.5, backend))
-    torch.library.opcheck(library.commit, (*kv, inputs.state, last, parents, indices, backend))
+    torch.library.opcheck(
+        torch.ops.lightning_attention.verify.default, (inputs.q, *kv, inputs.state, parents, indices, 0.5, backend)
+    )
+    torch.library.opcheck(
+        torch.ops.lightning_attention.commit.default, (*kv, inputs.state, last, parents, indices, backend)
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -60,7 +67,7 @@ def test_opcheck_prefill(backend, case):
     qkv = (inputs.q, inputs.k, inputs.v, inputs.log_decay)
     for positions in (torch.tensor(x, dtype=torch.int64, device=inputs.q.device) for x in ([], [3, 20])):
         arguments = (*qkv, inputs.state, inputs.cu_seqlens, 0.5, positions, backend)
-        torch.library.opcheck(library.prefill, arguments)
+        torch.library.opcheck(torch.ops.lightning_attention.prefill.default, arguments)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -101,6 +108,40 @@ def test_compile_step():
     o = step(q, k, v, inputs.log_decay, state=states[0])
     torch.testing.assert_close(o, lightning_attention_step(q, k, v, inputs.log_decay, state=states[1]))
     torch.testing.assert_close(states[0], states[1])
+
+
+class Operators(TorchDispatchMode):
+    """The names of those that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_operators_are_seen():
+    """By modes, tracers and profilers, though nothing is dispatched where none of them is there."""
+    inputs = make_inputs(Case(T=3), torch.float32)
+
+    def attention(q):
+        return lightning_attention(q, inputs.k, inputs.v, inputs.log_decay).output
+
+    expected, name = attention(inputs.q), "lightning_attention::forward"
+    with Operators() as operators:
+        attention(inputs.q)
+    assert operators.names == [name]
+    for mode in ("real", "fake"):
+        graph = make_fx(attention, tracing_mode=mode, _allow_non_fake_inputs=True)(inputs.q)
+        assert "torch.ops.lightning_attention.forward.default(" in graph.code
+        assert torch.equal(graph(inputs.q), expected)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        attention(inputs.q)
+    assert name in {event.key for event in profile.key_averages()}
+    assert torch.equal(torch.vmap(attention)(inputs.q[None])[0], expected)
 
 
 def test_fake_tensors():

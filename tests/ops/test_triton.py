@@ -83,17 +83,17 @@ def test_a_scale_of_zero():
 
 
 class Recorder:
-    """A kernel, or what it is compiled to, that only counts its launches."""
+    """A kernel, or what it is compiled to, that only notes its launches."""
 
     def __init__(self, compiled=None):
-        self.compiled, self.launches = compiled, 0
+        self.compiled, self.launches = compiled, []
 
     def __getitem__(self, grid):
-        return self
+        def launch(*arguments, **options):
+            self.launches.append((grid, arguments))
+            return self.compiled
 
-    def __call__(self, *arguments, **options):
-        self.launches += 1
-        return self.compiled
+        return launch
 
 
 STATES = {
@@ -106,21 +106,71 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize(("strided", "lookups"), STATES.values(), ids=STATES.keys())
-def test_usual_states_are_looked_up_once(monkeypatch, strided, lookups):
-    """Three steps: the code compiled for the first is launched again only where it is right for the arguments."""
+@pytest.fixture
+def kernel(monkeypatch):
     pytest.importorskip("triton")
     from lightning_attention.ops.triton import decoding, launch
 
     kernel = Recorder(Recorder())
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(decoding, "step_kernel", kernel)
+    return kernel
+
+
+@pytest.mark.parametrize(("strided", "lookups"), STATES.values(), ids=STATES.keys())
+def test_usual_states_are_looked_up_once(kernel, strided, lookups):
+    """Three steps: the code compiled for the first is launched again only where it is right for the arguments."""
+    from lightning_attention.ops.triton import launch
+
     inputs = make_inputs(Case(T=1), torch.float32)
     state = strided(inputs.state)
     for _ in range(3):
         launch.step(inputs.q, inputs.k, inputs.v, inputs.log_decay, state, None, 1.0)
-    assert kernel.launches == lookups
-    assert kernel.compiled.launches == 3 - lookups
+    assert len(kernel.launches) == lookups
+    assert len(kernel.compiled.launches) == 3 - lookups
+
+
+@pytest.mark.parametrize("strided", [strided for strided, _ in STATES.values()], ids=STATES.keys())
+@pytest.mark.parametrize("indices", [None, torch.tensor([1, -1])], ids=["all", "slots"])
+@pytest.mark.parametrize("T", [None, 1, 3])
+def test_a_prepared_step_is_launched_alike(kernel, T, indices, strided):
+    from lightning_attention.ops.triton import launch
+
+    inputs = make_inputs(Case(T=T or 1), torch.float32)
+    qkv = inputs.q, inputs.k, inputs.v
+    rest = inputs.log_decay, strided(inputs.state), indices
+    for _ in range(2):
+        launch.step(*qkv, *rest, 0.5)
+    asked = qkv if T else [x[:, 0] for x in qkv]
+    step = launch.prepare_step(*asked, *rest)
+    is_usual = len(kernel.compiled.launches) == 1
+    assert (step is not None) == is_usual
+    if step:
+        o = step(*asked, *rest, 0.5)
+        assert (o.shape, o.dtype) == (asked[2].shape, torch.float32)
+        (grid, arguments), (prepared_grid, prepared) = kernel.compiled.launches
+        assert grid == prepared_grid
+        output = 3
+        assert prepared == (*arguments[:output], o.data_ptr(), *arguments[output + 1 :])
+
+
+def test_what_is_not_prepared(kernel):
+    """Copies, empty inputs, and inputs that are not aligned."""
+    from lightning_attention.ops.triton import launch
+
+    inputs = make_inputs(Case(T=1), torch.float32)
+    state, log_decay = inputs.state, inputs.log_decay
+    q, k, v = inputs.q, inputs.k, inputs.v
+    launch.step(q, k, v, log_decay, state, None, 1.0)
+    step = launch.prepare_step(q, k, v, log_decay, state, None)
+    assert step is not None
+    shifted = torch.cat([k.new_zeros(1), k.flatten()])[1:].view_as(k)
+    assert step(q, shifted, v, log_decay, state, None, 1.0) is None
+    columns = q.mT.contiguous().mT
+    assert launch.prepare_step(columns, k, v, log_decay, state, None) is None
+    assert launch.prepare_step(q, k, v, torch.zeros(2 * len(log_decay))[::2], state, None) is None
+    assert launch.prepare_step(q[:, :0], k[:, :0], v[:, :0], log_decay, state, None) is None
+    assert launch.prepare_step(q[:0], k[:0], v[:0], log_decay, state[:0], None) is None
 
 
 PROBLEM = Problem(1, 100, 2, 64, 64, 1, torch.float32, torch.device("cpu"))
@@ -136,7 +186,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("change", "reason"), REFUSED, ids=[reason for _, reason in REFUSED])
 def test_what_it_refuses(change, reason):
-    assert reason in backend.unsupported_reasons(Problem(**vars(PROBLEM) | change))
+    assert reason in backend.unsupported_reasons(PROBLEM._replace(**change))
 
 
 def test_the_default_on_a_cpu_is_not_an_interpreter(monkeypatch):

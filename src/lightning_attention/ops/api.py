@@ -119,6 +119,10 @@ def lightning_attention_step(
     """
     _refuse_gradients("lightning_attention_step", q, k, v, state)
     q, k, v = _autocast(q, k, v)
+    inputs = q, k, v, log_decay, state, state_indices
+    look = library.look(backend, *inputs)
+    if look and (step := library.prepared_step(look)) and (o := step(*inputs, scale)) is not None:
+        return o
     if q.dim() not in (3, 4):
         raise ValueError(f"q must be [B, H, K] or [B, T, H, K], got shape {tuple(q.shape)}")
     one_token = q.dim() == 3
@@ -127,6 +131,8 @@ def lightning_attention_step(
     problem = Problem.of_step(q, k, v, log_decay, state, state_indices)
     backend = library.choose_backend(backend, problem)
     o = library.step(q, k, v, log_decay, state, state_indices, float(scale), backend)
+    if look:
+        library.prepare_step(look, backend, *inputs)
     return o[:, 0] if one_token else o
 
 

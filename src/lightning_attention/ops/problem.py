@@ -1,8 +1,8 @@
 """What one call asks for: its sizes, dtype and device, checked once for every backend."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Sizes of one attention or decoding call; building one raises on inputs that do not fit together."""
 
     batch_size: int
@@ -128,7 +127,7 @@ class Problem:
 
     def _check_state(self, name: str, state: Tensor, q: Tensor, stored: tuple[torch.dtype, ...] = ()) -> None:
         expected = (self.num_states, self.num_heads, self.key_dim, self.value_dim)
-        if tuple(state.shape) != expected:
+        if state.shape != expected:
             raise ValueError(f"{name} must be [N, H, K, V] = {list(expected)}, got shape {tuple(state.shape)}")
         allowed = (state_dtype(self.dtype), *(stored if self.dtype != torch.float64 else ()))
         if state.dtype not in allowed:
@@ -138,24 +137,27 @@ class Problem:
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
-    if k.shape != q.shape:
-        raise ValueError(f"k must have the shape of q {tuple(q.shape)}, got {tuple(k.shape)}")
-    if v.dim() != q.dim() or v.shape[:-1] != q.shape[:-1]:
-        raise ValueError(f"v must be {[*q.shape[:-1], 'V']} to fit q, got shape {tuple(v.shape)}")
-    if q.shape[2] == 0:
-        raise ValueError(f"q must have at least one head, got shape {tuple(q.shape)}")
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q must be one of {', '.join(map(str, DTYPES))}, got {q.dtype}")
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name} must have the dtype of q {q.dtype}, got {tensor.dtype}")
-        _check_device(name, tensor, q)
+    shape, dtype = q.shape, q.dtype
+    if k.shape != shape:
+        raise ValueError(f"k must have the shape of q {tuple(shape)}, got {tuple(k.shape)}")
+    if v.dim() != q.dim() or v.shape[:-1] != shape[:-1]:
+        raise ValueError(f"v must be {[*shape[:-1], 'V']} to fit q, got shape {tuple(v.shape)}")
+    if shape[2] == 0:
+        raise ValueError(f"q must have at least one head, got shape {tuple(shape)}")
+    if dtype not in DTYPES:
+        raise TypeError(f"q must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    if k.dtype != dtype:
+        raise TypeError(f"k must have the dtype of q {dtype}, got {k.dtype}")
+    if v.dtype != dtype:
+        raise TypeError(f"v must have the dtype of q {dtype}, got {v.dtype}")
+    _check_device("k", k, q)
+    _check_device("v", v, q)
     if log_decay is None:
         return
     if log_decay.dtype != torch.float32:
         raise TypeError(f"log_decay must be torch.float32, got {log_decay.dtype}")
-    if tuple(log_decay.shape) != (q.shape[2],):
-        raise ValueError(f"log_decay must be [H] = [{q.shape[2]}], got shape {tuple(log_decay.shape)}")
+    if log_decay.dim() != 1 or log_decay.shape[0] != shape[2]:
+        raise ValueError(f"log_decay must be [H] = [{shape[2]}], got shape {tuple(log_decay.shape)}")
     _check_device("log_decay", log_decay, q)
     if log_decay.requires_grad:
         raise ValueError("log_decay must not require a gradient: none is computed for it; pass log_decay.detach()")
@@ -177,7 +179,7 @@ def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
 
 def check_log_decay(log_decay: Tensor | None) -> None:
     """Refuse growth and NaN. Read where that is free: a tensor on an accelerator would have to be waited for."""
-    if log_decay is not None and log_decay.device.type == "cpu" and not bool((log_decay <= 0).all()):
+    if log_decay is not None and log_decay.is_cpu and not bool((log_decay <= 0).all()):
         raise ValueError(f"log_decay must be <= 0, got a maximum of {log_decay.max().item()}")
 
 
@@ -201,7 +203,7 @@ def check_drafts(parents: Tensor | None, last: Tensor | None, length: int) -> No
     """Refuse drafts that come before their parents, or are not there."""
     if last is not None:
         _check_range("last", last, length)
-    if parents is None or parents.device.type != "cpu":
+    if parents is None or not parents.is_cpu:
         return
     if not bool(((parents >= -1) & (parents < torch.arange(length))).all()):
         raise ValueError(f"parents must be -1 or the index of an earlier draft, got {parents.tolist()}")
@@ -215,7 +217,7 @@ def check_state_positions(state_positions: list[int], length: int) -> None:
 
 def _check_range(name: str, indices: Tensor, size: int) -> None:
     """Read where that is free, as for `check_log_decay`."""
-    if indices.device.type == "cpu" and indices.numel():
+    if indices.is_cpu and indices.numel():
         low, high = (int(bound) for bound in indices.aminmax())
         if low < -1 or high >= size:
             raise ValueError(f"{name} must be -1 or in [0, {size}), got {low} to {high}")

@@ -1,10 +1,11 @@
 """Portable GPU kernels, in Triton: NVIDIA from Ampere on. On a CPU they run under Triton's interpreter, for tests."""
 
+from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
 from ..problem import Problem
 from .config import MAX_HEAD_DIM, MAX_TREE
@@ -24,43 +25,12 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-# The kernels are imported when they are first called: Triton is not installed everywhere, and takes its time.
-
-
-def forward(*arguments) -> tuple[Tensor, Tensor | None]:
-    from .launch import forward
-
-    return forward(*arguments)
-
-
-def prefill(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    from .launch import prefill
-
-    return prefill(*arguments)
-
-
-def backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    from .launch import backward
-
-    return backward(*arguments)
-
-
-def step(*arguments) -> Tensor:
-    from .launch import step
-
-    return step(*arguments)
-
-
-def verify(*arguments) -> Tensor:
-    from .launch import verify
-
-    return verify(*arguments)
-
-
-def commit(*arguments) -> None:
-    from .launch import commit
-
-    commit(*arguments)
+def __getattr__(name: str) -> Callable:
+    """The rest of a backend, imported when first called: Triton is not installed everywhere, and takes its time."""
+    if name not in ("forward", "prefill", "backward", "step", "prepare_step", "verify", "commit"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    function = globals()[name] = getattr(import_module(".launch", __name__), name)
+    return function
 
 
 @torch.compiler.assume_constant_result

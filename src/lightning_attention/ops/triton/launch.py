@@ -1,6 +1,7 @@
 """From tensors to launches. What a tensor must look like is checked in `problem.py`; here results are made."""
 
-from functools import cache, reduce
+from collections.abc import Callable
+from functools import cache, lru_cache, reduce
 from operator import or_
 from typing import Any
 
@@ -22,7 +23,7 @@ def forward(
     scale: float,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    with torch.cuda.device_of(q):
+    with torch.accelerator.device_index(q.device.index):
         scans = _Scans(q, v, log_decay, cu_seqlens, scale)
         q, k, v = _rows(q), _rows(k), _rows(v)
         final_state = scans.new_states(scans.N) if output_final_state else None
@@ -40,7 +41,7 @@ def prefill(
     scale: float,
     state_positions: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.cuda.device_of(q):
+    with torch.accelerator.device_index(q.device.index):
         scans = _Scans(q, v, log_decay, cu_seqlens, scale)
         q, k, v = _rows(q), _rows(k), _rows(v)
         final_state, states = scans.new_states(scans.N), scans.new_states(scans.B, state_positions.shape[0])
@@ -61,7 +62,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Three scans: `do, v, k` for dq, from transposed states; in reverse `v, do, q` for dk and `k, q, do` for dv."""
-    with torch.cuda.device_of(q):
+    with torch.accelerator.device_index(q.device.index):
         scans = _Scans(q, v, log_decay, cu_seqlens, scale)
         q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
         d_initial_state = None if initial_state is None else scans.new_states(scans.N)
@@ -118,7 +119,7 @@ def verify(
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     if o.numel():
         C, BK, BV, num_warps = config.verify_tiles(K, V, T)
-        with torch.cuda.device_of(q):
+        with torch.accelerator.device_index(q.device.index):
             _launch(
                 decoding.verify_kernel,
                 ceil_div(V, BV) * H * B,
@@ -129,6 +130,39 @@ def verify(
                 num_warps,
             )
     return o
+
+
+def prepare_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, state_indices: Tensor | None
+) -> Callable[..., Tensor | None] | None:
+    """`step` for more inputs with the shapes, strides, dtypes and devices of these, with which it has run.
+
+    What follows from these is not asked again, which is half of what a call takes of the host. For inputs that are
+    not aligned as usual it returns None; it is itself None where `step` copies some of these, or launches nothing.
+    """
+    shape, dtype, device = v.shape, v.dtype, v.device
+    if v.dim() == 3:
+        q, k, v = q[:, None], k[:, None], v[:, None]
+    programs, strides, constants = _step_arguments(q, k, v, state)
+    key = _key(decoding.step_kernel, (q, k, v, v, log_decay, state, None, None, state_indices), constants)
+    is_copied = any(_rows(x) is not x for x in (q, k, v)) or any(
+        _contiguous(x) is not x for x in (log_decay, state_indices)
+    )
+    if key not in _compiled or is_copied or not _are_usual(strides) or not v.numel():
+        return None
+    run = _compiled[key][(programs, 1, 1)]
+    rest = (*v.shape[1:3], *strides, *constants)
+
+    def launch(q, k, v, log_decay, state, state_indices, scale):
+        o = torch.empty(shape, dtype=dtype, device=device)
+        pointers = _pointers((q, k, v, o, log_decay, state, None, None, state_indices))
+        if not _are_aligned(pointers):
+            return None
+        with torch.accelerator.device_index(device.index):
+            run(*pointers, float(scale), *rest)
+        return o
+
+    return launch
 
 
 def _step(
@@ -143,21 +177,32 @@ def _step(
     state_indices: Tensor | None,
     scale: float,
 ) -> None:
-    (B, T, H, K), V = k.shape, v.shape[3]
     k, v = _rows(k), _rows(v)
     q = k if q is None else _rows(q)
-    if B * T * V:
-        BK, BV = config.step_tiles(K, V)
-        with torch.cuda.device_of(k):
+    log_decay, last, parents, state_indices = map(_contiguous, (log_decay, last, parents, state_indices))
+    if v.numel():
+        programs, strides, constants = _step_arguments(q, k, v, state)
+        with torch.accelerator.device_index(k.device.index):
             _launch(
                 decoding.step_kernel,
-                ceil_div(V, BV) * H * B,
-                (q, k, v, o, _contiguous(log_decay), state, *map(_contiguous, (last, parents, state_indices))),
-                (scale, T, H),
-                (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *state.stride()[:3]),
-                (state.stride(3), K, V, BK, BV),
+                programs,
+                (q, k, v, o, log_decay, state, last, parents, state_indices),
+                (scale, *v.shape[1:3]),
+                strides,
+                constants,
                 num_warps=4,
             )
+
+
+def _step_arguments(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor
+) -> tuple[int, tuple[int, ...], tuple[int | str, ...]]:
+    """Programs, strides and constants of the step kernel."""
+    (B, _, H, K), V = k.shape, v.shape[3]
+    BK, BV = config.step_tiles(K, V)
+    *strides_state, stride_sv = state.stride()
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides_state)
+    return ceil_div(V, BV) * H * B, strides, (stride_sv, K, V, BK, BV)
 
 
 class _Scans:
@@ -170,7 +215,7 @@ class _Scans:
         self.N = self.B
         if cu_seqlens is not None:
             self.N = cu_seqlens.shape[0] - 1
-            if cu_seqlens.device.type == "cpu":
+            if cu_seqlens.is_cpu:
                 sequence_bounds(cu_seqlens, self.T)
         self.scale, self.log_decay, self.cu_seqlens = scale, _contiguous(log_decay), _contiguous(cu_seqlens)
         self.dtype, self.device = q.dtype, q.device
@@ -263,22 +308,39 @@ def _launch(
     Triton finds out anew at every call how its arguments are aligned, in 15 µs. What is aligned to 16, as all usual
     tensors are, is looked up here by what else the compiled code depends on; anything else goes the long way.
     """
-    pointers = reduce(or_, [x.data_ptr() for x in tensors if x is not None])
-    arguments = (*tensors, *numbers, *strides, *constants)
-    is_usual = pointers % 16 == 0 and reduce(or_, strides) % 16 == 0 and max(strides) < 1 << 31
-    dtypes = tuple([None if x is None else x.dtype for x in tensors])
-    key = id(kernel), tensors[0].device, dtypes, constants
+    pointers = _pointers(tensors)
+    is_usual = _are_aligned(pointers) and _are_usual(strides)
+    key = _key(kernel, tensors, constants)
     if is_usual and (compiled := _compiled.get(key)):
-        compiled[(programs, 1, 1)](*arguments)
+        # Of a number the launcher need not find out whether it is the address of something on the device.
+        compiled[(programs, 1, 1)](*pointers, *numbers, *strides, *constants)
         return
-    compiled = kernel[(programs,)](*arguments, num_warps=num_warps)
+    compiled = kernel[(programs,)](*tensors, *numbers, *strides, *constants, num_warps=num_warps)
     if is_usual and compiled is not None:  # the interpreter compiles nothing
         _compiled[key] = compiled
 
 
+def _key(kernel: Any, tensors: tuple[Any, ...], constants: tuple[int | str, ...]) -> tuple:
+    return id(kernel), tensors[0].device, tuple([None if x is None else x.dtype for x in tensors]), constants
+
+
+def _pointers(tensors: tuple[Any, ...]) -> list[int | None]:
+    return [None if x is None else x.data_ptr() for x in tensors]
+
+
+def _are_aligned(pointers: list[int | None]) -> bool:
+    return reduce(or_, filter(None, pointers), 0) % 16 == 0
+
+
+@lru_cache(4096)
+def _are_usual(strides: tuple[int, ...]) -> bool:
+    return reduce(or_, strides) % 16 == 0 and max(strides) < 1 << 31
+
+
 def _rows(x: Tensor) -> Tensor:
     """As the kernels read it: a contiguous last dimension, and 32 bits for an offset inside a chunk."""
-    return x if x.stride(3) == 1 and x.stride(1) < 1 << 24 else x.contiguous()
+    _, of_token, _, of_element = x.stride()
+    return x if of_element == 1 and of_token < 1 << 24 else x.contiguous()
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
