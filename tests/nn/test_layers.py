@@ -54,21 +54,26 @@ def test_rates_are_not_rounded(cast):
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("length", [1, 7])
-def test_the_state_goes_on_in_place(grad, length):
+def test_the_state_goes_on(grad, length):
     torch.manual_seed(0)
     layer = GatedLightningAttention(24, 3, decay.log_decay(3, preset="alibi"))
     x, positions = torch.randn(2, 5 + length, 24), torch.arange(5 + length)[None]
     with torch.set_grad_enabled(grad):
-        whole = layer(x, positions)
-        state = torch.zeros(2, 3, 8, 8)
-        pieces = [layer(x[:, :5], positions[:, :5], state=state), layer(x[:, 5:], positions[:, 5:], state=state)]
+        whole, no_state = layer(x, positions)
+        assert no_state is None
+        first, state = layer(x[:, :5], positions[:, :5], state=torch.zeros(2, 3, 8, 8))
+        second, state = layer(x[:, 5:], positions[:, 5:], state=state)
         q, k, v, _ = layer.qkvu_proj(x).unflatten(-1, (4, 3, 8)).unbind(-3)
         silu = torch.nn.functional.silu
         _, expected = lightning_attention(silu(q), silu(k), v, layer.decay.log_decay, output_final_state=True)
-    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([first, second], dim=1), whole, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-5)
     if grad:
-        pieces[1].sum().backward()
+        weight = layer.qkvu_proj.weight
+        pieces = torch.autograd.grad(second.sum() + state.square().sum(), weight, retain_graph=True)
+        torch.testing.assert_close(
+            pieces, torch.autograd.grad(whole[:, 5:].sum() + expected.square().sum(), weight), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_heads_must_divide_the_width():

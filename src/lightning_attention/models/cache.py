@@ -33,7 +33,7 @@ class LightningCache(Cache):
         return False
 
     def state(self, layer_idx: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The state of a layer `[B, H, K, V]`, to be updated in place; zeros at first.
+        """The state of a layer `[B, H, K, V]`; zeros at first.
 
         Raises:
             ValueError: the cache holds states of another shape.
@@ -48,6 +48,12 @@ class LightningCache(Cache):
         if state.shape != shape:
             raise ValueError(f"past_key_values holds states of shape {tuple(state.shape)}, these inputs need {shape}")
         return state
+
+    def put(self, states: list[Tensor]) -> None:
+        """The states of all layers after more tokens; without their gradients."""
+        for layer, state in zip(self.layers, states, strict=True):
+            if (kept := layer.recurrent_states[0]) is not state and kept is not None:
+                kept.copy_(state.detach())
 
     def advance(self, columns: int, tokens: int | Tensor, batch_size: int, device: torch.device) -> None:
         """Count what was fed: columns, and of them the tokens of each sequence."""

@@ -5,6 +5,7 @@ batch is packed without its padding, so padding costs nothing and touches no sta
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,26 @@ class Layout:
             batch_size, length = self.batch_shape
             x = x.new_zeros(batch_size * length, *x.shape[1:]).index_copy(0, self.tokens, x)
         return x.unflatten(0, self.batch_shape)
+
+    def before_sequences(self, states: Tensor) -> Tensor:
+        """From the states before every row `[B, ...]` to those before every sequence `[N, ...]`, most of them zero."""
+        if self.cu_seqlens is None:
+            return states
+        return states.new_zeros(len(self.cu_seqlens) - 1, *states.shape[1:]).index_copy(0, self._first_of_rows, states)
+
+    def after_rows(self, states: Tensor) -> Tensor:
+        """From the states after every sequence `[N, ...]` to those after every row `[B, ...]`."""
+        if self.cu_seqlens is None:
+            return states
+        return states[self._first_of_rows.roll(-1) - 1]  # -1, the last one, for the last row
+
+    @cached_property
+    def _first_of_rows(self) -> Tensor:
+        """`[B]`, which sequence every row begins with."""
+        assert self.cu_seqlens is not None
+        batch_size, length = self.batch_shape
+        starts = torch.arange(batch_size, device=self.cu_seqlens.device) * length
+        return torch.searchsorted(self.cu_seqlens, starts)
 
 
 def _shape(x: Tensor) -> tuple[int, int]:

@@ -4,6 +4,8 @@ Shapes: B rows, T tokens, W width, H heads, L layers.
 Source: TransNormerLLM (arXiv 2307.14995), figure 1 and section 3.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +26,20 @@ from .layout import Layout
 # Without gradients a long sequence goes through the layers in pieces of so many tokens, so that their activations take
 # constant memory. Measured on a CPU: a demo model is 1.4 times faster at 65536 tokens than in one piece.
 PIECE = 4096
+
+
+@dataclass
+class LightningModelOutput(BaseModelOutputWithPast):
+    """And `states`, of every layer `[B, H, K, V]`, after the last token of every row."""
+
+    states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class LightningOutput(CausalLMOutputWithPast):
+    """And `states`, likewise."""
+
+    states: tuple[Tensor, ...] | None = None
 
 
 class LightningDecoderLayer(GradientCheckpointingLayer):
@@ -47,9 +63,10 @@ class LightningDecoderLayer(GradientCheckpointingLayer):
         cu_seqlens: Tensor | None,
         state: Tensor | None,
         slots: Slots | None = None,
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), positions, cu_seqlens, state, slots)
-        return x + self.mlp(self.mlp_norm(x))
+    ) -> tuple[Tensor, Tensor | None]:
+        y, state = self.attention(self.attention_norm(x), positions, cu_seqlens, state, slots)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), state
 
 
 class LightningPreTrainedModel(PreTrainedModel):
@@ -95,9 +112,10 @@ class LightningModel(LightningPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        states: Sequence[Tensor] | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> LightningModelOutput:
         """
         Args:
             input_ids: `[B, T]` tokens; or else `inputs_embeds` `[B, T, W]`.
@@ -108,6 +126,8 @@ class LightningModel(LightningPreTrainedModel):
             use_cache: whether to return the state; by default as the configuration says, outside training. Packed
                 documents return none.
             cu_seqlens: `[N + 1]`, documents packed in one row (B = 1), as for `lightning_attention`.
+            states: of every layer `[B, H, K, V]` float32, before the first token of every row; zero where a document
+                starts there. Gradients flow to them. They go with `position_ids`, which may restart within a row.
             output_hidden_states: also return the L + 1 hidden states before and after the layers.
 
         Raises:
@@ -125,32 +145,42 @@ class LightningModel(LightningPreTrainedModel):
         x = self._scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         batch_size, length = x.shape[:2]
         mask = _local_mask(attention_mask, batch_size, length)
+        if states is not None:
+            self._check_states(states, position_ids, mask, past_key_values, cu_seqlens)
         layout = _lay_out(x, mask, position_ids, past_key_values, cu_seqlens)
 
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         is_packed = layout.cu_seqlens is not None and mask is None
         cache = past_key_values
-        if cache is None and use_cache and not is_packed and not checkpointing:
+        if cache is None and use_cache and not is_packed and not checkpointing and states is None:
             cache = LightningCache(self.config.num_hidden_layers)
 
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        x, states = layout.pack(x), cache
+        x, carried = layout.pack(x), cache
         size = x.shape[1]
-        if layout.cu_seqlens is None and size > PIECE and not torch.is_grad_enabled():
-            size, states = PIECE, LightningCache(self.config.num_hidden_layers) if cache is None else cache
-        pieces: list[list[Tensor]] = [
-            self._through_layers(*piece, layout.cu_seqlens, states, batch_size, bool(output_hidden_states))
-            for piece in zip(x.split(size, dim=1), layout.positions.split(size, dim=1), strict=True)
-        ]
+        if layout.cu_seqlens is None and size > PIECE and not torch.is_grad_enabled() and states is None:
+            size, carried = PIECE, LightningCache(self.config.num_hidden_layers) if cache is None else cache
+        before = None if states is None else [layout.before_sequences(state) for state in states]
+        pieces, after = [], []
+        for piece, positions in zip(x.split(size, dim=1), layout.positions.split(size, dim=1), strict=True):
+            if carried is not None:
+                before = self._states_of(carried, batch_size, x)
+            hidden_states, after = self._through_layers(
+                piece, positions, layout.cu_seqlens, before, bool(output_hidden_states)
+            )
+            if carried is not None:
+                carried.put(after)
+            pieces.append(hidden_states)
         hidden_states = pieces[0] if len(pieces) == 1 else [torch.cat(x, dim=1) for x in zip(*pieces, strict=True)]
         if cache is not None:
             cache.advance(length, length if mask is None else mask.sum(dim=1), batch_size, x.device)
-        return BaseModelOutputWithPast(
+        return LightningModelOutput(
             last_hidden_state=layout.unpack(self.norm(hidden_states[-1])),
             past_key_values=cache if use_cache else None,
             hidden_states=tuple(map(layout.unpack, hidden_states)) if output_hidden_states else None,
+            states=None if states is None else tuple(map(layout.after_rows, after)),
         )
 
     @torch.no_grad()
@@ -171,7 +201,7 @@ class LightningModel(LightningPreTrainedModel):
         """
         x = self._scaled(self.embed_tokens(input_ids))
         for layer, state in zip(self.layers, states, strict=True):
-            x = layer(x, positions, cu_seqlens, state, slots)
+            x, _ = layer(x, positions, cu_seqlens, state, slots)
         return self.norm(x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:] - 1])
 
     def _scaled(self, embeddings: Tensor) -> Tensor:
@@ -182,20 +212,37 @@ class LightningModel(LightningPreTrainedModel):
         x: Tensor,
         positions: Tensor,
         cu_seqlens: Tensor | None,
-        cache: LightningCache | None,
-        batch_size: int,
+        states: list[Tensor] | None,
         keep_all: bool,
-    ) -> list[Tensor]:
-        """What comes out of the last layer, or the hidden states before and after every layer."""
-        hidden_states = [x]
-        for i, layer in enumerate(self.layers):
-            state = None
-            if cache is not None:
-                shape = (batch_size, *self.config.layer_state_shape(i))
-                state = cache.state(i, shape, state_dtype(x.dtype), x.device)
-            x = layer(x, positions, cu_seqlens, state)
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What comes out of the last layer, or the hidden states before and after every layer; and the states after."""
+        hidden_states, after = [x], []
+        for layer, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
+            x, state = layer(x, positions, cu_seqlens, state)
             hidden_states = [*hidden_states, x] if keep_all else [x]
-        return hidden_states
+            after.append(state)
+        return hidden_states, after
+
+    def _states_of(self, cache: LightningCache, batch_size: int, x: Tensor) -> list[Tensor]:
+        states = [
+            cache.state(i, (batch_size, *self.config.layer_state_shape(i)), state_dtype(x.dtype), x.device)
+            for i in range(len(self.layers))
+        ]
+        # What a backward pass may need must not be overwritten.
+        return [state.clone() for state in states] if torch.is_grad_enabled() else states
+
+    def _check_states(
+        self,
+        states: Sequence[Tensor],
+        position_ids: Tensor | None,
+        mask: Tensor | None,
+        cache: LightningCache | None,
+        cu_seqlens: Tensor | None,
+    ) -> None:
+        if position_ids is None or not (mask is cache is cu_seqlens is None):
+            raise ValueError("states go with position_ids, and with no padding, cache or cu_seqlens")
+        if len(states) != len(self.layers):
+            raise ValueError(f"states must be one for each of {len(self.layers)} layers, got {len(states)}")
 
 
 class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
@@ -222,10 +269,11 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        states: Sequence[Tensor] | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> LightningOutput:
         """
         Args:
             labels: `[B, T]` tokens, usually `input_ids`: they are shifted here, so that token t predicts t + 1. -100
@@ -234,7 +282,8 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
             others: as for `LightningModel`.
 
         Returns:
-            Logits `[B, T, vocab_size]`, the mean loss in nats a token where labels are given, and the cache.
+            Logits `[B, T, vocab_size]`, the mean loss in nats a token where labels are given, the cache, and the states
+            after these tokens where those before were given.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -244,6 +293,7 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cu_seqlens=cu_seqlens,
+            states=states,
             output_hidden_states=output_hidden_states,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -251,11 +301,12 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        return LightningOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            states=outputs.states,
         )
 
     def _prepare_cache_for_generation(

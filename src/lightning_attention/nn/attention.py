@@ -78,42 +78,40 @@ class GatedLightningAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         state: Tensor | None = None,
         slots: Slots | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
             x: `[B, T, W]`.
             positions: `[B, T]` or `[1, T]` integers, read by LRPE-d alone.
             cu_seqlens: `[N + 1]`, packed sequences in one row, see `lightning_attention`.
-            state: `[N, H, K, V]` float32, the state before these tokens; replaced in place by the state after them.
-            slots: where `state` is a pool, which of its states are used.
+            state: `[N, H, K, V]` float32, the state before these tokens. A single token without gradients updates it
+                in place.
+            slots: where `state` is a pool, which of its states are used, and updated in place.
 
         Returns:
-            `[B, T, W]`.
+            `[B, T, W]`, and the state after these tokens, with gradients; None where none was given.
         """
         q, k, v, u = self.qkvu_proj(x).chunk(4, dim=-1)
         q, k, v = (y.unflatten(-1, (self.num_heads, self.head_dim)) for y in (F.silu(q), F.silu(k), v))
         if self.lrpe is not None:
             q, k = self.lrpe(q, positions), self.lrpe(k, positions)
-        o = self._attend(q, k, v, cu_seqlens, state, slots)
-        return self.out_proj(self.norm(o.flatten(-2)) * u)
+        o, state = self._attend(q, k, v, cu_seqlens, state, slots)
+        return self.out_proj(self.norm(o.flatten(-2)) * u), state
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None, slots: Slots | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         log_decay = self.decay.log_decay
         if state is None:
-            return lightning_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens).output
+            return lightning_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens)
         if cu_seqlens is None and q.shape[1] == 1 and not torch.is_grad_enabled():
             indices = None if slots is None else slots.of_sequences
-            return lightning_attention_step(q, k, v, log_decay, state=state, state_indices=indices)
+            return lightning_attention_step(q, k, v, log_decay, state=state, state_indices=indices), state
         if slots is not None:
-            return self._prefill(q, k, v, cu_seqlens, state, slots)
-        o, final_state = lightning_attention(
-            q, k, v, log_decay, initial_state=state.clone(), output_final_state=True, cu_seqlens=cu_seqlens
+            return self._prefill(q, k, v, cu_seqlens, state, slots), state
+        return lightning_attention(
+            q, k, v, log_decay, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens
         )
-        assert final_state is not None
-        state.copy_(final_state.detach())
-        return o
 
     def _prefill(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, pool: Tensor, slots: Slots
