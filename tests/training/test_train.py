@@ -85,7 +85,14 @@ def test_a_run(files):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"bf16": True}, {"gradient_checkpointing": True}, {"accumulate": 2, "batch_size": 1}, {"decay_preset": "retnet"}],
+    [
+        {"bf16": True},
+        {"gradient_checkpointing": True},
+        {"accumulate": 2, "batch_size": 1},
+        {"decay_preset": "retnet"},
+        {"segment_length": 17},
+        {"segment_length": 64, "accumulate": 2, "batch_size": 1},
+    ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_ways_to_train(files, changes):
@@ -177,12 +184,13 @@ def test_a_full_disk_is_one_line(files):
     assert checkpoints(files / "run") == []
 
 
-def test_two_processes_share_every_step(files):
+@pytest.mark.parametrize("changes", [{}, {"segment_length": 17}], ids=["whole", "segments"])
+def test_two_processes_share_every_step(files, changes):
     """torchrun with two processes of one row takes the steps of one process with two rows."""
     train(options(files, "one", steps=10), console=quiet())
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     subprocess.run(
-        [*command, "lightning_attention.cli", *arguments(files, "two", steps=10, batch_size=1)],
+        [*command, "lightning_attention.cli", *arguments(files, "two", steps=10, batch_size=1, **changes)],
         env=ON_CPU | {"OMP_NUM_THREADS": "1"},
         check=True,
         capture_output=True,
@@ -196,6 +204,7 @@ def test_two_processes_share_every_step(files):
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"sequence_length": 0}, "sequence_length must be at least 2, got 0"),
+        ({"segment_length": 0}, "segment_length must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"warmup": 2.0}, "warmup must be between 0 and 1"),
         ({"held_out": 1.5}, "held_out_fraction must be between 0 and 1"),

@@ -28,6 +28,10 @@ def train(
     ] = "text",
     tokenizer: Annotated[str, Option(help="'bytes', or the path of a tokenizer.json.", rich_help_panel=DATA)] = "bytes",
     sequence_length: Annotated[int, Option(help="Tokens in a row.", rich_help_panel=DATA)] = 1024,
+    segment_length: Annotated[
+        int | None,
+        Option(help="Tokens of a row in memory at a time; gradients stay exact. By default all.", rich_help_panel=RUN),
+    ] = None,
     held_out: Annotated[float, Option(help="Part of the tokens kept for evaluation.", rich_help_panel=DATA)] = 0.05,
     eval_tokens: Annotated[int, Option(help="Held-out tokens to evaluate on, at most.", rich_help_panel=DATA)] = 1
     << 18,

@@ -162,7 +162,8 @@ class LightningModel(LightningPreTrainedModel):
         size = x.shape[1]
         if layout.cu_seqlens is None and size > PIECE and not torch.is_grad_enabled() and states is None:
             size, carried = PIECE, LightningCache(self.config.num_hidden_layers) if cache is None else cache
-        before = None if states is None else [layout.before_sequences(state) for state in states]
+        # A single token without gradients updates its state in place, which must not be the caller's.
+        before = None if states is None else [layout.before_sequences(state).clone() for state in states]
         pieces, after = [], []
         for piece, positions in zip(x.split(size, dim=1), layout.positions.split(size, dim=1), strict=True):
             if carried is not None:

@@ -6,6 +6,7 @@ require("train", "transformers", "safetensors", "accelerate", "tokenizers", "mat
 
 from .corpus import Corpus, PackedDataset  # noqa: E402
 from .evaluation import Evaluation, evaluate  # noqa: E402
+from .segments import segmented_loss  # noqa: E402
 from .tokenizer import byte_tokenizer, load_tokenizer  # noqa: E402
 from .train import TrainingOptions, train  # noqa: E402
 
@@ -17,5 +18,6 @@ __all__ = [
     "byte_tokenizer",
     "evaluate",
     "load_tokenizer",
+    "segmented_loss",
     "train",
 ]

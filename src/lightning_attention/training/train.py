@@ -5,11 +5,12 @@ import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, set_seed
 
 from ..models import LightningConfig, LightningForCausalLM
@@ -18,6 +19,7 @@ from .checkpoint import CheckpointingTrainer
 from .corpus import Corpus, PackedDataset
 from .documents import Sources, standard_library
 from .metrics import MetricsCallback, plot_loss
+from .segments import segmented_loss
 from .tokenizer import load_tokenizer
 
 
@@ -34,6 +36,7 @@ class TrainingOptions:
         config: a JSON file of `LightningConfig` options, instead of a size.
         decay_preset: see `decay.log_decay`; None is that of the configuration.
         sequence_length: tokens in a row.
+        segment_length: tokens of a row that are in memory at a time, see `segmented_loss`; None is all.
         batch_size: rows a process takes at a time.
         accumulate: batches added up in one step.
         steps: optimizer steps.
@@ -59,6 +62,7 @@ class TrainingOptions:
     config: Path | None = None
     decay_preset: str | None = None
     sequence_length: int = 1024
+    segment_length: int | None = None
     batch_size: int = 8
     accumulate: int = 1
     steps: int = 1000
@@ -81,6 +85,8 @@ class TrainingOptions:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length must be at least 2, got {self.sequence_length}")
+        if self.segment_length is not None and self.segment_length < 1:
+            raise ValueError(f"segment_length must be at least 1, got {self.segment_length}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if not 0 <= self.warmup <= 1:
@@ -164,7 +170,8 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
     metrics = options.output / "metrics.jsonl"
     set_seed(options.seed)
     model = LightningForCausalLM(config)
-    trainer = CheckpointingTrainer(
+    trainer = _Trainer(
+        options.segment_length,
         model=model,
         args=arguments,
         train_dataset=rows,
@@ -186,6 +193,24 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
         plot_loss(metrics, picture, {"token frequencies": held_out.loss_of(corpus.unigram())})
     console.print(f"checkpoint  {checkpoint}\nmetrics     {metrics}\nloss plot   {picture}")
     return checkpoint
+
+
+class _Trainer(CheckpointingTrainer):
+    """One that reads rows by segments, in training and evaluation, where a length is given."""
+
+    def __init__(self, segment_length: int | None, **options: Any):
+        super().__init__(**options)
+        self.segment_length = segment_length
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if (length := self.segment_length) is None:
+            return super().compute_loss(model, *args, **kwargs)
+
+        def by_segments(attention_mask: Tensor, **inputs: Any) -> dict[str, Tensor]:
+            """The mask is of ones, since rows are full."""
+            return {"loss": segmented_loss(model, **inputs, segment_length=length)}
+
+        return super().compute_loss(cast(Any, by_segments), *args, **kwargs)
 
 
 def _file(output: Path) -> Path:

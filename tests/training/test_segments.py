@@ -1,0 +1,275 @@
+"""Training over segments is training on the whole."""
+
+import weakref
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_model import make_config, tokens
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_attention.models import LightningForCausalLM
+from lightning_attention.training import segmented_loss
+
+
+def make_model(dtype: torch.dtype = torch.float64, **options) -> LightningForCausalLM:
+    torch.manual_seed(0)
+    model = LightningForCausalLM(make_config(**options)).to(dtype)
+    model.loss_function = mean_loss  # transformers' own is float32
+    return model
+
+
+def mean_loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **_):
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+    count = (shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return F.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), reduction="sum") / count
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_alike(actual, expected, tolerance):
+    """Relative to each gradient, or to a hundredth of the largest one. `theta` is float32 in every model."""
+    largest = max(gradient.norm() for gradient in expected.values())
+    for name, gradient in expected.items():
+        error = (actual[name] - gradient).norm() / max(gradient.norm(), largest / 100)
+        assert error <= (max(tolerance, 1e-6) if "theta" in name else tolerance), name
+
+
+def restarts(T: int, *starts: int) -> torch.Tensor:
+    """Positions of documents that start at these tokens."""
+    at = torch.arange(T)
+    bounds = torch.tensor([0, *starts])
+    return at - bounds[torch.searchsorted(bounds, at, right=True) - 1]
+
+
+MODEL = make_model()
+SINGLE = make_model(torch.float32)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 2),
+    st.integers(2, 40),
+    st.integers(1, 45),
+    st.lists(st.integers(1, 39), max_size=4),
+    st.booleans(),
+)
+def test_loss_and_gradients_are_those_of_the_whole(B, T, segment_length, starts, some_are_ignored):
+    """Documents start anywhere, at the first token of a segment too, and in every row elsewhere."""
+    input_ids = tokens(B, T)
+    labels = input_ids.masked_fill(torch.rand(B, T) < 0.3, -100) if some_are_ignored else input_ids
+    labels[0, 1] = input_ids[0, 1]  # one at least
+    rows = [restarts(T, *sorted({(x + row) % T for x in starts} - {0})) for row in range(B)]
+    position_ids = torch.stack(rows) if starts else None
+    for model, tolerance in ((MODEL, 1e-10), (SINGLE, 1e-5)):
+        expected = model(input_ids, labels=labels, position_ids=position_ids).loss
+        loss = segmented_loss(model, input_ids, labels, position_ids=position_ids, segment_length=segment_length)
+        torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0)
+        assert_alike(gradients(model, loss), gradients(model, expected), tolerance)
+
+
+def test_gradients_are_added():
+    """Those of two backward passes, and a factor on the loss."""
+    input_ids = tokens(2, 11)
+    expected = gradients(MODEL, 5 * MODEL(input_ids, labels=input_ids).loss)
+    MODEL.zero_grad()
+    for factor in (2, 3):
+        (factor * segmented_loss(MODEL, input_ids, segment_length=4)).backward()
+    assert_alike({name: parameter.grad for name, parameter in MODEL.named_parameters()}, expected, 1e-10)
+
+
+def test_without_gradients_there_is_a_loss_alone():
+    input_ids = tokens(2, 11)
+    with torch.no_grad():
+        loss = segmented_loss(MODEL, input_ids, segment_length=4)
+        torch.testing.assert_close(loss, MODEL(input_ids, labels=input_ids).loss, rtol=1e-12, atol=0)
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("backward_is_within", [True, False], ids=["within", "after"])
+def test_autocast(backward_is_within):
+    """The backward pass reads the segments under the autocast of the call, wherever it is called."""
+    model = make_model(torch.float32)
+    input_ids = tokens(2, 33)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = gradients(model, model(input_ids, labels=input_ids).loss)
+        loss = segmented_loss(model, input_ids, segment_length=8)
+    with torch.autocast("cpu", torch.bfloat16) if backward_is_within else nullcontext():
+        actual = gradients(model, loss)
+    assert_alike(actual, expected, 0.03)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_gradient_checkpointing():
+    model, input_ids = make_model(), tokens(1, 23)
+    expected = gradients(model, model(input_ids, labels=input_ids).loss)
+    model.gradient_checkpointing_enable()
+    assert_alike(gradients(model, segmented_loss(model, input_ids, segment_length=8)), expected, 1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_compile():
+    model, input_ids = make_model(), tokens(2, 24)
+    expected = gradients(model, model(input_ids, labels=input_ids).loss)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_alike(gradients(model, segmented_loss(compiled, input_ids, segment_length=8)), expected, 1e-10)
+
+
+def test_truncated_gradients():
+    """States go on, gradients do not."""
+    input_ids = tokens(1, 20)
+    exact = gradients(MODEL, segmented_loss(MODEL, input_ids, segment_length=5))
+    uncut = segmented_loss(MODEL, input_ids, segment_length=5, truncate_every=4)
+    assert_alike(gradients(MODEL, uncut), exact, 0.0)
+    loss = segmented_loss(MODEL, input_ids, segment_length=5, truncate_every=2)
+    torch.testing.assert_close(loss, MODEL(input_ids, labels=input_ids).loss, rtol=1e-12, atol=0)
+    actual = gradients(MODEL, loss)
+    following = F.pad(input_ids[:, 1:], (0, 1), value=-100)
+    states = [torch.zeros(1, *MODEL.config.layer_state_shape(i), dtype=torch.float64) for i in range(3)]
+    expected = 0
+    for half in (slice(0, 10), slice(10, 20)):
+        outputs = MODEL(
+            input_ids[:, half],
+            position_ids=torch.arange(20)[None, half],
+            labels=following[:, half],
+            shift_labels=following[:, half],
+            num_items_in_batch=19,
+            states=[state.detach() for state in states],
+        )
+        expected, states = expected + outputs.loss, outputs.states
+    assert_alike(actual, gradients(MODEL, expected), 1e-10)
+    assert any((actual[name] - exact[name]).norm() > 1e-3 * exact[name].norm() for name in exact)
+
+
+def test_a_token_far_back():
+    """The only token of its kind, in the first of 40 segments, and a loss on the last token alone."""
+    T = 400
+    model = make_model(decay_preset="paper", tie_word_embeddings=False)  # its first head never forgets
+    input_ids = torch.full((1, T), 7)
+    input_ids[0, 3] = 8
+    labels = torch.full((1, T), -100)
+    labels[0, -1] = 9
+    expected = gradients(model, model(input_ids, labels=labels).loss)["model.embed_tokens.weight"]
+    loss = segmented_loss(model, input_ids, labels, segment_length=10)
+    actual = gradients(model, loss)["model.embed_tokens.weight"]
+    assert expected[8].norm() > 1e-8
+    torch.testing.assert_close(actual[8], expected[8], rtol=1e-8, atol=0)
+    cut = gradients(model, segmented_loss(model, input_ids, labels, segment_length=10, truncate_every=1))
+    assert cut["model.embed_tokens.weight"][8].norm() == 0
+
+
+class Memory(TorchDispatchMode):
+    """The most that lives of what operators make."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage())._cdata not in self.storages:
+                self.storages[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.freed, storage._cdata)
+        return result
+
+    def freed(self, key: int) -> None:
+        self.now -= self.storages.pop(key)
+
+
+def test_memory_is_that_of_one_segment():
+    """From 4 segments to 64, apart from the states between them and the tokens."""
+    model = make_model(torch.float32)
+    state_bytes = sum(4 * np.prod(model.config.layer_state_shape(i)) for i in range(3))
+    beyond = {}
+    for num_segments in (4, 64):
+        input_ids = tokens(1, 128 * num_segments)
+        model.zero_grad()
+        with Memory() as memory:
+            segmented_loss(model, input_ids, segment_length=128).backward()
+        beyond[num_segments] = memory.peak - num_segments * state_bytes - input_ids.nbytes
+    assert beyond[64] <= 1.1 * beyond[4]
+    with Memory() as memory:
+        model(input_ids[:, :1024], labels=input_ids[:, :1024]).loss.backward()
+    assert memory.peak > 3 * beyond[64]
+
+
+def test_tokens_may_lie_in_a_file(tmp_path):
+    """Of any integer dtype, memory-mapped."""
+    input_ids = tokens(1, 50)
+    file = tmp_path / "tokens.bin"
+    file.write_bytes(input_ids.numpy().astype(np.uint16).tobytes())
+    mapped = torch.from_numpy(np.memmap(file, dtype=np.uint16, mode="r+"))[None]
+    expected = gradients(MODEL, MODEL(input_ids, labels=input_ids).loss)
+    assert_alike(gradients(MODEL, segmented_loss(MODEL, mapped, segment_length=16)), expected, 1e-10)
+
+
+class Other(nn.Module):
+    pass
+
+
+REFUSED = [
+    ({"model": Other()}, TypeError, "a LightningForCausalLM, got Other"),
+    ({"input_ids": tokens(7)}, ValueError, r"input_ids must be \[B, T\] with T at least 1, got shape \(7,\)"),
+    ({"input_ids": tokens(2, 0)}, ValueError, r"with T at least 1, got shape \(2, 0\)"),
+    ({"labels": tokens(2, 6)}, ValueError, r"labels must be \[B, T\] = \[2, 7\], got shape \(2, 6\)"),
+    ({"position_ids": tokens(1, 7)}, ValueError, r"position_ids must be \[B, T\] = \[2, 7\], got shape \(1, 7\)"),
+    ({"segment_length": 0}, ValueError, "segment_length must be at least 1, got 0"),
+    ({"truncate_every": 0}, ValueError, "truncate_every must be at least 1, got 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), REFUSED, ids=[message for *_, message in REFUSED])
+def test_what_it_refuses(changes, error, message):
+    arguments = {"model": MODEL, "input_ids": tokens(2, 7), "segment_length": 3} | changes
+    with pytest.raises(error, match=message):
+        segmented_loss(**arguments)
+
+
+def test_states_of_a_model():
+    states = [torch.zeros(1, *MODEL.config.layer_state_shape(i), dtype=torch.float64) for i in range(3)]
+    with pytest.raises(ValueError, match="states go with position_ids"):
+        MODEL(tokens(1, 4), states=states)
+    with pytest.raises(ValueError, match="states must be one for each of 3 layers, got 2"):
+        MODEL(tokens(1, 4), position_ids=torch.arange(4)[None], states=states[:2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload_states", [False, True], ids=["device", "host"])
+def test_on_a_gpu(offload_states):
+    """In bfloat16 autocast; tokens stay on the host."""
+    model = make_model(torch.float32, hidden_size=96, num_attention_heads=3, initializer_range=0.02).cuda()
+    input_ids = tokens(2, 3000)
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = gradients(model, model(input_ids.cuda(), labels=input_ids.cuda()).loss)
+        loss = segmented_loss(model, input_ids, segment_length=700, offload_states=offload_states)
+    assert_alike(gradients(model, loss), expected, 0.03)
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu():
+    model = make_model(torch.float32, hidden_size=96, num_attention_heads=3).cuda()
+    peaks = {}
+    for num_segments in (4, 64):
+        input_ids = tokens(1, 4096 * num_segments)
+        segmented_loss(model, input_ids, segment_length=4096).backward()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        segmented_loss(model, input_ids, segment_length=4096).backward()
+        peaks[num_segments] = torch.cuda.max_memory_allocated() - before
+    state_bytes = sum(4 * np.prod(model.config.layer_state_shape(i)) for i in range(3))
+    assert peaks[64] - 64 * state_bytes <= 1.1 * (peaks[4] - 4 * state_bytes)
