@@ -72,7 +72,7 @@ def lightning_attention(
 
     Source: Lightning Attention-2 (arXiv 2401.04658), algorithms 1 and 2.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     problem = Problem.of_attention(q, k, v, log_decay, initial_state, cu_seqlens)
     backend = library.choose_backend(backend, problem)
     o, final_state = library.attention(
@@ -118,7 +118,7 @@ def lightning_attention_step(
     Source: Lightning Attention-2 (arXiv 2401.04658), equation 4.
     """
     _refuse_gradients("lightning_attention_step", q, k, v, state)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     inputs = q, k, v, log_decay, state, state_indices
     look = library.look(backend, *inputs)
     if look and (step := library.prepared_step(look)) and (o := step(*inputs, scale)) is not None:
@@ -175,7 +175,7 @@ def lightning_attention_verify(
         ValueError, TypeError, NotImplementedError: as `lightning_attention_step`.
     """
     _refuse_gradients("lightning_attention_verify", q, k, v, state)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     problem = Problem.of_drafts(q, k, v, log_decay, state, state_indices, parents, None)
     backend = library.choose_backend(backend, problem)
     return library.verify(q, k, v, log_decay, state, parents, state_indices, float(scale), backend)
@@ -212,7 +212,7 @@ def lightning_attention_commit(
         ValueError, TypeError, NotImplementedError: as `lightning_attention_step`.
     """
     _refuse_gradients("lightning_attention_commit", k, v, state)
-    k, v = _autocast(k, v)
+    k, v = autocast(k, v)
     problem = Problem.of_drafts(k, k, v, log_decay, state, state_indices, parents, last)
     backend = library.choose_backend(backend, problem)
     library.commit(k, v, log_decay, state, last, parents, state_indices, backend)
@@ -245,7 +245,7 @@ def lightning_attention_prefill(
         ValueError, TypeError, NotImplementedError: as `lightning_attention_step`.
     """
     _refuse_gradients("lightning_attention_prefill", q, k, v, initial_state)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     problem = Problem.of_prefill(q, k, v, log_decay, initial_state, cu_seqlens, state_positions)
     if not isinstance(state_positions, Tensor):
         state_positions = torch.tensor(list(state_positions), dtype=torch.int64, device=q.device)
@@ -259,7 +259,7 @@ def _refuse_gradients(name: str, *inputs: Tensor | None) -> None:
         raise ValueError(f"{name} keeps no gradient: call it under torch.no_grad()")
 
 
-def _autocast(*inputs: Tensor) -> list[Tensor]:
+def autocast(*inputs: Tensor) -> list[Tensor]:
     """As for PyTorch's own matrix products: what is on the device being autocast is cast, float64 is not."""
     device = inputs[0].device.type
     if not library.is_autocast_enabled(device):

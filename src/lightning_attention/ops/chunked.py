@@ -118,7 +118,7 @@ def verify(
     rows, _, states = _taken(state, state_indices, state_dtype(q.dtype))
     path = _paths(k, parents)[rows]
     depth = path.sum(dim=2)[:, None]  # [B, 1, T]
-    rates = _rates(q, log_decay)[:, None]
+    rates = rates_of(q, log_decay)[:, None]
     between = torch.exp(rates[..., None] * (depth[..., None] - depth[:, :, None]).clamp_min(0)) * path[:, None]
     qs, ks, vs = (x[rows].transpose(1, 2).to(states.dtype) for x in (q, k, v))
     read = torch.exp(rates * depth)[..., None]
@@ -205,7 +205,7 @@ def _scan_(
     return o
 
 
-def _rates(q: Tensor, log_decay: Tensor | None) -> Tensor:
+def rates_of(q: Tensor, log_decay: Tensor | None) -> Tensor:
     """log λ `[H]`; finite, since -inf, which is λ = 0, times 0 would be NaN."""
     dtype = state_dtype(q.dtype)
     rates = q.new_zeros(q.shape[2], dtype=dtype) if log_decay is None else log_decay.to(dtype)
@@ -294,7 +294,7 @@ class _Decay:
     """Multiplies by powers of λ. One table of λ^0 .. λ^C serves all, so no exponent is ever above 0."""
 
     def __init__(self, q: Tensor, log_decay: Tensor | None):
-        rates = _rates(q, log_decay)
+        rates = rates_of(q, log_decay)
         position = torch.arange(min(CHUNK_SIZE, q.shape[1]) + 1, device=q.device)
         self.powers = torch.exp(rates[:, None] * position)
         self.inside = self.powers[:, (position[:-1, None] - position[:-1]).clamp_min(0)].tril()

@@ -1,4 +1,4 @@
-"""The operators as PyTorch sees them: schemas, fake kernels and the only autograd of the package.
+"""The operators as PyTorch sees them: schemas, fake kernels and autograd.
 
 A backend is a module with `unsupported_reasons`, `forward`, `prefill`, `backward`, `step`, `verify` and `commit`; its
 name travels as an argument, so a new backend adds a module and a line here, and no operator.

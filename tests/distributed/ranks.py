@@ -1,0 +1,227 @@
+"""Processes that stay, so that a test of several ranks costs milliseconds; and what they do."""
+
+import io
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import timedelta
+from itertools import accumulate
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from oracle import Case, Inputs, make_inputs, run
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lightning_attention import distributed
+from lightning_attention.distributed import exchange, states
+from lightning_attention.ops import chunked
+
+WORLD_SIZE = 4
+TIMEOUT_SECONDS = 60
+
+
+class Ranks:
+    """`ranks(job, *arguments)` runs `job(group, *arguments)` on the world ranks `members`, whose results it returns.
+
+    The group has its ranks in the order of `members`.
+    """
+
+    def __init__(self, folder: str):
+        context = mp.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for rank in range(WORLD_SIZE):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, f"file://{folder}/store", there), daemon=True)
+            process.start()
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def __call__(self, job: Callable, *arguments: Any, members: Sequence[int] = range(WORLD_SIZE)) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((job, arguments, tuple(members)))
+        results = []
+        for rank, pipe in enumerate(self.pipes):
+            assert pipe.poll(TIMEOUT_SECONDS), f"rank {rank} does not answer"
+            results.append(torch.load(io.BytesIO(pipe.recv()), weights_only=False))
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return [results[rank] for rank in members]
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(10)
+            process.kill()
+
+
+def _serve(rank: int, store: str, pipe: Any) -> None:
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    timeout = timedelta(seconds=TIMEOUT_SECONDS / 2)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE, timeout=timeout)
+    groups = {tuple(range(WORLD_SIZE)): None}
+    while (message := pipe.recv()) is not None:
+        job, arguments, members = message
+        if members not in groups:
+            order = {} if list(members) == sorted(members) else {"sort_ranks": False}
+            groups[members] = dist.new_group(list(members), **order)
+        try:
+            result = job(groups[members], *arguments) if rank in members else None
+        except Exception as error:
+            result = error
+        buffer = io.BytesIO()
+        torch.save(result, buffer)
+        pipe.send(buffer.getvalue())
+    dist.destroy_process_group()
+
+
+def held_by(group: Any, inputs: Inputs, lengths: Sequence[int]) -> Inputs:
+    """The inputs with only this rank's tokens."""
+    rank = dist.get_rank(group)
+    stop = list(accumulate(lengths))[rank]
+    here = slice(stop - lengths[rank], stop)
+    return replace(inputs, **{name: getattr(inputs, name)[:, here] for name in ("q", "k", "v", "do")})
+
+
+def attention(group: Any, **given: Any) -> Callable:
+    """The operator with its final state, as `oracle.run` calls it."""
+
+    def call(q, k, v, log_decay, **options):
+        return distributed.lightning_attention(
+            q, k, v, log_decay, group=group, output_final_state=True, **options, **given
+        )
+
+    return call
+
+
+def without(attention: Callable, names: Sequence[str]) -> Callable:
+    """With some inputs or outputs that no gradient goes through."""
+
+    def call(q, k, v, log_decay, **options):
+        given = {"q": q, "k": k, "v": v} | options
+        given |= {name: given[name].detach() for name in names if name in given}
+        outputs = dict(zip(("o", "final_state"), attention(**given, log_decay=log_decay), strict=True))
+        outputs |= {name: outputs[name].detach() for name in names if name in outputs}
+        return outputs["o"], outputs["final_state"]
+
+    return call
+
+
+def results(
+    group: Any,
+    case: Case,
+    dtype: torch.dtype,
+    lengths: Sequence[int],
+    given: dict,
+    detached: Sequence[str] = (),
+    chunk_size: int = states.CHUNK_SIZE,
+) -> dict[str, Tensor]:
+    """Outputs and gradients of this rank."""
+    with patch.object(states, "CHUNK_SIZE", chunk_size):
+        return run(without(attention(group, **given), detached), held_by(group, make_inputs(case, dtype), lengths))
+
+
+def gradients(group: Any, case: Case, lengths: Sequence[int], given: dict) -> dict[str, Tensor | None]:
+    """What `backward` leaves on this rank."""
+    inputs = held_by(group, make_inputs(case), lengths)
+    leaves = {name: getattr(inputs, name).requires_grad_() for name in ("q", "k", "v", "initial_state")}
+    inputs = replace(inputs, **leaves)
+    o, final_state = attention(group, **given)(inputs.q, inputs.k, inputs.v, inputs.log_decay, **inputs.options())
+    torch.autograd.backward([o, final_state], [inputs.do, inputs.d_final_state])
+    return {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def results_checkpointed(group: Any, case: Case, lengths: Sequence[int], given: dict) -> dict[str, Tensor]:
+    """Of a call that the backward pass repeats."""
+
+    def call(*arguments, **options):
+        return checkpoint(attention(group, **given), *arguments, use_reentrant=False, **options)
+
+    return run(call, held_by(group, make_inputs(case), lengths))
+
+
+def output_under_autocast(group: Any, case: Case, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """And that of bfloat16 inputs."""
+    inputs = held_by(group, make_inputs(case, torch.float32), lengths)
+    call = attention(group)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = call(inputs.q, inputs.k, inputs.v, inputs.log_decay, **inputs.options())
+    inputs = inputs.to(torch.bfloat16)
+    plain = call(inputs.q, inputs.k, inputs.v, inputs.log_decay, **inputs.options())
+    return torch.cat([x.flatten() for x in under]), torch.cat([x.flatten() for x in plain])
+
+
+def bytes_sent(group: Any, case: Case, dtype: torch.dtype, lengths: Sequence[int], strategy: str) -> tuple[int, int]:
+    """In the forward pass, and in the backward pass."""
+    sent = 0
+    gather, send = dist.all_gather, dist.isend
+
+    def counted_gather(outputs, x, **options):
+        nonlocal sent
+        sent += (len(outputs) - 1) * x.nbytes
+        return gather(outputs, x, **options)
+
+    def counted_send(x, **options):
+        nonlocal sent
+        sent += x.nbytes
+        return send(x, **options)
+
+    inputs = held_by(group, make_inputs(case, dtype), lengths)
+    call = attention(group, lengths=lengths, strategy=strategy)
+    with patch.object(dist, "all_gather", counted_gather), patch.object(dist, "isend", counted_send):
+        o, _ = call(inputs.q, inputs.k.requires_grad_(), inputs.v, inputs.log_decay, **inputs.options())
+        forward, sent = sent, 0
+        o.backward(inputs.do)
+    return forward, sent
+
+
+def events(group: Any, case: Case, lengths: Sequence[int], strategy: str) -> list[str]:
+    """What happens in two layers, forward and backward, in order."""
+    happened = []
+
+    def noted(name: str, function: Callable) -> Callable:
+        def call(*arguments):
+            happened.append(name)
+            return function(*arguments)
+
+        return call
+
+    def launched(*arguments):
+        return noted("wait", noted("launch", launch)(*arguments))
+
+    def layers(q, k, v, log_decay, **options):
+        layer = attention(group, strategy=strategy, backend="chunked")
+        return layer(q, k, layer(q, k, v, log_decay, **options)[0], log_decay, **options)
+
+    launch = exchange.STRATEGIES[strategy]
+    with ExitStack() as patches:
+        patches.enter_context(patch.dict(exchange.STRATEGIES, {strategy: launched}))
+        for name in ("forward", "backward"):
+            patches.enter_context(patch.object(chunked, name, noted(name, getattr(chunked, name))))
+        run(layers, held_by(group, make_inputs(case), lengths))
+    return happened
+
+
+def complaint(group: Any, change: dict, of_rank: int | None, arguments: dict) -> str:
+    """The error of a call that is good but for a change, on one rank or on all."""
+    if of_rank in (None, dist.get_rank(group)):
+        arguments = arguments | change
+    try:
+        distributed.lightning_attention(**arguments, group=group)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def complaint_of_outsiders(_: Any, arguments: dict) -> str:
+    group = dist.new_group([0, 1])
+    return complaint(group, {}, None, arguments) if dist.get_rank() > 1 else "none"

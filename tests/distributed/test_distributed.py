@@ -1,0 +1,255 @@
+"""Several processes, each with its tokens, against one with all of them."""
+
+import inspect
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import ranks as jobs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import Case, assert_accurate, definition, error, make_inputs, run
+from torch import Tensor
+
+from lightning_attention import distributed
+from lightning_attention.ops.chunked import CHUNK_SIZE
+from lightning_attention.ops.problem import DTYPES
+
+C = CHUNK_SIZE
+STRATEGIES = ("all-gather", "ring")
+EVERYONE = range(jobs.WORLD_SIZE)
+
+CASES = [
+    (Case(T=40), (10, 10, 10, 10)),
+    (Case(), (3, 0, 30, 4)),
+    (Case(), (0, 37, 0, 0)),
+    (Case(), (0, 0, 0, 37)),
+    (Case(T=0), (0, 0, 0, 0)),
+    (Case(state=False, V=5), (20, 1, 1, 15)),
+    (Case(K=5, V=1, H=1, B=1), (9, 9, 9, 10)),
+    (Case(slope=None, scale=0.3), (9, 9, 9, 10)),
+    (Case(slope=100.0), (9, 9, 9, 10)),
+    (Case(slope=float("inf")), (9, 0, 18, 10)),
+    (Case(slope=1e-3, T=3 * C, K=4, V=4), (C, 5, C + 20, C - 25)),
+    (Case(K=3, V=0), (9, 9, 9, 10)),
+    (Case(lengths=(37,)), (10, 10, 10, 7)),
+    (Case(lengths=(10, 10, 10, 7)), (10, 10, 10, 7)),
+    (Case(lengths=(0, 0, 12, 0, 20, 0, 5, 0)), (12, 0, 20, 5)),
+    (Case(lengths=(3, 4, 25, 2, 3), state=False), (5, 6, 6, 20)),
+    (Case(lengths=(1, 30, 6), slope=50.0), (0, 10, 10, 17)),
+    (Case(lengths=(20, 17), slope=None), (30, 0, 0, 7)),
+    (Case(lengths=(20, 17), slope=float("inf")), (5, 5, 15, 12)),
+    (Case(lengths=(0, 0)), (0, 0, 0, 0)),
+]
+
+
+def joined(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tokens of the ranks side by side; states, which are zero but on one rank, added."""
+    tokens = {name: torch.cat([result[name] for result in results], dim=1) for name in ("o", "dq", "dk", "dv")}
+    states = (name for name in ("final_state", "dinitial_state") if name in results[0])
+    return tokens | {name: torch.stack([result[name] for result in results]).sum(0) for name in states}
+
+
+def assert_exact(results: list[dict[str, Tensor]], exact: dict[str, Tensor]) -> None:
+    actual = joined(results)
+    for name, value in exact.items():
+        assert actual[name].shape == value.shape, name
+        assert error(actual[name], value) < 1e-12, name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("case", "lengths"), CASES, ids=str)
+def test_ranks_are_one_process(ranks, case, lengths, strategy):
+    results = ranks(jobs.results, case, torch.float64, lengths, {"strategy": strategy})
+    assert_exact(results, run(definition, make_inputs(case)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("case", "lengths"), [(Case(T=2 * C), (C, 0, C - 7, 7)), (Case(lengths=(3, 50, 1)), (20, 20, 12, 2))], ids=str
+)
+def test_dtypes_are_as_accurate_as_plain_pytorch(ranks, case, lengths, strategy, dtype):
+    actual = joined(ranks(jobs.results, case, dtype, lengths, {"strategy": strategy}))
+    assert actual["o"].dtype == dtype
+    assert_accurate(actual, make_inputs(case, dtype))
+
+
+@st.composite
+def layouts(draw) -> tuple[Case, list[int]]:
+    lengths = draw(st.lists(st.integers(0, 12), min_size=4, max_size=4))
+    total = sum(lengths)
+    bounds = [0, *sorted(draw(st.lists(st.integers(0, total), max_size=5))), total]
+    documents = tuple(end - begin for begin, end in pairwise(bounds))
+    slope = draw(st.sampled_from([None, 0.1, 3.0, 200.0]))
+    return Case(lengths=documents, K=3, V=4, H=2, slope=slope, state=draw(st.booleans())), lengths
+
+
+@settings(max_examples=60, deadline=None)
+@given(layout=layouts(), strategy=st.sampled_from(STRATEGIES))
+def test_documents_may_lie_anywhere(ranks, layout, strategy):
+    case, lengths = layout
+    results = ranks(jobs.results, case, torch.float64, lengths, {"strategy": strategy})
+    assert_exact(results, run(definition, make_inputs(case)))
+
+
+CAN_REORDER = "sort_ranks" in inspect.signature(dist.new_group).parameters
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("members", "lengths"),
+    [
+        ((2,), (37,)),
+        ((0, 1), (20, 17)),
+        ((1, 3), (20, 17)),
+        ((0, 2, 3), (20, 0, 17)),
+        pytest.param((3, 1), (20, 17), marks=pytest.mark.skipif(not CAN_REORDER, reason="groups are sorted")),
+    ],
+    ids=str,
+)
+def test_groups_have_an_order_of_their_own(ranks, members, lengths, strategy):
+    case = Case()
+    results = ranks(jobs.results, case, torch.float64, lengths, {"strategy": strategy}, members=members)
+    assert_exact(results, run(definition, make_inputs(case)))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "detached",
+    [("o",), ("final_state",), ("q",), ("k", "v"), ("q", "k", "v"), ("k", "v", "initial_state"), ("initial_state",)],
+    ids="-".join,
+)
+@pytest.mark.parametrize(
+    ("case", "lengths"), [(Case(), (9, 9, 0, 19)), (Case(lengths=(9, 20, 0, 8)), (9, 9, 9, 10))], ids=str
+)
+def test_gradients_may_be_needed_in_part(ranks, case, lengths, detached, strategy):
+    """Every rank takes part in what the others need, also where its own part is nothing."""
+    results = ranks(jobs.results, case, torch.float64, lengths, {"strategy": strategy}, detached)
+    assert_exact(results, run(jobs.without(definition, detached), make_inputs(case)))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_long_slices_are_read_in_chunks(ranks, strategy):
+    case, lengths = Case(), (10, 11, 12, 4)
+    results = ranks(jobs.results, case, torch.float64, lengths, {"strategy": strategy}, (), 5)
+    assert_exact(results, run(definition, make_inputs(case)))
+
+
+PACKED = Case(lengths=(0, 12, 0, 20, 5))
+PACKED_RANKS = (5, 10, 0, 22)
+
+
+@pytest.mark.parametrize(
+    ("case", "lengths", "begin", "end"),
+    [
+        (Case(), (0, 18, 19, 0), [0, 0], [3, 3]),
+        (PACKED, PACKED_RANKS, [0, 0, 1, 1, 3], [0, 1, 1, 3, 3]),
+    ],
+    ids=["batch", "packed"],
+)
+def test_states_are_where_sequences_begin_and_end(ranks, case, lengths, begin, end):
+    results = ranks(jobs.results, case, torch.float64, lengths, {})
+    left = ranks(jobs.gradients, case, lengths, {})
+    for rank in EVERYONE:
+        assert results[rank]["final_state"].flatten(1).any(dim=1).tolist() == [owner == rank for owner in end]
+        assert left[rank]["initial_state"].flatten(1).any(dim=1).tolist() == [owner == rank for owner in begin]
+        assert left[rank]["k"].shape[1] == lengths[rank]
+
+
+@pytest.mark.parametrize("given", [{"strategy": "ring"}, {"lengths": PACKED_RANKS}, {"backend": "reference"}], ids=str)
+def test_options_change_nothing(ranks, given):
+    default = joined(ranks(jobs.results, PACKED, torch.float64, PACKED_RANKS, {}))
+    assert_exact(ranks(jobs.results, PACKED, torch.float64, PACKED_RANKS, given), default)
+
+
+def test_calls_may_be_checkpointed(ranks):
+    results = ranks(jobs.results_checkpointed, Case(), (9, 9, 9, 10), {})
+    assert_exact(results, run(definition, make_inputs(Case())))
+
+
+def test_autocast_casts_once(ranks):
+    for under, plain in ranks(jobs.output_under_autocast, Case(), (9, 9, 9, 10)):
+        assert torch.equal(under, plain)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_same_call_gives_the_same_bits(ranks, strategy):
+    job = jobs.results, Case(T=200, B=3), torch.float32, (60, 50, 50, 40), {"strategy": strategy}
+    for first, second in zip(ranks(*job), ranks(*job), strict=True):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def state_bytes(case: Case, dtype: torch.dtype) -> int:
+    batch = case.B if case.lengths is None else 1
+    return batch * case.H * case.K * case.V * (8 if dtype == torch.float64 else 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 50])
+def test_only_states_are_sent(ranks, tokens, dtype):
+    case, lengths = Case(T=4 * tokens), [tokens] * 4
+    S = state_bytes(case, dtype)
+    assert ranks(jobs.bytes_sent, case, dtype, lengths, "all-gather") == [(3 * S, 3 * S)] * 4
+    assert ranks(jobs.bytes_sent, case, dtype, lengths, "ring") == [(S, 0), (S, S), (S, S), (0, S)]
+
+
+def test_a_ring_sends_where_documents_cross(ranks):
+    case = Case(lengths=(10, 20, 10))
+    S = state_bytes(case, torch.float64)
+    sent = ranks(jobs.bytes_sent, case, torch.float64, (10, 10, 10, 10), "ring")
+    assert sent == [(0, 0), (S, 0), (0, S), (0, 0)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_both_directions_overlap_the_local_work(ranks, strategy):
+    layer = ["launch", "forward", "wait"]
+    layer_backward = ["launch", "backward", "wait"]
+    for happened in ranks(jobs.events, Case(), (9, 9, 9, 10), strategy):
+        assert happened == layer * 2 + layer_backward * 2
+
+
+def good(tokens: int = 3) -> dict:
+    q, k, v = (torch.randn(1, tokens, 2, 4) for _ in range(3))
+    return {"q": q, "k": k, "v": v, "log_decay": torch.tensor([-0.5, -1.0])}
+
+
+def bad(name: str, value: object, message: str, rank: int | None = None):
+    where = "all" if rank is None else f"rank{rank}"
+    return pytest.param({name: value} if name else value, rank, message, id=f"{name or 'shape'}-{where}")
+
+
+@pytest.mark.parametrize(
+    ("change", "rank", "message"),
+    [
+        bad("strategy", "tree", "ValueError: strategy must be one of 'all-gather', 'ring', got 'tree'"),
+        bad("backend", "fast", "ValueError: backend must be 'auto' or one of"),
+        bad("log_decay", torch.tensor([-0.5, 0.1]), "ValueError: log_decay must be <= 0"),
+        bad("cu_seqlens", torch.tensor([0, 3]), "ValueError: cu_seqlens must run from 0 to T = 12, got 0 to 3"),
+        bad("cu_seqlens", torch.tensor([0, 7, 5, 12]), "ValueError: cu_seqlens must not decrease"),
+        bad("cu_seqlens", torch.tensor([0.0, 12.0]), "TypeError: cu_seqlens must be int32 or int64"),
+        bad("lengths", [3, 3, 3], "ValueError: lengths must be the numbers of tokens of 4 ranks, 3 of rank "),
+        bad("lengths", [4, 4, 4, 4], "ValueError: lengths must be the numbers of tokens of 4 ranks, 3 of rank "),
+        bad("strategy", "ring", "ValueError: strategy must be the same on every rank of the group, got", rank=1),
+        bad("initial_state", torch.zeros(1, 2, 4, 4), "ValueError: initial_state given must be the same", rank=2),
+        bad("cu_seqlens", torch.tensor([0, 12]), "ValueError: cu_seqlens given must be the same", rank=3),
+        bad("v", torch.randn(1, 3, 2, 5), "ValueError: V must be the same on every rank of the group, got [", rank=0),
+        bad("", {n: x.bfloat16() for n, x in good().items() if n in "qkv"}, "ValueError: dtype must be the", rank=0),
+        bad("k", torch.randn(1, 3, 2, 4, requires_grad=True), "ValueError: a gradient for k, v or", rank=1),
+    ],
+)
+def test_every_rank_gets_the_error(ranks, change, rank, message):
+    for complaint in ranks(jobs.complaint, change, rank, good()):
+        assert complaint.startswith(message)
+
+
+def test_a_process_outside_the_group_is_told(ranks):
+    message = "ValueError: group must contain this process, got one without rank"
+    outsiders = ranks(jobs.complaint_of_outsiders, good())[2:]
+    assert outsiders == [f"{message} 2", f"{message} 3"]
+
+
+def test_there_has_to_be_a_group():
+    with pytest.raises(ValueError, match=r"call torch\.distributed\.init_process_group first"):
+        distributed.lightning_attention(**good())
