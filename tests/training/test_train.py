@@ -184,19 +184,36 @@ def test_a_full_disk_is_one_line(files):
     assert checkpoints(files / "run") == []
 
 
-@pytest.mark.parametrize("changes", [{}, {"segment_length": 17}], ids=["whole", "segments"])
-def test_two_processes_share_every_step(files, changes):
-    """torchrun with two processes of one row takes the steps of one process with two rows."""
-    train(options(files, "one", steps=10), console=quiet())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+def torchrun(processes: int, *command: str) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     subprocess.run(
-        [*command, "lightning_attention.cli", *arguments(files, "two", steps=10, batch_size=1, **changes)],
+        [*launch, "lightning_attention.cli", *command],
         env=ON_CPU | {"OMP_NUM_THREADS": "1"},
         check=True,
         capture_output=True,
     )
-    assert losses(files / "two") == pytest.approx(losses(files / "one"), rel=1e-3)
-    load(files / "two")
+
+
+@pytest.mark.parametrize(
+    ("processes", "changes"),
+    [
+        (2, {"batch_size": 1}),
+        (2, {"batch_size": 1, "segment_length": 17}),
+        (2, {"sequence_parallel": 2}),
+        (4, {"sequence_parallel": 2, "batch_size": 1}),
+        (4, {"sequence_parallel": 4, "batch_size": 1, "accumulate": 2}),
+    ],
+    ids=["rows", "segments", "tokens", "both", "four"],
+)
+def test_processes_share_every_step(files, processes, changes):
+    """torchrun with several processes takes the steps of one process with two rows."""
+    train(options(files, "one", steps=10), console=quiet())
+    torchrun(processes, *arguments(files, "several", steps=10, **changes))
+    assert losses(files / "several") == pytest.approx(losses(files / "one"), rel=1e-3)
+    records = [read_metrics(files / name / "metrics.jsonl")[-1] for name in ("several", "one")]
+    assert records[0]["eval_loss"] == pytest.approx(records[1]["eval_loss"], rel=1e-3)
+    assert records[0]["tokens"] == records[1]["tokens"]
+    load(files / "several")
 
 
 @pytest.mark.parametrize(
@@ -204,6 +221,11 @@ def test_two_processes_share_every_step(files, changes):
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"sequence_length": 0}, "sequence_length must be at least 2, got 0"),
+        (
+            {"sequence_parallel": 2},
+            "sequence_parallel must divide the number of processes, which torchrun sets: 1, got 2",
+        ),
+        ({"sequence_parallel": 2, "segment_length": 8}, "do not go together yet"),
         ({"segment_length": 0}, "segment_length must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"warmup": 2.0}, "warmup must be between 0 and 1"),

@@ -44,6 +44,10 @@ def train(
     ] = None,
     steps: Annotated[int, Option(help="Optimizer steps.", rich_help_panel=RUN)] = 1000,
     batch_size: Annotated[int, Option(help="Rows a process takes at a time.", rich_help_panel=RUN)] = 8,
+    sequence_parallel: Annotated[
+        int,
+        Option(help="Processes, of those that torchrun starts, that share the tokens of a row.", rich_help_panel=RUN),
+    ] = 1,
     accumulate: Annotated[int, Option(help="Batches added up in a step.", rich_help_panel=RUN)] = 1,
     learning_rate: Annotated[float, Option(help="Highest learning rate.", rich_help_panel=RUN)] = 2e-3,
     warmup: Annotated[float, Option(help="Part of the steps over which it rises.", rich_help_panel=RUN)] = 0.05,

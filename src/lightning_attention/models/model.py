@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from ..distributed.parallel import SequenceParallel
 from ..nn import LRPE, GatedLightningAttention, SimpleGLU, SimpleRMSNorm
 from ..nn.attention import Decay, Slots
 from ..ops.problem import state_dtype
@@ -100,7 +101,15 @@ class LightningModel(LightningPreTrainedModel):
         self.layers = nn.ModuleList([LightningDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = SimpleRMSNorm(config.norm_eps)
         self.gradient_checkpointing = False
+        self.sequence_parallel: SequenceParallel | None = None
         self.post_init()
+
+    def set_sequence_parallel(self, sequence_parallel: SequenceParallel | None) -> None:
+        """From now on inputs are this rank's slice of a row, with `position_ids`, and `cu_seqlens` of the whole row."""
+        self.sequence_parallel = sequence_parallel
+        for module in self.modules():
+            if isinstance(module, GatedLightningAttention):
+                module.sequence_parallel = sequence_parallel
 
     @can_return_tuple
     def forward(
@@ -147,7 +156,16 @@ class LightningModel(LightningPreTrainedModel):
         mask = _local_mask(attention_mask, batch_size, length)
         if states is not None:
             self._check_states(states, position_ids, mask, past_key_values, cu_seqlens)
-        layout = _lay_out(x, mask, position_ids, past_key_values, cu_seqlens)
+        if self.sequence_parallel is None:
+            layout = _lay_out(x, mask, position_ids, past_key_values, cu_seqlens)
+        else:
+            left_out = mask is states is past_key_values is None
+            if batch_size != 1 or position_ids is None or cu_seqlens is None or not left_out:
+                raise ValueError(
+                    "sequence parallelism takes a slice of one row (B = 1) with position_ids and the cu_seqlens of the "
+                    "whole row, and no padding, states or cache"
+                )
+            layout = Layout((1, length), position_ids, cu_seqlens.cpu())
 
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training

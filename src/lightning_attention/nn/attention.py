@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..distributed.parallel import SequenceParallel
 from ..ops.api import lightning_attention, lightning_attention_prefill, lightning_attention_step
 from ..ops.problem import state_dtype
 from .float32 import Float32Module
@@ -70,6 +71,7 @@ class GatedLightningAttention(nn.Module):
         self.norm = SimpleRMSNorm(eps)
         self.decay = Decay(log_decay)
         self.lrpe = LRPE(num_heads, self.head_dim) if lrpe else None
+        self.sequence_parallel: SequenceParallel | None = None
 
     def forward(
         self,
@@ -83,7 +85,8 @@ class GatedLightningAttention(nn.Module):
         Args:
             x: `[B, T, W]`.
             positions: `[B, T]` or `[1, T]` integers, read by LRPE-d alone.
-            cu_seqlens: `[N + 1]`, packed sequences in one row, see `lightning_attention`.
+            cu_seqlens: `[N + 1]`, packed sequences in one row, see `lightning_attention`. Where `sequence_parallel` is
+                set these are the sequences of all its ranks, and x the slice of this one.
             state: `[N, H, K, V]` float32, the state before these tokens. A single token without gradients updates it
                 in place.
             slots: where `state` is a pool, which of its states are used, and updated in place.
@@ -102,6 +105,10 @@ class GatedLightningAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None, slots: Slots | None
     ) -> tuple[Tensor, Tensor | None]:
         log_decay = self.decay.log_decay
+        if self.sequence_parallel is not None:
+            assert cu_seqlens is not None
+            assert state is None
+            return self.sequence_parallel.attend(q, k, v, log_decay, cu_seqlens), None
         if state is None:
             return lightning_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens)
         if cu_seqlens is None and q.shape[1] == 1 and not torch.is_grad_enabled():

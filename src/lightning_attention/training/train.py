@@ -19,6 +19,7 @@ from .checkpoint import CheckpointingTrainer
 from .corpus import Corpus, PackedDataset
 from .documents import Sources, standard_library
 from .metrics import MetricsCallback, plot_loss
+from .parallel import Ranks
 from .segments import segmented_loss
 from .tokenizer import load_tokenizer
 
@@ -37,7 +38,8 @@ class TrainingOptions:
         decay_preset: see `decay.log_decay`; None is that of the configuration.
         sequence_length: tokens in a row.
         segment_length: tokens of a row that are in memory at a time, see `segmented_loss`; None is all.
-        batch_size: rows a process takes at a time.
+        batch_size: rows a process takes at a time; with `sequence_parallel`, a group of processes.
+        sequence_parallel: processes that share the tokens of a row; it divides their number.
         accumulate: batches added up in one step.
         steps: optimizer steps.
         learning_rate: highest, after the warm-up; it falls to a tenth along a cosine.
@@ -64,6 +66,7 @@ class TrainingOptions:
     sequence_length: int = 1024
     segment_length: int | None = None
     batch_size: int = 8
+    sequence_parallel: int = 1
     accumulate: int = 1
     steps: int = 1000
     learning_rate: float = 2e-3
@@ -80,13 +83,24 @@ class TrainingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "steps", "eval_tokens", "log_every", "eval_every", "save_every"):
+        for name in (
+            "batch_size",
+            "sequence_parallel",
+            "accumulate",
+            "steps",
+            "eval_tokens",
+            "log_every",
+            "eval_every",
+            "save_every",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length must be at least 2, got {self.sequence_length}")
         if self.segment_length is not None and self.segment_length < 1:
             raise ValueError(f"segment_length must be at least 1, got {self.segment_length}")
+        if self.segment_length is not None and self.sequence_parallel > 1:
+            raise ValueError("segment_length and sequence_parallel do not go together yet: give one of them")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if not 0 <= self.warmup <= 1:
@@ -139,6 +153,9 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
     config = LightningConfig.from_pretrained(found[-1]) if found else _configuration(options, tokenizer)
     arguments = _arguments(options)
     process = PartialState()  # of the process group that the arguments have set up
+    ranks = None
+    if options.sequence_parallel > 1:
+        ranks = Ranks.of(arguments.world_size, options.sequence_parallel, arguments.device.type)
     if not process.is_main_process:
         console = Console(quiet=True)
     corpus_folder = options.output / "corpus"
@@ -166,12 +183,16 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
 
     if process.is_main_process:
         options.save()
-    tokens_per_step = options.sequence_length * arguments.train_batch_size * arguments.world_size * options.accumulate
+    rows_at_a_time = options.batch_size * (arguments.world_size // options.sequence_parallel)
+    tokens_per_step = options.sequence_length * rows_at_a_time * options.accumulate
     metrics = options.output / "metrics.jsonl"
     set_seed(options.seed)
     model = LightningForCausalLM(config)
+    if ranks is not None:
+        model.model.set_sequence_parallel(ranks.sequence_parallel)
     trainer = _Trainer(
         options.segment_length,
+        ranks,
         model=model,
         args=arguments,
         train_dataset=rows,
@@ -196,15 +217,27 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
 
 
 class _Trainer(CheckpointingTrainer):
-    """One that reads rows by segments, in training and evaluation, where a length is given."""
+    """One that reads rows by segments, in training and evaluation, or shares them with other processes."""
 
-    def __init__(self, segment_length: int | None, **options: Any):
-        super().__init__(**options)
-        self.segment_length = segment_length
+    def __init__(self, segment_length: int | None, ranks: Ranks | None, **options: Any):
+        super().__init__(**options, data_collator=None if ranks is None else ranks.collate)
+        self.segment_length, self.ranks = segment_length, ranks
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        return loader if self.ranks is None else self.ranks.share_batches(loader)
+
+    def get_eval_dataloader(self, *args: Any) -> Any:
+        loader = super().get_eval_dataloader(*args)
+        return loader if self.ranks is None else self.ranks.share_batches(loader)
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         if (length := self.segment_length) is None:
-            return super().compute_loss(model, *args, **kwargs)
+            loss = super().compute_loss(model, *args, **kwargs)
+            if self.ranks is None or torch.is_grad_enabled():
+                return loss
+            loss, outputs = loss  # in evaluation, where each process would report the loss of its slice
+            return self.accelerator.reduce(loss, "mean"), outputs
 
         def by_segments(attention_mask: Tensor, **inputs: Any) -> dict[str, Tensor]:
             """The mask is of ones, since rows are full."""

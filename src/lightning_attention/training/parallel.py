@@ -1,0 +1,63 @@
+"""Which process reads what: rows in data parallelism, the tokens of a row in sequence parallelism."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from ..distributed.parallel import SequenceParallel
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: `data_size` groups of processes, each of which shares the tokens of its rows.
+
+    Attributes:
+        data_rank: which group.
+        data_size: how many.
+        sequence_parallel: the processes of the group.
+    """
+
+    data_rank: int
+    data_size: int
+    sequence_parallel: SequenceParallel
+
+    @classmethod
+    def of(cls, world_size: int, sequence_size: int, device_type: str) -> "Ranks":
+        """Neighbours in rank share a row, so that its states stay on one machine where they can.
+
+        Raises:
+            ValueError: the processes cannot be divided into groups of this size.
+        """
+        if world_size % sequence_size or not dist.is_initialized():
+            raise ValueError(
+                f"sequence_parallel must divide the number of processes, which torchrun sets: {world_size}, "
+                f"got {sequence_size}"
+            )
+        mesh = init_device_mesh(
+            device_type, (world_size // sequence_size, sequence_size), mesh_dim_names=("data", "sequence")
+        )
+        return cls(mesh.get_local_rank("data"), mesh.size(0), SequenceParallel(mesh.get_group("sequence")))
+
+    def share_batches(self, loader: Any) -> Any:
+        """Have the loader of accelerate give all processes of a group the same batches."""
+        loader.batch_sampler.num_processes, loader.batch_sampler.process_index = self.data_size, self.data_rank
+        return loader
+
+    def collate(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """This process's slice of the rows of a `PackedDataset`, one after the other as one row.
+
+        Tokens, positions and the labels to predict are those of the slice, `cu_seqlens` those of the whole.
+        """
+        batch = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "position_ids", "labels")}
+        batch["shift_labels"] = batch["labels"] = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        starts = (batch["position_ids"].flatten() == 0).nonzero()[:, 0]
+        length = batch["input_ids"].numel()
+        held = self.sequence_parallel.slice(length)
+        sliced = {name: x.flatten()[None, held] for name, x in batch.items()}
+        return sliced | {"cu_seqlens": F.pad(starts, (0, 1), value=length)}
