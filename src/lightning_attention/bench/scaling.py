@@ -1,0 +1,190 @@
+"""What sequence parallelism would cost on more GPUs than were measured, on paper: docs/scaling.md."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from math import inf
+from typing import Annotated
+
+from typer import Option, Typer
+
+from ..distributed.exchange import RING_BLOCKS
+from ..models import LightningConfig
+
+# Ours, of one H200: bf16, compiled (eager 145,093), batches of 4 x 8192 tokens. In no committed file.
+MEASURED_SIZE, MEASURED_TOKENS_PER_SECOND = "385M", 191_274
+# The one fitted number, to LASP-2 at 256 GPUs: bytes of gathered states per second, moved, summed and all else.
+FITTED_BANDWIDTH = 15.6e9
+BLOCKS = RING_BLOCKS
+
+
+@dataclass(frozen=True)
+class Model:
+    """What an exchange sees of it: `(H, K, V)` of every layer's state, and sequences in a batch."""
+
+    states: Sequence[tuple[int, int, int]]
+    batch_size: int = 1
+
+
+@dataclass(frozen=True)
+class Link:
+    """Bytes per second in one direction, and seconds that a message takes besides."""
+
+    bandwidth: float
+    latency: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """H100 or H200: NVLink 4, 450 GB/s each way, and a 400 Gb/s InfiniBand card for every GPU."""
+
+    node_size: int = 8
+    # Latencies are what NCCL reckons with for rings: src/graph/tuning.cc, protocol Simple.
+    node: Link = Link(450e9, 3.4e-6)
+    network: Link = Link(50e9, 14e-6)
+
+    def links(self, gpus: int) -> list[Link]:
+        """Of a chain through all GPUs, node after node."""
+        return [self.network if i % self.node_size == 0 else self.node for i in range(1, gpus)]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Tokens per second and GPU without exchange, and the operator's seconds per element of v."""
+
+    tokens_per_second: float
+    # B 4, T 32768, H 32, D 128 in benchmarks/results/h200/op.json.
+    forward: float = 1.375e-3 / (4 * 32768 * 32 * 128)
+    backward: float = 4.253e-3 / (4 * 32768 * 32 * 128)
+
+
+def all_gather(cluster: Cluster, state_bytes: int, gpus: int, bandwidth: float = inf) -> float:
+    """Seconds of P - 1 steps of a ring: `Σ latency + (P - 1) bytes / bandwidth of the slowest link`."""
+    links = cluster.links(gpus)
+    slowest = min([bandwidth, *(link.bandwidth for link in links)])
+    return sum(link.latency for link in links) + len(links) * state_bytes / slowest
+
+
+def ring(cluster: Cluster, state_bytes: int, gpus: int, blocks: int = BLOCKS) -> float:
+    """Seconds of a block through all links, and the rest behind: `Σ (latency + t) + (blocks - 1) max t`, t of one."""
+    hops = [(link.latency, state_bytes / blocks / link.bandwidth) for link in cluster.links(gpus)]
+    return sum(latency + block for latency, block in hops) + (blocks - 1) * max((b for _, b in hops), default=0.0)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Seconds of an exchange, and whether ranks work in turn, or all on their slices meanwhile."""
+
+    exchange: Callable[[Cluster, int, int], float]
+    in_turn: bool = False
+
+
+def strategies(blocks: int) -> dict[str, Strategy]:
+    return {
+        "ring": Strategy(partial(ring, blocks=blocks)),
+        "all-gather": Strategy(all_gather),
+        "all-gather, fitted": Strategy(partial(all_gather, bandwidth=FITTED_BANDWIDTH)),
+        "LASP": Strategy(partial(ring, blocks=1), in_turn=True),
+    }
+
+
+def tokens_per_second(
+    model: Model, compute: Compute, cluster: Cluster, strategy: Strategy, *, tokens: int, gpus: int
+) -> float:
+    """Per GPU, with `tokens` tokens on each, where ranks are in step at every layer."""
+    seconds = tokens / compute.tokens_per_second
+    for heads, key_dim, value_dim in model.states if gpus > 1 else ():
+        elements = tokens * heads * (key_dim + value_dim) / 2
+        exchange = strategy.exchange(cluster, 4 * model.batch_size * heads * key_dim * value_dim, gpus)
+        passes = elements * compute.forward, elements * compute.backward
+        if strategy.in_turn:
+            seconds += sum(exchange + (gpus - 1) * work for work in passes)
+        else:
+            # 4 tensors are read for what is sent, and 3 moved to correct each of o, dq, dk and dv; forward moves 4.
+            seconds += 4 * passes[0] + sum(max(0.0, exchange - work) for work in passes)
+    return tokens / seconds
+
+
+def num_parameters(config: LightningConfig) -> int:
+    layer = 5 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
+    return config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
+
+
+def scaled_tokens_per_second(config: LightningConfig) -> float:
+    """Of what was measured, as if a weight took the same time in every model."""
+    measured = LightningConfig.from_size(MEASURED_SIZE)
+    return MEASURED_TOKENS_PER_SECOND * num_parameters(measured) / num_parameters(config)
+
+
+# ZeCO, arXiv 2507.01004: a 1B GLA on 256 H100s, 32768 tokens per GPU, tokens/s/GPU.
+PUBLISHED_GPUS, PUBLISHED_TOKENS = 256, 32768
+PUBLISHED = {"no exchange": 46588, "ring": 40967, "all-gather": 25402}
+# LASP-2's Linear-Llama3-1B: of ZeCO's model no more than "1B, 16 heads" is known here.
+PUBLISHED_MODEL = Model([(16, 128, 128)] * 16)
+
+
+def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    return (f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *rows))
+
+
+def predictions(
+    model: Model, compute: Compute, cluster: Cluster, blocks: int, tokens: Sequence[int], gpus: Sequence[int]
+) -> Iterator[str]:
+    """Tokens per second and GPU, and what part that is of those without exchange."""
+    chosen, alone, rows = strategies(blocks), compute.tokens_per_second, []
+    for n, p in product(tokens, gpus):
+        rates = [tokens_per_second(model, compute, cluster, strategy, tokens=n, gpus=p) for strategy in chosen.values()]
+        rows.append([f"{n:,}", f"{p:,}", f"{alone:,.0f}", *(f"{rate:,.0f} ({rate / alone:.0%})" for rate in rates)])
+    return table(["tokens/GPU", "GPUs", "no exchange", *chosen], rows)
+
+
+def check() -> Iterator[str]:
+    """Predictions beside published figures: tokens per second and GPU."""
+    compute, rows = Compute(PUBLISHED["no exchange"]), []
+    for name, strategy in strategies(BLOCKS).items():
+        if given := PUBLISHED.get(name.removesuffix(", fitted")):
+            rate = tokens_per_second(
+                PUBLISHED_MODEL, compute, Cluster(), strategy, tokens=PUBLISHED_TOKENS, gpus=PUBLISHED_GPUS
+            )
+            rows.append([name, f"{given:,}", f"{rate:,.0f}", f"{rate / given - 1:+.0%}"])
+    return table(["", "published", "predicted", "error"], rows)
+
+
+def scaling(
+    size: Annotated[str, Option(help="Of the model, as in train.")] = "1B",
+    tokens: Annotated[list[int], Option(help="On each GPU; repeat for more.")] = [8192, 32768, 131072],  # noqa: B006
+    gpus: Annotated[list[int], Option(help="Repeat for more.")] = [8, 32, 128, 256, 1024],  # noqa: B006
+    batch_size: Annotated[int, Option(help="Sequences that the tokens of a GPU are slices of.")] = 1,
+    blocks: Annotated[int, Option(help="That a ring cuts a state into.")] = BLOCKS,
+    node_size: Annotated[int, Option(help="GPUs of a node.")] = 8,
+    network_gigabits: Annotated[float, Option(help="Per second, from every GPU to other nodes.")] = 400.0,
+    speed: Annotated[float, Option(help="Tokens per second and GPU without exchange; 0: scaled from the 385M.")] = 0.0,
+    published: Annotated[bool, Option("--check", help="Predictions beside published figures instead.")] = False,
+) -> None:
+    """Predicted tokens per second and GPU of sequence parallelism."""
+    if min(*tokens, *gpus, batch_size, blocks, node_size) < 1 or not (0 < network_gigabits < inf and 0 <= speed < inf):
+        raise ValueError("--speed must be at least 0, and all other numbers above 0")
+    config = LightningConfig.from_size(size)
+    model = Model([config.layer_state_shape(i) for i in range(config.num_hidden_layers)], batch_size)
+    compute = Compute(speed or scaled_tokens_per_second(config))
+    cluster = Cluster(node_size, network=Link(network_gigabits * 1e9 / 8, Cluster.network.latency))
+    print(*(check() if published else predictions(model, compute, cluster, blocks, tokens, gpus)), sep="\n")
+
+
+def main() -> None:
+    """Run the command. What the user can mend is one line on stderr and exit code 2."""
+    app = Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(scaling)
+    try:
+        app(standalone_mode=False)
+    except Exception as error:
+        if not isinstance(error, ValueError) and not hasattr(error, "format_message"):
+            raise
+        print(f"scaling: {getattr(error, 'format_message', error.__str__)()}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
