@@ -1,8 +1,9 @@
 """A model small enough to check by hand, and tokens for it."""
 
 import torch
+import torch.nn.functional as F
 
-from lightning_attention.models import LightningConfig
+from lightning_attention.models import LightningConfig, LightningForCausalLM
 
 VOCAB = 50
 
@@ -15,3 +16,17 @@ def make_config(**options) -> LightningConfig:
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_model(dtype: torch.dtype = torch.float64, **options) -> LightningForCausalLM:
+    torch.manual_seed(0)
+    model = LightningForCausalLM(make_config(**options)).to(dtype)
+    model.loss_function = mean_loss  # transformers' own is float32, whatever the model
+    return model
+
+
+def mean_loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **_):
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
+    count = (shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return F.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), reduction="sum") / count

@@ -9,27 +9,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_model import make_config, tokens
+from tiny_model import make_model, tokens
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_attention.models import LightningForCausalLM
 from lightning_attention.training import segmented_loss
-
-
-def make_model(dtype: torch.dtype = torch.float64, **options) -> LightningForCausalLM:
-    torch.manual_seed(0)
-    model = LightningForCausalLM(make_config(**options)).to(dtype)
-    model.loss_function = mean_loss  # transformers' own is float32
-    return model
-
-
-def mean_loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **_):
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
-    count = (shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-    return F.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), reduction="sum") / count
 
 
 def gradients(model, loss) -> dict[str, torch.Tensor]:

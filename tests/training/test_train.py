@@ -184,36 +184,74 @@ def test_a_full_disk_is_one_line(files):
     assert checkpoints(files / "run") == []
 
 
-def torchrun(processes: int, *command: str) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-    subprocess.run(
-        [*launch, "lightning_attention.cli", *command],
-        env=ON_CPU | {"OMP_NUM_THREADS": "1"},
-        check=True,
-        capture_output=True,
+def torchrun(processes: int, *command: str, restarts: int = 0) -> subprocess.Popen:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.Popen(
+        [*launch, f"--max-restarts={restarts}", "-m", "lightning_attention.cli", *command],
+        env=ON_CPU | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
 @pytest.mark.parametrize(
     ("processes", "changes"),
     [
-        (2, {"batch_size": 1}),
         (2, {"batch_size": 1, "segment_length": 17}),
-        (2, {"sequence_parallel": 2}),
+        (2, {"sequence_parallel": 2, "segment_length": 17}),
         (4, {"sequence_parallel": 2, "batch_size": 1}),
-        (4, {"sequence_parallel": 4, "batch_size": 1, "accumulate": 2}),
     ],
-    ids=["rows", "segments", "tokens", "both", "four"],
+    ids=["rows by segments", "tokens by segments", "rows and tokens"],
 )
 def test_processes_share_every_step(files, processes, changes):
     """torchrun with several processes takes the steps of one process with two rows."""
     train(options(files, "one", steps=10), console=quiet())
-    torchrun(processes, *arguments(files, "several", steps=10, **changes))
+    process = torchrun(processes, *arguments(files, "several", steps=10, **changes))
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
     assert losses(files / "several") == pytest.approx(losses(files / "one"), rel=1e-3)
     records = [read_metrics(files / name / "metrics.jsonl")[-1] for name in ("several", "one")]
     assert records[0]["eval_loss"] == pytest.approx(records[1]["eval_loss"], rel=1e-3)
     assert records[0]["tokens"] == records[1]["tokens"]
     load(files / "several")
+
+
+def kill_a_worker_after(checkpoint: Path, launcher: subprocess.Popen) -> None:
+    """kill -9 of the last process that torchrun has started."""
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert time.monotonic() < deadline
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found in /proc")
+def test_a_lost_process_is_restarted_with_all_others(files):
+    """They go on from the last checkpoint, and the losses join those of an undisturbed run."""
+    changes = {"steps": 100, "save_every": 20, "log_every": 10, "sequence_parallel": 2}
+    process = torchrun(2, *arguments(files, "whole", **changes))
+    process.communicate()
+    process = torchrun(2, *arguments(files, "disturbed", **changes), restarts=1)
+    kill_a_worker_after(files / "disturbed" / "checkpoint-40", process)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "resuming from" in output
+    assert losses(files / "disturbed") == pytest.approx(losses(files / "whole"), rel=1e-4)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found in /proc")
+def test_a_lost_process_ends_the_others_in_a_line(files):
+    process = torchrun(2, *arguments(files, steps=10_000, save_every=20, sequence_parallel=2))
+    kill_a_worker_after(files / "run" / "checkpoint-20", process)
+    output, _ = process.communicate()
+    assert process.returncode != 0
+    ours = output.split("torch/distributed/elastic")[0]  # torchrun has a report of its own
+    assert "Traceback" not in ours
+    assert "lightning-attention: another process of the run was lost" in output
+    load(files / "run")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +263,6 @@ def test_processes_share_every_step(files, processes, changes):
             {"sequence_parallel": 2},
             "sequence_parallel must divide the number of processes, which torchrun sets: 1, got 2",
         ),
-        ({"sequence_parallel": 2, "segment_length": 8}, "do not go together yet"),
         ({"segment_length": 0}, "segment_length must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"warmup": 2.0}, "warmup must be between 0 and 1"),

@@ -69,7 +69,8 @@ class Layout:
         """From the states before every row `[B, ...]` to those before every sequence `[N, ...]`, most of them zero."""
         if self.cu_seqlens is None:
             return states
-        return states.new_zeros(len(self.cu_seqlens) - 1, *states.shape[1:]).index_copy(0, self._first_of_rows, states)
+        first = self._first_of_rows.to(states.device)
+        return states.new_zeros(len(self.cu_seqlens) - 1, *states.shape[1:]).index_copy(0, first, states)
 
     def after_rows(self, states: Tensor) -> Tensor:
         """From the states after every sequence `[N, ...]` to those after every row `[B, ...]`."""

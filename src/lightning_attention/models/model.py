@@ -154,18 +154,7 @@ class LightningModel(LightningPreTrainedModel):
         x = self._scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
         batch_size, length = x.shape[:2]
         mask = _local_mask(attention_mask, batch_size, length)
-        if states is not None:
-            self._check_states(states, position_ids, mask, past_key_values, cu_seqlens)
-        if self.sequence_parallel is None:
-            layout = _lay_out(x, mask, position_ids, past_key_values, cu_seqlens)
-        else:
-            left_out = mask is states is past_key_values is None
-            if batch_size != 1 or position_ids is None or cu_seqlens is None or not left_out:
-                raise ValueError(
-                    "sequence parallelism takes a slice of one row (B = 1) with position_ids and the cu_seqlens of the "
-                    "whole row, and no padding, states or cache"
-                )
-            layout = Layout((1, length), position_ids, cu_seqlens.cpu())
+        layout = self._lay_out(x, mask, position_ids, past_key_values, cu_seqlens, states)
 
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -250,18 +239,29 @@ class LightningModel(LightningPreTrainedModel):
         # What a backward pass may need must not be overwritten.
         return [state.clone() for state in states] if torch.is_grad_enabled() else states
 
-    def _check_states(
+    def _lay_out(
         self,
-        states: Sequence[Tensor],
-        position_ids: Tensor | None,
+        x: Tensor,
         mask: Tensor | None,
+        position_ids: Tensor | None,
         cache: LightningCache | None,
         cu_seqlens: Tensor | None,
-    ) -> None:
-        if position_ids is None or not (mask is cache is cu_seqlens is None):
-            raise ValueError("states go with position_ids, and with no padding, cache or cu_seqlens")
-        if len(states) != len(self.layers):
-            raise ValueError(f"states must be one for each of {len(self.layers)} layers, got {len(states)}")
+        states: Sequence[Tensor] | None,
+    ) -> Layout:
+        is_sliced = self.sequence_parallel is not None
+        if states is not None:
+            if position_ids is None or not (mask is cache is None) or (cu_seqlens is not None and not is_sliced):
+                raise ValueError("states go with position_ids, and with no padding, cache or cu_seqlens")
+            if len(states) != len(self.layers):
+                raise ValueError(f"states must be one for each of {len(self.layers)} layers, got {len(states)}")
+        if not is_sliced:
+            return _lay_out(x, mask, position_ids, cache, cu_seqlens)
+        if x.shape[0] != 1 or position_ids is None or cu_seqlens is None or not (mask is cache is None):
+            raise ValueError(
+                "sequence parallelism takes a slice of one row (B = 1) with position_ids, and the cu_seqlens of the "
+                "whole row, and no padding or cache"
+            )
+        return Layout((1, x.shape[1]), position_ids, cu_seqlens.cpu())
 
 
 class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):

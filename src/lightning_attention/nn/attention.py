@@ -107,8 +107,7 @@ class GatedLightningAttention(nn.Module):
         log_decay = self.decay.log_decay
         if self.sequence_parallel is not None:
             assert cu_seqlens is not None
-            assert state is None
-            return self.sequence_parallel.attend(q, k, v, log_decay, cu_seqlens), None
+            return self.sequence_parallel.attend(q, k, v, log_decay, cu_seqlens, state)
         if state is None:
             return lightning_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens)
         if cu_seqlens is None and q.shape[1] == 1 and not torch.is_grad_enabled():

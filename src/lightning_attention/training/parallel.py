@@ -1,6 +1,8 @@
 """Which process reads what: rows in data parallelism, the tokens of a row in sequence parallelism."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,10 +56,39 @@ class Ranks:
 
         Tokens, positions and the labels to predict are those of the slice, `cu_seqlens` those of the whole.
         """
-        batch = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "position_ids", "labels")}
-        batch["shift_labels"] = batch["labels"] = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-        starts = (batch["position_ids"].flatten() == 0).nonzero()[:, 0]
-        length = batch["input_ids"].numel()
+        whole = one_row(rows)
+        length = whole["input_ids"].shape[1]
+        whole["shift_labels"] = whole["labels"] = F.pad(whole["labels"][:, 1:], (0, 1), value=-100)
+        starts = (whole["position_ids"][0] == 0).nonzero()[:, 0]
         held = self.sequence_parallel.slice(length)
-        sliced = {name: x.flatten()[None, held] for name, x in batch.items()}
+        sliced = {name: x[:, held] for name, x in whole.items()}
         return sliced | {"cu_seqlens": F.pad(starts, (0, 1), value=length)}
+
+
+def one_row(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Rows of a `PackedDataset` `[T]`, one after the other as `[1, B T]`; by its positions each begins a document."""
+    names = "input_ids", "position_ids", "labels"
+    return {name: torch.cat([row[name] for row in rows])[None] for name in names}
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has started this process in place of one that was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+@contextmanager
+def noticing_lost_processes() -> Iterator[None]:
+    """What the others see of one that is gone, in words.
+
+    Raises:
+        ConnectionError: instead of whatever the backend of the process group raises.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise ConnectionError(
+                "another process of the run was lost; go on from the last checkpoint with --resume, "
+                "or have torchrun do so with --max-restarts"
+            ) from error
+        raise

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
+from ..distributed.parallel import SequenceParallel
 from ..models import LightningForCausalLM
 from ..ops.problem import state_dtype
 
@@ -36,6 +37,9 @@ def segmented_loss(
     It and its gradients are those of the whole, to rounding. `backward()` of the loss adds to the `grad` of the
     parameters, and reads every segment once more; `torch.autograd.grad` does not see them. Where gradients are
     disabled the loss alone is computed.
+
+    Where the processes of a group share rows (`LightningModel.set_sequence_parallel`) each gives the whole row, they
+    share every segment of it, and loss and gradients are those of a process's own tokens: parts of a sum.
 
     Args:
         model: a `LightningForCausalLM`, or one within `DistributedDataParallel` or `torch.compile`.
@@ -69,7 +73,10 @@ def segmented_loss(
     for name, count in (("segment_length", segment_length), ("truncate_every", truncate_every)):
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
-    row = _Row(input_ids, labels, position_ids, segment_length, body.device)
+    parallel = body.model.sequence_parallel
+    if parallel is not None and len(input_ids) != 1:
+        raise ValueError(f"with sequence parallelism input_ids must be one row, got {len(input_ids)}")
+    row = _Row(input_ids, labels, position_ids, segment_length, body.device, parallel)
     count = row.num_labels() if num_items_in_batch is None else num_items_in_batch
     sweep = _Sweep(model, body, row, count, truncate_every, offload_states)
     if not torch.is_grad_enabled():
@@ -100,6 +107,7 @@ class _Row:
     position_ids: Tensor | None
     segment_length: int
     device: torch.device
+    parallel: SequenceParallel | None
 
     def __len__(self) -> int:
         return -(-self.input_ids.shape[1] // self.segment_length)
@@ -111,8 +119,13 @@ class _Row:
         return max(int((self.labels[:, 1:] != IGNORED).sum()), 1)
 
     def segment(self, index: int) -> dict[str, Tensor]:
-        """Inputs of the model, with the token to predict for every token."""
+        """Inputs of the model, with the token to predict for every token: of this rank, if a segment is shared."""
         start, end = self._bounds(index)
+        shared = {}
+        if self.parallel is not None:
+            shared = {"cu_seqlens": self._documents(start, end)}
+            held = self.parallel.slice(end - start)
+            start, end = start + held.start, start + held.stop
         following = self._on_device((self.input_ids if self.labels is None else self.labels)[:, start + 1 : end + 1])
         following = F.pad(following, (0, end - start - following.shape[1]), value=IGNORED)
         return {
@@ -120,7 +133,12 @@ class _Row:
             "position_ids": self._positions(start, end),
             "labels": following,
             "shift_labels": following,
-        }
+        } | shared
+
+    def _documents(self, start: int, end: int) -> Tensor:
+        """`cu_seqlens` of the tokens between, on the host."""
+        starts = F.pad(self._positions(start, end)[0].diff() != 1, (1, 0), value=True).nonzero()[:, 0]
+        return F.pad(starts, (0, 1), value=end - start).cpu()
 
     def goes_on(self, index: int) -> Tensor:
         """`[B, 1, 1, 1]`, whether the first token of the segment belongs to the document before it."""
@@ -171,6 +189,7 @@ class _Sweep:
             if states_are_kept:
                 self.kept.append([self._put_away(state) for state in states])
             segment_loss, states = self._read(index, states)
+            states = self._of_all_ranks(states)
             loss = loss + segment_loss
         return loss
 
@@ -188,7 +207,8 @@ class _Sweep:
                 else:
                     torch.autograd.backward([loss, *after], [d_loss, *d_after])
             is_cut = self.truncate_every is not None and index % self.truncate_every == 0
-            d_after = None if is_cut else [_gradient(state) * self.row.goes_on(index) for state in states]
+            goes_on = self.row.goes_on(index)
+            d_after = None if is_cut else self._of_all_ranks([_gradient(state) * goes_on for state in states])
 
     def _read(self, index: int, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The part of the loss that is this segment's, and the states after it."""
@@ -197,6 +217,10 @@ class _Sweep:
                 **self.row.segment(index), states=states, use_cache=False, num_items_in_batch=self.num_items
             )
         return outputs.loss, list(outputs.states)
+
+    def _of_all_ranks(self, states: list[Tensor]) -> list[Tensor]:
+        """Of states that one rank has, and zeros on the others."""
+        return states if self.row.parallel is None else self.row.parallel.sum([state.contiguous() for state in states])
 
     def _put_away(self, state: Tensor) -> Tensor:
         """Where states wait for the backward pass."""

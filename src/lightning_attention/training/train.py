@@ -4,6 +4,7 @@ import json
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,7 @@ from .checkpoint import CheckpointingTrainer
 from .corpus import Corpus, PackedDataset
 from .documents import Sources, standard_library
 from .metrics import MetricsCallback, plot_loss
-from .parallel import Ranks
+from .parallel import Ranks, is_restarted, noticing_lost_processes, one_row
 from .segments import segmented_loss
 from .tokenizer import load_tokenizer
 
@@ -99,8 +100,6 @@ class TrainingOptions:
             raise ValueError(f"sequence_length must be at least 2, got {self.sequence_length}")
         if self.segment_length is not None and self.segment_length < 1:
             raise ValueError(f"segment_length must be at least 1, got {self.segment_length}")
-        if self.segment_length is not None and self.sequence_parallel > 1:
-            raise ValueError("segment_length and sequence_parallel do not go together yet: give one of them")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if not 0 <= self.warmup <= 1:
@@ -137,7 +136,7 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
     Args:
         options: see there.
         resume: continue from the last complete checkpoint, with its model and tokenizer and the tokens there are, in
-            the same order; from the start if there is no checkpoint.
+            the same order; from the start if there is no checkpoint. Processes that torchrun has restarted do so.
         console: where to report.
 
     Returns:
@@ -145,9 +144,10 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
 
     Raises:
         ValueError: an option or the data is of no use, or the output folder holds a run and `resume` is not set.
-        OSError: a checkpoint could not be written; earlier ones are intact.
+        OSError: a checkpoint could not be written, or another process was lost; earlier checkpoints are intact.
     """
     console = console or Console()
+    resume = resume or (is_restarted() and _file(options.output).exists())
     found = checkpoints(options.output) if resume else []
     tokenizer = load_tokenizer(str(found[-1]) if found else options.tokenizer)
     config = LightningConfig.from_pretrained(found[-1]) if found else _configuration(options, tokenizer)
@@ -208,7 +208,8 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
     if found:
         console.print(f"resuming from {found[-1]}")
     if not found or checkpoint_step(found[-1]) < options.steps:  # the Trainer would take one step more
-        trainer.train(resume_from_checkpoint=str(found[-1]) if found else False)
+        with noticing_lost_processes():
+            trainer.train(resume_from_checkpoint=str(found[-1]) if found else False)
     checkpoint, picture = last_checkpoint(options.output), options.output / "loss.png"
     if process.is_main_process:
         plot_loss(metrics, picture, {"token frequencies": held_out.loss_of(corpus.unigram())})
@@ -220,7 +221,10 @@ class _Trainer(CheckpointingTrainer):
     """One that reads rows by segments, in training and evaluation, or shares them with other processes."""
 
     def __init__(self, segment_length: int | None, ranks: Ranks | None, **options: Any):
-        super().__init__(**options, data_collator=None if ranks is None else ranks.collate)
+        collate = None
+        if ranks is not None:
+            collate = ranks.collate if segment_length is None else one_row
+        super().__init__(**options, data_collator=collate)
         self.segment_length, self.ranks = segment_length, ranks
 
     def get_train_dataloader(self) -> Any:
@@ -232,18 +236,23 @@ class _Trainer(CheckpointingTrainer):
         return loader if self.ranks is None else self.ranks.share_batches(loader)
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if (length := self.segment_length) is None:
-            loss = super().compute_loss(model, *args, **kwargs)
-            if self.ranks is None or torch.is_grad_enabled():
-                return loss
-            loss, outputs = loss  # in evaluation, where each process would report the loss of its slice
-            return self.accelerator.reduce(loss, "mean"), outputs
+        read = model if self.segment_length is None else cast(Any, partial(self._by_segments, model))
+        loss = super().compute_loss(read, *args, **kwargs)
+        if self.ranks is None or torch.is_grad_enabled():
+            return loss
+        loss, outputs = loss  # in evaluation, where each process has the loss of its slice
+        return self.accelerator.reduce(loss, "mean"), outputs
 
-        def by_segments(attention_mask: Tensor, **inputs: Any) -> dict[str, Tensor]:
-            """The mask is of ones, since rows are full."""
-            return {"loss": segmented_loss(model, **inputs, segment_length=length)}
-
-        return super().compute_loss(cast(Any, by_segments), *args, **kwargs)
+    def _by_segments(
+        self, model: Any, *, attention_mask: Tensor | None = None, num_items_in_batch: Any, **inputs: Any
+    ) -> dict[str, Tensor]:
+        """Rows are full, so a mask is of ones. Processes that share a row have each counted all of it."""
+        if self.ranks is not None:
+            num_items_in_batch = num_items_in_batch / self.ranks.sequence_parallel.size
+        loss = segmented_loss(
+            model, **inputs, segment_length=cast(int, self.segment_length), num_items_in_batch=num_items_in_batch
+        )
+        return {"loss": loss}
 
 
 def _file(output: Path) -> Path:

@@ -1,0 +1,38 @@
+"""What a process does of the training of a model whose tokens are shared."""
+
+from typing import Any
+
+import torch
+from tiny_model import make_model, tokens
+from torch import Tensor
+
+from lightning_attention.distributed.parallel import SequenceParallel
+from lightning_attention.training import segmented_loss
+
+
+def positions(T: int, starts: list[int]) -> Tensor:
+    """`[1, T]`, of documents that begin at 0 and at these tokens."""
+    at = torch.arange(T)
+    return (at - torch.tensor([0, *starts])[torch.searchsorted(torch.tensor(starts), at, right=True)])[None]
+
+
+def gradients_of_whole(T: int, starts: list[int]) -> dict[str, Tensor]:
+    model = make_model()
+    return _gradients(model, model(tokens(1, T), labels=tokens(1, T), position_ids=positions(T, starts)).loss)
+
+
+def gradients_by_segments(
+    group: Any, T: int, starts: list[int], segment_length: int, strategy: str
+) -> dict[str, Tensor]:
+    """This process's part of them."""
+    model = make_model()
+    model.model.set_sequence_parallel(SequenceParallel(group, strategy))
+    position_ids = positions(T, starts)
+    return _gradients(
+        model, segmented_loss(model, tokens(1, T), position_ids=position_ids, segment_length=segment_length)
+    )
+
+
+def _gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    loss.backward()
+    return {"loss": loss.detach()} | {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
