@@ -4,6 +4,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,6 +216,20 @@ def test_processes_share_every_step(files, processes, changes):
     assert records[0]["eval_loss"] == pytest.approx(records[1]["eval_loss"], rel=1e-3)
     assert records[0]["tokens"] == records[1]["tokens"]
     load(files / "several")
+
+
+def test_a_run_goes_on_with_another_number_of_processes(files):
+    """Two processes take the first half, one the rest."""
+    changes = {"steps": 20, "save_every": 10}
+    train(options(files, "whole", **changes), console=quiet())
+    process = torchrun(2, *arguments(files, "moved", sequence_parallel=2, **changes))
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    shutil.rmtree(files / "moved" / "checkpoint-20")
+    resumed = ["train", "--resume", "--output", str(files / "moved"), "--sequence-parallel", "1"]
+    subprocess.run([*COMMAND, *resumed], check=True, capture_output=True, env=ON_CPU)
+    assert losses(files / "moved") == pytest.approx(losses(files / "whole"), rel=1e-3)
+    assert (files / "moved" / "checkpoint-20").exists()
 
 
 def kill_a_worker_after(checkpoint: Path, launcher: subprocess.Popen) -> None:

@@ -1,6 +1,6 @@
 """`lightning-attention train`: a language model from the user's own text."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,7 +63,11 @@ def train(
     seed: Annotated[int, Option(help="Of weights and data order.", rich_help_panel=RUN)] = 0,
     resume: Annotated[
         bool,
-        Option("--resume", help="Go on with the run in --output, with the options it has.", rich_help_panel=RUN),
+        Option(
+            "--resume",
+            help="Go on with the run in --output, with the options it has, but for --sequence-parallel.",
+            rich_help_panel=RUN,
+        ),
     ] = False,
 ) -> None:
     """Train a language model on text; by default a small one on Python's standard library.
@@ -80,10 +84,12 @@ def train(
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     if resume:
-        if extra := given - {"resume", "output"}:
+        if extra := given - {"resume", "output", "sequence_parallel"}:
             names = ", ".join("--" + name.replace("_", "-") for name in sorted(extra))
             raise ValueError(f"--resume goes on with the options the run has; leave out {names}")
         options = TrainingOptions.load(output)
+        if "sequence_parallel" in given:  # no other option may differ between machines
+            options = replace(options, sequence_parallel=sequence_parallel)
     else:
         if {"size", "config"} <= given:
             raise ValueError("give --size or --config, not both")
