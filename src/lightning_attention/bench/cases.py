@@ -137,3 +137,15 @@ class ServingCase:
         """Tokens of prompt and answer of every request, always the same."""
         draw = random.Random(0).randint
         return [(draw(*self.prompt_tokens), draw(*self.answer_tokens)) for _ in range(self.requests)]
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """A step on one sequence, read by segments."""
+
+    length: int
+    segment_length: int
+
+    @property
+    def num_segments(self) -> int:
+        return -(-self.length // self.segment_length)

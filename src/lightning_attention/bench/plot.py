@@ -30,6 +30,17 @@ def plot_model(document: Document, picture: Path) -> None:
     _plot(document, "model", "context length (tokens)", panels, title, picture)
 
 
+def plot_training(document: Document, picture: Path) -> None:
+    """From the run of a loaded `train.json`: tokens per second, and memory of a step beyond the model's own."""
+    first = document["runs"]["train"]["results"][0]
+    title = f"a step of a {first['size']} model on one sequence, segments of {first['segment_length']}"
+    panels: dict[str, Value] = {
+        "tokens per second": lambda record: record["tokens_per_second"],
+        "peak memory beyond the model (MiB)": lambda record: _mebibytes(record["peak_bytes"]),
+    }
+    _plot(document, "train", "sequence length (tokens)", panels, title, picture)
+
+
 def _plot(document: Document, kind: str, abscissa: str, panels: dict[str, Value], title: str, picture: Path) -> None:
     """Two panels, a line for every implementation."""
     from matplotlib.figure import Figure

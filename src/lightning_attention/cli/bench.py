@@ -168,6 +168,59 @@ def decode(
     _run("decode", plans, Picture("model", plot_model), torch_device, torch_dtype, output)
 
 
+@app.command("train")
+def train(
+    output: Annotated[Path, Option(help="Folder for train.json and train.png.")] = Path("benchmark"),
+    length: Annotated[
+        list[int] | None,
+        Option(
+            help="Tokens of the sequence; repeat for more. By default doubling from 65536 to 4194304 on a GPU, from "
+            "1024 to 16384 on a CPU."
+        ),
+    ] = None,
+    segment_length: Annotated[
+        int | None, Option(help="Tokens of a segment. By default 32768 on a GPU, 512 on a CPU.")
+    ] = None,
+    size: Annotated[
+        str | None, Option(help="Of the model, as in train. By default 385M on a GPU, demo on a CPU.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        Option(
+            help="Of the autocast: float32 for none, bfloat16, float16. By default bfloat16 on a GPU, float32 on a CPU."
+        ),
+    ] = None,
+    device: Annotated[str | None, Option(help="cpu or cuda. By default cuda where PyTorch sees a GPU.")] = None,
+    compile: Annotated[bool, Option("--compile", help="torch.compile the model.")] = False,
+) -> None:
+    """A step of training against the length of one sequence, by segments, beside the whole where it is short."""
+    from ..bench import train as bench_train
+    from ..bench.cases import TrainingCase
+    from ..bench.plot import plot_training
+    from ..bench.run import Picture
+    from ..models import SIZES
+
+    torch_device = _device(device)
+    torch_dtype = _dtype(dtype, torch_device)
+    on_gpu = torch_device.type == "cuda"
+    lengths = sorted(set(length or [(65536 if on_gpu else 1024) << i for i in range(7 if on_gpu else 5)]))
+    segment_length = (32768 if on_gpu else 512) if segment_length is None else segment_length
+    if min([*lengths, segment_length]) < 1:
+        raise ValueError("lengths and --segment-length must be at least 1")
+    size = size or ("385M" if on_gpu else "demo")
+    if size not in SIZES:
+        raise ValueError(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
+    cases = [TrainingCase(length, segment_length) for length in lengths]
+    plan = bench_train.plan(
+        cases,
+        lambda: bench_train.random_model(size, torch_device, compiled=compile),
+        size,
+        torch_device,
+        torch_dtype,
+    )
+    _run("train", [plan], Picture("train", plot_training), torch_device, torch_dtype, output)
+
+
 def _decode_plans(
     kinds: list[str],
     lengths: list[int],
