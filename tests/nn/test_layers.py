@@ -34,6 +34,20 @@ def test_lrpe_products_depend_on_distance_alone():
     torch.testing.assert_close(products.double(), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("t", [0, 4095, 4096, 100_000, (1 << 24) - 1])
+def test_lrpe_far_away(t):
+    """Angles are as precise after millions of tokens as after thousands, and so is the gradient of theta."""
+    lrpe, x = LRPE(num_heads=2, head_dim=8), torch.ones(1, 1, 2, 8)
+    rotated = lrpe(x, torch.tensor([[t]]))
+    theta = lrpe.theta.detach().double().requires_grad_()
+    exact = torch.cat([torch.cos(theta * t), torch.sin(theta * t)], dim=-1)
+    torch.testing.assert_close(rotated[0, 0].double(), exact, rtol=0, atol=2e-3)
+    weight = torch.randn(2, 16)
+    (gradient,) = torch.autograd.grad((rotated[0, 0] * weight).sum(), lrpe.theta)
+    (expected,) = torch.autograd.grad((exact * weight).sum(), theta)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-2, atol=2e-3 * t)
+
+
 def test_lrpe_starts_as_published():
     theta = LRPE(num_heads=3, head_dim=4).theta
     expected = [10000 ** (-2 * i / 12) for i in range(12)]
