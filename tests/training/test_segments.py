@@ -208,6 +208,7 @@ class Other(nn.Module):
 
 
 REFUSED = [
+    ({"model": nn.DataParallel(MODEL)}, TypeError, "segments do not go through DataParallel"),
     ({"model": Other()}, TypeError, "a LightningForCausalLM, got Other"),
     ({"input_ids": tokens(7)}, ValueError, r"input_ids must be \[B, T\] with T at least 1, got shape \(7,\)"),
     ({"input_ids": tokens(2, 0)}, ValueError, r"with T at least 1, got shape \(2, 0\)"),

@@ -56,9 +56,13 @@ def segmented_loss(
         The mean loss in nats a token, a scalar.
 
     Raises:
-        TypeError: the tokens of the model may reach each other otherwise than through states.
+        TypeError: the tokens of the model may reach each other otherwise than through states, or it is in DataParallel.
         ValueError: a shape or a length is out of range.
     """
+    if isinstance(model, nn.DataParallel):
+        raise TypeError(
+            "segments do not go through DataParallel: use DistributedDataParallel, as train does in torchrun"
+        )
     body = extract_model_from_parallel(model, keep_torch_compile=False)
     if not isinstance(body, LightningForCausalLM):
         raise TypeError(
