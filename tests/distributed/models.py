@@ -1,10 +1,15 @@
 """What a process does of the training of a model whose tokens are shared."""
 
+import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tiny_model import make_model, tokens
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from lightning_attention.distributed.parallel import SequenceParallel
 from lightning_attention.training import segmented_loss
@@ -31,6 +36,22 @@ def gradients_by_segments(
     return _gradients(
         model, segmented_loss(model, tokens(1, T), position_ids=position_ids, segment_length=segment_length)
     )
+
+
+def gradients_sharded(group: Any, T: int, segment_length: int | None) -> dict[str, Tensor]:
+    """Of a model whose layers `fully_shard` has spread over the group, each process with a row of its own."""
+    model = make_model(torch.float32)
+    mesh = DeviceMesh.from_group(group or dist.group.WORLD, "cpu")
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh)
+    input_ids = tokens(1, T, seed=dist.get_rank(group))
+    # Of states, which nothing changes in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    if segment_length is None:
+        loss = model(input_ids, labels=input_ids).loss
+    else:
+        loss = segmented_loss(model, input_ids, segment_length=segment_length)
+    return {name: x.full_tensor() for name, x in _gradients(model, loss).items() if isinstance(x, DTensor)}
 
 
 def _gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:

@@ -17,3 +17,14 @@ def test_gradients_by_segments(ranks, T, starts, segment_length, members, strate
     for name, exact in expected.items():
         error = (sum(part[name] for part in parts) - exact).norm() / max(exact.norm(), largest / 100)
         assert error < (1e-6 if "theta" in name else 1e-10), name
+
+
+@pytest.mark.parametrize("members", [(0, 1), (0, 1, 2, 3)], ids=["two", "four"])
+def test_gradients_of_a_sharded_model(ranks, members):
+    """By segments they are those of the whole rows, which the processes average once."""
+    expected = ranks(jobs.gradients_sharded, 29, None, members=members)[0]
+    actual = ranks(jobs.gradients_sharded, 29, 8, members=members)[0]
+    assert len(expected) > 10
+    largest = max(x.norm() for x in expected.values())
+    for name, exact in expected.items():
+        assert (actual[name] - exact).norm() < 1e-5 * max(exact.norm(), largest / 100), name

@@ -5,14 +5,16 @@ for the state of every layer where a segment begins. The backward pass goes thro
 read again, and gives the one before it the gradient of its states.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..distributed.parallel import SequenceParallel
 from ..models import LightningForCausalLM
@@ -42,7 +44,8 @@ def segmented_loss(
     share every segment of it, and loss and gradients are those of a process's own tokens: parts of a sum.
 
     Args:
-        model: a `LightningForCausalLM`, or one within `DistributedDataParallel` or `torch.compile`.
+        model: a `LightningForCausalLM`, or one within `DistributedDataParallel` or `torch.compile`,
+            or sharded by `fully_shard`.
         input_ids: `[B, T]` integers, on any device and of any integer dtype: a segment at a time goes to the model's.
         labels: `[B, T]`, as for the model, by default `input_ids`; -100 is left out of the loss.
         segment_length: tokens of a row in a segment; the last one may be shorter.
@@ -243,6 +246,15 @@ def _gradient(leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
-def _no_sync(model: nn.Module) -> AbstractContextManager:
-    no_sync = getattr(model, "no_sync", nullcontext)
-    return no_sync()
+@contextmanager
+def _no_sync(model: Any) -> Iterator[None]:
+    """Gradients stay on their process: of DistributedDataParallel, or of what `fully_shard` has changed."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+    else:
+        with getattr(model, "no_sync", nullcontext)():
+            yield
