@@ -1,20 +1,16 @@
 """What sequence parallelism would cost on more GPUs than were measured, on paper: docs/scaling.md."""
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from math import inf
-from typing import Annotated
-
-from typer import Option, Typer
 
 from ..distributed.exchange import RING_BLOCKS
 from ..models import LightningConfig
 
-# Ours, of one H200: bf16, compiled (eager 145,093), batches of 4 x 8192 tokens. In no committed file.
-MEASURED_SIZE, MEASURED_TOKENS_PER_SECOND = "385M", 191_274
+# Published for data parallelism on 256 H100s: ZeCO, arXiv 2507.01004, a 1B GLA with 32768 tokens per GPU.
+REFERENCE_SIZE, REFERENCE_TOKENS_PER_SECOND = "1B", 46_588
 # The one fitted number, to LASP-2 at 256 GPUs: bytes of gathered states per second, moved, summed and all else.
 FITTED_BANDWIDTH = 15.6e9
 BLOCKS = RING_BLOCKS
@@ -113,14 +109,14 @@ def num_parameters(config: LightningConfig) -> int:
 
 
 def scaled_tokens_per_second(config: LightningConfig) -> float:
-    """Of what was measured, as if a weight took the same time in every model."""
-    measured = LightningConfig.from_size(MEASURED_SIZE)
-    return MEASURED_TOKENS_PER_SECOND * num_parameters(measured) / num_parameters(config)
+    """Of the published speed, as if a weight took the same time in every model."""
+    reference = LightningConfig.from_size(REFERENCE_SIZE)
+    return REFERENCE_TOKENS_PER_SECOND * num_parameters(reference) / num_parameters(config)
 
 
-# ZeCO, arXiv 2507.01004: a 1B GLA on 256 H100s, 32768 tokens per GPU, tokens/s/GPU.
+# From the same source, tokens/s/GPU.
 PUBLISHED_GPUS, PUBLISHED_TOKENS = 256, 32768
-PUBLISHED = {"no exchange": 46588, "ring": 40967, "all-gather": 25402}
+PUBLISHED = {"ring": 40967, "all-gather": 25402}
 # LASP-2's Linear-Llama3-1B: of ZeCO's model no more than "1B, 16 heads" is known here.
 PUBLISHED_MODEL = Model([(16, 128, 128)] * 16)
 
@@ -142,7 +138,7 @@ def predictions(
 
 def check() -> Iterator[str]:
     """Predictions beside published figures: tokens per second and GPU."""
-    compute, rows = Compute(PUBLISHED["no exchange"]), []
+    compute, rows = Compute(REFERENCE_TOKENS_PER_SECOND), []
     for name, strategy in strategies(BLOCKS).items():
         if given := PUBLISHED.get(name.removesuffix(", fitted")):
             rate = tokens_per_second(
@@ -150,41 +146,3 @@ def check() -> Iterator[str]:
             )
             rows.append([name, f"{given:,}", f"{rate:,.0f}", f"{rate / given - 1:+.0%}"])
     return table(["", "published", "predicted", "error"], rows)
-
-
-def scaling(
-    size: Annotated[str, Option(help="Of the model, as in train.")] = "1B",
-    tokens: Annotated[list[int], Option(help="On each GPU; repeat for more.")] = [8192, 32768, 131072],  # noqa: B006
-    gpus: Annotated[list[int], Option(help="Repeat for more.")] = [8, 32, 128, 256, 1024],  # noqa: B006
-    batch_size: Annotated[int, Option(help="Sequences that the tokens of a GPU are slices of.")] = 1,
-    blocks: Annotated[int, Option(help="That a ring cuts a state into.")] = BLOCKS,
-    node_size: Annotated[int, Option(help="GPUs of a node.")] = 8,
-    network_gigabits: Annotated[float, Option(help="Per second, from every GPU to other nodes.")] = 400.0,
-    speed: Annotated[float, Option(help="Tokens per second and GPU without exchange; 0: scaled from the 385M.")] = 0.0,
-    published: Annotated[bool, Option("--check", help="Predictions beside published figures instead.")] = False,
-) -> None:
-    """Predicted tokens per second and GPU of sequence parallelism."""
-    if min(*tokens, *gpus, batch_size, blocks, node_size) < 1 or not (0 < network_gigabits < inf and 0 <= speed < inf):
-        raise ValueError("--speed must be at least 0, and all other numbers above 0")
-    config = LightningConfig.from_size(size)
-    model = Model([config.layer_state_shape(i) for i in range(config.num_hidden_layers)], batch_size)
-    compute = Compute(speed or scaled_tokens_per_second(config))
-    cluster = Cluster(node_size, network=Link(network_gigabits * 1e9 / 8, Cluster.network.latency))
-    print(*(check() if published else predictions(model, compute, cluster, blocks, tokens, gpus)), sep="\n")
-
-
-def main() -> None:
-    """Run the command. What the user can mend is one line on stderr and exit code 2."""
-    app = Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(scaling)
-    try:
-        app(standalone_mode=False)
-    except Exception as error:
-        if not isinstance(error, ValueError) and not hasattr(error, "format_message"):
-            raise
-        print(f"scaling: {getattr(error, 'format_message', error.__str__)()}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

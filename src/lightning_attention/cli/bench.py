@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from functools import cache
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -219,6 +220,40 @@ def train(
         torch_dtype,
     )
     _run("train", [plan], Picture("train", plot_training), torch_device, torch_dtype, output)
+
+
+@app.command("scaling")
+def scaling(
+    size: Annotated[str, Option(help="Of the model, as in train.")] = "1B",
+    tokens: Annotated[
+        list[int] | None, Option(help="On each GPU; repeat for more. By default 8192, 32768 and 131072.")
+    ] = None,
+    gpus: Annotated[list[int] | None, Option(help="Repeat for more. By default 8, 32, 128, 256 and 1024.")] = None,
+    batch_size: Annotated[int, Option(help="Sequences that the tokens of a GPU are slices of.")] = 1,
+    blocks: Annotated[int | None, Option(help="That a ring cuts a state into. By default as ours does.")] = None,
+    node_size: Annotated[int, Option(help="GPUs of a node.")] = 8,
+    network_gigabits: Annotated[float, Option(help="Per second, from every GPU to other nodes.")] = 400.0,
+    speed: Annotated[
+        float | None,
+        Option(help="Tokens per second and GPU without exchange. By default scaled from a published 1B model."),
+    ] = None,
+    published: Annotated[bool, Option("--check", help="Predictions beside published figures instead.")] = False,
+) -> None:
+    """Nothing is measured: tokens per second and GPU of sequence parallelism, by a model of its cost."""
+    from ..bench.scaling import BLOCKS, Cluster, Compute, Link, Model, check, predictions, scaled_tokens_per_second
+    from ..models import LightningConfig
+
+    tokens, gpus = tokens or [8192, 32768, 131072], gpus or [8, 32, 128, 256, 1024]
+    blocks = BLOCKS if blocks is None else blocks
+    speed_is_good = speed is None or 0 < speed < inf
+    if min(*tokens, *gpus, batch_size, blocks, node_size) < 1 or not (0 < network_gigabits < inf and speed_is_good):
+        raise ValueError("all numbers must be above 0")
+    config = LightningConfig.from_size(size)
+    model = Model([config.layer_state_shape(i) for i in range(config.num_hidden_layers)], batch_size)
+    cluster = Cluster(node_size, network=Link(network_gigabits * 1e9 / 8, Cluster.network.latency))
+    compute = Compute(speed or scaled_tokens_per_second(config))
+    for line in check() if published else predictions(model, compute, cluster, blocks, tokens, gpus):
+        print(line)
 
 
 def _decode_plans(
