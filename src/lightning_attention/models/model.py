@@ -255,7 +255,7 @@ class LightningModel(LightningPreTrainedModel):
             if len(states) != len(self.layers):
                 raise ValueError(f"states must be one for each of {len(self.layers)} layers, got {len(states)}")
         if not is_sliced:
-            return _lay_out(x, mask, position_ids, cache, cu_seqlens)
+            return _layout_of(x, mask, position_ids, cache, cu_seqlens)
         if x.shape[0] != 1 or position_ids is None or cu_seqlens is None or not (mask is cache is None):
             raise ValueError(
                 "sequence parallelism takes a slice of one row (B = 1) with position_ids, and the cu_seqlens of the "
@@ -354,7 +354,7 @@ def _local_mask(attention_mask: Tensor | None, batch_size: int, length: int) -> 
     return None if mask.all() else mask
 
 
-def _lay_out(
+def _layout_of(
     x: Tensor,
     mask: Tensor | None,
     position_ids: Tensor | None,

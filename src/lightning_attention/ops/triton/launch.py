@@ -137,8 +137,8 @@ def prepare_step(
 ) -> Callable[..., Tensor | None] | None:
     """`step` for more inputs with the shapes, strides, dtypes and devices of these, with which it has run.
 
-    What follows from these is not asked again, which is half of what a call takes of the host. For inputs that are
-    not aligned as usual it returns None; it is itself None where `step` copies some of these, or launches nothing.
+    What follows from these is not asked again. For inputs that are not aligned as usual it returns None; it is itself
+    None where `step` copies some of these, or launches nothing.
     """
     shape, dtype, device = v.shape, v.dtype, v.device
     if v.dim() == 3:
