@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from tiny_model import make_config
 
 from lightning_attention.inference import load
@@ -50,7 +52,8 @@ def arguments(files: Path, name: str = "run", **changes) -> list[str]:
     values["data"] = files / "data.txt"
     flags = {key: value for key, value in values.items() if value is not None and not isinstance(value, bool)}
     del flags["size"]
-    return ["train", *(f"--{key.replace('_', '-')}={value}" for key, value in flags.items())]
+    switches = [f"--{key}" for key, value in values.items() if value is True]
+    return ["train", *(f"--{key.replace('_', '-')}={value}" for key, value in flags.items()), *switches]
 
 
 def quiet() -> Console:
@@ -185,11 +188,11 @@ def test_a_full_disk_is_one_line(files):
     assert checkpoints(files / "run") == []
 
 
-def torchrun(processes: int, *command: str, restarts: int = 0) -> subprocess.Popen:
+def torchrun(processes: int, *command: str, restarts: int = 0, where: Mapping[str, str] = ON_CPU) -> subprocess.Popen:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return subprocess.Popen(
         [*launch, f"--max-restarts={restarts}", "-m", "lightning_attention.cli", *command],
-        env=ON_CPU | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        env={**where, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -201,9 +204,10 @@ def torchrun(processes: int, *command: str, restarts: int = 0) -> subprocess.Pop
     [
         (2, {"batch_size": 1, "segment_length": 17}),
         (2, {"sequence_parallel": 2, "segment_length": 17}),
-        (4, {"sequence_parallel": 2, "batch_size": 1}),
+        (4, {"sequence_parallel": 2, "batch_size": 1, "sequence_parallel_strategy": "ring"}),
+        (4, {"sequence_parallel": 2, "batch_size": 1, "fsdp": True, "segment_length": 17}),
     ],
-    ids=["rows by segments", "tokens by segments", "rows and tokens"],
+    ids=["rows by segments", "tokens by segments", "rows and tokens", "the model too"],
 )
 def test_processes_share_every_step(files, processes, changes):
     """torchrun with several processes takes the steps of one process with two rows."""
@@ -218,18 +222,45 @@ def test_processes_share_every_step(files, processes, changes):
     load(files / "several")
 
 
-def test_a_run_goes_on_with_another_number_of_processes(files):
-    """Two processes take the first half, one the rest."""
-    changes = {"steps": 20, "save_every": 10}
-    train(options(files, "whole", **changes), console=quiet())
-    process = torchrun(2, *arguments(files, "moved", sequence_parallel=2, **changes))
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes", [{"segment_length": 17}, {"fsdp": True, "compile": True}], ids=["by segments", "sharded"]
+)
+def test_a_process_with_a_gpu(files, changes):
+    """One, over NCCL, is all that one GPU allows."""
+    train(options(files, "alone", steps=10, bf16=True), console=quiet())
+    process = torchrun(1, *arguments(files, "one", steps=10, bf16=True, **changes), where=os.environ)
     output, _ = process.communicate()
     assert process.returncode == 0, output
+    assert losses(files / "one") == pytest.approx(losses(files / "alone"), rel=1e-2)
+    load(files / "one")
+
+
+@pytest.mark.parametrize(
+    ("processes", "sharing", "later"),
+    [
+        (2, {"sequence_parallel": 2, "fsdp": True}, (1, "--sequence-parallel=1", "--no-fsdp")),
+        (1, {}, (2, "--sequence-parallel=2", "--fsdp", "--sequence-parallel-strategy=ring")),
+    ],
+    ids=["two, then one", "one, then two"],
+)
+def test_a_run_goes_on_with_another_number_of_processes(files, processes, sharing, later):
+    """A checkpoint of half the steps is one of any number of processes."""
+    changes = {"steps": 20, "save_every": 10, "log_every": 1}
+    train(options(files, "whole", **changes), console=quiet())
+    process = torchrun(processes, *arguments(files, "moved", **changes, **sharing))
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    weights = load_file(files / "moved" / "checkpoint-10" / "model.safetensors")
+    expected = load_file(files / "whole" / "checkpoint-10" / "model.safetensors")
+    assert {name: x.shape for name, x in weights.items()} == {name: x.shape for name, x in expected.items()}
     shutil.rmtree(files / "moved" / "checkpoint-20")
-    resumed = ["train", "--resume", "--output", str(files / "moved"), "--sequence-parallel", "1"]
-    subprocess.run([*COMMAND, *resumed], check=True, capture_output=True, env=ON_CPU)
+    processes, *options_given = later
+    process = torchrun(processes, "train", "--resume", f"--output={files / 'moved'}", *options_given)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
     assert losses(files / "moved") == pytest.approx(losses(files / "whole"), rel=1e-3)
-    assert (files / "moved" / "checkpoint-20").exists()
+    load(files / "moved")
 
 
 def kill_a_worker_after(checkpoint: Path, launcher: subprocess.Popen) -> None:
@@ -278,6 +309,11 @@ def test_a_lost_process_ends_the_others_in_a_line(files):
             {"sequence_parallel": 2},
             "sequence_parallel must divide the number of processes, which torchrun sets: 1, got 2",
         ),
+        (
+            {"sequence_parallel_strategy": "star"},
+            "sequence_parallel_strategy must be one of 'all-gather', 'ring', got 'star'",
+        ),
+        ({"fsdp": True}, "fsdp needs the processes that torchrun starts"),
         ({"segment_length": 0}, "segment_length must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"warmup": 2.0}, "warmup must be between 0 and 1"),

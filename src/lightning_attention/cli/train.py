@@ -9,6 +9,8 @@ from rich.console import Console
 from typer import Option
 
 DATA, MODEL, RUN = "Data", "Model", "Run"
+# What may differ from machine to machine on which a run goes on.
+SHARING = "sequence_parallel", "sequence_parallel_strategy", "fsdp"
 
 
 def train(
@@ -48,6 +50,13 @@ def train(
         int,
         Option(help="Processes, of those that torchrun starts, that share the tokens of a row.", rich_help_panel=RUN),
     ] = 1,
+    sequence_parallel_strategy: Annotated[
+        str, Option(help="How states travel between them: all-gather or ring.", rich_help_panel=RUN)
+    ] = "all-gather",
+    fsdp: Annotated[
+        bool,
+        Option(help="Spread the model over all processes, instead of keeping it whole on each.", rich_help_panel=RUN),
+    ] = False,
     accumulate: Annotated[int, Option(help="Batches added up in a step.", rich_help_panel=RUN)] = 1,
     learning_rate: Annotated[float, Option(help="Highest learning rate.", rich_help_panel=RUN)] = 2e-3,
     warmup: Annotated[float, Option(help="Part of the steps over which it rises.", rich_help_panel=RUN)] = 0.05,
@@ -65,7 +74,7 @@ def train(
         bool,
         Option(
             "--resume",
-            help="Go on with the run in --output, with the options it has, but for --sequence-parallel.",
+            help="Go on with the run in --output, with the options it has; how processes share it may be given anew.",
             rich_help_panel=RUN,
         ),
     ] = False,
@@ -84,12 +93,11 @@ def train(
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
     if resume:
-        if extra := given - {"resume", "output", "sequence_parallel"}:
+        if extra := given - {"resume", "output", *SHARING}:
             names = ", ".join("--" + name.replace("_", "-") for name in sorted(extra))
             raise ValueError(f"--resume goes on with the options the run has; leave out {names}")
         options = TrainingOptions.load(output)
-        if "sequence_parallel" in given:  # no other option may differ between machines
-            options = replace(options, sequence_parallel=sequence_parallel)
+        options = replace(options, **{name: values[name] for name in SHARING if name in given})
     else:
         if {"size", "config"} <= given:
             raise ValueError("give --size or --config, not both")

@@ -1,4 +1,4 @@
-"""Which process reads what: rows in data parallelism, the tokens of a row in sequence parallelism."""
+"""What a process reads, rows in data parallelism or the tokens of a row in sequence parallelism, and what it keeps."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,10 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from ..distributed.parallel import SequenceParallel
+from ..models import LightningForCausalLM
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Ranks:
     sequence_parallel: SequenceParallel
 
     @classmethod
-    def of(cls, world_size: int, sequence_size: int, device_type: str) -> "Ranks":
+    def of(cls, world_size: int, sequence_size: int, strategy: str, device_type: str) -> "Ranks":
         """Neighbours in rank share a row, so that its states stay on one machine where they can.
 
         Raises:
@@ -44,7 +46,7 @@ class Ranks:
         mesh = init_device_mesh(
             device_type, (world_size // sequence_size, sequence_size), mesh_dim_names=("data", "sequence")
         )
-        return cls(mesh.get_local_rank("data"), mesh.size(0), SequenceParallel(mesh.get_group("sequence")))
+        return cls(mesh.get_local_rank("data"), mesh.size(0), SequenceParallel(mesh.get_group("sequence"), strategy))
 
     def share_batches(self, loader: Any) -> Any:
         """Have the loader of accelerate give all processes of a group the same batches."""
@@ -69,6 +71,24 @@ def one_row(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Rows of a `PackedDataset` `[T]`, one after the other as `[1, B T]`; by its positions each begins a document."""
     names = "input_ids", "position_ids", "labels"
     return {name: torch.cat([row[name] for row in rows])[None] for name in names}
+
+
+def all_processes(device_type: str) -> DeviceMesh:
+    """One dimension.
+
+    Raises:
+        ValueError: there is but this one.
+    """
+    if not dist.is_initialized():
+        raise ValueError("fsdp needs the processes that torchrun starts")
+    return init_device_mesh(device_type, (dist.get_world_size(),))
+
+
+def shard(model: LightningForCausalLM, mesh: DeviceMesh) -> None:
+    """Spread parameters, gradients and what the optimizer keeps over processes: FSDP2, a layer at a time."""
+    modules: list[nn.Module] = [*model.model.layers, model]
+    for module in modules:
+        fully_shard(module, mesh=mesh)
 
 
 def is_restarted() -> bool:

@@ -249,6 +249,7 @@ def _gradient(leaf: Tensor) -> Tensor:
 @contextmanager
 def _no_sync(model: Any) -> Iterator[None]:
     """Gradients stay on their process: of DistributedDataParallel, or of what `fully_shard` has changed."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(False)
         try:

@@ -12,15 +12,17 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, set_seed
 
+from ..distributed.exchange import STRATEGIES
 from ..models import LightningConfig, LightningForCausalLM
-from ..models.checkpoint import checkpoint_step, checkpoints, last_checkpoint
+from ..models.checkpoint import checkpoint_step, checkpoints, last_checkpoint, load_model
 from .checkpoint import CheckpointingTrainer
 from .corpus import Corpus, PackedDataset
 from .documents import Sources, standard_library
 from .metrics import MetricsCallback, plot_loss
-from .parallel import Ranks, is_restarted, noticing_lost_processes, one_row
+from .parallel import Ranks, all_processes, is_restarted, noticing_lost_processes, one_row, shard
 from .segments import segmented_loss
 from .tokenizer import load_tokenizer
 
@@ -41,6 +43,8 @@ class TrainingOptions:
         segment_length: tokens of a row that are in memory at a time, see `segmented_loss`; None is all.
         batch_size: rows a process takes at a time; with `sequence_parallel`, a group of processes.
         sequence_parallel: processes that share the tokens of a row; it divides their number.
+        sequence_parallel_strategy: how states travel between them: see `distributed.exchange`.
+        fsdp: spread the model over all processes, instead of keeping it whole on each.
         accumulate: batches added up in one step.
         steps: optimizer steps.
         learning_rate: highest, after the warm-up; it falls to a tenth along a cosine.
@@ -68,6 +72,8 @@ class TrainingOptions:
     segment_length: int | None = None
     batch_size: int = 8
     sequence_parallel: int = 1
+    sequence_parallel_strategy: str = "all-gather"
+    fsdp: bool = False
     accumulate: int = 1
     steps: int = 1000
     learning_rate: float = 2e-3
@@ -100,6 +106,11 @@ class TrainingOptions:
             raise ValueError(f"sequence_length must be at least 2, got {self.sequence_length}")
         if self.segment_length is not None and self.segment_length < 1:
             raise ValueError(f"segment_length must be at least 1, got {self.segment_length}")
+        if self.sequence_parallel_strategy not in STRATEGIES:
+            names = ", ".join(map(repr, STRATEGIES))
+            raise ValueError(
+                f"sequence_parallel_strategy must be one of {names}, got {self.sequence_parallel_strategy!r}"
+            )
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if not 0 <= self.warmup <= 1:
@@ -150,12 +161,18 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
     resume = resume or (is_restarted() and _file(options.output).exists())
     found = checkpoints(options.output) if resume else []
     tokenizer = load_tokenizer(str(found[-1]) if found else options.tokenizer)
-    config = LightningConfig.from_pretrained(found[-1]) if found else _configuration(options, tokenizer)
+    config = None if found else _configuration(options, tokenizer)
     arguments = _arguments(options)
     process = PartialState()  # of the process group that the arguments have set up
     ranks = None
     if options.sequence_parallel > 1:
-        ranks = Ranks.of(arguments.world_size, options.sequence_parallel, arguments.device.type)
+        ranks = Ranks.of(
+            arguments.world_size,
+            options.sequence_parallel,
+            options.sequence_parallel_strategy,
+            arguments.device.type,
+        )
+    mesh = all_processes(arguments.device.type) if options.fsdp else None
     if not process.is_main_process:
         console = Console(quiet=True)
     corpus_folder = options.output / "corpus"
@@ -187,7 +204,10 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
     tokens_per_step = options.sequence_length * rows_at_a_time * options.accumulate
     metrics = options.output / "metrics.jsonl"
     set_seed(options.seed)
-    model = LightningForCausalLM(config)
+    model = load_model(found[-1]) if config is None else LightningForCausalLM(config)
+    num_parameters = model.num_parameters()
+    if mesh is not None:
+        shard(model, mesh)
     if ranks is not None:
         model.model.set_sequence_parallel(ranks.sequence_parallel)
     trainer = _Trainer(
@@ -202,7 +222,7 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
     )
     trainer.remove_callback(PrinterCallback)
     console.print(
-        f"{model.num_parameters() / 1e6:.1f}M parameters on {arguments.world_size} x {arguments.device.type}, "
+        f"{num_parameters / 1e6:.1f}M parameters on {arguments.world_size} x {arguments.device.type}, "
         f"{corpus.num_train:,} tokens of {corpus.num_documents:,} documents, {tokens_per_step:,} tokens a step"
     )
     if found:
@@ -226,6 +246,9 @@ class _Trainer(CheckpointingTrainer):
             collate = ranks.collate if segment_length is None else one_row
         super().__init__(**options, data_collator=collate)
         self.segment_length, self.ranks = segment_length, ranks
+        if isinstance(self.model, FSDPModule):  # autocast and compilation, but no DistributedDataParallel
+            prepare: Any = self.accelerator.prepare_model
+            self.model_wrapped = prepare(self.model, device_placement=False, evaluation_mode=True)
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
