@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from distributed.ranks import messages_by_way_of_the_host
 from tiny_model import make_model, tokens
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -36,6 +37,21 @@ def gradients_by_segments(
     return _gradients(
         model, segmented_loss(model, tokens(1, T), position_ids=position_ids, segment_length=segment_length)
     )
+
+
+def gradients_of_whole_on_a_gpu(T: int) -> dict[str, Tensor]:
+    """In float32."""
+    model = make_model(torch.float32, hidden_size=96).cuda()
+    return _gradients(model, model(tokens(1, T).cuda(), labels=tokens(1, T).cuda()).loss)
+
+
+def gradients_on_a_gpu(group: Any, T: int, segment_length: int, strategy: str) -> dict[str, Tensor]:
+    """This process's part of them, on a GPU that it shares with the others."""
+    model = make_model(torch.float32, hidden_size=96).cuda()
+    model.model.set_sequence_parallel(SequenceParallel(group, strategy))
+    with messages_by_way_of_the_host():
+        loss = segmented_loss(model, tokens(1, T), segment_length=segment_length)
+        return {name: x.cpu() for name, x in _gradients(model, loss).items()}
 
 
 def gradients_sharded(group: Any, T: int, segment_length: int | None) -> dict[str, Tensor]:

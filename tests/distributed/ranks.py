@@ -3,8 +3,8 @@
 import io
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from itertools import accumulate
@@ -128,6 +128,41 @@ def results(
     """Outputs and gradients of this rank."""
     with patch.object(states, "CHUNK_SIZE", chunk_size):
         return run(without(attention(group, **given), detached), held_by(group, make_inputs(case, dtype), lengths))
+
+
+@contextmanager
+def messages_by_way_of_the_host() -> Iterator[None]:
+    """Gloo gathers and adds tensors of a GPU, but does not send them; NCCL wants a GPU for every process.
+
+    As with NCCL, what arrives is there for the stream that waits.
+    """
+    send, receive, kept = dist.isend, dist.irecv, []
+
+    class Receiving:
+        def __init__(self, block: Tensor, **options: Any):
+            self.block, self.host = block, torch.empty_like(block, device="cpu")
+            self.work: Any = receive(self.host, **options)
+
+        def wait(self) -> None:
+            self.work.wait()
+            self.block.copy_(self.host)
+
+    def sending(block: Tensor, **options: Any) -> Any:
+        kept.append(block.cpu())
+        return send(kept[-1], **options)
+
+    with patch.object(dist, "isend", sending), patch.object(dist, "irecv", Receiving):
+        yield
+
+
+def results_on_a_gpu(
+    group: Any, case: Case, dtype: torch.dtype, lengths: Sequence[int], strategy: str
+) -> dict[str, Tensor]:
+    """Outputs and gradients of this rank, which shares one GPU with the others."""
+    inputs = held_by(group, make_inputs(case, dtype), lengths).on("cuda")
+    with messages_by_way_of_the_host():
+        found = run(attention(group, strategy=strategy), inputs)
+    return {name: x.cpu() for name, x in found.items()}
 
 
 def gradients(group: Any, case: Case, lengths: Sequence[int], given: dict) -> dict[str, Tensor | None]:

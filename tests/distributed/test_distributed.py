@@ -9,7 +9,7 @@ import torch.distributed as dist
 from distributed import ranks as jobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Case, assert_accurate, definition, error, make_inputs, run
+from oracle import Case, assert_accurate, attention, definition, error, make_inputs, run
 from torch import Tensor
 
 from lightning_attention import distributed
@@ -74,6 +74,32 @@ def test_dtypes_are_as_accurate_as_plain_pytorch(ranks, case, lengths, strategy,
     actual = joined(ranks(jobs.results, case, dtype, lengths, {"strategy": strategy}))
     assert actual["o"].dtype == dtype
     assert_accurate(actual, make_inputs(case, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("case", "lengths"), [(Case(T=2 * C), (C, 0, C - 7, 7)), (Case(lengths=(3, 250, 1)), (80, 80, 72, 22))], ids=str
+)
+def test_on_a_gpu(ranks, case, lengths, strategy, dtype):
+    actual = joined(ranks(jobs.results_on_a_gpu, case, dtype, lengths, strategy))
+    assert_accurate(actual, make_inputs(case, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nccl(tmp_path, strategy):
+    """With one process, which is all that one GPU allows."""
+    inputs = make_inputs(Case(lengths=(3, 250, 1)), torch.float32).on("cuda")
+    expected = run(attention(), inputs)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        actual = run(jobs.attention(None, strategy=strategy), inputs)
+    finally:
+        dist.destroy_process_group()
+    for name, value in expected.items():
+        assert error(actual[name], value.double()) < 1e-6, name
 
 
 @st.composite

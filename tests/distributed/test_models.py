@@ -2,8 +2,17 @@
 
 import pytest
 from distributed import models as jobs
+from torch import Tensor
 
 CASES = [(24, [], 24), (41, [], 10), (41, [7, 10, 20, 21], 10), (33, [5, 16], 40), (13, [1, 2, 3], 3)]
+
+
+def assert_sum(parts: list[dict[str, Tensor]], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Relative to each, or to a hundredth of the largest one. `theta` is float32 in every model."""
+    largest = max(x.norm() for x in expected.values())
+    for name, exact in expected.items():
+        error = (sum(part[name] for part in parts) - exact).norm() / max(exact.norm(), largest / 100)
+        assert error < (max(tolerance, 1e-6) if "theta" in name else tolerance), name
 
 
 @pytest.mark.parametrize("strategy", ["all-gather", "ring"])
@@ -11,12 +20,16 @@ CASES = [(24, [], 24), (41, [], 10), (41, [7, 10, 20, 21], 10), (33, [5, 16], 40
 @pytest.mark.parametrize(("T", "starts", "segment_length"), CASES)
 def test_gradients_by_segments(ranks, T, starts, segment_length, members, strategy):
     """Sum over the processes, which share every segment; some have no token of the last one."""
-    expected = jobs.gradients_of_whole(T, starts)
     parts = ranks(jobs.gradients_by_segments, T, starts, segment_length, strategy, members=members)
-    largest = max(x.norm() for x in expected.values())
-    for name, exact in expected.items():
-        error = (sum(part[name] for part in parts) - exact).norm() / max(exact.norm(), largest / 100)
-        assert error < (1e-6 if "theta" in name else 1e-10), name
+    assert_sum(parts, jobs.gradients_of_whole(T, starts), 1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", ["all-gather", "ring"])
+def test_gradients_by_segments_on_a_gpu(ranks, strategy):
+    parts = ranks(jobs.gradients_on_a_gpu, 1000, 300, strategy)
+    expected = {name: x.cpu() for name, x in jobs.gradients_of_whole_on_a_gpu(1000).items()}
+    assert_sum(parts, expected, 1e-4)
 
 
 @pytest.mark.parametrize("members", [(0, 1), (0, 1, 2, 3)], ids=["two", "four"])
