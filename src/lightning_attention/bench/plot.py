@@ -38,11 +38,20 @@ def plot_training(document: Document, picture: Path) -> None:
         "tokens per second": lambda record: record["tokens_per_second"],
         "peak memory beyond the model (MiB)": lambda record: _mebibytes(record["peak_bytes"]),
     }
-    _plot(document, "train", "sequence length (tokens)", panels, title, picture)
+    _plot(document, "train", "sequence length (tokens)", panels, title, picture, from_zero=True)
 
 
-def _plot(document: Document, kind: str, abscissa: str, panels: dict[str, Value], title: str, picture: Path) -> None:
-    """Two panels, a line for every implementation."""
+def _plot(
+    document: Document,
+    kind: str,
+    abscissa: str,
+    panels: dict[str, Value],
+    title: str,
+    picture: Path,
+    *,
+    from_zero: bool = False,
+) -> None:
+    """Two panels, a line for every implementation; logarithmic, or from zero for what hardly varies."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
@@ -59,7 +68,10 @@ def _plot(document: Document, kind: str, abscissa: str, panels: dict[str, Value]
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, [_short(length) for length in lengths])
-        if axes.lines:
+        if from_zero:
+            axes.set_ylim(0)
+            axes.yaxis.set_major_formatter("{x:,g}")
+        elif axes.lines:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter(LogFormatter())
