@@ -13,6 +13,7 @@ from lightning_attention.ops import reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available() and not INTERPRETED
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 # The Triton kernels run on a GPU, or on a CPU under Triton's interpreter: see conftest.py.
 BACKENDS = ("chunked", "reference", pytest.param("triton", marks=pytest.mark.triton))

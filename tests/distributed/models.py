@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed.ranks import messages_by_way_of_the_host
+from distributed.ranks import messages_by_way_of_the_host, over_nccl
 from tiny_model import make_model, tokens
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -47,11 +47,20 @@ def gradients_of_whole_on_a_gpu(T: int) -> dict[str, Tensor]:
 
 def gradients_on_a_gpu(group: Any, T: int, segment_length: int, strategy: str) -> dict[str, Tensor]:
     """This process's part of them, on a GPU that it shares with the others."""
+    with messages_by_way_of_the_host():
+        return _gradients_on_gpus(group, T, segment_length, strategy)
+
+
+def gradients_over_nccl(group: Any, T: int, segment_length: int, strategy: str) -> dict[str, Tensor]:
+    """This process's part of them, on a GPU of its own."""
+    return _gradients_on_gpus(over_nccl(group), T, segment_length, strategy)
+
+
+def _gradients_on_gpus(group: Any, T: int, segment_length: int, strategy: str) -> dict[str, Tensor]:
     model = make_model(torch.float32, hidden_size=96).cuda()
     model.model.set_sequence_parallel(SequenceParallel(group, strategy))
-    with messages_by_way_of_the_host():
-        loss = segmented_loss(model, tokens(1, T), segment_length=segment_length)
-        return {name: x.cpu() for name, x in _gradients(model, loss).items()}
+    loss = segmented_loss(model, tokens(1, T), segment_length=segment_length)
+    return {name: x.cpu() for name, x in _gradients(model, loss).items()}
 
 
 def gradients_sharded(group: Any, T: int, segment_length: int | None) -> dict[str, Tensor]:

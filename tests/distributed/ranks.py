@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import cache
 from itertools import accumulate
 from typing import Any
 from unittest.mock import patch
@@ -163,6 +164,22 @@ def results_on_a_gpu(
     with messages_by_way_of_the_host():
         found = run(attention(group, strategy=strategy), inputs)
     return {name: x.cpu() for name, x in found.items()}
+
+
+@cache
+def over_nccl(group: Any) -> Any:
+    """A group of the same ranks, each with a GPU."""
+    torch.cuda.set_device(dist.get_rank(group))
+    return dist.new_group(dist.get_process_group_ranks(group), backend="nccl", use_local_synchronization=True)
+
+
+def results_over_nccl(
+    group: Any, case: Case, dtype: torch.dtype, lengths: Sequence[int], given: dict
+) -> dict[str, Tensor]:
+    """Outputs and gradients of this rank, which has a GPU of its own."""
+    group = over_nccl(group)
+    inputs = held_by(group, make_inputs(case, dtype), lengths).on("cuda")
+    return {name: x.cpu() for name, x in run(attention(group, **given), inputs).items()}
 
 
 def gradients(group: Any, case: Case, lengths: Sequence[int], given: dict) -> dict[str, Tensor | None]:

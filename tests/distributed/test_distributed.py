@@ -9,7 +9,7 @@ import torch.distributed as dist
 from distributed import ranks as jobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Case, assert_accurate, attention, definition, error, make_inputs, run
+from oracle import Case, assert_accurate, attention, definition, error, make_inputs, needs_two_gpus, run
 from torch import Tensor
 
 from lightning_attention import distributed
@@ -88,9 +88,32 @@ def test_on_a_gpu(ranks, case, lengths, strategy, dtype):
 
 
 @pytest.mark.gpu
+@needs_two_gpus
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_nccl(tmp_path, strategy):
-    """With one process, which is all that one GPU allows."""
+@pytest.mark.parametrize(
+    ("case", "lengths"),
+    [
+        (Case(T=3 * C), (C, 0, C - 7, C + 7)),
+        (Case(lengths=(3, 250, 1)), (80, 80, 72, 22)),
+        (Case(B=1, T=700, H=8, K=64, V=64, slope=0.01), (350, 120, 230, 0)),
+    ],
+    ids=str,
+)
+def test_over_nccl(ranks, case, lengths, strategy, dtype):
+    """Tokens of ranks without a GPU go to the last one that has its own."""
+    count = min(torch.cuda.device_count(), jobs.WORLD_SIZE)
+    lengths = [*lengths[: count - 1], sum(lengths[count - 1 :])]
+    for known in ({}, {"lengths": lengths}):
+        options = {"strategy": strategy} | known
+        actual = joined(ranks(jobs.results_over_nccl, case, dtype, lengths, options, members=range(count)))
+        assert_accurate(actual, make_inputs(case, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nccl_of_one_process(tmp_path, strategy):
+    """All that one GPU allows."""
     inputs = make_inputs(Case(lengths=(3, 250, 1)), torch.float32).on("cuda")
     expected = run(attention(), inputs)
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

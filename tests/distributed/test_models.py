@@ -1,7 +1,10 @@
 """A model whose tokens are shared learns what it would learn alone."""
 
 import pytest
+import torch
 from distributed import models as jobs
+from distributed.ranks import WORLD_SIZE
+from oracle import needs_two_gpus
 from torch import Tensor
 
 CASES = [(24, [], 24), (41, [], 10), (41, [7, 10, 20, 21], 10), (33, [5, 16], 40), (13, [1, 2, 3], 3)]
@@ -28,8 +31,20 @@ def test_gradients_by_segments(ranks, T, starts, segment_length, members, strate
 @pytest.mark.parametrize("strategy", ["all-gather", "ring"])
 def test_gradients_by_segments_on_a_gpu(ranks, strategy):
     parts = ranks(jobs.gradients_on_a_gpu, 1000, 300, strategy)
-    expected = {name: x.cpu() for name, x in jobs.gradients_of_whole_on_a_gpu(1000).items()}
-    assert_sum(parts, expected, 1e-4)
+    assert_sum(parts, on_the_host(jobs.gradients_of_whole_on_a_gpu(1000)), 1e-4)
+
+
+@pytest.mark.gpu
+@needs_two_gpus
+@pytest.mark.parametrize("strategy", ["all-gather", "ring"])
+def test_gradients_by_segments_over_nccl(ranks, strategy):
+    members = range(min(torch.cuda.device_count(), WORLD_SIZE))
+    parts = ranks(jobs.gradients_over_nccl, 1000, 300, strategy, members=members)
+    assert_sum(parts, on_the_host(jobs.gradients_of_whole_on_a_gpu(1000)), 1e-4)
+
+
+def on_the_host(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.cpu() for name, x in gradients.items()}
 
 
 @pytest.mark.parametrize("members", [(0, 1), (0, 1, 2, 3)], ids=["two", "four"])

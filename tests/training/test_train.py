@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from oracle import needs_two_gpus
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_model import make_config
@@ -234,6 +235,27 @@ def test_a_process_with_a_gpu(files, changes):
     assert process.returncode == 0, output
     assert losses(files / "one") == pytest.approx(losses(files / "alone"), rel=1e-2)
     load(files / "one")
+
+
+@pytest.mark.gpu
+@needs_two_gpus
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sequence_parallel": 2, "segment_length": 17},
+        {"sequence_parallel": 2, "sequence_parallel_strategy": "ring", "fsdp": True},
+        {"batch_size": 1, "fsdp": True, "segment_length": 17},
+    ],
+    ids=["tokens by segments", "tokens and the model", "rows and the model, by segments"],
+)
+def test_two_processes_with_a_gpu_each(files, changes):
+    """Over NCCL, the steps of one, which leaves the other GPU alone."""
+    train(options(files, "one", steps=10), console=quiet())
+    process = torchrun(2, *arguments(files, "two", steps=10, **changes), where=os.environ)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert losses(files / "two") == pytest.approx(losses(files / "one"), rel=1e-3)
+    load(files / "two")
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,14 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
     return checkpoint
 
 
+class _Arguments(TrainingArguments):
+    """A process works on one device: for more of them there is torchrun, not DataParallel."""
+
+    @property
+    def n_gpu(self) -> int:
+        return min(super().n_gpu, 1)
+
+
 class _Trainer(CheckpointingTrainer):
     """One that reads rows by segments, in training and evaluation, or shares them with other processes."""
 
@@ -322,7 +330,7 @@ def _prepare_corpus(
 
 def _arguments(options: TrainingOptions) -> TrainingArguments:
     checkpointing: dict[str, Any] = {_CHECKPOINTING: True} if options.gradient_checkpointing else {}
-    return TrainingArguments(
+    return _Arguments(
         output_dir=str(options.output),
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
