@@ -19,6 +19,7 @@ from oracle import needs_two_gpus
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_model import make_config
+from transformers import TrainingArguments
 
 from lightning_attention.inference import load
 from lightning_attention.models import LightningForCausalLM
@@ -26,6 +27,7 @@ from lightning_attention.models.checkpoint import checkpoints, last_checkpoint
 from lightning_attention.training import PackedDataset, TrainingOptions, evaluate, train
 from lightning_attention.training.checkpoint import CheckpointingTrainer
 from lightning_attention.training.metrics import drop_after, plot_loss, read_metrics
+from lightning_attention.training.train import _arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 TEXT = "".join(f"{i} times {j} is {i * j}\n" for i in range(40) for j in range(40))
@@ -356,6 +358,14 @@ def test_bad_options_start_no_run(files, changes, message):
         train(options(files, **changes), console=quiet())
     assert not (files / "run" / "run.json").exists()
     assert checkpoints(files / "run") == []
+
+
+def test_a_process_works_on_one_device(files, monkeypatch):
+    """Whatever there is: the Trainer would split batches among all of them, and call for as many more rows."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    arguments = _arguments(options(files, batch_size=3))
+    assert arguments.n_gpu == 1
+    assert arguments.train_batch_size == 3
 
 
 def test_resuming_without_a_run(tmp_path):
