@@ -77,7 +77,7 @@ def _serve(rank: int, store: str, pipe: Any) -> None:
             groups[members] = dist.new_group(list(members), **order)
         try:
             result = job(groups[members], *arguments) if rank in members else None
-        except Exception as error:
+        except Exception as error:  # raised where the job was given
             result = error
         buffer = io.BytesIO()
         torch.save(result, buffer)

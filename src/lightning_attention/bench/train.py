@@ -153,7 +153,6 @@ def _step(
         nonlocal seconds
         start = time.perf_counter()
         train(input_ids)
-        loss.item()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start

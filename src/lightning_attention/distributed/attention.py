@@ -47,7 +47,8 @@ def lightning_attention(
         k: keys, the shape and dtype of q.
         v: values `[B, n_r, H, V]`, the dtype of q.
         log_decay: `[H]`, the same on every rank.
-        group: a `torch.distributed` process group, of any backend; None is the default group.
+        group: a `torch.distributed` process group; None is the default group. Of any backend that moves tensors of this
+            device: gloo does not send those of a GPU, as the ring has to.
         scale: factor on every output.
         initial_state: `[N, H, K, V]`, given by every rank or none. Used by the rank on which a sequence begins; its
             gradient is there, and zero elsewhere.

@@ -82,7 +82,7 @@ class CheckpointingTrainer(Trainer):
             scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER), weights_only=True))
 
     def _trained(self) -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """Without what is around them."""
+        """Model, optimizer and scheduler, without what accelerate has put around them."""
         prepared: Any = self
         return prepared.model, prepared.optimizer.optimizer, prepared.lr_scheduler
 

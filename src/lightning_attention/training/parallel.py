@@ -74,10 +74,10 @@ def one_row(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def all_processes(device_type: str) -> DeviceMesh:
-    """One dimension.
+    """A mesh of one dimension.
 
     Raises:
-        ValueError: there is but this one.
+        ValueError: torchrun has started none.
     """
     if not dist.is_initialized():
         raise ValueError("fsdp needs the processes that torchrun starts")
