@@ -103,7 +103,7 @@ def test_chunked_is_recurrent(case):
 
 
 # The interpreter takes a second or two for a call and its gradients.
-EXAMPLES = 10 if INTERPRETED else 25
+EXAMPLES = 15 if INTERPRETED else 25
 
 PROPERTY_BACKENDS = ("chunked", pytest.param("triton", marks=pytest.mark.triton))
 
