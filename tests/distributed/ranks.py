@@ -137,22 +137,28 @@ def messages_by_way_of_the_host() -> Iterator[None]:
 
     As with NCCL, what arrives is there for the stream that waits.
     """
-    send, receive, kept = dist.isend, dist.irecv, []
+    run, kept = dist.batch_isend_irecv, []
 
-    class Receiving:
-        def __init__(self, block: Tensor, **options: Any):
-            self.block, self.host = block, torch.empty_like(block, device="cpu")
-            self.work: Any = receive(self.host, **options)
+    class Batch:
+        def __init__(self, operations: list[dist.P2POp]):
+            self.operations = operations
+            self.host = [operation.tensor.cpu() for operation in operations]
+            kept.extend(self.host)
+            self.works = run(
+                [
+                    dist.P2POp(operation.op, host, group=operation.group, group_peer=operation.group_peer)
+                    for operation, host in zip(operations, self.host, strict=True)
+                ]
+            )
 
         def wait(self) -> None:
-            self.work.wait()
-            self.block.copy_(self.host)
+            for work in self.works:
+                work.wait()
+            for operation, host in zip(self.operations, self.host, strict=True):
+                if operation.op is dist.irecv:
+                    operation.tensor.copy_(host)
 
-    def sending(block: Tensor, **options: Any) -> Any:
-        kept.append(block.cpu())
-        return send(kept[-1], **options)
-
-    with patch.object(dist, "isend", sending), patch.object(dist, "irecv", Receiving):
+    with patch.object(dist, "batch_isend_irecv", lambda operations: [Batch(operations)]):
         yield
 
 
@@ -215,25 +221,39 @@ def output_under_autocast(group: Any, case: Case, lengths: Sequence[int]) -> tup
 def bytes_sent(group: Any, case: Case, dtype: torch.dtype, lengths: Sequence[int], strategy: str) -> tuple[int, int]:
     """In the forward pass, and in the backward pass."""
     sent = 0
-    gather, send = dist.all_gather, dist.isend
+    gather, exchanged = dist.all_gather, dist.batch_isend_irecv
 
     def counted_gather(outputs, x, **options):
         nonlocal sent
         sent += (len(outputs) - 1) * x.nbytes
         return gather(outputs, x, **options)
 
-    def counted_send(x, **options):
+    def counted_batch(operations):
         nonlocal sent
-        sent += x.nbytes
-        return send(x, **options)
+        sent += sum(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
+        return exchanged(operations)
 
     inputs = held_by(group, make_inputs(case, dtype), lengths)
     call = attention(group, lengths=lengths, strategy=strategy)
-    with patch.object(dist, "all_gather", counted_gather), patch.object(dist, "isend", counted_send):
+    with patch.object(dist, "all_gather", counted_gather), patch.object(dist, "batch_isend_irecv", counted_batch):
         o, _ = call(inputs.q, inputs.k.requires_grad_(), inputs.v, inputs.log_decay, **inputs.options())
         forward, sent = sent, 0
         o.backward(inputs.do)
     return forward, sent
+
+
+def batches(group: Any, case: Case, lengths: Sequence[int]) -> list[list[tuple[str, int]]]:
+    """What a ring has under way at once, in order: with which ranks, forward and backward."""
+    made = []
+
+    def noted(operations):
+        made.append([(operation.op.__name__, operation.group_peer) for operation in operations])
+        return exchanged(operations)
+
+    exchanged = dist.batch_isend_irecv
+    with patch.object(dist, "batch_isend_irecv", noted):
+        run(attention(group, strategy="ring"), held_by(group, make_inputs(case), lengths))
+    return made
 
 
 def events(group: Any, case: Case, lengths: Sequence[int], strategy: str) -> list[str]:

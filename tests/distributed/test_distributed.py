@@ -1,7 +1,7 @@
 """Several processes, each with its tokens, against one with all of them."""
 
 import inspect
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from oracle import Case, assert_accurate, attention, definition, error, make_inp
 from torch import Tensor
 
 from lightning_attention import distributed
+from lightning_attention.distributed.exchange import RING_BLOCKS
 from lightning_attention.ops.chunked import CHUNK_SIZE
 from lightning_attention.ops.problem import DTYPES
 
@@ -249,6 +250,25 @@ def test_a_ring_sends_where_documents_cross(ranks):
     S = state_bytes(case, torch.float64)
     sent = ranks(jobs.bytes_sent, case, torch.float64, (10, 10, 10, 10), "ring")
     assert sent == [(0, 0), (S, 0), (0, S), (0, 0)]
+
+
+def batches(left: int | None, right: int | None, passes: bool) -> list[list[tuple[str, int]]]:
+    """Of a rank: what comes from the left and what goes to the right, a batch later where it passes through."""
+    received = [] if left is None else [[("irecv", left)]] * RING_BLOCKS
+    sent = [] if right is None else [[]] * passes + [[("isend", right)]] * RING_BLOCKS
+    return [coming + going for coming, going in zip_longest(received, sent, fillvalue=[])]
+
+
+@pytest.mark.parametrize("members", [(0, 1, 2, 3), (0, 2, 3)], ids=str)
+def test_a_ring_sends_and_receives_at_once(ranks, members):
+    """One document, and one that begins and ends in the middle of a rank, which then has nothing to pass on."""
+    last = len(members) - 1
+    for case, passes in ((Case(B=1, T=10 * len(members)), True), (Case(lengths=(15, 10 * last - 5)), False)):
+        made = ranks(jobs.batches, case, [10] * len(members), members=members)
+        for rank, found in enumerate(made):
+            left, right = (rank - 1 if rank else None), (rank + 1 if rank < last else None)
+            goes_through = left is not None and right is not None and (passes or rank > 1)
+            assert found == batches(left, right, goes_through) + batches(right, left, goes_through), rank
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -9,7 +9,9 @@ S = B·H·K·V·4 bytes (8 in float64), per layer and direction, whatever the le
 LASP-2 (arXiv 2502.07563) is the first; LASP (arXiv 2404.02882) and ZeCO (arXiv 2507.01004) are the second.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -47,49 +49,41 @@ def ring(state: Tensor, route: Route, rates: Tensor, group: "dist.ProcessGroup |
 
     On an accelerator a stream of its own does that, on a CPU the wait, where a state passes through this rank.
     """
-    sent, received = state.clone(memory_format=torch.contiguous_format), torch.zeros_like(state)
+    if state.is_cuda:
+        _connect(dist.group.WORLD if group is None else group, state.device)
+    sent = state.clone(memory_format=torch.contiguous_format)
+    received = torch.zeros_like(sent)
     sent_blocks, received_blocks = _blocks(sent), _blocks(received)
-    stream = torch.cuda.Stream(state.device) if state.is_cuda and route.passing is not None else None
-    sending = []
-
-    def receive(block: Tensor) -> Any:
-        return dist.irecv(block, group=group, group_src=route.source)
-
-    def send(block: Tensor) -> None:
-        if route.target is not None:
-            sending.append(dist.isend(block, group=group, group_dst=route.target))
-
-    receiving: Iterable[Any] = map(receive, received_blocks) if route.source is not None else ()
-    # A stream receives block by block: if one communicator serves both neighbours, the sends then come in between.
-    if stream is None:
-        receiving = list(receiving)
-
-    def relay(passing: int) -> None:
-        decay = _blocks(power(rates, passing).expand(*state.shape[:-1], 1))
-        for work, sent_block, received_block, block_decay in zip(
-            receiving, sent_blocks, received_blocks, decay, strict=True
-        ):
-            work.wait()
-            send(sent_block.addcmul_(received_block, block_decay))
-
+    sends: list[Any] = _operations(dist.isend, sent_blocks, group, route.target)
+    receives = _operations(dist.irecv, received_blocks, group, route.source)
+    # A block goes on while the next one comes. So it is sent one batch later than it is received, on every rank that it
+    # passes through, and the batches of all ranks can be put in one order: none waits for a later one.
+    if route.passing is not None:
+        sends.insert(0, None)
+    batches = [[operation for operation in pair if operation] for pair in zip_longest(receives, sends)]
+    works: Iterable[list[Any]] = map(dist.batch_isend_irecv, batches)
     if route.passing is None:
-        for block in sent_blocks:
-            send(block)
-    elif stream is not None:
+        works = list(works)
+
+    def finish() -> None:
+        decay = None if route.passing is None else _blocks(power(rates, route.passing).expand(*state.shape[:-1], 1))
+        for i, batch in enumerate(works):
+            for work in batch:
+                work.wait()
+            if decay is not None and i < len(decay):
+                sent_blocks[i].addcmul_(received_blocks[i], decay[i])
+
+    stream = torch.cuda.Stream(state.device) if state.is_cuda and route.passing is not None else None
+    if stream is not None:
         stream.wait_stream(torch.cuda.current_stream(state.device))
         with torch.cuda.stream(stream):
-            relay(route.passing)
+            finish()
 
     def wait() -> Tensor:
-        if route.passing is None:
-            for work in receiving:
-                work.wait()
-        elif stream is None:
-            relay(route.passing)
+        if stream is None:
+            finish()
         else:
             torch.cuda.current_stream(state.device).wait_stream(stream)
-        for work in sending:
-            work.wait()
         return received
 
     return wait
@@ -156,3 +150,17 @@ class _Finish(torch.autograd.Function):
 def _blocks(x: Tensor) -> tuple[Tensor, ...]:
     """`[B, H, K, D]` cut along its rows into views; of a tensor that has to be copied, only to be read."""
     return x.reshape(-1, x.shape[-1]).chunk(RING_BLOCKS)
+
+
+def _operations(
+    operation: Callable, blocks: Sequence[Tensor], group: "dist.ProcessGroup | None", peer: int | None
+) -> list["dist.P2POp"]:
+    if peer is None:
+        return []
+    return [dist.P2POp(operation, block, group=group, group_peer=peer) for block in blocks]
+
+
+@cache
+def _connect(group: "dist.ProcessGroup", device: torch.device) -> None:
+    """If a batch is the first call of a group, NCCL waits for one of every rank; some may have nothing to send."""
+    dist.all_reduce(torch.zeros(1, device=device), group=group)
