@@ -221,6 +221,18 @@ def test_number_of_segments(length, programs, count):
     assert config.segments(length, programs, 132, 2, 2048).count == count
 
 
+@given(st.integers(0, 1 << 22), st.integers(0, 4096), st.integers(1, 200), st.integers(1, 2), st.integers(256, 4096))
+def test_intervals_of_a_whole_row(length, programs, multiprocessors, programs_per_sm, min_interval):
+    """They cover it, none of them is empty, and several fit the device and are long."""
+    row = config.whole_row(length, programs, multiprocessors, programs_per_sm, min_interval)
+    count = row.num_intervals
+    assert (count - 1) * row.interval < length <= row.length == count * row.interval or length == count == 0
+    assert row.interval % 64 == 0
+    if count > 1:
+        assert programs * count <= programs_per_sm * multiprocessors
+        assert row.interval >= min_interval
+
+
 SIZES = (1, 16, 40, 64, 96, 128, 192, 256)
 
 

@@ -119,6 +119,15 @@ def test_interval_states(arch, head_dim):
     check(compiled, arch, head_dim, products=True)
 
 
+@pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
+def test_read(arch):
+    for head_dim in (128, 256):
+        tiles = config.interval_tiles(head_dim, head_dim, torch.bfloat16, "ieee")
+        constants = {"K": head_dim, "V": head_dim, "REVERSE": False, "ADD": True, "PRECISION": "ieee"}
+        compiled = compile_kernel(kernels.read_kernel, arch, "bf16", tiles, **constants)
+        check(compiled, arch, head_dim, products=True)
+
+
 @pytest.mark.parametrize("arch", [86, 90], ids="sm_{}".format)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])

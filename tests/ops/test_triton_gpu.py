@@ -107,6 +107,44 @@ def test_more_than_two_to_the_31_elements():
             assert error(x[:, piece][:, good], y[:, good].double()) < 4e-3
 
 
+def test_states_of_more_than_two_to_the_31_elements():
+    """They depend on the first tokens or the last ones, and only these depend on them."""
+    T, H, D, n = 1_100_000, 16, 128, 4096
+    q, k, _, _ = large(1, T, H, D)
+    log_decay = torch.full((H,), -1.0, device="cuda")
+    for reverse in (False, True):
+        written, read = (slice(0, n), slice(T - n, T)) if reverse else (slice(T - n, T), slice(0, n))
+        state = launch.write_state(q, k, log_decay, reverse=reverse)
+        assert (
+            error(state, launch.write_state(q[:, written], k[:, written], log_decay, reverse=reverse).double()) < 4e-3
+        )
+        o, part = torch.empty_like(q), torch.empty_like(q[:, read])
+        launch.read_state_(o, q, state, log_decay, reverse=reverse, add=False)
+        launch.read_state_(part, q[:, read], state, log_decay, reverse=reverse, add=False)
+        assert error(o[:, read], part.double()) < 4e-3
+        assert not o[:, : read.start].any()
+        assert not o[:, read.stop :].any()
+        added = k.clone()
+        launch.read_state_(added, q, state, log_decay, reverse=reverse, add=True)
+        assert torch.equal(added[:, : read.start], k[:, : read.start])
+        assert torch.equal(added[:, read.stop :], k[:, read.stop :])
+        assert error(added[:, read], k[:, read].double() + part.double()) < 4e-3
+
+
+def test_memory_of_states():
+    """Beyond its result, a state takes little; reading one takes nothing."""
+    q, k, o, _ = large(1, 65536, 16, 128)
+    log_decay = decay.log_decay(16, preset="alibi").cuda()
+    state = launch.write_state(q, k, log_decay, reverse=False)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    launch.read_state_(o, q, state, log_decay, reverse=False, add=True)
+    assert torch.cuda.max_memory_allocated() == before
+    launch.write_state(q, k, log_decay, reverse=True)
+    assert torch.cuda.max_memory_allocated() - before <= 0.05 * (q.nbytes + k.nbytes)
+
+
 def test_the_same_bits_again():
     """Whatever runs beside it: there are no atomics."""
     inputs, log_decay = large(1, 32768, 8, 128), decay.log_decay(8, preset="alibi").cuda()

@@ -1,7 +1,8 @@
 """The operators as PyTorch sees them: schemas, fake kernels and autograd.
 
 A backend is a module with `unsupported_reasons`, `forward`, `prefill`, `backward`, `step`, `verify` and `commit`; its
-name travels as an argument, so a new backend adds a module and a line here, and no operator.
+name travels as an argument, so a new backend adds a module and a line here, and no operator. It may have more:
+`prepare_step`, and `write_state` and `read_state_` for slices of a sequence.
 """
 
 from collections.abc import Callable, Iterable

@@ -27,7 +27,8 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 def __getattr__(name: str) -> Callable:
     """The rest of a backend, imported when first called: Triton is not installed everywhere, and takes its time."""
-    if name not in ("forward", "prefill", "backward", "step", "prepare_step", "verify", "commit"):
+    of_sequences = ("forward", "prefill", "backward", "write_state", "read_state_")
+    if name not in (*of_sequences, "step", "prepare_step", "verify", "commit"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     function = globals()[name] = getattr(import_module(".launch", __name__), name)
     return function

@@ -10,6 +10,9 @@ MAX_HEAD_DIM = 256
 # Drafts in a tree: the ancestors of one are the bits of an integer.
 MAX_TREE = 64
 
+# Tokens of one program that reads a state: so many that the state is at most a tenth of what it loads.
+PIECE_LENGTH = 1024
+
 # Inputs are at least so many times as large as the states of intervals, where a segment has several.
 INPUTS_OVER_STATES = 24
 
@@ -116,6 +119,17 @@ def segments(length: int, programs: int, multiprocessors: int, programs_per_sm: 
     intervals = max(1, length // count // min_interval)
     interval = ceil_div(length, count * intervals * 64) * 64
     return Segments(intervals * interval, interval, ceil_div(length, intervals * interval))
+
+
+@lru_cache(1024)
+def whole_row(length: int, programs: int, multiprocessors: int, programs_per_sm: int, min_interval: int) -> Segments:
+    """A row as one segment, cut into intervals for as many programs as the device runs at once.
+
+    The state after it is that from which a second segment, without tokens, would start. Arguments as for `segments`.
+    """
+    most = min(programs_per_sm * multiprocessors // max(programs, 1), length // min_interval)
+    interval = ceil_div(max(length, 1), max(most, 1) * 64) * 64
+    return Segments(ceil_div(length, interval) * interval, interval, 2)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -1,4 +1,4 @@
-"""The kernels of sequences, in Triton: one scan for outputs and all gradients, and the states between its segments.
+"""The kernels of sequences, in Triton: one scan for outputs and all gradients, and states between their pieces.
 
 Every scan keeps the transposed state `Sᵀ` `[BV, BK]` in registers, where it is the left operand of `Sᵀ Qᵀ` without a
 trip through shared memory. Chunks are cut off where their sequence ends: nothing outside it is read.
@@ -143,7 +143,7 @@ def scan_kernel(
             _store_state(p_S, b_S / state_scale, o_k, o_v, hi == end, K, V, TRANSPOSED_STATES)
 
 
-@jit(do_not_specialize=["T", "H", "N", "segment_length", "interval"])
+@jit(do_not_specialize=["T", "H", "N", "segment_length", "interval", "num_intervals"])
 def interval_state_kernel(
     k,
     v,
@@ -155,6 +155,7 @@ def interval_state_kernel(
     N,
     segment_length,
     interval,
+    num_intervals,
     stride_kb,
     stride_kt,
     stride_kh,
@@ -174,7 +175,6 @@ def interval_state_kernel(
 
     Only tokens whose weight is not 0 in float32 when the next segment starts are read: few, where the head decays.
     """
-    num_intervals = (tl.cdiv(T, segment_length) - 1) * (segment_length // interval)
     i_v, i_h, i_i, i_b = program_ids(H, num_intervals, V, BV)
     k += i_b * stride_kb + i_h * stride_kh
     v += i_b * stride_vb + i_h * stride_vh
@@ -184,8 +184,8 @@ def interval_state_kernel(
 
     rate = load_rate(log_decay, i_h)
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    lo, hi = i_i * interval, (i_i + 1) * interval
-    lo = tl.maximum(lo, tl.cdiv(hi, segment_length) * segment_length - _reach(rate, T))
+    lo, hi = i_i * interval, tl.minimum((i_i + 1) * interval, T)
+    lo = tl.maximum(lo, tl.minimum(tl.cdiv(hi, segment_length) * segment_length, T) - _reach(rate, T))
     if cu_seqlens is not None:
         lo = tl.maximum(lo, _start(cu_seqlens, _num_ended(cu_seqlens, hi, N, T, REVERSE), N, T, REVERSE))
 
@@ -200,6 +200,61 @@ def interval_state_kernel(
         p_k += C * stride_kt
         p_v += C * stride_vt
     _store_state(interval_states + ((i_b * num_intervals + i_i) * H + i_h) * (K * V), b_S, o_k, o_v, True, K, V, False)
+
+
+@jit(do_not_specialize=["T", "H", "piece_length"])
+def read_kernel(
+    q,
+    o,
+    log_decay,
+    state,
+    T,
+    H,
+    piece_length,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    REVERSE: tl.constexpr,
+    ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """`o = λ^(i+1) q S`, added to what is there or in its place, for one piece of one row and head, and BV columns.
+
+    In reverse it is `λ^(T-1-i)`. Tokens whose weight is 0 in float32 are not read, nor added to.
+    """
+    i_v, i_h, i_p, i_b = program_ids(H, tl.cdiv(T, piece_length), V, BV)
+    q += i_b * stride_qb + i_h * stride_qh
+    o += i_b * stride_ob + i_h * stride_oh
+
+    dtype: tl.constexpr = q.dtype.element_ty
+    rate = load_rate(log_decay, i_h)
+    o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    b_S = _load_state(state + (i_b * H + i_h) * (K * V), o_k, o_v, K, V, False).to(dtype)  # [BV, BK]
+    lo = i_p * piece_length
+    hi = tl.minimum(lo + piece_length, T)
+    p_q = q + lo.to(tl.int64) * stride_qt
+    p_o = o + lo.to(tl.int64) * stride_ot
+    for t in tl.range(lo, hi, C, num_stages=NUM_STAGES):
+        m_c = o_c < hi - t
+        b_read = decay_over(rate, T - 1 - t - o_c if REVERSE else t + 1 + o_c)
+        m_q = m_c & (b_read > 0.0)
+        b_q = _load_rows(p_q, stride_qt, o_c, o_k, m_q, K, BK)  # [C, BK]
+        b_o = tl.trans(tl.dot(b_S, tl.trans(b_q), input_precision=PRECISION) * b_read[None, :])  # [C, BV]
+        if ADD:
+            m_c = m_q
+            b_o += _load_rows(p_o, stride_ot, o_c, o_v, m_c, V, BV)
+        tl.store(p_o + o_c[:, None] * stride_ot + o_v[None, :], b_o.to(dtype), mask=m_c[:, None] & (o_v < V)[None, :])
+        p_q += C * stride_qt
+        p_o += C * stride_ot
 
 
 @jit

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..problem import check_log_decay, sequence_bounds, state_dtype
 from . import config, decoding, kernels
-from .config import MAX_TREE, Tiles, ceil_div
+from .config import MAX_TREE, Segments, Tiles, ceil_div
 
 
 def forward(
@@ -72,6 +72,32 @@ def backward(
         dk = scans.scan(v, do, q, d_final_state, states, reverse=True, transposed=True)
         dv = scans.scan(k, q, do, d_final_state, states, d_initial_state, reverse=True)
         return dq, dk, dv, d_initial_state
+
+
+def write_state(k: Tensor, v: Tensor, log_decay: Tensor, *, reverse: bool) -> Tensor:
+    """`Σ_i λ^(T-1-i) k_i v_iᵀ`, the state `[B, H, K, V]` after a row; in reverse `Σ_i λ^(i+1) k_i v_iᵀ`."""
+    with torch.accelerator.device_index(k.device.index):
+        return _Scans(k, v, log_decay, None, 1.0).state_after(_rows(k), _rows(v), log_decay, reverse=reverse)
+
+
+def read_state_(o: Tensor, q: Tensor, state: Tensor, log_decay: Tensor, *, reverse: bool, add: bool) -> None:
+    """`o_i = λ^(i+1) q_i S`, or that more, for `[B, T, H, V]`; in reverse `λ^(T-1-i) q_i S`."""
+    (B, T, H, K), V = q.shape, o.shape[3]
+    assert o is _rows(o)
+    precision = _precision(q.dtype)
+    tiles = config.interval_tiles(K, V, q.dtype, precision)
+    if programs := ceil_div(V, tiles.BV) * H * B * ceil_div(T, config.PIECE_LENGTH):
+        with torch.accelerator.device_index(q.device.index):
+            q = _rows(q)
+            _launch(
+                kernels.read_kernel,
+                programs,
+                (q, o, _contiguous(log_decay), _contiguous(state)),
+                (T, H, config.PIECE_LENGTH),
+                (*q.stride()[:3], *o.stride()[:3]),
+                (K, V, tiles.C, tiles.BK, tiles.BV, reverse, add, precision, tiles.num_stages),
+                tiles.num_warps,
+            )
 
 
 def step(
@@ -235,19 +261,35 @@ class _Scans:
 
     def interval_states(self, k: Tensor, v: Tensor, *, reverse: bool = False) -> Tensor | None:
         """`[B, intervals, H, K, V]`, or None where there is one segment, which needs none."""
-        if self.segments.count == 1:
-            return None
-        states = self.new_states(self.B, self.segments.num_intervals)
+        return None if self.segments.count == 1 else self._states_of(self.segments, k, v, reverse)
+
+    def state_after(self, k: Tensor, v: Tensor, log_decay: Tensor, *, reverse: bool) -> Tensor:
+        """`[B, H, K, V]`, of a row that starts from zero: the states of its few intervals, decayed to its end."""
         tiles = config.interval_tiles(self.K, self.V, self.dtype, self.precision)
-        _launch(
-            kernels.interval_state_kernel,
-            self._programs(self.V, tiles) * self.segments.num_intervals,
-            (k, v, self.log_decay, states, self.cu_seqlens),
-            (self.T, self.H, self.N, self.segments.length, self.segments.interval),
-            (*k.stride()[:3], *v.stride()[:3]),
-            (self.K, self.V, tiles.C, tiles.BK, tiles.BV, reverse, self.precision, tiles.num_stages),
-            tiles.num_warps,
+        row = config.whole_row(
+            self.T,
+            self._programs(self.V, tiles),
+            _num_multiprocessors(self.device),
+            tiles.programs_per_sm,
+            config.min_interval(self.K, self.V, self.dtype),
         )
+        ends = torch.arange(1, row.num_intervals + 1, device=self.device) * row.interval
+        decay = torch.exp(log_decay * (self.T - ends).clamp_min(0)[:, None])
+        return (self._states_of(row, k, v, reverse) * decay[:, :, None, None]).sum(1)
+
+    def _states_of(self, segments: Segments, k: Tensor, v: Tensor, reverse: bool) -> Tensor:
+        states = self.new_states(self.B, segments.num_intervals)
+        tiles = config.interval_tiles(self.K, self.V, self.dtype, self.precision)
+        if programs := self._programs(self.V, tiles) * segments.num_intervals:
+            _launch(
+                kernels.interval_state_kernel,
+                programs,
+                (k, v, self.log_decay, states, self.cu_seqlens),
+                (self.T, self.H, self.N, segments.length, segments.interval, segments.num_intervals),
+                (*k.stride()[:3], *v.stride()[:3]),
+                (self.K, self.V, tiles.C, tiles.BK, tiles.BV, reverse, self.precision, tiles.num_stages),
+                tiles.num_warps,
+            )
         return states
 
     def scan(
