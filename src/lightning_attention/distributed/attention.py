@@ -93,7 +93,8 @@ def lightning_attention(
     exchange = Exchange(strategy, held, rates, group)
 
     initial = None if initial_state is None else _states_here(initial_state, held, num_documents)
-    started = exchange.start(outgoing_state(k, v, initial, rates, held))
+    outgoing, k, v = outgoing_state(k, v, initial, rates, held, backend)
+    started = exchange.start(outgoing)
     o, final = attend(
         q,
         k,
@@ -106,7 +107,7 @@ def lightning_attention(
         backend=backend,
     )
     incoming = exchange.finish(started)
-    o = add_incoming_(o, q, incoming, rates, held.head, float(scale))
+    o = add_incoming_(o, q, incoming, rates, held.head, float(scale), backend)
     if final is not None:
         final = _states_of_all(final, incoming * power(rates, held.head), held, num_documents)
     return LightningAttentionOutput(o, final)

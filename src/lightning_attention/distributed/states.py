@@ -1,19 +1,19 @@
 """The state that a slice leaves, and what a state adds to a slice. Each is the other's derivative.
 
-Tokens are read `CHUNK_SIZE` at a time, so that no float32 copy of all keys or queries is made. Products are of the
-dtype of the inputs on a GPU, as in the kernels, elsewhere of that of the accumulation.
+A backend may have kernels for both. Here they are in PyTorch, in the dtype of the state, and read `CHUNK_SIZE` tokens
+at a time, so that no float32 copy of all keys or queries is made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..ops import library
 from .slices import Slice
 
-# Measured on a CPU core, 4 heads of 64: 1024 to 4096 are level, 128 takes 1.5 times as long, 16384 up to 3 times. The
-# largest of the level ones, for few launches on a GPU.
+# Measured on a CPU core, 4 heads of 64: 1024 to 4096 are level, 128 takes 1.5 times as long, 16384 up to 3 times.
 CHUNK_SIZE = 4096
 
 
@@ -33,91 +33,101 @@ def on_device_of(x: Tensor, values: Sequence[int]) -> Tensor:
     return pinned.to(x.device, non_blocking=True)
 
 
-def outgoing_state(k: Tensor, v: Tensor, initial: Tensor | None, rates: Tensor, held: Slice) -> Tensor:
+def outgoing_state(
+    k: Tensor, v: Tensor, initial: Tensor | None, rates: Tensor, held: Slice, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     """What goes on: `Σ_j λ^(m-1-j) k_j v_jᵀ + λ^m S_0` over the last `m = held.tail` tokens `[B, H, K, V]`.
 
-    `initial` `[D, B, H, K, V]` are the states of the documents here before their first tokens here.
+    `initial` `[D, B, H, K, V]` are the states of the documents here before their first tokens here. Also returns k and
+    v for the work on the slice: its gradients then come here, and what the state adds to them is added in place.
     """
-    state = _Write.apply(k, v, rates, held.tail)
-    if initial is None:
-        return state
-    # A sum over one document or none: gradients then have the same way on every rank.
-    carried = initial[len(initial) - held.goes_on :].sum(0)
-    return state + carried * power(rates, held.tail)
+    state, k, v = _Write.apply(k, v, rates, held.tail, backend)
+    if initial is not None:
+        # A sum over one document or none: gradients then have the same way on every rank.
+        carried = initial[len(initial) - held.goes_on :].sum(0)
+        state = state + carried * power(rates, held.tail)
+    return state, k, v
 
 
-def add_incoming_(o: Tensor, q: Tensor, state: Tensor, rates: Tensor, head: int, scale: float) -> Tensor:
+def add_incoming_(o: Tensor, q: Tensor, state: Tensor, rates: Tensor, head: int, scale: float, backend: str) -> Tensor:
     """`o_i += scale λ^(i+1) q_i S` for the first `head` tokens, in place."""
-    return _Read.apply(o, q, state, rates, head, scale)
+    return _Read.apply(o, q, state, rates, head, scale, backend)
 
 
 class _Write(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, k: Tensor, v: Tensor, rates: Tensor, tail: int) -> Tensor:
+    def forward(ctx, k: Tensor, v: Tensor, rates: Tensor, tail: int, backend: str):
         ctx.save_for_backward(k, v, rates)
-        ctx.tail = tail
-        return _write(_last(k, tail), _last(v, tail), _falling(rates, tail))
+        ctx.tail, ctx.backend = tail, backend
+        state = _on(backend, write_state)(_last(k, tail), _last(v, tail), rates, reverse=False)
+        return state, k.view_as(k), v.view_as(v)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_state):
+    def backward(ctx, d_state, dk, dv):
         k, v, rates = ctx.saved_tensors
-        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        decay = _falling(rates, ctx.tail)
-        _read_(_last(dk, ctx.tail), _last(v, ctx.tail), d_state.mT, decay)
-        _read_(_last(dv, ctx.tail), _last(k, ctx.tail), d_state, decay)
-        return dk, dv, None, None
+        read_ = _on(ctx.backend, read_state_)
+        read_(_last(dk, ctx.tail), _last(v, ctx.tail), d_state.mT, rates, reverse=True, add=True)
+        read_(_last(dv, ctx.tail), _last(k, ctx.tail), d_state, rates, reverse=True, add=True)
+        return dk, dv, None, None, None
 
 
 class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, o: Tensor, q: Tensor, state: Tensor, rates: Tensor, head: int, scale: float) -> Tensor:
+    def forward(ctx, o: Tensor, q: Tensor, state: Tensor, rates: Tensor, head: int, scale: float, backend: str):
         ctx.save_for_backward(q, state, rates)
         ctx.mark_dirty(o)
-        ctx.head, ctx.scale = head, scale
-        _read_(o[:, :head], q[:, :head], scale * state, _rising(rates, head))
+        ctx.head, ctx.scale, ctx.backend = head, scale, backend
+        _on(backend, read_state_)(o[:, :head], q[:, :head], scale * state, rates, reverse=False, add=True)
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx, do):
         q, state, rates = ctx.saved_tensors
-        qs, dos, decay = q[:, : ctx.head], do[:, : ctx.head], _rising(rates, ctx.head)
-        dq = torch.zeros_like(q)
-        _read_(dq[:, : ctx.head], dos, ctx.scale * state.mT, decay)
-        return do, dq, ctx.scale * _write(qs, dos, decay), None, None, None
+        head, dq = ctx.head, None
+        if head:
+            dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+            read_ = _on(ctx.backend, read_state_)
+            read_(dq[:, :head], do[:, :head], ctx.scale * state.mT, rates, reverse=False, add=False)
+            dq[:, head:] = 0
+        d_state = ctx.scale * _on(ctx.backend, write_state)(q[:, :head], do[:, :head], rates, reverse=True)
+        return do, dq, d_state, None, None, None, None
 
 
-def _write(x: Tensor, y: Tensor, decay: Tensor) -> Tensor:
-    """`Σ_i decay_i x_i y_iᵀ` `[B, H, X, Y]`."""
+def _on(backend: str, function: Callable) -> Callable:
+    """What a backend has in place of one of the two functions below."""
+    return getattr(library.BACKENDS[backend], function.__name__, function)
+
+
+def write_state(x: Tensor, y: Tensor, rates: Tensor, *, reverse: bool) -> Tensor:
+    """`Σ_i λ^(n-1-i) x_i y_iᵀ` `[B, H, X, Y]`, or in reverse `Σ_i λ^(i+1) x_i y_iᵀ`."""
     B, length, H, X = x.shape
+    decay = _rising(rates, length) if reverse else _falling(rates, length)
     state = decay.new_zeros(B * H, X, y.shape[3])
     for chunk in _chunks(length):
-        state += _product(_rows(x, chunk, decay).mT, _rows(y, chunk), decay.dtype)
+        state += _product(_by_head(x[:, chunk] * decay[chunk, :, None]).mT, _by_head(y[:, chunk].to(decay.dtype)))
     return state.unflatten(0, (B, H))
 
 
-def _read_(out: Tensor, x: Tensor, state: Tensor, decay: Tensor) -> None:
-    """`out_i += decay_i x_i S`, in place."""
+def read_state_(out: Tensor, x: Tensor, state: Tensor, rates: Tensor, *, reverse: bool, add: bool) -> None:
+    """`out_i = λ^(i+1) x_i S`, added to what is there or in its place; in reverse `λ^(n-1-i) x_i S`."""
+    decay = _falling(rates, x.shape[1]) if reverse else _rising(rates, x.shape[1])
     for chunk in _chunks(x.shape[1]):
-        rows = _product(_rows(x, chunk), state.flatten(0, 1), decay.dtype).unflatten(0, state.shape[:2])
-        out[:, chunk] += rows.transpose(1, 2) * decay[chunk, :, None]
+        rows = _product(_by_head(x[:, chunk].to(decay.dtype)), state.flatten(0, 1)).unflatten(0, state.shape[:2])
+        rows = rows.transpose(1, 2) * decay[chunk, :, None]
+        out[:, chunk] = out[:, chunk] + rows if add else rows
 
 
-def _rows(x: Tensor, chunk: slice, decay: Tensor | None = None) -> Tensor:
-    """`[B H, C, D]`, each row times its decay, rounded to the dtype of x once."""
-    rows = x[:, chunk]
-    if decay is not None:
-        rows = (rows * decay[chunk, :, None]).to(x.dtype if x.is_cuda else decay.dtype)
-    return rows.transpose(1, 2).flatten(0, 1)
+def _by_head(x: Tensor) -> Tensor:
+    """`[B H, C, D]`."""
+    return x.transpose(1, 2).flatten(0, 1)
 
 
-def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x @ y`, accumulated and returned in `dtype`, whatever is being autocast."""
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """In the dtype of the state, whatever is being autocast."""
     with torch.autocast(x.device.type, enabled=False):
-        if x.is_cuda and x.dtype != dtype:
-            return torch.bmm(x, y.to(x.dtype), out_dtype=dtype)
-        return torch.bmm(x.to(dtype), y.to(dtype))
+        return torch.bmm(x, y)
 
 
 def _chunks(length: int) -> list[slice]:
