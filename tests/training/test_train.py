@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -287,15 +288,14 @@ def test_a_run_goes_on_with_another_number_of_processes(files, processes, sharin
     load(files / "moved")
 
 
-def kill_a_worker_after(checkpoint: Path, launcher: subprocess.Popen) -> None:
-    """kill -9 of the last process that torchrun has started."""
+def workers_after(checkpoint: Path, launcher: subprocess.Popen) -> list[int]:
+    """The processes that torchrun has started, once they have written a checkpoint."""
     deadline = time.monotonic() + 120
     while not checkpoint.exists():
         assert time.monotonic() < deadline
         assert launcher.poll() is None
         time.sleep(0.01)
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    return [int(child) for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found in /proc")
@@ -305,7 +305,7 @@ def test_a_lost_process_is_restarted_with_all_others(files):
     process = torchrun(2, *arguments(files, "whole", **changes))
     process.communicate()
     process = torchrun(2, *arguments(files, "disturbed", **changes), restarts=1)
-    kill_a_worker_after(files / "disturbed" / "checkpoint-40", process)
+    os.kill(workers_after(files / "disturbed" / "checkpoint-40", process)[-1], signal.SIGKILL)
     output, _ = process.communicate()
     assert process.returncode == 0, output
     assert "resuming from" in output
@@ -315,12 +315,32 @@ def test_a_lost_process_is_restarted_with_all_others(files):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found in /proc")
 def test_a_lost_process_ends_the_others_in_a_line(files):
     process = torchrun(2, *arguments(files, steps=10_000, save_every=20, sequence_parallel=2))
-    kill_a_worker_after(files / "run" / "checkpoint-20", process)
+    os.kill(workers_after(files / "run" / "checkpoint-20", process)[-1], signal.SIGKILL)
     output, _ = process.communicate()
     assert process.returncode != 0
     ours = output.split("torch/distributed/elastic")[0]  # torchrun has a report of its own
     assert "Traceback" not in ours
-    assert "lightning-attention: another process of the run was lost" in output
+    assert re.search("^lightning-attention: .*another process of the run was lost", output, re.MULTILINE)
+    load(files / "run")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found in /proc")
+def test_sigterm_ends_a_process_that_waits_for_another(files):
+    """Forever, were it not for the signal: the other one is stopped."""
+    process = torchrun(2, *arguments(files, steps=10_000, save_every=20, sequence_parallel=2))
+    waiting, stopped = workers_after(files / "run" / "checkpoint-20", process)
+    os.kill(stopped, signal.SIGSTOP)
+    time.sleep(1)
+    os.kill(waiting, signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{waiting}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(stopped, signal.SIGKILL)
+    output, _ = process.communicate()
+    ours = output.split("torch/distributed/elastic")[0]
+    assert "Traceback" not in ours
+    assert re.search("^lightning-attention: ended by SIGTERM.* another process .* was lost", output, re.MULTILINE)
     load(files / "run")
 
 
