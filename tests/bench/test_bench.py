@@ -115,27 +115,35 @@ def test_oracles_agree_with_what_is_right(peer, length):
     assert Oracles(inputs).error(Calls(peer, inputs)) < 1e-5
 
 
+def test_documents_are_kept_apart():
+    peer = next(peer for peer in PEERS if (peer.name, peer.device) == (OURS, "cpu"))
+    inputs = Inputs(OpCase(1, 100, 2, 8, torch.float32, documents=3), CPU)
+    assert inputs.cu_seqlens is not None
+    assert inputs.cu_seqlens.tolist() == [0, 33, 66, 100]
+    assert Oracles(inputs).error(Calls(peer, inputs)) < 1e-5
+
+
 def _scaled(factor):
-    def build(log_decay):
+    def build(log_decay, cu_seqlens):
         return lambda q, k, v: lightning_attention(q, k, v, log_decay, scale=factor).output
 
     return build
 
 
-def _wrong_gradient(log_decay):
-    right = _scaled(1.0)(log_decay)
+def _wrong_gradient(log_decay, cu_seqlens):
+    right = _scaled(1.0)(log_decay, cu_seqlens)
     return lambda q, k, v: right(q, k, 1.1 * v) + right(q, k, v.detach()) * -0.1
 
 
-def _nan(log_decay):
+def _nan(log_decay, cu_seqlens):
     return lambda q, k, v: (q + k + v) * float("nan")
 
 
-def _not_installed(log_decay):
+def _not_installed(log_decay, cu_seqlens):
     import no_such_package  # noqa: F401  # pyright: ignore[reportMissingImports]
 
 
-def _refuses(log_decay):
+def _refuses(log_decay, cu_seqlens):
     def call(q, k, v):
         raise AssertionError
 
@@ -197,14 +205,17 @@ def test_bench_op_writes_its_results(bench, tmp_path, capsys):
 
 
 def test_table_and_sweep_are_kept_together(bench, monkeypatch, tmp_path):
-    monkeypatch.setattr("lightning_attention.bench.cases.TABLE", [(1, 8, 1, 4)])
+    monkeypatch.setattr("lightning_attention.bench.cases.TABLE", [(1, 8, 1, 4, None), (1, 9, 1, 4, 2)])
     options = ["--seconds", 0, "--device", "cpu", "--output", tmp_path]
     bench("op", "--only", "table", *options)
     assert {path.name for path in tmp_path.iterdir()} == {"op.json"}
     bench("op", "--length", 16, "--heads", 1, "--head-dim", 4, *options)
     document = json.loads((tmp_path / "op.json").read_text())
     lengths = {kind: {record["length"] for record in run["results"]} for kind, run in document["runs"].items()}
-    assert lengths == {"table": {8}, "sweep": {16}}
+    assert lengths == {"table": {8, 9}, "sweep": {16}}
+    packed = [record for record in document["runs"]["table"]["results"] if record["documents"]]
+    found = [(record["implementation"], "not_measured" in record) for record in packed]
+    assert found == [(OURS, False), (SOFTMAX, True)]
 
 
 @pytest.mark.parametrize("field", ["device", "commit", "torch"])

@@ -5,15 +5,18 @@ from dataclasses import dataclass
 
 import torch
 
-# (B, T, H, D): long, short and few sequences, few and many heads.
+# (B, T, H, D, documents): long, short and few sequences, few and many heads, packed documents.
 TABLE = (
-    (4, 32768, 32, 128),
-    (4, 4096, 32, 128),
-    (1, 8192, 64, 128),
-    (1, 1024, 64, 128),
-    (1, 131072, 16, 128),
-    (2, 1048576, 8, 128),
-    (8, 2048, 16, 64),
+    (4, 32768, 32, 128, None),
+    (4, 4096, 32, 128, None),
+    (4, 32768, 32, 64, None),
+    (8, 2048, 16, 64, None),
+    (1, 8192, 64, 128, None),
+    (1, 1024, 64, 128, None),
+    (1, 32768, 64, 128, 20),
+    (1, 131072, 16, 128, None),
+    (2, 1048576, 8, 128, None),
+    (1, 1048576, 1, 128, None),
 )
 
 # Of the chunkwise algorithm, where its arithmetic is counted; what an implementation takes is its own affair.
@@ -44,18 +47,26 @@ BACKWARD = Pass("backward", tensors=7, results=3, products=5)
 
 @dataclass(frozen=True)
 class OpCase:
-    """One call of the operator, with keys and values of one size."""
+    """One call of the operator, with keys and values of one size; `documents` of about one length packed into a row."""
 
     batch_size: int
     length: int
     num_heads: int
     head_dim: int
     dtype: torch.dtype
+    documents: int | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """`[B, T, H, D]`."""
         return self.batch_size, self.length, self.num_heads, self.head_dim
+
+    @property
+    def bounds(self) -> list[int] | None:
+        """Where documents begin, and where the last one ends."""
+        if self.documents is None:
+            return None
+        return [self.length * i // self.documents for i in range(self.documents + 1)]
 
     @property
     def tensor_bytes(self) -> int:

@@ -80,6 +80,7 @@ def _measure_case(
         "num_heads": case.num_heads,
         "head_dim": case.head_dim,
         "dtype": dtype_name(case.dtype),
+        "documents": case.documents,
     }
     return [contest.record(peer.name, sizes, lambda ready, peer=peer: measured(peer, ready[1])) for peer in peers]
 
@@ -97,6 +98,8 @@ def _prepare_all(
     for peer in peers:
         if case.length > _max_length(peer, softmax_up_to):
             contest.failures[peer.name] = f"not run beyond {_max_length(peer, softmax_up_to)} tokens"
+        elif case.documents is not None and not peer.takes_documents:
+            contest.failures[peer.name] = "it has no packed documents"
         else:
             contest.prepare(peer.name, lambda peer=peer: _prepare(peer, case, inputs, oracles, device, host_times))
     return contest
@@ -126,7 +129,7 @@ def _prepare(
 
 def _host_time(peer: Peer, case: OpCase, device: torch.device) -> float | None:
     """Seconds of the host for a forward call too small to keep the GPU busy."""
-    calls = Calls(peer, Inputs(replace(case, batch_size=1, length=128), device))
+    calls = Calls(peer, Inputs(replace(case, batch_size=1, length=128, documents=None), device))
     with torch.no_grad(), peer.context():
         return enqueue_seconds(calls.attend, device)
 
@@ -167,7 +170,8 @@ def title(case: OpCase, bandwidth: float) -> str:
     """The case and its floors."""
     B, T, H, D = case.shape
     floors = [case.minimal_bytes(direction) / bandwidth * 1e3 for direction in (FORWARD, BACKWARD)]
-    return f"B {B}, T {T}, H {H}, D {D}: floor {floors[0]:.3g} ms forward, {floors[1]:.3g} ms backward"
+    documents = "" if case.documents is None else f", {case.documents} documents"
+    return f"B {B}, T {T}, H {H}, D {D}{documents}: floor {floors[0]:.3g} ms forward, {floors[1]:.3g} ms backward"
 
 
 def _pass_columns(name: str) -> list[Column]:

@@ -23,7 +23,7 @@ class Oracles:
         num_heads = inputs.do.shape[2]
         self._heads, self._tolerance = sorted({0, num_heads - 1}), TOLERANCES[inputs.do.dtype]
         self._qkvdo = tuple(self._slice(x.detach()) for x in (*inputs.qkv, inputs.do))
-        self._log_decay = inputs.log_decay[self._heads]
+        self._log_decay, self._cu_seqlens = inputs.log_decay[self._heads], inputs.cu_seqlens
         self._exact: dict[bool, tuple[Tensor, ...]] = {}
 
     def error(self, calls: Calls) -> float:
@@ -44,7 +44,10 @@ class Oracles:
     def _exact_results(self, is_softmax: bool) -> tuple[Tensor, ...]:
         if is_softmax not in self._exact:
             q, k, v, do = (x.double() for x in self._qkvdo)
-            self._exact[is_softmax] = _softmax(q, k, v, do) if is_softmax else _linear(q, k, v, do, self._log_decay)
+            if is_softmax:
+                self._exact[True] = _softmax(q, k, v, do)
+            else:
+                self._exact[False] = _linear(q, k, v, do, self._log_decay, self._cu_seqlens)
         return self._exact[is_softmax]
 
 
@@ -60,10 +63,12 @@ def checked_error(name: str, x: Tensor, exact: Tensor, tolerance: float) -> floa
     return error
 
 
-def _linear(q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor) -> tuple[Tensor, ...]:
+def _linear(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, ...]:
     for x in (q, k, v):
         x.requires_grad_()
-    o = lightning_attention(q, k, v, log_decay, backend="chunked").output
+    o = lightning_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens, backend="chunked").output
     return o.detach(), *torch.autograd.grad(o, (q, k, v), do)
 
 

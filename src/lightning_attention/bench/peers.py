@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ class Peer:
     Args:
         name: as in results.
         device: type of the devices it is measured on.
-        build: from log_decay `[H]` to a call on q, k, v.
+        build: from log_decay `[H]` and the bounds of packed documents, or None, to a call on q, k, v.
+        takes_documents: it keeps documents of a row apart.
         is_quadratic: its time grows with the square of the length.
         is_softmax: it computes causal softmax attention; the others compute the operator.
         is_head_first: its tensors are `[B, H, T, D]`, not `[B, T, H, D]`.
@@ -36,7 +37,8 @@ class Peer:
 
     name: str
     device: str
-    build: Callable[[Tensor], Attention]
+    build: Callable[[Tensor, Tensor | None], Attention]
+    takes_documents: bool = False
     is_quadratic: bool = False
     is_softmax: bool = False
     is_head_first: bool = False
@@ -61,13 +63,15 @@ class StepPeer:
 
 
 class Inputs:
-    """Random q, k, v, do `[B, T, H, D]` and the decays of ALiBi, for every implementation of a case."""
+    """Random q, k, v, do `[B, T, H, D]`, the decays of ALiBi and the bounds of documents, for all implementations."""
 
     def __init__(self, case: OpCase, device: torch.device):
         generator = torch.Generator(device).manual_seed(0)
         q, k, v, do = (torch.randn(case.shape, generator=generator, device=device, dtype=case.dtype) for _ in range(4))
         self.qkv, self.do = tuple(x.requires_grad_() for x in (q, k, v)), do
         self.log_decay = decay.log_decay(case.num_heads, preset="alibi").to(device)
+        bounds = case.bounds
+        self.cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=device)
 
     @cached_property
     def head_first(self) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -80,7 +84,7 @@ class Calls:
     """The calls of an implementation on the inputs of a case, in its own layout."""
 
     def __init__(self, peer: Peer, inputs: Inputs):
-        self.peer, self._attention = peer, peer.build(inputs.log_decay)
+        self.peer, self._attention = peer, peer.build(inputs.log_decay, inputs.cu_seqlens)
         self._qkv, self._do = inputs.head_first if peer.is_head_first else (inputs.qkv, inputs.do)
 
     def attend(self) -> Tensor:
@@ -110,35 +114,35 @@ class Calls:
         return self.forward()
 
 
-def _ours(log_decay: Tensor) -> Attention:
+def _ours(log_decay: Tensor, cu_seqlens: Tensor | None, backend: str = "auto") -> Attention:
     from ..ops.api import lightning_attention
 
-    return lambda q, k, v: lightning_attention(q, k, v, log_decay).output
+    return lambda q, k, v: lightning_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens, backend=backend).output
 
 
-def _lightning1(log_decay: Tensor) -> Attention:
+def _lightning1(log_decay: Tensor, _: Tensor | None) -> Attention:
     from .baselines.lightning1 import lightning1
 
     return lambda q, k, v: lightning1(q, k, v, log_decay)
 
 
-def _softmax(log_decay: Tensor) -> Attention:
+def _softmax(log_decay: Tensor, _: Tensor | None) -> Attention:
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def _fla_chunk(log_decay: Tensor) -> Attention:
+def _fla_chunk(log_decay: Tensor, cu_seqlens: Tensor | None) -> Attention:
     from fla.ops.simple_gla import chunk_simple_gla  # pyright: ignore[reportMissingImports]
 
-    return lambda q, k, v: chunk_simple_gla(q, k, v, g_gamma=log_decay, scale=1.0)[0]
+    return lambda q, k, v: chunk_simple_gla(q, k, v, g_gamma=log_decay, scale=1.0, cu_seqlens=cu_seqlens)[0]
 
 
-def _fla_fused_chunk(log_decay: Tensor) -> Attention:
+def _fla_fused_chunk(log_decay: Tensor, cu_seqlens: Tensor | None) -> Attention:
     from fla.ops.simple_gla import fused_chunk_simple_gla  # pyright: ignore[reportMissingImports]
 
-    return lambda q, k, v: fused_chunk_simple_gla(q, k, v, g_gamma=log_decay, scale=1.0)[0]
+    return lambda q, k, v: fused_chunk_simple_gla(q, k, v, g_gamma=log_decay, scale=1.0, cu_seqlens=cu_seqlens)[0]
 
 
-def _lightning_attn(log_decay: Tensor) -> Attention:
+def _lightning_attn(log_decay: Tensor, _: Tensor | None) -> Attention:
     from lightning_attn.ops import lightning_attn_func  # pyright: ignore[reportMissingImports]
 
     slopes = -log_decay[:, None, None]
@@ -150,15 +154,16 @@ def _sdpa(name: str, device: str, context: Callable[[], AbstractContextManager] 
 
 
 PEERS = (
-    Peer(OURS, "cpu", _ours),
+    Peer(OURS, "cpu", _ours, takes_documents=True),
     _sdpa("scaled_dot_product_attention", "cpu"),
-    Peer(OURS, "cuda", _ours),
+    Peer(OURS, "cuda", _ours, takes_documents=True),
+    Peer("its portable kernels", "cuda", partial(_ours, backend="triton"), takes_documents=True),
     Peer("lightning-1", "cuda", _lightning1, is_quadratic=True),
     _sdpa("SDPA flash", "cuda", lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION)),
     _sdpa("SDPA cuDNN", "cuda", lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION)),
-    Peer("fla chunk_simple_gla", "cuda", _fla_chunk),
+    Peer("fla chunk_simple_gla", "cuda", _fla_chunk, takes_documents=True),
     # These two go through a sequence in one program a head, or a few: seconds at a million tokens.
-    Peer("fla fused_chunk_simple_gla", "cuda", _fla_fused_chunk, max_length=1 << 17),
+    Peer("fla fused_chunk_simple_gla", "cuda", _fla_fused_chunk, takes_documents=True, max_length=1 << 17),
     Peer("OpenNLPLab lightning_attn", "cuda", _lightning_attn, is_head_first=True, max_length=1 << 17),
 )
 

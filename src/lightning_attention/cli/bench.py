@@ -94,7 +94,7 @@ def op(
         raise ValueError("lengths, --batch-size, --heads and --head-dim must be at least 1")
     kinds = [only] if only else ["table", "sweep"] if on_gpu and not has_sizes else ["sweep"]
     cases = {
-        "table": [OpCase(*shape, torch_dtype) for shape in TABLE],
+        "table": [OpCase(B, T, H, D, torch_dtype, documents) for B, T, H, D, documents in TABLE],
         "sweep": [OpCase(batch_size, length, heads, head_dim, torch_dtype) for length in lengths],
     }
     up_to = {"table": or_default(softmax_up_to, 1 << 15, 1 << 14), "sweep": or_default(softmax_up_to, 1 << 16, 1 << 14)}
