@@ -71,6 +71,16 @@ class Inputs:
     do: Tensor
     d_final_state: Tensor
 
+    def amid_nan(self, margin: int = 2) -> "Inputs":
+        """Every tensor inside a larger one full of NaN."""
+
+        def surrounded(x: Tensor) -> Tensor:
+            larger = x.new_full([size + 2 * margin for size in x.shape], float("nan"))
+            return larger[tuple(slice(margin, margin + size) for size in x.shape)].copy_(x)
+
+        names = ("q", "k", "v", "initial_state", "do")
+        return replace(self, **{name: surrounded(getattr(self, name)) for name in names})
+
     def on(self, device: str) -> "Inputs":
         return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)})
 

@@ -46,7 +46,11 @@ BAD = [
     ({"cu_seqlens": torch.tensor([1, 6])}, ValueError, "cu_seqlens must run from 0"),
     ({"cu_seqlens": torch.tensor([0, 4, 3, 6])}, ValueError, "cu_seqlens must not decrease"),
     ({"cu_seqlens": meta(2).int()}, ValueError, "cu_seqlens must be on the device"),
-    ({"backend": "fast"}, ValueError, "backend must be 'auto' or one of 'triton', 'chunked', 'reference', got 'fast'"),
+    (
+        {"backend": "fast"},
+        ValueError,
+        "backend must be 'auto' or one of 'hopper', 'triton', 'chunked', 'reference', got 'fast'",
+    ),
 ]
 
 

@@ -91,13 +91,13 @@ def test_positions_in_segments(monkeypatch, case, positions):
 def count_launches(monkeypatch) -> list[int]:
     from lightning_attention.ops.triton import launch
 
-    launches, launched = [], launch._launch
+    launches, launched = [], launch.launch
 
     def counted(kernel, programs, *arguments):
         launches.append(programs)
         launched(kernel, programs, *arguments)
 
-    monkeypatch.setattr(launch, "_launch", counted)
+    monkeypatch.setattr(launch, "launch", counted)
     return launches
 
 

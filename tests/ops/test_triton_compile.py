@@ -1,10 +1,5 @@
 """Every kernel, in every configuration, compiled for every architecture, without a GPU."""
 
-import re
-import subprocess
-import tempfile
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +9,7 @@ from lightning_attention.ops.triton import config
 
 triton = pytest.importorskip("triton")
 
+from ops.machine_code import machine_code, signature_of  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -36,47 +32,13 @@ SPILLS = {128: 200, 256: 600}
 def compile_kernel(
     kernel: Any, arch: int | str, dtype: str, tiles: config.Tiles | None, num_warps: int = 4, **constants: Any
 ) -> Any:
-    """With every optional tensor given, which takes most registers."""
-    tensors = {"q", "k", "v", "o"}
-    states = {"initial_state", "interval_states", "final_state", "states", "log_decay", "state"}
-    signature: dict[str, str] = {}
     if tiles is not None:
         num_warps = tiles.num_warps
         constants |= {"C": tiles.C, "BK": tiles.BK, "BV": tiles.BV, "NUM_STAGES": tiles.num_stages}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in tensors:
-            signature[name] = f"*{dtype}"
-        elif name in states:
-            signature[name] = "*fp32"
-        elif name in ("cu_seqlens", "state_indices", "state_positions", "parents", "last"):
-            signature[name] = "*i32"
-        else:
-            signature[name] = "fp32" if name == "scale" else "i32"
-    aligned = [
-        i for i, name in enumerate(signature) if signature[name].startswith("*") or re.match(r"stride_.[bth]", name)
-    ]
-    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    signature, aligned = signature_of(kernel, dtype, constants)
+    source = ASTSource(kernel, signature, constants, aligned)
     target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
     return triton.compile(source, target=target, options={"num_warps": num_warps})
-
-
-@cache
-def cuobjdump(*arguments: str) -> str:
-    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def machine_code(compiled: Any) -> tuple[int, str]:
-    """Bytes of local memory of a thread, and the instructions."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, code = cuobjdump("-res-usage", file.name), cuobjdump("-sass", file.name)
-    found = re.search(r"STACK:(\d+)", usage)
-    assert found is not None
-    return int(found[1]), code
 
 
 def check(compiled: Any, arch: int, head_dim: int, *, products: bool) -> None:

@@ -1,9 +1,10 @@
-"""What only a GPU can show of the Triton kernels: real sizes, memory, graphs, compilation."""
+"""What only a GPU can show of the kernels: real sizes, memory, graphs, compilation."""
 
 import os
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,11 +22,16 @@ from lightning_attention import (
     lightning_attention_step,
     lightning_attention_verify,
 )
-from lightning_attention.ops.triton import config, kernels, launch
+from lightning_attention.ops.triton import config, launch
 
 pytestmark = pytest.mark.gpu
 
-ATTENTION = attention("triton")
+is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+BACKENDS = (
+    "triton",
+    pytest.param("hopper", marks=pytest.mark.skipif(not is_hopper, reason="needs a Hopper GPU")),
+)
+on_backends = pytest.mark.parametrize("backend", BACKENDS)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 LONG = [
@@ -41,22 +47,32 @@ LONG = [
     (Case(lengths=(0, 1, 4095, 0, 2049, 63, 3000, 1, 0), H=2, K=128, V=128, slope=0.02), BF16),
     (Case(lengths=(8192,), H=2, K=64, V=64, slope=0.02), BF16),
     (Case(lengths=(1,) * 300 + (6000,), H=2, K=32, V=32, slope=0.02), BF16),
+    # In two segments, on a GPU of some 130 multiprocessors.
+    (Case(B=2, T=1500, H=24, K=128, V=128, slope=0.01), BF16),
+    (Case(lengths=(700, 40, 0, 900), H=100, K=64, V=64, slope=None), FP16),
 ]
 
 
+@on_backends
 @pytest.mark.parametrize(("case", "dtype"), LONG, ids=[f"{case},{dtype}" for case, dtype in LONG])
-def test_long_sequences(case, dtype):
+def test_long_sequences(backend, case, dtype):
     """Long enough to be cut into segments."""
+    if backend == "hopper" and (dtype == FP32 or not {case.K, case.V} <= {64, 128}):
+        pytest.skip("not for Hopper's kernels")
     inputs = make_inputs(case, dtype).on("cuda")
-    assert_accurate(run(ATTENTION, inputs), inputs, is_long=True)
+    assert_accurate(run(attention(backend), inputs), inputs, is_long=True)
 
 
-HEAD_DIMS = [(16, 16), (64, 64), (128, 128), (48, 80)]
+HEAD_DIMS = {
+    "triton": [(16, 16), (64, 64), (128, 128), (48, 80)],
+    "hopper": [(64, 64), (128, 128), (64, 128), (128, 64)],
+}
 
 
+@on_backends
 @settings(max_examples=1000, deadline=None)
 @given(
-    st.sampled_from(HEAD_DIMS),
+    st.integers(0, 3),
     st.integers(1, 3),
     st.integers(0, 700),
     st.integers(1, 3),
@@ -64,10 +80,10 @@ HEAD_DIMS = [(16, 16), (64, 64), (128, 128), (48, 80)]
     st.sampled_from([1e-3, 0.5, 3.0, 200.0]),
     st.integers(0, 1 << 30),
 )
-def test_any_shape(head_dims, B, T, H, lengths, slope, seed):
-    K, V = head_dims
+def test_any_shape(backend, head_dims, B, T, H, lengths, slope, seed):
+    K, V = HEAD_DIMS[backend][head_dims]
     inputs = make_inputs(Case(B, T, H, K, V, lengths, slope), BF16, seed).on("cuda")
-    assert_accurate(run(ATTENTION, inputs), inputs, is_long=True)
+    assert_accurate(run(attention(backend), inputs), inputs, is_long=True)
 
 
 def test_tf32():
@@ -76,10 +92,10 @@ def test_tf32():
     exact = run(attention("chunked"), inputs.to(torch.float64))
     torch.set_float32_matmul_precision("high")
     try:
-        rounded = run(ATTENTION, inputs)
+        rounded = run(attention("triton"), inputs)
     finally:
         torch.set_float32_matmul_precision("highest")
-    for name, value in run(ATTENTION, inputs).items():
+    for name, value in run(attention("triton"), inputs).items():
         assert error(value, exact[name]) < 1e-6, name
         assert 1e-5 < error(rounded[name], exact[name]) < 2e-3, name
 
@@ -88,21 +104,22 @@ def large(B: int, T: int, H: int, D: int) -> list[torch.Tensor]:
     return [torch.randn(B, T, H, D, device="cuda", dtype=BF16) for _ in range(4)]
 
 
-def differentiated(q, k, v, do, log_decay, **options) -> list[torch.Tensor]:
+def differentiated(backend, q, k, v, do, log_decay, **options) -> list[torch.Tensor]:
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    o, _ = lightning_attention(*leaves, log_decay, backend="triton", **options)
+    o, _ = lightning_attention(*leaves, log_decay, backend=backend, **options)
     return [o.detach(), *torch.autograd.grad(o, leaves, do)]
 
 
-def test_more_than_two_to_the_31_elements():
+@on_backends
+def test_more_than_two_to_the_31_elements(backend):
     """Heads of slope 1 forget within 200 tokens: the last ones, and the first in reverse, are those of a short call."""
     T, H, D, n = 1_100_000, 16, 128, 4096
     assert T * H * D > 1 << 31
     inputs = large(1, T, H, D)
     log_decay = torch.full((H,), -1.0, device="cuda")
-    whole = differentiated(*inputs, log_decay)
+    whole = differentiated(backend, *inputs, log_decay)
     for piece, good in ((slice(T - n, T), slice(300, n)), (slice(0, n), slice(0, n - 300))):
-        part = differentiated(*(x[:, piece] for x in inputs), log_decay)
+        part = differentiated(backend, *(x[:, piece] for x in inputs), log_decay)
         for x, y in zip(whole, part, strict=True):
             assert error(x[:, piece][:, good], y[:, good].double()) < 4e-3
 
@@ -145,31 +162,37 @@ def test_memory_of_states():
     assert torch.cuda.max_memory_allocated() - before <= 0.05 * (q.nbytes + k.nbytes)
 
 
-def test_the_same_bits_again():
+@on_backends
+def test_the_same_bits_again(backend):
     """Whatever runs beside it: there are no atomics."""
     inputs, log_decay = large(1, 32768, 8, 128), decay.log_decay(8, preset="alibi").cuda()
-    for x, y in zip(differentiated(*inputs, log_decay), differentiated(*inputs, log_decay), strict=True):
+    for x, y in zip(
+        differentiated(backend, *inputs, log_decay), differentiated(backend, *inputs, log_decay), strict=True
+    ):
         assert torch.equal(x, y)
 
 
-def test_pieces_and_packed_rows_are_the_whole():
+@on_backends
+def test_pieces_and_packed_rows_are_the_whole(backend):
+    attend = attention(backend)
     q, k, v, _ = large(1, 16384, 4, 128)
     log_decay = decay.log_decay(4, preset="alibi").cuda()
-    o, state = ATTENTION(q, k, v, log_decay)
+    o, state = attend(q, k, v, log_decay)
     between = None
     pieces = []
     for piece in (slice(0, 5000), slice(5000, 5001), slice(5001, 16384)):
-        part, between = ATTENTION(q[:, piece], k[:, piece], v[:, piece], log_decay, initial_state=between)
+        part, between = attend(q[:, piece], k[:, piece], v[:, piece], log_decay, initial_state=between)
         pieces.append(part)
     assert error(torch.cat(pieces, dim=1), o.double()) < 4e-3
     assert between is not None
     assert error(between, state.double()) < 4e-3
     bounds = [0, 5000, 5000, 9000, 16384]
-    packed, _ = ATTENTION(q, k, v, log_decay, cu_seqlens=torch.tensor(bounds, device="cuda", dtype=torch.int32))
-    one_by_one = [ATTENTION(q[:, a:b], k[:, a:b], v[:, a:b], log_decay)[0] for a, b in pairwise(bounds)]
+    packed, _ = attend(q, k, v, log_decay, cu_seqlens=torch.tensor(bounds, device="cuda", dtype=torch.int32))
+    one_by_one = [attend(q[:, a:b], k[:, a:b], v[:, a:b], log_decay)[0] for a, b in pairwise(bounds)]
     assert error(packed, torch.cat(one_by_one, dim=1).double()) < 4e-3
 
 
+@on_backends
 @pytest.mark.parametrize(
     "shape",
     [
@@ -182,8 +205,11 @@ def test_pieces_and_packed_rows_are_the_whole():
     ],
     ids=str,
 )
-def test_memory(shape):
+def test_memory(backend, shape):
     """Beyond inputs and results, at most 5 % of the inputs; of short ones, the states of all programs at once."""
+    if backend == "hopper" and shape[3] > 128:
+        pytest.skip("not for Hopper's kernels")
+    launch = launch_of(backend)
     q, k, v, do = large(*shape)
     tiles = config.scan_tiles(shape[3], shape[3], BF16, "ieee")
     multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
@@ -202,13 +228,14 @@ def test_memory(shape):
         assert extra <= max(0.05 * inputs * q.nbytes, states)
 
 
-def test_cuda_graph():
+@on_backends
+def test_cuda_graph(backend):
     inputs, log_decay = large(1, 9000, 4, 64), decay.log_decay(4, preset="alibi").cuda()
     cu_seqlens = torch.tensor([0, 3000, 3000, 9000], device="cuda", dtype=torch.int32)
-    expected = differentiated(*inputs, log_decay, cu_seqlens=cu_seqlens)
+    expected = differentiated(backend, *inputs, log_decay, cu_seqlens=cu_seqlens)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = differentiated(*inputs, log_decay, cu_seqlens=cu_seqlens)
+        captured = differentiated(backend, *inputs, log_decay, cu_seqlens=cu_seqlens)
     for x in captured:
         x.fill_(float("nan"))
     graph.replay()
@@ -244,7 +271,7 @@ def test_cuda_graph_of_inference():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("T", [500, 8192])
+@pytest.mark.parametrize("T", [500, 20_000])
 @pytest.mark.parametrize("output_final_state", [False, True], ids=["output", "state"])
 def test_compile(T, output_final_state):
     inputs, log_decay = large(2, T, 4, 64), decay.log_decay(4, preset="alibi").cuda()
@@ -262,20 +289,33 @@ def test_compile(T, output_final_state):
         assert error(x, y.double()) < 1e-2
 
 
-def test_no_length_is_compiled_again():
+def kernels_of(backend):
+    return import_module(f"lightning_attention.ops.{backend}.kernels")
+
+
+def launch_of(backend):
+    return import_module(f"lightning_attention.ops.{backend}.launch")
+
+
+@on_backends
+def test_no_length_is_compiled_again(backend):
     log_decay = decay.log_decay(4, preset="alibi").cuda()
     found = []
-    for T in (100, 1000, 1, 9000, 8192, 64, 63, 20_000):
-        differentiated(*large(1, T, 4, 64), log_decay)
-        found.append(len(kernels.scan_kernel.device_caches[torch.cuda.current_device()][0]))
-        if T == 1000:
-            found.clear()  # the first that is cut into segments
+    for T in (64, 100, 9000, 1, 1000, 8192, 63, 20_000):
+        differentiated(backend, *large(1, T, 4, 64), log_decay)
+        found.append(len(kernels_of(backend).scan_kernel.device_caches[torch.cuda.current_device()][0]))
+        if T == 9000:
+            found = found[-1:]  # one segment, two, and many
     assert len(set(found)) == 1
 
 
-def test_the_default_on_a_gpu():
-    q, k, v, _ = large(1, 100, 2, 64)
-    torch.testing.assert_close(lightning_attention(q, k, v).output, ATTENTION(q, k, v, None)[0], rtol=0, atol=0)
+@pytest.mark.parametrize(("T", "H", "D"), [(100, 2, 64), (1024, 64, 128), (4096, 64, 32)])
+def test_the_default_on_a_gpu(T, H, D):
+    """Hopper's own kernels, where there are some for the problem and it is not small."""
+    q, k, v, _ = large(1, T, H, D)
+    backend = "hopper" if is_hopper and T == 1024 else "triton"
+    expected, _ = attention(backend)(q, k, v, None)
+    torch.testing.assert_close(lightning_attention(q, k, v).output, expected, rtol=0, atol=0)
 
 
 def test_decoding_far_into_a_pool():
@@ -334,30 +374,40 @@ def test_steps_that_look_alike(arguments_of):
         lightning_attention_step(q, q, q, inputs.log_decay, state=inputs.state[:1])
 
 
-def test_strided_inputs_are_not_copied():
+@on_backends
+def test_strided_inputs_are_not_copied(backend):
     """Slices of one projection, and head-first tensors."""
     x = torch.randn(2, 3000, 3, 4, 64, device="cuda", dtype=BF16)
+    forward = launch_of(backend).forward
     y = [torch.randn(2, 4, 3000, 64, device="cuda", dtype=BF16).transpose(1, 2) for _ in range(3)]
     for q, k, v in (x.unbind(2), y):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        o, _ = launch.forward(q, k, v, None, None, None, 1.0, False)
+        o, _ = forward(q, k, v, None, None, None, 1.0, False)
         # The output and the states of intervals; with a copy of one input it would be more.
         assert torch.cuda.max_memory_allocated() - before < 2 * o.nbytes
-        expected, _ = launch.forward(q.contiguous(), k.contiguous(), v.contiguous(), None, None, None, 1.0, False)
+        expected, _ = forward(q.contiguous(), k.contiguous(), v.contiguous(), None, None, None, 1.0, False)
         assert torch.equal(o, expected)
 
 
-def test_memory_is_not_touched_out_of_bounds():
+@pytest.mark.parametrize(
+    ("small_set", "tests"),
+    [
+        ("test_triton.py", "test_segments and three"),
+        ("test_hopper.py", "test_segments and (lengths or 200 or 130) or test_only"),
+    ],
+    ids=["triton", "hopper"],
+)
+def test_memory_is_not_touched_out_of_bounds(small_set, tests):
     """compute-sanitizer's memcheck, where it can watch this device, with every tensor in an allocation of its own."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
-    small_set = Path(__file__).parent / "test_triton.py"
-    options = ["-q", "-m", "triton", "-k", "test_segments and three", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    options = ["-q", "-m", "triton", "-k", tests, "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    command = [sys.executable, "-m", "pytest", Path(__file__).parent / small_set, *options]
     found = subprocess.run(
-        [sanitizer, "--tool", "memcheck", "--error-exitcode", "7", sys.executable, "-m", "pytest", small_set, *options],
+        [sanitizer, "--tool", "memcheck", "--error-exitcode", "7", *command],
         env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,
         text=True,

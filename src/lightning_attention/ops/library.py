@@ -2,32 +2,38 @@
 
 A backend is a module with `unsupported_reasons`, `forward`, `prefill`, `backward`, `step`, `verify` and `commit`; its
 name travels as an argument, so a new backend adds a module and a line here, and no operator. It may have more:
-`prepare_step`, and `write_state` and `read_state_` for slices of a sequence.
+`is_slow`, `prepare_step`, and `write_state` and `read_state_` for slices of a sequence.
 """
 
 from collections.abc import Callable, Iterable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import chunked, reference, triton
+from . import chunked, hopper, reference, triton
 from .problem import Problem, check_drafts, check_log_decay, check_state_indices, check_state_positions, state_dtype
 
 # In the order in which backend="auto" asks them.
-BACKENDS = {"triton": triton, "chunked": chunked, "reference": reference}
+BACKENDS = {"hopper": hopper, "triton": triton, "chunked": chunked, "reference": reference}
 
 
 def choose_backend(name: str, problem: Problem) -> str:
-    """The backend to run: the one named, or for "auto" the first that can."""
+    """The backend to run: the one named, or for "auto" the first that can and is not slow."""
     if name == "auto":
         for name, backend in BACKENDS.items():
-            if not backend.unsupported_reasons(problem):
+            if not backend.unsupported_reasons(problem) and not _is_slow(backend, problem):
                 return name
     if name not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     if reasons := BACKENDS[name].unsupported_reasons(problem):
         raise NotImplementedError(f"backend {name!r} cannot run this: {'; '.join(reasons)}")
     return name
+
+
+def _is_slow(backend: ModuleType, problem: Problem) -> bool:
+    is_slow = getattr(backend, "is_slow", None)
+    return is_slow is not None and is_slow(problem)
 
 
 # Launches of steps, by the look of their inputs.

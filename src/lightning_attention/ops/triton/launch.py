@@ -22,12 +22,14 @@ def forward(
     cu_seqlens: Tensor | None,
     scale: float,
     output_final_state: bool,
+    *,
+    scans: "type[Scans] | None" = None,
 ) -> tuple[Tensor, Tensor | None]:
     with torch.accelerator.device_index(q.device.index):
-        scans = _Scans(q, v, log_decay, cu_seqlens, scale)
+        call = (scans or Scans)(q, v, log_decay, cu_seqlens, scale)
         q, k, v = _rows(q), _rows(k), _rows(v)
-        final_state = scans.new_states(scans.N) if output_final_state else None
-        o = scans.scan(q, k, v, initial_state, scans.interval_states(k, v), final_state)
+        final_state = call.new_states(call.N) if output_final_state else None
+        o = call.scan(q, k, v, _contiguous(initial_state), call.interval_states(k, v), final_state)
         return o, final_state
 
 
@@ -42,11 +44,11 @@ def prefill(
     state_positions: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.accelerator.device_index(q.device.index):
-        scans = _Scans(q, v, log_decay, cu_seqlens, scale)
+        call = Scans(q, v, log_decay, cu_seqlens, scale)
         q, k, v = _rows(q), _rows(k), _rows(v)
-        final_state, states = scans.new_states(scans.N), scans.new_states(scans.B, state_positions.shape[0])
+        final_state, states = call.new_states(call.N), call.new_states(call.B, state_positions.shape[0])
         kept = states, state_positions.contiguous()
-        o = scans.scan(q, k, v, initial_state, scans.interval_states(k, v), final_state, kept)
+        o = call.scan(q, k, v, _contiguous(initial_state), call.interval_states(k, v), final_state, kept)
         return o, final_state, states
 
 
@@ -60,24 +62,24 @@ def backward(
     d_final_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
+    *,
+    scans: "type[Scans] | None" = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Three scans: `do, v, k` for dq, from transposed states; in reverse `v, do, q` for dk and `k, q, do` for dv."""
     with torch.accelerator.device_index(q.device.index):
-        scans = _Scans(q, v, log_decay, cu_seqlens, scale)
+        call = (scans or Scans)(q, v, log_decay, cu_seqlens, scale)
         q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
-        d_initial_state = None if initial_state is None else scans.new_states(scans.N)
-        states = scans.interval_states(k, v)
-        dq = scans.scan(do, v, k, initial_state, states, transposed=True)
-        states = scans.interval_states(q, do, reverse=True)
-        dk = scans.scan(v, do, q, d_final_state, states, reverse=True, transposed=True)
-        dv = scans.scan(k, q, do, d_final_state, states, d_initial_state, reverse=True)
+        d_initial_state = None if initial_state is None else call.new_states(call.N)
+        dq = call.scan(do, v, k, _contiguous(initial_state), call.interval_states(k, v), transposed=True)
+        states = call.interval_states(q, do, reverse=True)
+        dk, dv = call.key_value_gradients(q, k, v, do, _contiguous(d_final_state), states, d_initial_state)
         return dq, dk, dv, d_initial_state
 
 
 def write_state(k: Tensor, v: Tensor, log_decay: Tensor, *, reverse: bool) -> Tensor:
     """`Σ_i λ^(T-1-i) k_i v_iᵀ`, the state `[B, H, K, V]` after a row; in reverse `Σ_i λ^(i+1) k_i v_iᵀ`."""
     with torch.accelerator.device_index(k.device.index):
-        return _Scans(k, v, log_decay, None, 1.0).state_after(_rows(k), _rows(v), log_decay, reverse=reverse)
+        return Scans(k, v, log_decay, None, 1.0).state_after(_rows(k), _rows(v), log_decay, reverse=reverse)
 
 
 def read_state_(o: Tensor, q: Tensor, state: Tensor, log_decay: Tensor, *, reverse: bool, add: bool) -> None:
@@ -89,7 +91,7 @@ def read_state_(o: Tensor, q: Tensor, state: Tensor, log_decay: Tensor, *, rever
     if programs := ceil_div(V, tiles.BV) * H * B * ceil_div(T, config.PIECE_LENGTH):
         with torch.accelerator.device_index(q.device.index):
             q = _rows(q)
-            _launch(
+            launch(
                 kernels.read_kernel,
                 programs,
                 (q, o, _contiguous(log_decay), _contiguous(state)),
@@ -146,7 +148,7 @@ def verify(
     if o.numel():
         C, BK, BV, num_warps = config.verify_tiles(K, V, T)
         with torch.accelerator.device_index(q.device.index):
-            _launch(
+            launch(
                 decoding.verify_kernel,
                 ceil_div(V, BV) * H * B,
                 (q, k, v, o, _contiguous(log_decay), state, _contiguous(parents), _contiguous(state_indices)),
@@ -209,7 +211,7 @@ def _step(
     if v.numel():
         programs, strides, constants = _step_arguments(q, k, v, state)
         with torch.accelerator.device_index(k.device.index):
-            _launch(
+            launch(
                 decoding.step_kernel,
                 programs,
                 (q, k, v, o, log_decay, state, last, parents, state_indices),
@@ -231,7 +233,7 @@ def _step_arguments(
     return ceil_div(V, BV) * H * B, strides, (stride_sv, K, V, BK, BV)
 
 
-class _Scans:
+class Scans:
     """The launches of one call, which share its sizes, decay, sequences and segments."""
 
     def __init__(self, q: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, scale: float):
@@ -246,14 +248,22 @@ class _Scans:
         self.scale, self.log_decay, self.cu_seqlens = scale, _contiguous(log_decay), _contiguous(cu_seqlens)
         self.dtype, self.device = q.dtype, q.device
         self.precision = _precision(q.dtype)
+        self.segments = self.cut()
+
+    def cut(self) -> Segments:
+        """Of a row."""
         tiles = config.scan_tiles(self.K, self.V, self.dtype, self.precision)
-        self.segments = config.segments(
+        return config.segments(
             self.T,
             self._programs(self.V, tiles),
-            _num_multiprocessors(q.device),
+            num_multiprocessors(self.device),
             tiles.programs_per_sm,
             config.min_interval(self.K, self.V, self.dtype),
         )
+
+    def scale_of(self, reverse: bool) -> float:
+        """In reverse the state is kept divided by scale."""
+        return self.scale or 1e-30 if reverse else self.scale
 
     def new_states(self, *sizes: int) -> Tensor:
         """`[*sizes, H, K, V]`."""
@@ -269,7 +279,7 @@ class _Scans:
         row = config.whole_row(
             self.T,
             self._programs(self.V, tiles),
-            _num_multiprocessors(self.device),
+            num_multiprocessors(self.device),
             tiles.programs_per_sm,
             config.min_interval(self.K, self.V, self.dtype),
         )
@@ -281,7 +291,7 @@ class _Scans:
         states = self.new_states(self.B, segments.num_intervals)
         tiles = config.interval_tiles(self.K, self.V, self.dtype, self.precision)
         if programs := self._programs(self.V, tiles) * segments.num_intervals:
-            _launch(
+            launch(
                 kernels.interval_state_kernel,
                 programs,
                 (k, v, self.log_decay, states, self.cu_seqlens),
@@ -310,24 +320,37 @@ class _Scans:
         A transposed scan has the V of the call for its K, also in states.
         """
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
-        # In reverse the state is kept divided by scale.
-        scale = self.scale or 1e-30 if reverse else self.scale
         states, state_positions = kept or (None, None)
         results = interval_states, final_state, states, state_positions
         M = 0 if state_positions is None else state_positions.shape[0]
         K, V = q.shape[3], v.shape[3]
         tiles = config.scan_tiles(K, V, self.dtype, self.precision)
         if programs := self._programs(V, tiles) * self.segments.count:
-            _launch(
+            launch(
                 kernels.scan_kernel,
                 programs,
-                (q, k, v, o, self.log_decay, _contiguous(initial_state), *results, self.cu_seqlens),
-                (scale, self.T, self.H, self.N, M, self.segments.length, self.segments.interval),
+                (q, k, v, o, self.log_decay, initial_state, *results, self.cu_seqlens),
+                (self.scale_of(reverse), self.T, self.H, self.N, M, self.segments.length, self.segments.interval),
                 (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
                 (K, V, tiles.C, tiles.BK, tiles.BV, reverse, transposed, self.precision, tiles.num_stages),
                 tiles.num_warps,
             )
         return o
+
+    def key_value_gradients(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        do: Tensor,
+        d_final_state: Tensor | None,
+        interval_states: Tensor | None,
+        d_initial_state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """`dk` and `dv`; `d_initial_state` is filled."""
+        dk = self.scan(v, do, q, d_final_state, interval_states, reverse=True, transposed=True)
+        dv = self.scan(k, q, do, d_final_state, interval_states, d_initial_state, reverse=True)
+        return dk, dv
 
     def _programs(self, V: int, tiles: Tiles) -> int:
         return ceil_div(V, tiles.BV) * self.H * self.B
@@ -336,7 +359,7 @@ class _Scans:
 _compiled: dict[tuple, Any] = {}
 
 
-def _launch(
+def launch(
     kernel: Any,
     programs: int,
     tensors: tuple[Any, ...],
@@ -344,8 +367,9 @@ def _launch(
     strides: tuple[int, ...],
     constants: tuple[int | str, ...],
     num_warps: int,
+    **options: Any,
 ) -> None:
-    """`kernel[(programs,)](...)`, with its arguments in this order.
+    """`kernel[(programs,)](...)`, with its arguments in this order; options may depend on constants alone.
 
     Triton finds out anew at every call how its arguments are aligned, in 15 µs. What is aligned to 16, as all usual
     tensors are, is looked up here by what else the compiled code depends on; anything else goes the long way.
@@ -357,7 +381,7 @@ def _launch(
         # Of a number the launcher need not find out whether it is the address of something on the device.
         compiled[(programs, 1, 1)](*pointers, *numbers, *strides, *constants)
         return
-    compiled = kernel[(programs,)](*tensors, *numbers, *strides, *constants, num_warps=num_warps)
+    compiled = kernel[(programs,)](*tensors, *numbers, *strides, *constants, num_warps=num_warps, **options)
     if is_usual and compiled is not None:  # the interpreter compiles nothing
         _compiled[key] = compiled
 
@@ -395,5 +419,5 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 @cache
-def _num_multiprocessors(device: torch.device) -> int:
+def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

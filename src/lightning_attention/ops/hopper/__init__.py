@@ -1,0 +1,68 @@
+"""Kernels for Hopper GPUs (H100, H200), in Gluon, for heads of 64 and 128. Decoding is the portable backend's."""
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+
+from .. import triton as portable
+from ..problem import Problem
+from .config import HEAD_DIMS, MIN_ELEMENTS
+
+
+def unsupported_reasons(problem: Problem) -> list[str]:
+    if reasons := _unsupported_device(problem.device):
+        return reasons
+    reasons = portable.unsupported_reasons(problem)
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        reasons = [*reasons, f"q, k and v must be bfloat16 or float16, got {problem.dtype}"]
+    if problem.key_dim not in HEAD_DIMS or problem.value_dim not in HEAD_DIMS:
+        sizes = f"K = {problem.key_dim} and V = {problem.value_dim}"
+        reasons = [*reasons, f"head sizes must be 64 or 128, got {sizes}"]
+    return reasons
+
+
+def is_slow(problem: Problem) -> bool:
+    """Whether other kernels are as fast: these take the host longer to launch."""
+    elements = problem.batch_size * problem.length * problem.num_heads * max(problem.key_dim, problem.value_dim)
+    return elements < MIN_ELEMENTS
+
+
+def __getattr__(name: str) -> Callable:
+    """The rest of a backend, imported when first called."""
+    if name in ("forward", "backward"):
+        function = getattr(import_module(".launch", __name__), name)
+    elif name in ("prefill", "write_state", "read_state_", "step", "prepare_step", "verify", "commit"):
+        function = getattr(portable, name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = function
+    return function
+
+
+@torch.compiler.assume_constant_result
+def _unsupported_device(device: torch.device) -> list[str]:
+    return _reasons_of_device(device)
+
+
+@cache
+def _reasons_of_device(device: torch.device) -> list[str]:
+    if device.type != "cuda":
+        return [f"it runs on Hopper GPUs, got {device}"]
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return [f"compute capability must be 9.0, {device} has {capability[0]}.{capability[1]}"]
+    return [] if _has_gluon() else ["triton must be 3.6 or later, for Gluon, which its kernels are written in"]
+
+
+def _has_gluon() -> bool:
+    """Whether the installed Triton, of whose Gluon much may change, has what the kernels take from it."""
+    if find_spec("triton") is None or find_spec("triton.experimental.gluon") is None:
+        return False
+    try:
+        import_module(".kernels", __name__)
+    except (ImportError, AttributeError):
+        return False
+    return True

@@ -1,0 +1,77 @@
+"""How the work is cut. Pure functions."""
+
+from functools import lru_cache
+
+from ..triton.config import Segments, ceil_div
+
+HEAD_DIMS = (64, 128)
+
+# Of queries, or values. At 2^23, 1024 tokens of 64 heads of 128, forward takes as long as with the portable kernels.
+MIN_ELEMENTS = 1 << 23
+
+# Tokens of a chunk.
+C = 64
+
+# Chunks in shared memory, as many as fit beside a state and an output.
+SCAN_STAGES = {(128, 128): 3, (64, 128): 5, (128, 64): 2, (64, 64): 4}
+GRADIENT_STAGES = {128: 2, 64: 2}
+
+# Of a thread, before the warps share them unevenly: two programs run on a multiprocessor where V is 64.
+MAX_REGISTERS = {128: None, 64: 128}
+
+# Of a chunk's time, where only its state is made.
+STATE_ALONE = 0.45
+
+
+def programs_per_multiprocessor(value_dim: int) -> int:
+    return 128 // value_dim
+
+
+def alone(key_dim: int, value_dim: int, is_packed: bool) -> float:
+    """Microseconds a chunk takes a program that has the memory for itself: latencies in a row."""
+    return (1.66 if max(key_dim, value_dim) > 64 else 1.1) * (1.2 if is_packed else 1.0)
+
+
+def by_memory(places: int, value_dim: int, bytes_per_second: float) -> float:
+    """Microseconds that memory takes for a chunk of as many programs as run at a time: q, k, v and o, of 2 bytes."""
+    return 4 * C * value_dim * 2 * places / bytes_per_second * 1e6
+
+
+@lru_cache(1024)
+def segments(length: int, programs: int, places: int, min_interval: int, alone: float, by_memory: float) -> Segments:
+    """As many as take least time, by a model of what was measured on an H100 and an H200.
+
+    The second of two makes the state before it as well; more than two get their states from another kernel.
+
+    Args:
+        length: tokens T of a row.
+        programs: that work if rows are not cut.
+        places: programs that run at a time.
+        min_interval: tokens of one of several intervals in a segment, at least.
+        alone: see `alone`.
+        by_memory: see `by_memory`.
+    """
+    chunks = ceil_div(length, C)
+    traffic = by_memory * chunks * programs / places
+
+    def time(count: int) -> float:
+        """Of the scan, and of the states before it, for which half of the inputs are read but for the last segment."""
+        in_a_row = alone * ceil_div(chunks, count) * ceil_div(programs * count, places)
+        if count == 1:
+            return _longer(in_a_row, traffic)
+        if count == 2:
+            return _longer((1 + STATE_ALONE) * in_a_row, 1.25 * traffic)
+        return _longer(in_a_row, traffic) + 0.4 * traffic * (count - 1) / count + 10 + 0.1 * count
+
+    most = min(places // max(programs, 1) + 1, chunks)
+    count = min(range(1, most + 1), key=time, default=1)
+    if count == 1:
+        return Segments(max(length, 1), max(length, 1), 1)
+    intervals = 1 if count == 2 else max(1, length // count // min_interval)
+    interval = ceil_div(length, count * intervals * C) * C
+    return Segments(intervals * interval, interval, ceil_div(length, intervals * interval))
+
+
+def _longer(a: float, b: float) -> float:
+    """Somewhat more than either, where both are alike."""
+    return (a**5 + b**5) ** (1 / 5)

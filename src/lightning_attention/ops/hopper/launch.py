@@ -1,0 +1,137 @@
+"""From tensors to launches: the calls of the portable backend, with the scans of this one."""
+
+from contextvars import copy_context
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..triton import config as portable_config
+from ..triton import launch as portable
+from ..triton.config import Segments
+from . import config, gradients, kernels
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
+    return portable.forward(_boxes(q), _boxes(k), _boxes(v), *rest, scans=_Scans)
+
+
+def backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    return portable.backward(_boxes(q), _boxes(k), _boxes(v), _boxes(do), *rest, scans=_Scans)
+
+
+class _Scans(portable.Scans):
+    """A program for a head; where V is 128, of two warpgroups that share what comes in."""
+
+    def cut(self) -> Segments:
+        places = portable.num_multiprocessors(self.device) * config.programs_per_multiprocessor(self.V)
+        return config.segments(
+            self.T,
+            self.B * self.H,
+            places,
+            portable_config.min_interval(self.K, self.V, self.dtype),
+            config.alone(self.K, self.V, self.cu_seqlens is not None),
+            config.by_memory(places, self.V, _bytes_per_second(self.device)),
+        )
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether the second of two segments makes the state before it, without a kernel for it."""
+        return self.segments.count == 2
+
+    def interval_states(self, k: Tensor, v: Tensor, *, reverse: bool = False) -> Tensor | None:
+        return None if self.has_prefix else super().interval_states(k, v, reverse=reverse)
+
+    def scan(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        initial_state: Tensor | None,
+        interval_states: Tensor | None,
+        final_state: Tensor | None = None,
+        kept: tuple[Tensor, Tensor] | None = None,
+        *,
+        reverse: bool = False,
+        transposed: bool = False,
+    ) -> Tensor:
+        assert kept is None
+        o = torch.empty_like(v, memory_format=torch.contiguous_format)
+        K, V = q.shape[3], v.shape[3]
+        if programs := self.B * self.H * self.segments.count:
+            _launch(
+                kernels.scan_kernel,
+                programs,
+                (q, k, v, o, self.log_decay, initial_state, interval_states, final_state, self.cu_seqlens),
+                (self.scale_of(reverse), self.B, *self._sizes()),
+                (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+                (K, V, reverse, transposed, self.has_prefix, config.SCAN_STAGES[K, V]),
+                num_warps=4,
+                maxnreg=config.MAX_REGISTERS[V],
+            )
+        return o
+
+    def key_value_gradients(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        do: Tensor,
+        d_final_state: Tensor | None,
+        interval_states: Tensor | None,
+        d_initial_state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if self.K != self.V:
+            return super().key_value_gradients(q, k, v, do, d_final_state, interval_states, d_initial_state)
+        dk = torch.empty_like(k, memory_format=torch.contiguous_format)
+        dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+        states = d_final_state, interval_states, d_initial_state
+        if programs := self.B * self.H * self.segments.count:
+            _launch(
+                gradients.gradient_kernel,
+                programs,
+                (q, k, v, do, dk, dv, self.log_decay, *states, self.cu_seqlens),
+                (self.scale_of(reverse=True), self.B, *self._sizes()),
+                (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3]),
+                (self.K, self.has_prefix, config.GRADIENT_STAGES[self.K]),
+                num_warps=4,
+                maxnreg=config.MAX_REGISTERS[self.V],
+            )
+        return dk, dv
+
+    def _sizes(self) -> tuple[int, ...]:
+        return self.T, self.H, self.N, self.segments.length, self.segments.interval
+
+
+def _launch(*arguments: Any, **options: Any) -> None:
+    """With memory for the descriptors of TMA, which kernels make; an allocator that the caller has set stays."""
+    context = copy_context()
+    context.run(triton.set_allocator, _allocate)
+    context.run(portable.launch, *arguments, **options)
+
+
+@cache
+def _bytes_per_second(device: torch.device) -> float:
+    """What a copy gets of the memory's bandwidth, which counts both edges of its clock."""
+    if device.type != "cuda":
+        return 4.2e12
+    properties = torch.cuda.get_device_properties(device)
+    return 0.86 * 2 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _boxes(x: Tensor) -> Tensor:
+    """As TMA reads it, aligned to 16 bytes; anything else is copied."""
+    is_aligned = x.data_ptr() % 16 == 0 and _are_aligned(x.stride())
+    return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+@lru_cache(4096)
+def _are_aligned(strides: tuple[int, ...]) -> bool:
+    *outer, of_element = strides
+    return of_element == 1 and all(stride > 0 and stride % 8 == 0 for stride in outer)

@@ -1,0 +1,270 @@
+"""Gluon on a CPU: what a kernel reads and writes, and how its partitions wait for each other.
+
+Partitions are threads, tensors are PyTorch's, copies and products are done at once. Layouts, registers, the order of
+memory accesses and everything that is only fast are left out.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType, ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TIMEOUT_SECONDS = 20
+
+
+class Pointer:
+    """Into the memory of a tensor; with an offset, or a block of them."""
+
+    def __init__(self, tensor: Tensor, offset: Any = 0):
+        size = tensor.untyped_storage().nbytes() // tensor.element_size()
+        self.memory = torch.as_strided(tensor.detach(), (size,), (1,), 0)
+        self.offset = offset + torch.tensor(tensor.storage_offset())
+        self.dtype = SimpleNamespace(element_ty=tensor.dtype)
+
+    def __add__(self, offset: Any) -> "Pointer":
+        moved = object.__new__(Pointer)
+        moved.__dict__ = self.__dict__ | {"offset": self.offset + offset}
+        return moved
+
+    def __sub__(self, offset: Any) -> "Pointer":
+        return self + -offset
+
+
+def load(p: Pointer, mask: Tensor | None = None, other: float = 0.0) -> Tensor:
+    if mask is None:
+        return p.memory[p.offset]
+    offset, mask = torch.broadcast_tensors(p.offset, mask)
+    return torch.where(mask, p.memory[torch.where(mask, offset, 0)], torch.tensor(other, dtype=p.memory.dtype))
+
+
+def store(p: Pointer, value: Tensor, mask: Tensor | None = None) -> None:
+    offset, value = torch.broadcast_tensors(p.offset, value)
+    mask = torch.ones_like(offset, dtype=torch.bool) if mask is None else mask.expand(offset.shape)
+    p.memory[offset[mask]] = value[mask].to(p.memory.dtype)
+
+
+class Shared:
+    """A block of shared memory, or a view of it. Fresh memory holds NaN."""
+
+    def __init__(self, x: Tensor):
+        self.x, self.dtype, self.shape = x, x.dtype, list(x.shape)
+
+    def index(self, i: Any) -> "Shared":
+        return Shared(self.x[int(i)])
+
+    def slice(self, start: int, length: int, dim: int = 0) -> "Shared":
+        return Shared(self.x.narrow(dim, start, length))
+
+    def permute(self, order: Sequence[int]) -> "Shared":
+        return Shared(self.x.permute(*order))
+
+    def reshape(self, shape: Sequence[int]) -> "Shared":
+        return Shared(self.x.view(*shape))
+
+    def load(self, layout: Any) -> Tensor:
+        return self.x.clone()
+
+    def store(self, value: Tensor) -> None:
+        assert value.dtype == self.dtype
+        self.x.copy_(value)
+
+
+class Barrier:
+    def __init__(self) -> None:
+        self.condition = threading.Condition()
+        self.phase = self.pending = self.count = self.bytes = 0
+
+    def init(self, count: int) -> None:
+        self.count = self.pending = int(count)
+
+    def change(self, arrivals: int = 0, num_bytes: int = 0) -> None:
+        with self.condition:
+            self.pending -= arrivals
+            self.bytes += num_bytes
+            assert self.pending >= 0, "more arrivals than the barrier was made for"
+            if self.pending == 0 and self.bytes == 0:
+                self.phase, self.pending = self.phase + 1, self.count
+                self.condition.notify_all()
+
+    def wait(self, parity: Any) -> None:
+        """Until the phase of this parity is over: the current one has the other parity."""
+        with self.condition:
+            over = self.condition.wait_for(lambda: self.phase % 2 != int(parity) % 2, TIMEOUT_SECONDS)
+        assert over, "a partition waits forever"
+
+
+class Barriers:
+    def __init__(self, count: int):
+        self.barriers = [Barrier() for _ in range(count)]
+
+    def index(self, i: Any) -> Barrier:
+        return self.barriers[int(i)]
+
+
+class Descriptor:
+    """Boxes of a tensor: what is outside it is read as zero, and not written."""
+
+    def __init__(self, base: Pointer, shape: Sequence, strides: Sequence, block_shape: Sequence[int], layout: Any):
+        self.shape, self.strides = [int(x) for x in shape], [int(x) for x in strides]
+        assert all(stride * base.memory.element_size() % 16 == 0 for stride in self.strides[:-1]), self.strides
+        self.base, self.dtype = base, base.dtype.element_ty
+        self.block_shape = block_shape
+        self.block_type = SimpleNamespace(nbytes=torch.Size(block_shape).numel() * base.memory.element_size())
+
+    def __call__(self, at: Sequence) -> tuple[Pointer, Tensor]:
+        offset, inside = torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool)
+        for dim, (start, block, size, stride) in enumerate(
+            zip(at, self.block_shape, self.shape, self.strides, strict=True)
+        ):
+            i = (int(start) + torch.arange(block)).view([-1 if d == dim else 1 for d in range(len(at))])
+            offset, inside = offset + i * stride, inside & (i >= 0) & (i < size)
+        return self.base + offset, inside
+
+
+def load_box(desc: Descriptor, at: Sequence, barrier: Barrier, result: Shared) -> None:
+    pointer, inside = desc(at)
+    result.store(load(pointer, inside))
+    barrier.change(num_bytes=-desc.block_type.nbytes)
+
+
+def store_box(desc: Descriptor, at: Sequence, source: Shared) -> None:
+    assert all(int(start) >= 0 for start in at), "a GPU stores no box that begins outside of a tensor"
+    pointer, inside = desc(at)
+    store(pointer, source.x, inside)
+
+
+def product(a: Any, b: Shared, accumulator: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:
+    a = (a.x if isinstance(a, Shared) else a).float()
+    return a @ b.x.float() + (accumulator if use_acc else 0)
+
+
+def wait_for_products(num_outstanding: int = 0, deps: Sequence[Tensor] = ()) -> Any:
+    return deps[0] if len(deps) == 1 else tuple(deps)
+
+
+def counted(*bounds: Any) -> Iterator[Tensor]:
+    """`range`, of tensors."""
+    return map(torch.tensor, range(*map(int, bounds)))
+
+
+def tensors(function: Callable) -> Callable:
+    return lambda *xs: function(*(x if isinstance(x, Tensor) else torch.tensor(x) for x in xs))
+
+
+def allocate(dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Any:
+    if dtype == torch.int64:
+        return Barriers(shape[0])
+    return Shared(torch.full(list(shape), float("nan"), dtype=dtype))
+
+
+def warp_specialize(partitions: Sequence, num_warps: Sequence, num_registers: Sequence) -> None:
+    errors = []
+
+    def run(function: Callable, arguments: tuple) -> None:
+        try:
+            with torch.no_grad():
+                function(*arguments)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=partition) for partition in partitions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+class Kernel:
+    """`kernel[(programs,)](...)`, one program after the other."""
+
+    def __init__(self, function: Callable, language: Any):
+        self.function, self.language = function, language
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+        def launch(*arguments: Any, **options: Any) -> None:
+            for i in range(grid[0]):
+                self.language.program = i
+                self.function(*(self.argument(x) for x in arguments))
+
+        return launch
+
+    def argument(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return Pointer(x)
+        return x if x is None or isinstance(x, bool) else torch.tensor(x)
+
+
+def _language() -> Any:
+    language = SimpleNamespace(program=0)
+    for name in ("float16", "float32", "bfloat16", "int32", "int64"):
+        setattr(language, name, getattr(torch, name))
+    for name in ("maximum", "minimum", "where", "floor", "exp2"):
+        setattr(language, name, tensors(getattr(torch, name)))
+    language.cdiv = lambda a, b: (a + b - 1) // b
+    language.program_id = lambda axis: torch.tensor(language.program)
+    language.constexpr = lambda x: x
+    language.static_range = language.range = range
+    language.arange = lambda start, end, layout=None: torch.arange(start, end)
+    language.zeros = lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype)
+    language.zeros_like = torch.zeros_like
+    language.convert_layout = lambda x, layout: x
+    language.load, language.store = load, store
+    language.allocate_shared_memory, language.warp_specialize = allocate, warp_specialize
+    for name in ("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMASharedLayout"):
+        setattr(language, name, lambda *arguments, **options: None)
+    return language
+
+
+class _Emulation:
+    """Modules as the emulated language sees them: functions are copied, with other globals."""
+
+    def __init__(self) -> None:
+        self.language = _language()
+        self.modules: dict[str, dict[str, Any]] = {}
+        self.names = {
+            "gl": self.language,
+            "constexpr": self.language.constexpr,
+            "tl": self.language,
+            "load_box": load_box,
+            "store_box": store_box,
+            "warpgroup_mma": product,
+            "warpgroup_mma_wait": wait_for_products,
+            "fence_async_shared": lambda: None,
+            "tma": SimpleNamespace(make_tensor_descriptor=Descriptor, store_wait=lambda pendings: None),
+            "mbarrier": SimpleNamespace(
+                init=lambda barrier, count: barrier.init(count),
+                wait=lambda barrier, phase: barrier.wait(phase),
+                expect=lambda barrier, num_bytes: barrier.change(arrivals=1, num_bytes=num_bytes),
+                arrive=lambda barrier: barrier.change(arrivals=1),
+            ),
+        }
+
+    def copy(self, function: Any) -> Callable:
+        return FunctionType(function.__code__, self.globals(function.__module__), function.__name__)
+
+    def globals(self, module: str) -> dict[str, Any]:
+        if module not in self.modules:
+            found = self.modules[module] = dict(vars(sys.modules[module])) | {"range": counted}
+            for name, value in found.items():
+                if name in self.names:
+                    found[name] = self.names[name]
+                elif hasattr(value, "fn"):
+                    found[name] = self.copy(value.fn)
+                elif type(value).__name__ == "constexpr":
+                    found[name] = value.value
+        return self.modules[module]
+
+
+def emulated(kernels: ModuleType) -> SimpleNamespace:
+    """The kernels of a module, on the CPU."""
+    emulation = _Emulation()
+    found = {name: value for name, value in vars(kernels).items() if name.endswith("_kernel")}
+    return SimpleNamespace(
+        **{name: Kernel(emulation.copy(kernel.fn), emulation.language) for name, kernel in found.items()}
+    )

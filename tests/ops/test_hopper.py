@@ -1,0 +1,102 @@
+"""The kernels for Hopper, on such a GPU or emulated: what they compute, and that no partition waits forever."""
+
+import pytest
+import torch
+from oracle import INTERPRETED, Case, assert_accurate, attention, device_of, make_inputs, run
+
+triton = pytest.importorskip("triton", "3.6")
+
+from ops.gluon_emulator import emulated  # noqa: E402
+
+from lightning_attention import lightning_attention  # noqa: E402
+from lightning_attention.ops import hopper  # noqa: E402
+from lightning_attention.ops.hopper import config, gradients, kernels, launch  # noqa: E402
+from lightning_attention.ops.triton.config import Segments, ceil_div  # noqa: E402
+
+pytestmark = pytest.mark.triton
+
+CASES = [
+    Case(T=64, K=64, V=64),
+    Case(T=200, K=64, V=64, H=3, scale=0.5),
+    Case(T=130, K=128, V=128, H=2, B=1),
+    Case(T=100, K=64, V=128, B=1, H=1),
+    Case(T=100, K=128, V=64, B=1, H=1),
+    Case(T=128, K=128, V=128, H=1, B=2, slope=None, state=False),
+    Case(T=70, K=128, V=128, H=1, B=1, slope=100.0),
+    Case(lengths=(3, 0, 64, 70, 1), K=128, V=128, H=1, slope=0.1),
+    Case(lengths=(0, 65, 0, 128, 7), K=64, V=64, H=3, slope=0.1),
+    Case(T=0, K=64, V=64),
+]
+
+
+@pytest.fixture
+def kernels_run(monkeypatch):
+    if INTERPRETED:
+        monkeypatch.setattr(hopper, "unsupported_reasons", lambda problem: [])
+        monkeypatch.setattr(launch, "kernels", emulated(kernels))
+        monkeypatch.setattr(launch, "gradients", emulated(gradients))
+    elif torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+
+
+def cut(T: int, count: int) -> Segments:
+    length = max(ceil_div(T, count * config.C), 1) * config.C
+    return Segments(length, length, max(ceil_div(T, length), 1))
+
+
+@pytest.mark.parametrize("num_segments", [1, 2, 3])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_segments(kernels_run, monkeypatch, case, num_segments):
+    monkeypatch.setattr(launch._Scans, "cut", lambda self: cut(self.T, num_segments))
+    inputs = make_inputs(case, torch.float16).on(device_of("triton"))
+    assert_accurate(run(attention("hopper"), inputs), inputs)
+
+
+@pytest.mark.parametrize("num_segments", [1, 2])
+@pytest.mark.parametrize("case", [Case(B=1, T=70, H=3, K=64, V=64), Case(B=1, T=70, H=2, K=128, V=128)], ids=str)
+def test_only_its_own_rows_are_read(kernels_run, monkeypatch, case, num_segments):
+    """Tensors lie amid NaN, aligned as TMA wants them; of documents, one is NaN."""
+    monkeypatch.setattr(launch._Scans, "cut", lambda self: cut(self.T, num_segments))
+    inputs = make_inputs(case, torch.float16).on(device_of("triton"))
+    expected = run(attention("hopper"), inputs)
+    for name, value in run(attention("hopper"), inputs.amid_nan(margin=8)).items():
+        assert torch.equal(value, expected[name]), name
+    cu_seqlens = torch.tensor([0, 40, 50, 70], dtype=torch.int32, device=inputs.q.device)
+    q, k, v = (x.clone() for x in (inputs.q, inputs.k, inputs.v))
+    clean = lightning_attention(q, k, v, inputs.log_decay, cu_seqlens=cu_seqlens, backend="hopper").output
+    for x in (q, k, v):
+        x[:, 40:50] = float("nan")
+    o = lightning_attention(q, k, v, inputs.log_decay, cu_seqlens=cu_seqlens, backend="hopper").output
+    for piece in (slice(40), slice(50, None)):
+        assert torch.equal(o[:, piece], clean[:, piece])
+
+
+@pytest.mark.parametrize("case", [Case(B=0, K=64, V=64), Case(lengths=(), K=128, V=128)], ids=str)
+def test_nothing(kernels_run, case):
+    inputs = make_inputs(case, torch.float16).on(device_of("triton"))
+    o, state = attention("hopper")(inputs.q, inputs.k, inputs.v, inputs.log_decay, **inputs.options())
+    assert o.shape == inputs.v.shape
+    assert state.shape == inputs.d_final_state.shape
+
+
+@pytest.mark.parametrize(
+    ("T", "programs"), [(1024, 64), (8192, 64), (8192, 44), (1 << 20, 1), (1 << 20, 16), (100, 3), (0, 4)]
+)
+def test_segments_cover_a_row(T, programs):
+    found = config.segments(T, programs, 132, 2048, alone=1.66, by_memory=2.05)
+    assert found.count == 1 or found.length % config.C == found.length % found.interval == 0
+    assert (found.count - 1) * found.length < max(T, 1) <= found.count * found.length
+
+
+def test_as_many_segments_as_multiprocessors():
+    """A chip is filled, and one that is full is not cut further."""
+    assert config.segments(1 << 20, 1, 132, 2048, alone=1.66, by_memory=2.05).count > 100
+    assert config.segments(1 << 20, 16, 132, 2048, alone=1.66, by_memory=2.05).count == 8
+    assert config.segments(1 << 20, 128, 132, 2048, alone=1.66, by_memory=2.05).count == 1
+    assert config.by_memory(132, 128, 4.2e12) == pytest.approx(2.06, rel=0.01)
+
+
+def test_slower_memory_is_read_once():
+    """Two segments read half of k and v twice: worth it on an H200, not on an H100."""
+    counts = [config.segments(8192, 64, 132, 2048, alone=1.66, by_memory=x).count for x in (2.05, 2.87)]
+    assert counts == [2, 1]

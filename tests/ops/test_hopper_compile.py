@@ -1,0 +1,81 @@
+"""Hopper's kernels, in every configuration, compiled without a GPU."""
+
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", "3.6")
+
+from ops.machine_code import loops, machine_code, signature_of  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+
+from lightning_attention.ops.hopper import config, gradients, kernels  # noqa: E402
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter does not compile")
+
+# Of a multiprocessor; a program has 1024 bytes beside its own.
+SHARED_MEMORY = 233_472
+# Loads and stores of local memory in the loop over chunks, of some 600 instructions; Triton 3.8 and 3.9 have the most.
+SPILLS_IN_LOOP = {"nothing": 80, "packed": 80, "everything": 120}
+# Products wait for each other where the compiler finds too few registers for those that are to be under way.
+WAITS_IN_LOOP = 14
+OPTIONAL = {
+    "log_decay",
+    "initial_state",
+    "interval_states",
+    "final_state",
+    "d_final_state",
+    "d_initial_state",
+    "cu_seqlens",
+}
+# Optional tensors that are given.
+GIVEN = {"nothing": {"log_decay"}, "packed": {"log_decay", "cu_seqlens"}, "everything": OPTIONAL}
+
+
+def check(kernel: Any, V: int, dtype: str, given: str, constants: dict[str, Any], num_stores: int) -> None:
+    absent = OPTIONAL.intersection(kernel.arg_names) - GIVEN[given]
+    constants = dict.fromkeys(absent) | constants
+    signature, aligned = signature_of(kernel, dtype, constants)
+    source = GluonASTSource(kernel, signature, constants, aligned)
+    options = {"num_warps": 4, "maxnreg": config.MAX_REGISTERS[V]}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert (compiled.metadata.shared + 1024) * config.programs_per_multiprocessor(V) <= SHARED_MEMORY
+    _, code = machine_code(compiled)
+    assert "UTMALDG.4D" in code
+    hot = [body for body in loops(code) if count(body, "UTMASTG") == num_stores and count(body, "HGMMA")]
+    num_groups = V // 64
+    hot = sorted(hot, key=len)[:num_groups]
+    assert len(hot) == num_groups
+    for body in hot:
+        assert count(body, "LDL") + count(body, "STL") <= SPILLS_IN_LOOP[given]
+        assert count(body, "WARPGROUP") <= WAITS_IN_LOOP
+
+
+def count(body: list[str], instruction: str) -> int:
+    return sum(instruction in text for text in body)
+
+
+@pytest.mark.parametrize(("K", "V"), config.SCAN_STAGES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "given", "prefix", "reverse", "transposed"),
+    [
+        ("bf16", "nothing", False, False, False),
+        ("bf16", "packed", True, False, True),
+        ("fp16", "everything", False, True, False),
+        ("fp16", "nothing", True, True, True),
+    ],
+)
+def test_scan(K, V, dtype, given, prefix, reverse, transposed):
+    constants = {"K": K, "V": V, "REVERSE": reverse, "TRANSPOSED_STATES": transposed, "PREFIX": prefix}
+    check(kernels.scan_kernel, V, dtype, given, constants | {"STAGES": config.SCAN_STAGES[K, V]}, num_stores=1)
+
+
+@pytest.mark.parametrize("D", config.GRADIENT_STAGES)
+@pytest.mark.parametrize(
+    ("dtype", "given", "prefix"),
+    [("bf16", "nothing", False), ("bf16", "packed", True), ("fp16", "everything", False), ("fp16", "nothing", True)],
+)
+def test_gradient(D, dtype, given, prefix):
+    constants = {"D": D, "PREFIX": prefix, "STAGES": config.GRADIENT_STAGES[D]}
+    check(gradients.gradient_kernel, D, dtype, given, constants, num_stores=2)
