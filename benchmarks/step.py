@@ -1,0 +1,69 @@
+"""A training step of the 385M model on one sequence of 8192 tokens, with the kernels for Hopper and the portable ones.
+
+python benchmarks/step.py results.json
+"""
+
+import json
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lightning_attention.bench.harness import interleaved_times
+from lightning_attention.bench.machine import machine
+from lightning_attention.models import LightningConfig, LightningForCausalLM
+from lightning_attention.ops import hopper
+from lightning_attention.ops.problem import Problem
+
+DEVICE = torch.device("cuda")
+LENGTH = 8192
+ATTENTION = ("scan_kernel", "gradient_kernel", "interval_state_kernel")
+
+
+class Step:
+    """Forward and backward in bf16."""
+
+    def __init__(self) -> None:
+        self.model = LightningForCausalLM(LightningConfig.from_size("385M")).to(DEVICE)
+        self.tokens = torch.randint(self.model.config.vocab_size, (1, LENGTH), device=DEVICE)
+
+    def with_hopper(self) -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = self.model(input_ids=self.tokens, labels=self.tokens).loss
+        loss.backward()
+        self.model.zero_grad(set_to_none=False)
+
+    def portable(self) -> None:
+        def refuse(problem: Problem) -> list[str]:
+            return ["not measured now"]
+
+        with patch.object(hopper, "unsupported_reasons", refuse):
+            self.with_hopper()
+
+
+def main(output: Path) -> None:
+    step = Step()
+    calls = {"hopper": step.with_hopper, "portable": step.portable}
+    times, failures = interleaved_times(calls, 2.0, DEVICE, on_host=True)
+    assert not failures, failures
+    results = {}
+    for name, call in calls.items():
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            call()
+        events = profiled.key_averages()
+        everything = sum(event.device_time_total for event in events) / 1e3
+        attention = sum(event.device_time_total for event in events if event.key in ATTENTION) / 1e3
+        results[name] = {
+            "tokens_per_second": LENGTH / times[name],
+            "attention_milliseconds": attention,
+            "attention_share": attention / everything,
+        }
+    document = {"machine": machine(DEVICE), "command": "python benchmarks/step.py results.json", "results": results}
+    output.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
