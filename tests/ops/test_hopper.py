@@ -11,6 +11,7 @@ from ops.gluon_emulator import emulated  # noqa: E402
 from lightning_attention import lightning_attention  # noqa: E402
 from lightning_attention.ops import hopper  # noqa: E402
 from lightning_attention.ops.hopper import config, gradients, kernels, launch  # noqa: E402
+from lightning_attention.ops.problem import Problem  # noqa: E402
 from lightning_attention.ops.triton.config import Segments, ceil_div  # noqa: E402
 
 pytestmark = pytest.mark.triton
@@ -94,6 +95,14 @@ def test_as_many_segments_as_multiprocessors():
     assert config.segments(1 << 20, 16, 132, 2048, alone=1.66, by_memory=2.05).count == 8
     assert config.segments(1 << 20, 128, 132, 2048, alone=1.66, by_memory=2.05).count == 1
     assert config.by_memory(132, 128, 4.2e12) == pytest.approx(2.06, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "H", "D", "is_slow"),
+    [(1, 512, 64, 128, True), (1, 1024, 64, 128, False), (1, 8192, 16, 128, True), (1, 8192, 32, 128, False)],
+)
+def test_little_work_is_left_to_the_portable_kernels(B, T, H, D, is_slow):
+    assert hopper.is_slow(Problem(B, T, H, D, D, B, torch.bfloat16, torch.device("cuda"))) == is_slow
 
 
 def test_slower_memory_is_read_once():

@@ -8,6 +8,10 @@ HEAD_DIMS = (64, 128)
 
 # Of queries, or values. At 2^23, 1024 tokens of 64 heads of 128, forward takes as long as with the portable kernels.
 MIN_ELEMENTS = 1 << 23
+# Where heads are few, rows are cut into several segments, whose states take longer than with the portable kernels' two
+# programs on a multiprocessor: 8192 tokens of 16 heads do, of 32 do not.
+FEW_HEADS = 32
+MIN_ELEMENTS_OF_FEW = 1 << 25
 
 # Tokens of a chunk.
 C = 64
