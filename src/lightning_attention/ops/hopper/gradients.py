@@ -13,7 +13,7 @@ from typing import Any
 from triton.experimental import gluon
 from triton.language import constexpr
 
-from ..triton.kernels import _reach, decay_over, load_rate
+from ..triton.kernels import load_rate
 from .kernels import (
     ACC,
     BARRIER,
@@ -23,19 +23,18 @@ from .kernels import (
     TILE,
     C,
     _clear_rows,
+    _decays,
     _empty_stage,
     _init,
     _input_boxes,
-    _inside,
     _load_columns,
     _num_chunks,
     _output_boxes,
     _piece,
     _prefix,
-    _prefix_state,
     _program,
-    _read_decay,
     _stage,
+    _state_before,
     _state_pointers,
     _store_rows,
     _tokens,
@@ -182,48 +181,32 @@ def _gradient(shared, g: constexpr, D: constexpr, PREFIX: constexpr, STAGES: con
     inputs, outputs, R, states, decay, where = shared
     dk, dv, out_s = outputs
     _, published = R
-    d_final_state, interval_states, d_initial_state, interval, num_intervals = states
+    _, _, d_initial_state, _, _ = states
     log_decay, scale = decay
     row, B, H, i_b, i_h = where
     _, _, T, part = row
-    first, _, n_first, n_last = part
+    _, _, n_first, n_last = part
     PACKED: constexpr = constexpr(row[0] is not None)
     dtype: constexpr = out_s.dtype
 
     i_head = i_h.to(gl.int64)
     rate = load_rate(log_decay, i_head)
-    b_inside = _inside(rate, scale, True)
-    # In float16 the scale goes with the state, whose range a long sum may leave, where its output does not.
-    copy_scale = scale if dtype == gl.float16 else 1.0
-    read_scale = 1.0 if dtype == gl.float16 else scale
-    b_read = _read_decay(rate, True) * read_scale
+    b_inside, b_read, copy_scale = _decays(rate, scale, dtype, True)
     o_k = gl.arange(0, D, layout=gl.SliceLayout(1, ACC))
     o_v = g * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, ACC))
     stride_t = H * D
     out = dv if g == 0 else dk
     place = (out + (i_b.to(gl.int64) * T * H + i_head) * D, stride_t, _output_boxes(out, B, T, H, D), out_s, i_b, i_h)
-
     written = (inputs[0], inputs[3], inputs[4], inputs[5])
 
     c = 0  # chunks
     r = 0  # states that were published
     for n in range(n_first, n_last):
-        start, end, i_n, lo, hi = _piece(row, n, True)
-
-        b_R = gl.zeros([D, BV], gl.float32, layout=ACC)
+        _, end, i_n, lo, hi = _piece(row, n, True)
         b_write, whole = _write_decay(rate, C, True)
-        if PREFIX:
-            lo_prefix = _prefix(row, n, rate, True)
-            num_chunks, num_others = _num_chunks(lo_prefix, lo), gl.maximum(start - lo_prefix, 0)
-            b_R = _prefix_state(b_R, written, b_write, whole, c, num_chunks, num_others, g, 2, D, True, PACKED, STAGES)
-            c += num_chunks
-        if interval_states is not None:
-            for j in range(gl.maximum(start, first - _reach(rate, T)) // interval, first // interval):
-                p_R = _state_pointers(interval_states, i_b * num_intervals + j, i_head, o_k, o_v, H, D, D, False)
-                b_R = b_R * decay_over(rate, interval) + gl.load(p_R)
-        if d_final_state is not None:
-            p_R = _state_pointers(d_final_state, i_n, i_head, o_k, o_v, H, D, D, False)
-            b_R += gl.load(p_R) * (decay_over(rate, lo - start) / scale)
+        b_R, c = _state_before(
+            c, written, b_write, whole, states, decay, where, n, o_k, o_v, g, D, D, True, False, PREFIX, STAGES
+        )
         _publish(b_R * copy_scale, R, r, g)
 
         for i in range(_num_chunks(lo, hi)):
@@ -355,20 +338,17 @@ def _gradients(shared, D: constexpr, PREFIX: constexpr, STAGES: constexpr):
     inputs, outputs, R, states, decay, where = shared
     dk, dv, out_s = outputs
     R_s, _ = R
-    d_final_state, interval_states, d_initial_state, interval, num_intervals = states
+    _, _, d_initial_state, _, _ = states
     log_decay, scale = decay
     row, B, H, i_b, i_h = where
     _, _, T, part = row
-    first, _, n_first, n_last = part
+    _, _, n_first, n_last = part
     PACKED: constexpr = constexpr(row[0] is not None)
     dtype: constexpr = out_s.dtype
 
     i_head = i_h.to(gl.int64)
     rate = load_rate(log_decay, i_head)
-    b_inside = _inside(rate, scale, True)
-    copy_scale = scale if dtype == gl.float16 else 1.0
-    read_scale = 1.0 if dtype == gl.float16 else scale
-    b_read = _read_decay(rate, True) * read_scale
+    b_inside, b_read, copy_scale = _decays(rate, scale, dtype, True)
     o_k = gl.arange(0, D, layout=gl.SliceLayout(1, ACC))
     o_v = gl.arange(0, D, layout=gl.SliceLayout(0, ACC))
     stride_t = H * D
@@ -380,22 +360,11 @@ def _gradients(shared, D: constexpr, PREFIX: constexpr, STAGES: constexpr):
 
     c = 0
     for n in range(n_first, n_last):
-        start, end, i_n, lo, hi = _piece(row, n, True)
-
-        b_R = gl.zeros([D, BV], gl.float32, layout=ACC)
+        _, end, i_n, lo, hi = _piece(row, n, True)
         b_write, whole = _write_decay(rate, C, True)
-        if PREFIX:
-            lo_prefix = _prefix(row, n, rate, True)
-            num_chunks, num_others = _num_chunks(lo_prefix, lo), gl.maximum(start - lo_prefix, 0)
-            b_R = _prefix_state(b_R, written, b_write, whole, c, num_chunks, num_others, 0, 1, D, True, PACKED, STAGES)
-            c += num_chunks
-        if interval_states is not None:
-            for j in range(gl.maximum(start, first - _reach(rate, T)) // interval, first // interval):
-                p_R = _state_pointers(interval_states, i_b * num_intervals + j, i_head, o_k, o_v, H, D, D, False)
-                b_R = b_R * decay_over(rate, interval) + gl.load(p_R)
-        if d_final_state is not None:
-            p_R = _state_pointers(d_final_state, i_n, i_head, o_k, o_v, H, D, D, False)
-            b_R += gl.load(p_R) * (decay_over(rate, lo - start) / scale)
+        b_R, c = _state_before(
+            c, written, b_write, whole, states, decay, where, n, o_k, o_v, 0, D, D, True, False, PREFIX, STAGES
+        )
         t_R.store((b_R * copy_scale).to(dtype))
         fence_async_shared()
 

@@ -280,23 +280,18 @@ def _scan(
     GROUPS: constexpr = V // BV
     inputs, outputs, states, decay, where = shared
     o, o_s, S_s = outputs
-    initial_state, interval_states, final_state, interval, num_intervals = states
+    _, _, final_state, _, _ = states
     log_decay, scale = decay
     row, B, H, i_b, i_h = where
     _, _, T, part = row
-    first, _, n_first, n_last = part
+    _, _, n_first, n_last = part
     PACKED: constexpr = constexpr(row[0] is not None)
     dtype: constexpr = o_s.dtype
 
     i_head = i_h.to(gl.int64)
     column: constexpr = g * BV
     rate = load_rate(log_decay, i_head)
-    b_inside = _inside(rate, scale, REVERSE)
-    state_scale = 1.0 / scale if REVERSE else 1.0
-    # In float16 the scale goes with the state, whose range a long sum may leave, where its output does not.
-    copy_scale = scale if dtype == gl.float16 else 1.0
-    read_scale = 1.0 if dtype == gl.float16 else scale
-    b_read = _read_decay(rate, REVERSE) * read_scale
+    b_inside, b_read, copy_scale = _decays(rate, scale, dtype, REVERSE)
     o_k = gl.arange(0, K, layout=gl.SliceLayout(1, ACC))
     o_v = column + gl.arange(0, BV, layout=gl.SliceLayout(0, ACC))
     stride_ot = H * V
@@ -308,24 +303,27 @@ def _scan(
 
     c = 0
     for n in range(n_first, n_last):
-        start, end, i_n, lo, hi = _piece(row, n, REVERSE)
-        b_S = gl.zeros([K, BV], gl.float32, layout=ACC)
+        _, end, i_n, lo, hi = _piece(row, n, REVERSE)
         b_write, whole = _write_decay(rate, C, REVERSE)
-        if PREFIX:
-            lo_prefix = _prefix(row, n, rate, REVERSE)
-            num_chunks, num_others = _num_chunks(lo_prefix, lo), gl.maximum(start - lo_prefix, 0)
-            b_S = _prefix_state(
-                b_S, written, b_write, whole, c, num_chunks, num_others, g, GROUPS, K, REVERSE, PACKED, STAGES
-            )
-            c += num_chunks
-        if interval_states is not None:
-            for j in range(gl.maximum(start, first - _reach(rate, T)) // interval, first // interval):
-                i_state = i_b * num_intervals + j
-                p_S = _state_pointers(interval_states, i_state, i_head, o_k, o_v, H, K, V, TRANSPOSED_STATES)
-                b_S = b_S * decay_over(rate, interval) + gl.load(p_S)
-        if initial_state is not None:
-            p_S = _state_pointers(initial_state, i_n, i_head, o_k, o_v, H, K, V, TRANSPOSED_STATES)
-            b_S += gl.load(p_S) * (decay_over(rate, lo - start) * state_scale)
+        b_S, c = _state_before(
+            c,
+            written,
+            b_write,
+            whole,
+            states,
+            decay,
+            where,
+            n,
+            o_k,
+            o_v,
+            g,
+            K,
+            V,
+            REVERSE,
+            TRANSPOSED_STATES,
+            PREFIX,
+            STAGES,
+        )
         t_S.store((b_S * copy_scale).to(dtype))
         fence_async_shared()
 
@@ -340,8 +338,56 @@ def _scan(
         if final_state is not None:
             p_S = _state_pointers(final_state, i_n, i_head, o_k, o_v, H, K, V, TRANSPOSED_STATES)
             if hi == end:
-                gl.store(p_S, b_S / state_scale)
+                gl.store(p_S, b_S * scale if REVERSE else b_S)
     tma.store_wait(0)
+
+
+@jit
+def _state_before(
+    c,
+    written,
+    b_write,
+    whole,
+    states,
+    decay,
+    where,
+    n,
+    o_k,
+    o_v,
+    g: constexpr,
+    K: constexpr,
+    V: constexpr,
+    REVERSE: constexpr,
+    TRANSPOSED: constexpr,
+    PREFIX: constexpr,
+    STAGES: constexpr,
+):
+    """The state of sequence n before this part of the row, and the chunk that comes next: with PREFIX some made it."""
+    initial_state, interval_states, _, interval, num_intervals = states
+    log_decay, scale = decay
+    row, _, H, i_b, i_h = where
+    cu_seqlens, _, T, part = row
+    first, _, _, _ = part
+    rate = load_rate(log_decay, i_h)
+    start, _, i_n, lo, _ = _piece(row, n, REVERSE)
+    b_S = gl.zeros([K, BV], gl.float32, layout=ACC)
+    if PREFIX:
+        PACKED: constexpr = constexpr(cu_seqlens is not None)
+        lo_prefix = _prefix(row, n, rate, REVERSE)
+        num_chunks, num_others = _num_chunks(lo_prefix, lo), gl.maximum(start - lo_prefix, 0)
+        b_S = _prefix_state(
+            b_S, written, b_write, whole, c, num_chunks, num_others, g, V // BV, K, REVERSE, PACKED, STAGES
+        )
+        c += num_chunks
+    if interval_states is not None:
+        for j in range(gl.maximum(start, first - _reach(rate, T)) // interval, first // interval):
+            p_S = _state_pointers(interval_states, i_b * num_intervals + j, i_h, o_k, o_v, H, K, V, TRANSPOSED)
+            b_S = b_S * decay_over(rate, interval) + gl.load(p_S)
+    if initial_state is not None:
+        p_S = _state_pointers(initial_state, i_n, i_h, o_k, o_v, H, K, V, TRANSPOSED)
+        so_far = decay_over(rate, lo - start)
+        b_S += gl.load(p_S) * (so_far / scale if REVERSE else so_far)
+    return b_S, c
 
 
 @jit
@@ -378,6 +424,17 @@ def _prefix_state(
         b_S = warpgroup_mma_wait(0, deps=[b_S])
         mbarrier.arrive(empty.index(s))
     return b_S
+
+
+@jit
+def _decays(rate, scale, dtype: constexpr, REVERSE: constexpr):
+    """Of what a chunk reads: of itself, and of the state; and what the copy of the state is multiplied by.
+
+    In float16 the scale goes with the state, whose range a long sum may leave, where its output does not.
+    """
+    copy_scale = scale if dtype == gl.float16 else 1.0
+    read_scale = 1.0 if dtype == gl.float16 else scale
+    return _inside(rate, scale, REVERSE), _read_decay(rate, REVERSE) * read_scale, copy_scale
 
 
 @jit
