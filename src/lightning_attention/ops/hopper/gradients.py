@@ -8,13 +8,10 @@ Of heads of 128 one warpgroup makes dv, the other dk; each keeps half the column
 Of heads of 64 a single warpgroup makes both.
 """
 
-from typing import Any
-
-from triton.experimental import gluon
 from triton.language import constexpr
 
 from ..triton.kernels import load_rate
-from .kernels import (
+from .parts import (
     ACC,
     BARRIER,
     BOX,
@@ -22,34 +19,33 @@ from .kernels import (
     LEFT,
     TILE,
     C,
-    _clear_rows,
-    _decays,
-    _empty_stage,
-    _init,
-    _input_boxes,
-    _load_columns,
-    _num_chunks,
-    _output_boxes,
-    _piece,
-    _prefix,
-    _program,
-    _stage,
-    _state_before,
-    _state_pointers,
-    _store_rows,
-    _tokens,
-    _write_decay,
+    clear_rows,
+    count_chunks,
+    empty_stage,
     fence_async_shared,
     gl,
+    init_barriers,
+    input_boxes,
+    jit,
     load_box,
+    load_columns,
     mbarrier,
+    output_boxes,
+    piece,
+    prefix,
+    program,
+    read_decays,
+    stage,
+    state_before,
+    state_pointers,
     store_box,
+    store_rows,
     tma,
+    tokens,
     warpgroup_mma,
     warpgroup_mma_wait,
+    write_decay,
 )
-
-jit: Any = gluon.jit
 
 
 @jit(do_not_specialize=["scale", "B", "T", "H", "N", "segment_length", "interval"])
@@ -91,7 +87,7 @@ def gradient_kernel(
     """dk and dv, where K = V = D."""
     GROUPS: constexpr = D // BV
     dtype: constexpr = q.dtype.element_ty
-    i_h, i_b, num_intervals, part = _program(H, cu_seqlens, N, T, segment_length, interval, True)
+    i_h, i_b, num_intervals, part = program(H, cu_seqlens, N, T, segment_length, interval, True)
     row = (cu_seqlens, N, T, part)
 
     q_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, D], BOX)
@@ -105,7 +101,7 @@ def gradient_kernel(
     published = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     for b in gl.static_range(2):
         mbarrier.init(published.index(b), count=2)
-    _init(ready, empty, GROUPS, STAGES)
+    init_barriers(ready, empty, GROUPS, STAGES)
 
     inputs = (q_s, k_s, v_s, do_s, ready, empty)
     R = (R_s, published)
@@ -148,30 +144,30 @@ def _fetch(tensors, inputs, log_decay, where, D: constexpr, PREFIX: constexpr, S
     row, B, H, i_b, i_h = where
     _, _, T, part = row
     _, _, n_first, n_last = part
-    q_desc = _input_boxes(of_q, B, T, H, D, D)
-    k_desc = _input_boxes(of_k, B, T, H, D, D)
-    v_desc = _input_boxes(of_v, B, T, H, D, BV)
-    do_desc = _input_boxes(of_do, B, T, H, D, BV)
+    q_desc = input_boxes(of_q, B, T, H, D, D)
+    k_desc = input_boxes(of_k, B, T, H, D, D)
+    v_desc = input_boxes(of_v, B, T, H, D, BV)
+    do_desc = input_boxes(of_do, B, T, H, D, BV)
     STATE_BYTES: constexpr = q_desc.block_type.nbytes + GROUPS * do_desc.block_type.nbytes
     rate = load_rate(log_decay, i_h)
     c = 0
     for n in range(n_first, n_last):
-        _, _, _, lo, hi = _piece(row, n, True)
+        _, _, _, lo, hi = piece(row, n, True)
         if PREFIX:
-            lo_prefix = _prefix(row, n, rate, True)
-            for i in range(_num_chunks(lo_prefix, lo)):
-                t, _ = _tokens(lo_prefix, lo, i, T, True)
-                s, b_ready = _empty_stage(ready, empty, c, STATE_BYTES, STAGES)
+            lo_prefix = prefix(row, n, rate, True)
+            for i in range(count_chunks(lo_prefix, lo)):
+                t, _ = tokens(lo_prefix, lo, i, T, True)
+                s, b_ready = empty_stage(ready, empty, c, STATE_BYTES, STAGES)
                 load_box(q_desc, [i_b, t, i_h, 0], b_ready, q_s.index(s))
-                _load_columns(do_desc, i_b, t, i_h, b_ready, do_s, s, GROUPS)
+                load_columns(do_desc, i_b, t, i_h, b_ready, do_s, s, GROUPS)
                 c += 1
-        for i in range(_num_chunks(lo, hi)):
-            t, _ = _tokens(lo, hi, i, T, True)
-            s, b_ready = _empty_stage(ready, empty, c, 2 * STATE_BYTES, STAGES)
+        for i in range(count_chunks(lo, hi)):
+            t, _ = tokens(lo, hi, i, T, True)
+            s, b_ready = empty_stage(ready, empty, c, 2 * STATE_BYTES, STAGES)
             load_box(q_desc, [i_b, t, i_h, 0], b_ready, q_s.index(s))
             load_box(k_desc, [i_b, t, i_h, 0], b_ready, k_s.index(s))
-            _load_columns(v_desc, i_b, t, i_h, b_ready, v_s, s, GROUPS)
-            _load_columns(do_desc, i_b, t, i_h, b_ready, do_s, s, GROUPS)
+            load_columns(v_desc, i_b, t, i_h, b_ready, v_s, s, GROUPS)
+            load_columns(do_desc, i_b, t, i_h, b_ready, do_s, s, GROUPS)
             c += 1
 
 
@@ -191,28 +187,28 @@ def _gradient(shared, g: constexpr, D: constexpr, PREFIX: constexpr, STAGES: con
 
     i_head = i_h.to(gl.int64)
     rate = load_rate(log_decay, i_head)
-    b_inside, b_read, copy_scale = _decays(rate, scale, dtype, True)
+    b_inside, b_read, copy_scale = read_decays(rate, scale, dtype, True)
     o_k = gl.arange(0, D, layout=gl.SliceLayout(1, ACC))
     o_v = g * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, ACC))
     stride_t = H * D
     out = dv if g == 0 else dk
-    place = (out + (i_b.to(gl.int64) * T * H + i_head) * D, stride_t, _output_boxes(out, B, T, H, D), out_s, i_b, i_h)
+    place = (out + (i_b.to(gl.int64) * T * H + i_head) * D, stride_t, output_boxes(out, B, T, H, D), out_s, i_b, i_h)
     written = (inputs[0], inputs[3], inputs[4], inputs[5])
 
     c = 0  # chunks
     r = 0  # states that were published
     for n in range(n_first, n_last):
-        _, end, i_n, lo, hi = _piece(row, n, True)
-        b_write, whole = _write_decay(rate, C, True)
-        b_R, c = _state_before(
+        _, end, i_n, lo, hi = piece(row, n, True)
+        b_write, whole = write_decay(rate, C, True)
+        b_R, c = state_before(
             c, written, b_write, whole, states, decay, where, n, o_k, o_v, g, D, D, True, False, PREFIX, STAGES
         )
         _publish(b_R * copy_scale, R, r, g)
 
-        for i in range(_num_chunks(lo, hi)):
-            t, m = _tokens(lo, hi, i, T, True)
+        for i in range(count_chunks(lo, hi)):
+            t, m = tokens(lo, hi, i, T, True)
             if d_initial_state is not None and m < C:
-                b_write, whole = _write_decay(rate, m, True)
+                b_write, whole = write_decay(rate, m, True)
             decays = (b_inside, b_read, b_write, whole)
             b_R = _gradient_chunk(b_R, R, inputs, place, decays, copy_scale, c, r, t, m, g, D, PACKED, STAGES)
             c += 1
@@ -222,7 +218,7 @@ def _gradient(shared, g: constexpr, D: constexpr, PREFIX: constexpr, STAGES: con
         r += 1
 
         if d_initial_state is not None:
-            p_R = _state_pointers(d_initial_state, i_n, i_head, o_k, o_v, H, D, D, False)
+            p_R = state_pointers(d_initial_state, i_n, i_head, o_k, o_v, H, D, D, False)
             if hi == end:
                 gl.store(p_R, b_R * scale)
     tma.store_wait(0)
@@ -270,13 +266,13 @@ def _gradient_chunk(
     p_out, stride_t, out_desc, out_s, i_b, i_h = place
     dtype: constexpr = R_s.dtype
     b_inside, b_read, b_write, whole = decays
-    s, parity = _stage(c, STAGES)
+    s, parity = stage(c, STAGES)
     mbarrier.wait(ready.index(s), parity)
     t_q, t_k, t_v0, t_v1, t_do0, t_do1 = _tiles(inputs, s, D)
     if PACKED and m < C:  # both warpgroups write the same
-        _clear_rows(t_q, m, D, True)
-        _clear_rows(t_do0, m, BV, True)
-        _clear_rows(t_do1, m, BV, True)
+        clear_rows(t_q, m, D, True)
+        clear_rows(t_do0, m, BV, True)
+        clear_rows(t_do1, m, BV, True)
         fence_async_shared()
 
     zeros = gl.zeros([C, C], gl.float32, layout=ACC)
@@ -327,8 +323,8 @@ def _gradient_chunk(
     _publish(b_R * copy_scale, R, r + 1, g)
     if m < C:
         p_out += t.to(gl.int64) * stride_t
-        _store_rows(p_out, stride_t, t_0, m, True)
-        _store_rows(p_out + BV, stride_t, t_1, m, True)
+        store_rows(p_out, stride_t, t_0, m, True)
+        store_rows(p_out + BV, stride_t, t_1, m, True)
     return b_R
 
 
@@ -348,36 +344,36 @@ def _gradients(shared, D: constexpr, PREFIX: constexpr, STAGES: constexpr):
 
     i_head = i_h.to(gl.int64)
     rate = load_rate(log_decay, i_head)
-    b_inside, b_read, copy_scale = _decays(rate, scale, dtype, True)
+    b_inside, b_read, copy_scale = read_decays(rate, scale, dtype, True)
     o_k = gl.arange(0, D, layout=gl.SliceLayout(1, ACC))
     o_v = gl.arange(0, D, layout=gl.SliceLayout(0, ACC))
     stride_t = H * D
     offset = (i_b.to(gl.int64) * T * H + i_head) * D
-    dk_desc, dv_desc = _output_boxes(dk, B, T, H, D), _output_boxes(dv, B, T, H, D)
+    dk_desc, dv_desc = output_boxes(dk, B, T, H, D), output_boxes(dv, B, T, H, D)
     place = (dk + offset, dk_desc, dv + offset, dv_desc, out_s, stride_t, i_b, i_h)
     t_R = R_s.index(0)
     written = (inputs[0], inputs[3], inputs[4], inputs[5])
 
     c = 0
     for n in range(n_first, n_last):
-        _, end, i_n, lo, hi = _piece(row, n, True)
-        b_write, whole = _write_decay(rate, C, True)
-        b_R, c = _state_before(
+        _, end, i_n, lo, hi = piece(row, n, True)
+        b_write, whole = write_decay(rate, C, True)
+        b_R, c = state_before(
             c, written, b_write, whole, states, decay, where, n, o_k, o_v, 0, D, D, True, False, PREFIX, STAGES
         )
         t_R.store((b_R * copy_scale).to(dtype))
         fence_async_shared()
 
-        for i in range(_num_chunks(lo, hi)):
-            t, m = _tokens(lo, hi, i, T, True)
+        for i in range(count_chunks(lo, hi)):
+            t, m = tokens(lo, hi, i, T, True)
             if d_initial_state is not None and m < C:
-                b_write, whole = _write_decay(rate, m, True)
+                b_write, whole = write_decay(rate, m, True)
             decays = (b_inside, b_read, b_write, whole)
             b_R = _gradients_chunk(b_R, t_R, inputs, place, decays, copy_scale, c, t, m, D, PACKED, STAGES)
             c += 1
 
         if d_initial_state is not None:
-            p_R = _state_pointers(d_initial_state, i_n, i_head, o_k, o_v, H, D, D, False)
+            p_R = state_pointers(d_initial_state, i_n, i_head, o_k, o_v, H, D, D, False)
             if hi == end:
                 gl.store(p_R, b_R * scale)
     tma.store_wait(0)
@@ -403,13 +399,13 @@ def _gradients_chunk(
     p_dk, dk_desc, p_dv, dv_desc, out_s, stride_t, i_b, i_h = place
     dtype: constexpr = t_R.dtype
     b_inside, b_read, b_write, whole = decays
-    s, parity = _stage(c, STAGES)
+    s, parity = stage(c, STAGES)
     mbarrier.wait(ready.index(s), parity)
     t_q, t_k = q_s.index(s).reshape([C, D]), k_s.index(s).reshape([C, D])
     t_v, t_do = v_s.index(s).reshape([C, D]), do_s.index(s).reshape([C, D])
     if PACKED and m < C:
-        _clear_rows(t_q, m, D, True)
-        _clear_rows(t_do, m, D, True)
+        clear_rows(t_q, m, D, True)
+        clear_rows(t_do, m, D, True)
         fence_async_shared()
 
     zeros = gl.zeros([C, C], gl.float32, layout=ACC)
@@ -446,6 +442,6 @@ def _gradients_chunk(
     t_R.store((b_R * copy_scale).to(dtype))
     fence_async_shared()
     if m < C:
-        _store_rows(p_dv + t.to(gl.int64) * stride_t, stride_t, t_dv, m, True)
-        _store_rows(p_dk + t.to(gl.int64) * stride_t, stride_t, t_dk, m, True)
+        store_rows(p_dv + t.to(gl.int64) * stride_t, stride_t, t_dv, m, True)
+        store_rows(p_dk + t.to(gl.int64) * stride_t, stride_t, t_dk, m, True)
     return b_R
