@@ -114,11 +114,10 @@ def _launch(*arguments: Any, **options: Any) -> None:
 
 @cache
 def _bytes_per_second(device: torch.device) -> float:
-    """What a copy gets of the memory's bandwidth, which counts both edges of its clock."""
-    if device.type != "cuda":
-        return 4.2e12
-    properties = torch.cuda.get_device_properties(device)
-    return 0.86 * 2 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8
+    """What a copy gets of the memory's bandwidth, both edges of its clock; an H200's if nobody knows it."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    kilohertz = getattr(properties, "memory_clock_rate", 0)
+    return 0.86 * 2 * kilohertz * 1e3 * getattr(properties, "memory_bus_width", 0) / 8 or 4.2e12
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
