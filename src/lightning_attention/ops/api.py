@@ -58,7 +58,8 @@ def lightning_attention(
         output_final_state: also return the state after the last token.
         cu_seqlens: `[N + 1]` int32 or int64: sequence n is `[cu_seqlens[n], cu_seqlens[n + 1])` of the only row
             (B = 1). Rises from 0 to T; empty sequences are legal and keep their initial state.
-        backend: "auto" takes the first of `library.BACKENDS` that can run the call; a name insists on that one.
+        backend: "auto" takes the first of `library.BACKENDS` that can run the call and is not slow at it; a name
+            insists on that one.
 
     Returns:
         `output` `[B, T, H, V]` in the dtype of q, and `final_state` `[N, H, K, V]` or None. Gradients flow from both
