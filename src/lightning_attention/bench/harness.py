@@ -126,19 +126,17 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
 def enqueue_seconds(call: Call, device: torch.device) -> float | None:
     """What a call takes of the host on a GPU: median over batches, each short enough not to fill the queue.
 
-    The first 0.3 s do not count: the same call was seen to take twice as long there. None on a CPU, where the host does
-    all the work.
+    None on a CPU, where the host does all the work.
     """
     if device.type == "cpu":
         return None
-    calls_a_batch, batches, begin = 32, [], time.perf_counter()
-    while len(batches) < 20:
+    calls_a_batch, batches = 32, []
+    for _ in range(20):
         torch.cuda.synchronize(device)
         start = time.perf_counter()
         for _ in range(calls_a_batch):
             call()
-        if start - begin > 0.3:
-            batches.append((time.perf_counter() - start) / calls_a_batch)
+        batches.append((time.perf_counter() - start) / calls_a_batch)
     return statistics.median(batches)
 
 
