@@ -10,7 +10,7 @@ Of heads of 64 a single warpgroup makes both.
 
 from triton.language import constexpr
 
-from ..triton.kernels import load_rate
+from ..triton.kernels import decay_over, load_rate
 from .parts import (
     ACC,
     BARRIER,
@@ -177,7 +177,7 @@ def _gradient(shared, g: constexpr, D: constexpr, PREFIX: constexpr, STAGES: con
     inputs, outputs, R, states, decay, where = shared
     dk, dv, out_s = outputs
     _, published = R
-    _, _, d_initial_state, _, _ = states
+    d_final_state, _, d_initial_state, _, _ = states
     log_decay, scale = decay
     row, B, H, i_b, i_h = where
     _, _, T, part = row
@@ -198,11 +198,14 @@ def _gradient(shared, g: constexpr, D: constexpr, PREFIX: constexpr, STAGES: con
     c = 0  # chunks
     r = 0  # states that were published
     for n in range(n_first, n_last):
-        _, end, i_n, lo, hi = piece(row, n, True)
+        start, end, i_n, lo, hi = piece(row, n, True)
+        b_R = gl.zeros([D, BV], gl.float32, layout=ACC)
         b_write, whole = write_decay(rate, C, True)
-        b_R, c = state_before(
-            c, written, b_write, whole, states, decay, where, n, o_k, o_v, g, D, D, True, False, PREFIX, STAGES
-        )
+        before = (written, b_write, whole, states, where, rate, n, start, lo, i_head, o_k, o_v)
+        b_R, c = state_before(b_R, c, before, g, D, D, True, False, PREFIX, STAGES)
+        if d_final_state is not None:
+            p_R = state_pointers(d_final_state, i_n, i_head, o_k, o_v, H, D, D, False)
+            b_R += gl.load(p_R) * (decay_over(rate, lo - start) / scale)
         _publish(b_R * copy_scale, R, r, g)
 
         for i in range(count_chunks(lo, hi)):
@@ -334,7 +337,7 @@ def _gradients(shared, D: constexpr, PREFIX: constexpr, STAGES: constexpr):
     inputs, outputs, R, states, decay, where = shared
     dk, dv, out_s = outputs
     R_s, _ = R
-    _, _, d_initial_state, _, _ = states
+    d_final_state, _, d_initial_state, _, _ = states
     log_decay, scale = decay
     row, B, H, i_b, i_h = where
     _, _, T, part = row
@@ -356,11 +359,14 @@ def _gradients(shared, D: constexpr, PREFIX: constexpr, STAGES: constexpr):
 
     c = 0
     for n in range(n_first, n_last):
-        _, end, i_n, lo, hi = piece(row, n, True)
+        start, end, i_n, lo, hi = piece(row, n, True)
+        b_R = gl.zeros([D, BV], gl.float32, layout=ACC)
         b_write, whole = write_decay(rate, C, True)
-        b_R, c = state_before(
-            c, written, b_write, whole, states, decay, where, n, o_k, o_v, 0, D, D, True, False, PREFIX, STAGES
-        )
+        before = (written, b_write, whole, states, where, rate, n, start, lo, i_head, o_k, o_v)
+        b_R, c = state_before(b_R, c, before, 0, D, D, True, False, PREFIX, STAGES)
+        if d_final_state is not None:
+            p_R = state_pointers(d_final_state, i_n, i_head, o_k, o_v, H, D, D, False)
+            b_R += gl.load(p_R) * (decay_over(rate, lo - start) / scale)
         t_R.store((b_R * copy_scale).to(dtype))
         fence_async_shared()
 

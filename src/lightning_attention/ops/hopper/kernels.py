@@ -12,7 +12,7 @@ chunk are stored by rows: TMA would overwrite those of the next sequence, and st
 
 from triton.language import constexpr
 
-from ..triton.kernels import load_rate
+from ..triton.kernels import decay_over, load_rate
 from .parts import (
     ACC,
     BARRIER,
@@ -189,7 +189,7 @@ def _scan(
     GROUPS: constexpr = V // BV
     inputs, outputs, states, decay, where = shared
     o, o_s, S_s = outputs
-    _, _, final_state, _, _ = states
+    initial_state, _, final_state, _, _ = states
     log_decay, scale = decay
     row, B, H, i_b, i_h = where
     _, _, T, part = row
@@ -201,6 +201,7 @@ def _scan(
     column: constexpr = g * BV
     rate = load_rate(log_decay, i_head)
     b_inside, b_read, copy_scale = read_decays(rate, scale, dtype, REVERSE)
+    state_scale = 1.0 / scale if REVERSE else 1.0
     o_k = gl.arange(0, K, layout=gl.SliceLayout(1, ACC))
     o_v = column + gl.arange(0, BV, layout=gl.SliceLayout(0, ACC))
     stride_ot = H * V
@@ -212,27 +213,14 @@ def _scan(
 
     c = 0
     for n in range(n_first, n_last):
-        _, end, i_n, lo, hi = piece(row, n, REVERSE)
+        start, end, i_n, lo, hi = piece(row, n, REVERSE)
+        b_S = gl.zeros([K, BV], gl.float32, layout=ACC)
         b_write, whole = write_decay(rate, C, REVERSE)
-        b_S, c = state_before(
-            c,
-            written,
-            b_write,
-            whole,
-            states,
-            decay,
-            where,
-            n,
-            o_k,
-            o_v,
-            g,
-            K,
-            V,
-            REVERSE,
-            TRANSPOSED_STATES,
-            PREFIX,
-            STAGES,
-        )
+        before = (written, b_write, whole, states, where, rate, n, start, lo, i_head, o_k, o_v)
+        b_S, c = state_before(b_S, c, before, g, K, V, REVERSE, TRANSPOSED_STATES, PREFIX, STAGES)
+        if initial_state is not None:
+            p_S = state_pointers(initial_state, i_n, i_head, o_k, o_v, H, K, V, TRANSPOSED_STATES)
+            b_S += gl.load(p_S) * (decay_over(rate, lo - start) * state_scale)
         t_S.store((b_S * copy_scale).to(dtype))
         fence_async_shared()
 
@@ -247,7 +235,7 @@ def _scan(
         if final_state is not None:
             p_S = state_pointers(final_state, i_n, i_head, o_k, o_v, H, K, V, TRANSPOSED_STATES)
             if hi == end:
-                gl.store(p_S, b_S * scale if REVERSE else b_S)
+                gl.store(p_S, b_S / state_scale)
     tma.store_wait(0)
 
 

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.language import constexpr
 
-from ..triton.kernels import _reach, _sequence, _sequences_in, decay_over, load_rate
+from ..triton.kernels import _reach, _sequence, _sequences_in, decay_over
 
 # A type checker knows nothing of what a compiler does with these.
 jit: Any = gluon.jit
@@ -134,16 +134,9 @@ def load_columns(desc, i_b, t, i_h, b_ready, x_s, s, GROUPS: constexpr):
 
 @jit
 def state_before(
+    b_S,
     c,
-    written,
-    b_write,
-    whole,
-    states,
-    decay,
-    where,
-    n,
-    o_k,
-    o_v,
+    before,
     g: constexpr,
     K: constexpr,
     V: constexpr,
@@ -152,15 +145,15 @@ def state_before(
     PREFIX: constexpr,
     STAGES: constexpr,
 ):
-    """The state of sequence n before this part of the row, and the chunk that comes next: with PREFIX some made it."""
-    initial_state, interval_states, _, interval, num_intervals = states
-    log_decay, scale = decay
-    row, _, H, i_b, i_h = where
+    """b_S, zero, and what tokens `start` to `lo` of sequence n leave, before this part of the row; and the next chunk.
+
+    With PREFIX chunks of them make it, otherwise it is the sum of states of intervals.
+    """
+    written, b_write, whole, states, where, rate, n, start, lo, i_head, o_k, o_v = before
+    _, interval_states, _, interval, num_intervals = states
+    row, _, H, i_b, _ = where
     cu_seqlens, _, T, part = row
     first, _, _, _ = part
-    rate = load_rate(log_decay, i_h)
-    start, _, i_n, lo, _ = piece(row, n, REVERSE)
-    b_S = gl.zeros([K, BV], gl.float32, layout=ACC)
     if PREFIX:
         PACKED: constexpr = constexpr(cu_seqlens is not None)
         lo_prefix = prefix(row, n, rate, REVERSE)
@@ -171,12 +164,9 @@ def state_before(
         c += num_chunks
     if interval_states is not None:
         for j in range(gl.maximum(start, first - _reach(rate, T)) // interval, first // interval):
-            p_S = state_pointers(interval_states, i_b * num_intervals + j, i_h, o_k, o_v, H, K, V, TRANSPOSED)
+            i_state = i_b * num_intervals + j
+            p_S = state_pointers(interval_states, i_state, i_head, o_k, o_v, H, K, V, TRANSPOSED)
             b_S = b_S * decay_over(rate, interval) + gl.load(p_S)
-    if initial_state is not None:
-        p_S = state_pointers(initial_state, i_n, i_h, o_k, o_v, H, K, V, TRANSPOSED)
-        so_far = decay_over(rate, lo - start)
-        b_S += gl.load(p_S) * (so_far / scale if REVERSE else so_far)
     return b_S, c
 
 
