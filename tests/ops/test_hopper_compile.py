@@ -1,4 +1,4 @@
-"""Hopper's kernels, in every configuration, compiled without a GPU."""
+"""Hopper's kernels, in every configuration of sizes, compiled without a GPU."""
 
 from typing import Any
 

@@ -8,10 +8,10 @@ HEAD_DIMS = (64, 128)
 
 # Of queries, or values. At 2^23, 1024 tokens of 64 heads of 128, forward takes as long as with the portable kernels.
 MIN_ELEMENTS = 1 << 23
-# Where heads are few, rows are cut into several segments, whose states take longer than with the portable kernels' two
-# programs on a multiprocessor: 8192 tokens of 16 heads do, of 32 do not.
+# Where heads are few, rows are cut into segments, whose states have to be made first. In benchmarks/results/h100, 8192
+# tokens of 8 heads are slower than with the portable kernels, 131072 of 16 faster in sum; nothing is known between.
 FEW_HEADS = 32
-MIN_ELEMENTS_OF_FEW = 1 << 25
+MIN_ELEMENTS_OF_FEW = 1 << 28
 
 # Tokens of a chunk.
 C = 64
@@ -43,7 +43,7 @@ def by_memory(places: int, value_dim: int, bytes_per_second: float) -> float:
 
 @lru_cache(1024)
 def segments(length: int, programs: int, places: int, min_interval: int, alone: float, by_memory: float) -> Segments:
-    """As many as take least time, by a model of what was measured on an H100 and an H200.
+    """As many as take least time, by a model of it.
 
     The second of two makes the state before it as well; more than two get their states from another kernel.
 

@@ -103,7 +103,7 @@ def stage(c, STAGES: constexpr):
 def input_boxes(tensor, B, T, H, D: constexpr, BD: constexpr):
     """The descriptor of an input: chunks of tokens of a head, BD columns of them.
 
-    Who uses a descriptor makes it: it takes a microsecond, in which the other partitions go on.
+    Who uses a descriptor makes it: that takes time, in which the other partitions go on.
     """
     x, stride_b, stride_t, stride_h = tensor
     return tma.make_tensor_descriptor(x, [B, T, H, D], [stride_b, stride_t, stride_h, 1], [1, C, 1, BD], BOX)
