@@ -1,11 +1,13 @@
 """Gluon on a CPU: what a kernel reads and writes, and how its partitions wait for each other.
 
-Partitions are threads, tensors are PyTorch's, copies and products are done at once. Layouts, registers, the order of
-memory accesses and everything that is only fast are left out.
+Partitions are threads, tensors are PyTorch's. What a GPU may do late is done as late as can be: a product, or a store
+of a box, when it is waited for. Copies into shared memory are done at once, as early as can be. Layouts, registers and
+everything that is only fast are left out.
 """
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
@@ -36,15 +38,21 @@ class Pointer:
 
 def load(p: Pointer, mask: Tensor | None = None, other: float = 0.0) -> Tensor:
     if mask is None:
-        return p.memory[p.offset]
+        return p.memory[checked(p, p.offset)]
     offset, mask = torch.broadcast_tensors(p.offset, mask)
-    return torch.where(mask, p.memory[torch.where(mask, offset, 0)], torch.tensor(other, dtype=p.memory.dtype))
+    x = p.memory[checked(p, torch.where(mask, offset, 0))] if mask.any() else p.memory.new_zeros(())
+    return torch.where(mask, x, torch.tensor(other, dtype=p.memory.dtype))
 
 
 def store(p: Pointer, value: Tensor, mask: Tensor | None = None) -> None:
     offset, value = torch.broadcast_tensors(p.offset, value)
     mask = torch.ones_like(offset, dtype=torch.bool) if mask is None else mask.expand(offset.shape)
-    p.memory[offset[mask]] = value[mask].to(p.memory.dtype)
+    p.memory[checked(p, offset[mask])] = value[mask].to(p.memory.dtype)
+
+
+def checked(p: Pointer, offset: Tensor) -> Tensor:
+    assert ((offset >= 0) & (offset < len(p.memory))).all(), "an address outside of a tensor"
+    return offset
 
 
 class Shared:
@@ -71,6 +79,26 @@ class Shared:
     def store(self, value: Tensor) -> None:
         assert value.dtype == self.dtype
         self.x.copy_(value)
+        partition.is_fenced = False
+
+
+class Partition(threading.local):
+    """What a partition has begun: products and copies that it has not waited for, stores that it has not fenced."""
+
+    def __init__(self) -> None:
+        self.products: list[Product] = []
+        self.copies: list[Callable[[], None]] = []
+        self.is_fenced = True
+
+    def fence(self) -> None:
+        self.is_fenced = True
+
+    def check_fenced(self) -> None:
+        """Before others, or products and copies, read what it has stored."""
+        assert self.is_fenced, "stored, and no fence since"
+
+
+partition = Partition()
 
 
 class Barrier:
@@ -80,6 +108,11 @@ class Barrier:
 
     def init(self, count: int) -> None:
         self.count = self.pending = int(count)
+
+    def arrive(self) -> None:
+        partition.check_fenced()
+        self.change(arrivals=1)
+        time.sleep(1e-3)  # whoever waited for this goes on first
 
     def change(self, arrivals: int = 0, num_bytes: int = 0) -> None:
         with self.condition:
@@ -116,34 +149,54 @@ class Descriptor:
         self.block_type = SimpleNamespace(nbytes=torch.Size(block_shape).numel() * base.memory.element_size())
 
     def __call__(self, at: Sequence) -> tuple[Pointer, Tensor]:
-        offset, inside = torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool)
+        offset, mask = torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool)
         for dim, (start, block, size, stride) in enumerate(
             zip(at, self.block_shape, self.shape, self.strides, strict=True)
         ):
             i = (int(start) + torch.arange(block)).view([-1 if d == dim else 1 for d in range(len(at))])
-            offset, inside = offset + i * stride, inside & (i >= 0) & (i < size)
-        return self.base + offset, inside
+            offset, mask = offset + i * stride, mask & (i >= 0) & (i < size)
+        return self.base + offset, mask
 
 
 def load_box(desc: Descriptor, at: Sequence, barrier: Barrier, result: Shared) -> None:
-    pointer, inside = desc(at)
-    result.store(load(pointer, inside))
+    pointer, mask = desc(at)
+    result.x.copy_(load(pointer, mask))
     barrier.change(num_bytes=-desc.block_type.nbytes)
 
 
 def store_box(desc: Descriptor, at: Sequence, source: Shared) -> None:
     assert all(int(start) >= 0 for start in at), "a GPU stores no box that begins outside of a tensor"
-    pointer, inside = desc(at)
-    store(pointer, source.x, inside)
+    pointer, mask = desc(at)
+    partition.check_fenced()
+    partition.copies.append(lambda: store(pointer, source.x, mask))
 
 
-def product(a: Any, b: Shared, accumulator: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:
-    a = (a.x if isinstance(a, Shared) else a).float()
-    return a @ b.x.float() + (accumulator if use_acc else 0)
+def wait_for_copies(pendings: int) -> None:
+    while len(partition.copies) > pendings:
+        partition.copies.pop(0)()
 
 
-def wait_for_products(num_outstanding: int = 0, deps: Sequence[Tensor] = ()) -> Any:
-    return deps[0] if len(deps) == 1 else tuple(deps)
+class Product:
+    """Of tiles in shared memory, the first perhaps in registers, added to a tensor or another product."""
+
+    def __init__(self, a: Any, b: Shared, accumulator: Any, use_acc: bool = True, is_async: bool = False):
+        assert is_async
+        self.a, self.b, self.accumulator, self.result = a, b, accumulator if use_acc else None, None
+        partition.check_fenced()
+        partition.products.append(self)
+
+    def compute(self) -> None:
+        a = self.a.x if isinstance(self.a, Shared) else self.a
+        before = self.accumulator.result if isinstance(self.accumulator, Product) else self.accumulator
+        self.result = a.float() @ self.b.x.float() + (0 if before is None else before)
+
+
+def wait_for_products(num_outstanding: int = 0, deps: Sequence[Product] = ()) -> Any:
+    while len(partition.products) > num_outstanding:
+        partition.products.pop(0).compute()
+    results = tuple(product.result for product in deps)
+    assert all(result is not None for result in results), "used while it is being computed"
+    return results[0] if len(results) == 1 else results
 
 
 def counted(*bounds: Any) -> Iterator[Tensor]:
@@ -168,6 +221,7 @@ def warp_specialize(partitions: Sequence, num_warps: Sequence, num_registers: Se
         try:
             with torch.no_grad():
                 function(*arguments)
+            assert not [*partition.products, *partition.copies], "a partition ends, and something is under way"
         except BaseException as error:
             errors.append(error)
 
@@ -233,15 +287,15 @@ class _Emulation:
             "tl": self.language,
             "load_box": load_box,
             "store_box": store_box,
-            "warpgroup_mma": product,
+            "warpgroup_mma": Product,
             "warpgroup_mma_wait": wait_for_products,
-            "fence_async_shared": lambda: None,
-            "tma": SimpleNamespace(make_tensor_descriptor=Descriptor, store_wait=lambda pendings: None),
+            "fence_async_shared": partition.fence,
+            "tma": SimpleNamespace(make_tensor_descriptor=Descriptor, store_wait=wait_for_copies),
             "mbarrier": SimpleNamespace(
                 init=lambda barrier, count: barrier.init(count),
                 wait=lambda barrier, phase: barrier.wait(phase),
                 expect=lambda barrier, num_bytes: barrier.change(arrivals=1, num_bytes=num_bytes),
-                arrive=lambda barrier: barrier.change(arrivals=1),
+                arrive=lambda barrier: barrier.arrive(),
             ),
         }
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from oracle import INTERPRETED, Case, assert_accurate, attention, device_of, make_inputs, run
 
 triton = pytest.importorskip("triton", "3.6")
@@ -51,6 +53,30 @@ def test_segments(kernels_run, monkeypatch, case, num_segments):
     monkeypatch.setattr(launch._Scans, "cut", lambda self: cut(self.T, num_segments))
     inputs = make_inputs(case, torch.float16).on(device_of("triton"))
     assert_accurate(run(attention("hopper"), inputs), inputs)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.builds(
+        Case,
+        B=st.integers(1, 2),
+        T=st.integers(0, 500),
+        H=st.integers(1, 2),
+        K=st.sampled_from(config.HEAD_DIMS),
+        V=st.sampled_from(config.HEAD_DIMS),
+        lengths=st.none() | st.lists(st.integers(0, 200), min_size=1, max_size=4).map(tuple),
+        slope=st.sampled_from([None, 1e-3, 0.5, 200.0]),
+        scale=st.sampled_from([1.0, 0.1]),
+        state=st.booleans(),
+    ),
+    st.integers(1, 9),
+)
+def test_any_shape(kernels_run, case, num_segments):
+    """Cut anyhow, and long enough that what lies in shared memory is overwritten."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch._Scans, "cut", lambda self: cut(self.T, num_segments))
+        inputs = make_inputs(case, torch.float16).on(device_of("triton"))
+        assert_accurate(run(attention("hopper"), inputs), inputs, is_long=True)
 
 
 @pytest.mark.parametrize("num_segments", [1, 2])
