@@ -21,6 +21,8 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
 def make_model(dtype: torch.dtype = torch.float64, **options) -> LightningForCausalLM:
     torch.manual_seed(0)
     model = LightningForCausalLM(make_config(**options)).to(dtype)
+    for parameter in model.parameters():  # angles too, which no cast changes
+        parameter.data = parameter.data.to(dtype)
     model.loss_function = mean_loss  # transformers' own is float32, whatever the model
     return model
 

@@ -17,7 +17,10 @@ pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the inte
 # Of a multiprocessor; a program has 1024 bytes beside its own.
 SHARED_MEMORY = 233_472
 # Loads and stores of local memory in the loop over chunks, of some 600 instructions; Triton 3.8 and 3.9 have the most.
-SPILLS_IN_LOOP = {"nothing": 80, "packed": 100, "everything": 120}
+SPILLS_IN_LOOP = {
+    "scan_kernel": {"nothing": 40, "packed": 80, "everything": 120},
+    "gradient_kernel": {"nothing": 80, "packed": 100, "everything": 120},
+}
 # Products wait for each other where the compiler finds too few registers for those that are to be under way.
 WAITS_IN_LOOP = 14
 OPTIONAL = {
@@ -37,7 +40,7 @@ def check(kernel: Any, V: int, given: str, constants: dict[str, Any], num_stores
     """With states of intervals or a prefix, never both; float16 scales the state where bfloat16 scales the output."""
     present = GIVEN[given] - ({"interval_states"} if constants["PREFIX"] else set())
     absent = OPTIONAL.intersection(kernel.arg_names) - present
-    dtype = "fp16" if constants["PREFIX"] == (given == "packed") else "bf16"
+    dtype = "fp16" if constants["PREFIX"] == (given == "nothing") else "bf16"
     constants = dict.fromkeys(absent) | constants
     signature, aligned = signature_of(kernel, dtype, constants)
     source = GluonASTSource(kernel, signature, constants, aligned)
@@ -51,7 +54,7 @@ def check(kernel: Any, V: int, given: str, constants: dict[str, Any], num_stores
     hot = sorted(hot, key=len)[:num_groups]
     assert len(hot) == num_groups
     for body in hot:
-        assert count(body, "LDL") + count(body, "STL") <= SPILLS_IN_LOOP[given]
+        assert count(body, "LDL") + count(body, "STL") <= SPILLS_IN_LOOP[kernel.fn.__name__][given]
         assert count(body, "WARPGROUP") <= WAITS_IN_LOOP
 
 
@@ -64,7 +67,7 @@ def count(body: list[str], instruction: str) -> int:
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize(("K", "V"), config.SCAN_STAGES, ids=str)
 def test_scan(K, V, given, reverse, prefix):
-    transposed = given == "everything" and prefix != reverse
+    transposed = given == "everything" and prefix == reverse
     constants = {"K": K, "V": V, "REVERSE": reverse, "TRANSPOSED_STATES": transposed, "PREFIX": prefix}
     check(kernels.scan_kernel, V, given, constants | {"STAGES": config.SCAN_STAGES[K, V]}, num_stores=1)
 

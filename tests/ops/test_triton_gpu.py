@@ -206,8 +206,7 @@ def test_pieces_and_packed_rows_are_the_whole(backend):
 )
 def test_memory(backend, shape):
     """Beyond inputs and results, at most 5 % of the inputs; of short ones, the states of all programs at once."""
-    if backend == "hopper" and shape[3] > 128:
-        pytest.skip("not for Hopper's kernels")
+    skip_unless_it_can(backend, shape[3], shape[3])
     launch = launch_of(backend)
     q, k, v, do = large(*shape)
     tiles = config.scan_tiles(shape[3], shape[3], BF16, "ieee")
