@@ -290,6 +290,8 @@ class _Emulation:
             "warpgroup_mma": Product,
             "warpgroup_mma_wait": wait_for_products,
             "fence_async_shared": partition.fence,
+            "let_next_begin": lambda: None,
+            "wait_for_previous": lambda: None,
             "tma": SimpleNamespace(make_tensor_descriptor=Descriptor, store_wait=wait_for_copies),
             "mbarrier": SimpleNamespace(
                 init=lambda barrier, count: barrier.init(count),

@@ -12,7 +12,7 @@ from ops.gluon_emulator import emulated  # noqa: E402
 
 from lightning_attention import lightning_attention  # noqa: E402
 from lightning_attention.ops import hopper  # noqa: E402
-from lightning_attention.ops.hopper import config, gradients, kernels, launch  # noqa: E402
+from lightning_attention.ops.hopper import config, gradients, kernels, launch, states  # noqa: E402
 from lightning_attention.ops.problem import Problem  # noqa: E402
 from lightning_attention.ops.triton.config import Segments, ceil_div  # noqa: E402
 
@@ -38,6 +38,7 @@ def kernels_run(monkeypatch):
         monkeypatch.setattr(hopper, "unsupported_reasons", lambda problem: [])
         monkeypatch.setattr(launch, "kernels", emulated(kernels))
         monkeypatch.setattr(launch, "gradients", emulated(gradients))
+        monkeypatch.setattr(launch, "states", emulated(states))
     elif torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
 
@@ -121,7 +122,7 @@ def test_as_many_segments_as_multiprocessors():
     assert config.segments(1 << 20, 1, 132, 2048, alone=1.66, by_memory=2.05).count > 100
     assert config.segments(1 << 20, 16, 132, 2048, alone=1.66, by_memory=2.05).count == 8
     assert config.segments(1 << 20, 128, 132, 2048, alone=1.66, by_memory=2.05).count == 1
-    assert config.by_memory(132, 128, 4.2e12) == pytest.approx(2.06, rel=0.01)
+    assert config.by_memory(132, 128, 1, 4.2e12) == pytest.approx(2.06, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from ops.machine_code import loops, machine_code, signature_of  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from lightning_attention.ops.hopper import config, gradients, kernels  # noqa: E402
+from lightning_attention.ops.hopper import config, gradients, kernels, states  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter does not compile")
 
@@ -68,7 +68,7 @@ def count(body: list[str], instruction: str) -> int:
 @pytest.mark.parametrize(("K", "V"), config.SCAN_STAGES, ids=str)
 def test_scan(K, V, given, reverse, prefix):
     transposed = given == "everything" and prefix == reverse
-    constants = {"K": K, "V": V, "REVERSE": reverse, "TRANSPOSED_STATES": transposed, "PREFIX": prefix}
+    constants = {"K": K, "V": V, "REVERSE": reverse, "TRANSPOSED_STATES": transposed, "PREFIX": prefix, "BESIDE": reverse}
     check(kernels.scan_kernel, V, given, constants | {"STAGES": config.SCAN_STAGES[K, V]}, num_stores=1)
 
 

@@ -19,6 +19,7 @@ C = 64
 # Chunks in shared memory, as many as fit beside a state and an output.
 SCAN_STAGES = {(128, 128): 3, (64, 128): 5, (128, 64): 2, (64, 64): 4}
 GRADIENT_STAGES = {128: 2, 64: 2}
+STATE_STAGES = {(128, 128): 6, (64, 128): 8, (128, 64): 4, (64, 64): 6}
 
 # Of a thread, before the warps share them unevenly: two programs run on a multiprocessor where V is 64.
 MAX_REGISTERS = {128: None, 64: 128}
@@ -31,14 +32,18 @@ def programs_per_multiprocessor(value_dim: int) -> int:
     return 128 // value_dim
 
 
-def alone(key_dim: int, value_dim: int, is_packed: bool) -> float:
+def alone(key_dim: int, value_dim: int, is_packed: bool, kernels: int = 1) -> float:
     """Microseconds a chunk takes a program that has the memory for itself: latencies in a row."""
-    return (1.66 if max(key_dim, value_dim) > 64 else 1.1) * (1.2 if is_packed else 1.0)
+    of_kernel = (1.66, 2.4) if max(key_dim, value_dim) > 64 else (1.1, 1.9)
+    return of_kernel[kernels - 1] * (1.2 if is_packed else 1.0)
 
 
-def by_memory(places: int, value_dim: int, bytes_per_second: float) -> float:
-    """Microseconds that memory takes for a chunk of as many programs as run at a time: q, k, v and o, of 2 bytes."""
-    return 4 * C * value_dim * 2 * places / bytes_per_second * 1e6
+def by_memory(places: int, value_dim: int, kernels: int, bytes_per_second: float) -> float:
+    """Microseconds that memory takes for a chunk of as many programs as run at a time, of tensors of 2 bytes.
+
+    A scan moves q, k, v and o; the two kernels of backward move four and six.
+    """
+    return (3 + kernels) * C * value_dim * 2 * places / bytes_per_second * 1e6
 
 
 @lru_cache(1024)

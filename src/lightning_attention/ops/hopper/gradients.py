@@ -42,6 +42,7 @@ from .parts import (
     store_rows,
     tma,
     tokens,
+    wait_for_previous,
     warpgroup_mma,
     warpgroup_mma_wait,
     write_decay,
@@ -84,7 +85,7 @@ def gradient_kernel(
     PREFIX: constexpr,
     STAGES: constexpr,
 ):
-    """dk and dv, where K = V = D."""
+    """dk and dv, where K = V = D. It runs beside the kernel launched before it, of which it takes nothing."""
     GROUPS: constexpr = D // BV
     dtype: constexpr = q.dtype.element_ty
     i_h, i_b, num_intervals, part = program(H, cu_seqlens, N, T, segment_length, interval, True)
@@ -134,6 +135,7 @@ def gradient_kernel(
             [1],
             [24],
         )
+    wait_for_previous()
 
 
 @jit

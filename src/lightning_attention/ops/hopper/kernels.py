@@ -29,6 +29,7 @@ from .parts import (
     init_barriers,
     input_boxes,
     jit,
+    let_next_begin,
     load_box,
     load_columns,
     mbarrier,
@@ -44,6 +45,7 @@ from .parts import (
     store_rows,
     tma,
     tokens,
+    wait_for_previous,
     warpgroup_mma,
     warpgroup_mma_wait,
     write_decay,
@@ -82,9 +84,17 @@ def scan_kernel(
     REVERSE: constexpr,
     TRANSPOSED_STATES: constexpr,
     PREFIX: constexpr,
+    BESIDE: constexpr,
     STAGES: constexpr,
 ):
-    """`o = scale (λ^(i+1) q S + ((q kᵀ) ⊙ λ^(i-j)) v)`, as in `..triton.kernels.scan_kernel`."""
+    """`o = scale (λ^(i+1) q S + ((q kᵀ) ⊙ λ^(i-j)) v)`, as in `..triton.kernels.scan_kernel`.
+
+    With BESIDE it runs beside the kernel launched before it, of which it takes nothing, and ends after it. States of
+    intervals it otherwise waits for, and then lets the next one begin, which may take them too.
+    """
+    AFTER: constexpr = interval_states is not None and not BESIDE
+    if not AFTER:
+        let_next_begin()
     GROUPS: constexpr = V // BV
     dtype: constexpr = q.dtype.element_ty
     i_h, i_b, num_intervals, part = program(H, cu_seqlens, N, T, segment_length, interval, REVERSE)
@@ -112,8 +122,8 @@ def scan_kernel(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_scan, (shared, constexpr(0), K, V, REVERSE, TRANSPOSED_STATES, PREFIX, STAGES)),
-                (_scan, (shared, constexpr(1), K, V, REVERSE, TRANSPOSED_STATES, PREFIX, STAGES)),
+                (_scan, (shared, constexpr(0), K, V, REVERSE, TRANSPOSED_STATES, PREFIX, AFTER, STAGES)),
+                (_scan, (shared, constexpr(1), K, V, REVERSE, TRANSPOSED_STATES, PREFIX, AFTER, STAGES)),
                 (_fetch, (tensors, inputs, log_decay, where, K, V, REVERSE, PREFIX, STAGES)),
             ],
             [4, 1],
@@ -122,12 +132,14 @@ def scan_kernel(
     else:
         gl.warp_specialize(
             [
-                (_scan, (shared, constexpr(0), K, V, REVERSE, TRANSPOSED_STATES, PREFIX, STAGES)),
+                (_scan, (shared, constexpr(0), K, V, REVERSE, TRANSPOSED_STATES, PREFIX, AFTER, STAGES)),
                 (_fetch, (tensors, inputs, log_decay, where, K, V, REVERSE, PREFIX, STAGES)),
             ],
             [1],
             [24],
         )
+    if BESIDE:
+        wait_for_previous()
 
 
 @jit
@@ -183,6 +195,7 @@ def _scan(
     REVERSE: constexpr,
     TRANSPOSED_STATES: constexpr,
     PREFIX: constexpr,
+    AFTER: constexpr,
     STAGES: constexpr,
 ):
     """A warpgroup's columns."""
@@ -210,6 +223,9 @@ def _scan(
     t_S = S_s.index(g)
     place = (p_o, stride_ot, o_desc, o_s.index(g), i_b, i_h, column)
     written = inputs[1:]
+    if AFTER:
+        wait_for_previous()
+        let_next_begin()
 
     c = 0
     for n in range(n_first, n_last):

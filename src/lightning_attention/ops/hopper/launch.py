@@ -11,7 +11,7 @@ from torch import Tensor
 from ..triton import config as portable_config
 from ..triton import launch as portable
 from ..triton.config import Segments
-from . import config, gradients, kernels
+from . import config, gradients, kernels, states
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
@@ -19,21 +19,27 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor
 
 
 def backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    return portable.backward(_boxes(q), _boxes(k), _boxes(v), _boxes(do), *rest, scans=_Scans)
+    return portable.backward(_boxes(q), _boxes(k), _boxes(v), _boxes(do), *rest, scans=_Gradients)
 
 
 class _Scans(portable.Scans):
     """A program for a head; where V is 128, of two warpgroups that share what comes in."""
 
+    kernels_at_once = 1
+
+    def __init__(self, *arguments: Any):
+        self._descriptors: list[Tensor] = []
+        super().__init__(*arguments)
+
     def cut(self) -> Segments:
         places = portable.num_multiprocessors(self.device) * config.programs_per_multiprocessor(self.V)
         return config.segments(
             self.T,
-            self.B * self.H,
+            self.kernels_at_once * self.B * self.H,
             places,
-            portable_config.min_interval(self.K, self.V, self.dtype),
-            config.alone(self.K, self.V, self.cu_seqlens is not None),
-            config.by_memory(places, self.V, _bytes_per_second(self.device)),
+            self.kernels_at_once * portable_config.min_interval(self.K, self.V, self.dtype),
+            config.alone(self.K, self.V, self.cu_seqlens is not None, self.kernels_at_once),
+            config.by_memory(places, self.V, self.kernels_at_once, _bytes_per_second(self.device)),
         )
 
     @property
@@ -43,6 +49,21 @@ class _Scans(portable.Scans):
 
     def interval_states(self, k: Tensor, v: Tensor, *, reverse: bool = False) -> Tensor | None:
         return None if self.has_prefix else super().interval_states(k, v, reverse=reverse)
+
+    def _states_of(self, segments: Segments, k: Tensor, v: Tensor, reverse: bool) -> Tensor:
+        found = self.new_states(self.B, segments.num_intervals)
+        if programs := self.B * self.H * segments.num_intervals:
+            self._launch(
+                states.interval_state_kernel,
+                programs,
+                (k, v, self.log_decay, found, self.cu_seqlens),
+                (self.B, *self._sizes(), segments.num_intervals),
+                (*k.stride()[:3], *v.stride()[:3]),
+                (self.K, self.V, reverse, config.STATE_STAGES[self.K, self.V]),
+                maxnreg=config.MAX_REGISTERS[self.V],
+                launch_pdl=reverse,
+            )
+        return found
 
     def scan(
         self,
@@ -56,22 +77,45 @@ class _Scans(portable.Scans):
         *,
         reverse: bool = False,
         transposed: bool = False,
+        beside: bool = False,
     ) -> Tensor:
         assert kept is None
         o = torch.empty_like(v, memory_format=torch.contiguous_format)
         K, V = q.shape[3], v.shape[3]
         if programs := self.B * self.H * self.segments.count:
-            _launch(
+            self._launch(
                 kernels.scan_kernel,
                 programs,
                 (q, k, v, o, self.log_decay, initial_state, interval_states, final_state, self.cu_seqlens),
                 (self.scale_of(reverse), self.B, *self._sizes()),
                 (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-                (K, V, reverse, transposed, self.has_prefix, config.SCAN_STAGES[K, V]),
-                num_warps=4,
+                (K, V, reverse, transposed, self.has_prefix, beside, config.SCAN_STAGES[K, V]),
                 maxnreg=config.MAX_REGISTERS[V],
+                launch_pdl=beside or interval_states is not None,
             )
         return o
+
+    def _sizes(self) -> tuple[int, ...]:
+        return self.T, self.H, self.N, self.segments.length, self.segments.interval
+
+    def _launch(self, *arguments: Any, **options: Any) -> None:
+        """With memory for the descriptors of TMA, which kernels make; an allocator that the caller has set stays."""
+        context = copy_context()
+        context.run(triton.set_allocator, self._allocate)
+        context.run(portable.launch, *arguments, num_warps=4, **options)
+
+    def _allocate(self, size: int, alignment: int, stream: int | None) -> Tensor:
+        self._descriptors.append(torch.empty(size, dtype=torch.int8, device=self.device))
+        return self._descriptors[-1]
+
+
+class _Gradients(_Scans):
+    """The kernels of dk and dv begin when all programs of that of dq have, and what one leaves idle the others use.
+
+    Nothing that a kernel reads or writes may be freed, and so be taken for another tensor, before all are launched.
+    """
+
+    kernels_at_once = 2
 
     def key_value_gradients(
         self,
@@ -84,32 +128,24 @@ class _Scans(portable.Scans):
         d_initial_state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         if self.K != self.V:
-            return super().key_value_gradients(q, k, v, do, d_final_state, interval_states, d_initial_state)
+            dk = self.scan(v, do, q, d_final_state, interval_states, reverse=True, transposed=True, beside=True)
+            dv = self.scan(k, q, do, d_final_state, interval_states, d_initial_state, reverse=True, beside=True)
+            return dk, dv
         dk = torch.empty_like(k, memory_format=torch.contiguous_format)
         dv = torch.empty_like(v, memory_format=torch.contiguous_format)
-        states = d_final_state, interval_states, d_initial_state
+        results = d_final_state, interval_states, d_initial_state
         if programs := self.B * self.H * self.segments.count:
-            _launch(
+            self._launch(
                 gradients.gradient_kernel,
                 programs,
-                (q, k, v, do, dk, dv, self.log_decay, *states, self.cu_seqlens),
+                (q, k, v, do, dk, dv, self.log_decay, *results, self.cu_seqlens),
                 (self.scale_of(reverse=True), self.B, *self._sizes()),
                 (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3]),
                 (self.K, self.has_prefix, config.GRADIENT_STAGES[self.K]),
-                num_warps=4,
                 maxnreg=config.MAX_REGISTERS[self.V],
+                launch_pdl=True,
             )
         return dk, dv
-
-    def _sizes(self) -> tuple[int, ...]:
-        return self.T, self.H, self.N, self.segments.length, self.segments.interval
-
-
-def _launch(*arguments: Any, **options: Any) -> None:
-    """With memory for the descriptors of TMA, which kernels make; an allocator that the caller has set stays."""
-    context = copy_context()
-    context.run(triton.set_allocator, _allocate)
-    context.run(portable.launch, *arguments, **options)
 
 
 @cache
@@ -118,10 +154,6 @@ def _bytes_per_second(device: torch.device) -> float:
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     kilohertz = getattr(properties, "memory_clock_rate", 0)
     return 0.86 * 2 * kilohertz * 1e3 * getattr(properties, "memory_bus_width", 0) / 8 or 4.2e12
-
-
-def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _boxes(x: Tensor) -> Tensor:

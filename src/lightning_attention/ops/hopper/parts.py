@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.language import constexpr
+from triton.language.extra import cuda
 
 from ..triton.kernels import _reach, _sequence, _sequences_in, decay_over
 
@@ -20,6 +21,9 @@ tma: Any = hopper.tma
 fence_async_shared: Any = hopper.fence_async_shared
 warpgroup_mma: Any = hopper.warpgroup_mma
 warpgroup_mma_wait: Any = hopper.warpgroup_mma_wait
+# Programmatic dependent launch: a kernel lets the next one begin, and that waits for it.
+let_next_begin: Any = cuda.gdc_launch_dependents
+wait_for_previous: Any = cuda.gdc_wait
 # Their names since Triton 3.9, and before.
 load_box: Any = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_box: Any = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -158,7 +162,7 @@ def state_before(
         PACKED: constexpr = constexpr(cu_seqlens is not None)
         lo_prefix = prefix(row, n, rate, REVERSE)
         num_chunks, num_others = count_chunks(lo_prefix, lo), gl.maximum(start - lo_prefix, 0)
-        b_S = _prefix_state(
+        b_S = add_chunks(
             b_S, written, b_write, whole, c, num_chunks, num_others, g, V // BV, K, REVERSE, PACKED, STAGES
         )
         c += num_chunks
@@ -171,7 +175,7 @@ def state_before(
 
 
 @jit
-def _prefix_state(
+def add_chunks(
     b_S,
     inputs,
     b_write,
@@ -186,7 +190,10 @@ def _prefix_state(
     PACKED: constexpr,
     STAGES: constexpr,
 ):
-    """The state after chunks c to `c + num_chunks` of keys and values, or of queries and output gradients."""
+    """The state after chunks c to `c + num_chunks` of keys and values, or of queries and output gradients.
+
+    The first of them begins with `num_others` rows of another sequence.
+    """
     x_s, y_s, ready, empty = inputs
     dtype: constexpr = x_s.dtype
     for i in range(num_chunks):

@@ -69,10 +69,12 @@ def backward(
     with torch.accelerator.device_index(q.device.index):
         call = (scans or Scans)(q, v, log_decay, cu_seqlens, scale)
         q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
+        initial_state, d_final_state = _contiguous(initial_state), _contiguous(d_final_state)
         d_initial_state = None if initial_state is None else call.new_states(call.N)
-        dq = call.scan(do, v, k, _contiguous(initial_state), call.interval_states(k, v), transposed=True)
-        states = call.interval_states(q, do, reverse=True)
-        dk, dv = call.key_value_gradients(q, k, v, do, _contiguous(d_final_state), states, d_initial_state)
+        states, d_states = call.interval_states(k, v), call.interval_states(q, do, reverse=True)
+        # What is given to the first of these is kept for the others, which a backend may run beside it.
+        dq = call.scan(do, v, k, initial_state, states, transposed=True)
+        dk, dv = call.key_value_gradients(q, k, v, do, d_final_state, d_states, d_initial_state)
         return dq, dk, dv, d_initial_state
 
 
