@@ -41,7 +41,7 @@ def pieces(monkeypatch):
     """So short that most rows have several."""
 
     def cut(length: int, *_: int) -> config.Segments:
-        return config.Segments(config.ceil_div(length, 64) * 64, 64, 2)
+        return config.Segments(config.ceil_div(max(length, 1), 64) * 64, 64, 2)
 
     monkeypatch.setattr(config, "whole_row", cut)
     monkeypatch.setattr(config, "PIECE_LENGTH", 96)

@@ -10,7 +10,7 @@ from typing import Any
 import triton
 
 TENSORS = {"q", "k", "v", "o", "do", "dk", "dv"}
-STATES = {"initial_state", "interval_states", "final_state", "states", "log_decay", "state"}
+STATES = {"initial_state", "interval_states", "final_state", "states", "factors", "log_decay", "state"}
 STATES |= {"d_initial_state", "d_final_state"}
 INTEGERS = {"cu_seqlens", "state_indices", "state_positions", "parents", "last"}
 

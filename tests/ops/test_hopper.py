@@ -112,16 +112,16 @@ def test_nothing(kernels_run, case):
     ("T", "programs"), [(1024, 64), (8192, 64), (8192, 44), (1 << 20, 1), (1 << 20, 16), (100, 3), (0, 4)]
 )
 def test_segments_cover_a_row(T, programs):
-    found = config.segments(T, programs, 132, 2048, alone=1.66, by_memory=2.05)
+    found = config.segments(T, programs, 132, alone=1.66, by_memory=2.05)
     assert found.count == 1 or found.length % config.C == found.length % found.interval == 0
     assert (found.count - 1) * found.length < max(T, 1) <= found.count * found.length
 
 
 def test_as_many_segments_as_multiprocessors():
     """A chip is filled, and one that is full is not cut further."""
-    assert config.segments(1 << 20, 1, 132, 2048, alone=1.66, by_memory=2.05).count > 100
-    assert config.segments(1 << 20, 16, 132, 2048, alone=1.66, by_memory=2.05).count == 8
-    assert config.segments(1 << 20, 128, 132, 2048, alone=1.66, by_memory=2.05).count == 1
+    assert config.segments(1 << 20, 1, 132, alone=1.66, by_memory=2.05).count > 100
+    assert config.segments(1 << 20, 16, 132, alone=1.66, by_memory=2.05).count == 8
+    assert config.segments(1 << 20, 128, 132, alone=1.66, by_memory=2.05).count == 1
     assert config.by_memory(132, 128, 1, 4.2e12) == pytest.approx(2.06, rel=0.01)
 
 
@@ -135,5 +135,5 @@ def test_little_work_is_left_to_the_portable_kernels(B, T, H, D, is_slow):
 
 def test_slower_memory_is_read_once():
     """Two segments read half of k and v twice: worth it on an H200, not on an H100."""
-    counts = [config.segments(8192, 64, 132, 2048, alone=1.66, by_memory=x).count for x in (2.05, 2.87)]
+    counts = [config.segments(8192, 64, 132, alone=1.66, by_memory=x).count for x in (2.05, 2.87)]
     assert counts == [2, 1]

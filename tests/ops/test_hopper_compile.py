@@ -68,7 +68,14 @@ def count(body: list[str], instruction: str) -> int:
 @pytest.mark.parametrize(("K", "V"), config.SCAN_STAGES, ids=str)
 def test_scan(K, V, given, reverse, prefix):
     transposed = given == "everything" and prefix == reverse
-    constants = {"K": K, "V": V, "REVERSE": reverse, "TRANSPOSED_STATES": transposed, "PREFIX": prefix, "BESIDE": reverse}
+    constants = {
+        "K": K,
+        "V": V,
+        "REVERSE": reverse,
+        "TRANSPOSED_STATES": transposed,
+        "PREFIX": prefix,
+        "BESIDE": reverse,
+    }
     check(kernels.scan_kernel, V, given, constants | {"STAGES": config.SCAN_STAGES[K, V]}, num_stores=1)
 
 

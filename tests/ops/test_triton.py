@@ -218,7 +218,7 @@ def test_intervals_of_a_whole_row(length, programs, multiprocessors, programs_pe
     """They cover it, none of them is empty, and several fit the device and are long."""
     row = config.whole_row(length, programs, multiprocessors, programs_per_sm, min_interval)
     count = row.num_intervals
-    assert (count - 1) * row.interval < length <= row.length == count * row.interval or length == count == 0
+    assert (count - 1) * row.interval < max(length, 1) <= row.length == count * row.interval
     assert row.interval % 64 == 0
     if count > 1:
         assert programs * count <= programs_per_sm * multiprocessors

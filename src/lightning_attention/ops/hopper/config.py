@@ -47,7 +47,7 @@ def by_memory(places: int, value_dim: int, kernels: int, bytes_per_second: float
 
 
 @lru_cache(1024)
-def segments(length: int, programs: int, places: int, min_interval: int, alone: float, by_memory: float) -> Segments:
+def segments(length: int, programs: int, places: int, alone: float, by_memory: float) -> Segments:
     """As many as take least time, by a model of it.
 
     The second of two makes the state before it as well; more than two get their states from another kernel.
@@ -56,7 +56,6 @@ def segments(length: int, programs: int, places: int, min_interval: int, alone: 
         length: tokens T of a row.
         programs: that work if rows are not cut.
         places: programs that run at a time.
-        min_interval: tokens of one of several intervals in a segment, at least.
         alone: see `alone`.
         by_memory: see `by_memory`.
     """
@@ -76,9 +75,8 @@ def segments(length: int, programs: int, places: int, min_interval: int, alone: 
     count = min(range(1, most + 1), key=time, default=1)
     if count == 1:
         return Segments(max(length, 1), max(length, 1), 1)
-    intervals = 1 if count == 2 else max(1, length // count // min_interval)
-    interval = ceil_div(length, count * intervals * C) * C
-    return Segments(intervals * interval, interval, ceil_div(length, intervals * interval))
+    length_of_each = ceil_div(length, count * C) * C
+    return Segments(length_of_each, length_of_each, ceil_div(length, length_of_each))
 
 
 def _longer(a: float, b: float) -> float:

@@ -52,7 +52,7 @@ from .parts import (
 )
 
 
-@jit(do_not_specialize=["scale", "B", "T", "H", "N", "segment_length", "interval"])
+@jit(do_not_specialize=["scale", "B", "T", "H", "N", "segment_length"])
 def scan_kernel(
     q,
     k,
@@ -69,7 +69,6 @@ def scan_kernel(
     H,
     N,
     segment_length,
-    interval,
     stride_qb,
     stride_qt,
     stride_qh,
@@ -97,7 +96,7 @@ def scan_kernel(
         let_next_begin()
     GROUPS: constexpr = V // BV
     dtype: constexpr = q.dtype.element_ty
-    i_h, i_b, num_intervals, part = program(H, cu_seqlens, N, T, segment_length, interval, REVERSE)
+    i_h, i_b, i_state, part = program(H, cu_seqlens, N, T, segment_length, REVERSE)
     row = (cu_seqlens, N, T, part)
 
     q_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, K], BOX)
@@ -110,7 +109,7 @@ def scan_kernel(
     init_barriers(ready, empty, GROUPS, STAGES)
 
     inputs = (q_s, k_s, v_s, ready, empty)
-    states = (initial_state, interval_states, final_state, interval, num_intervals)
+    states = (initial_state, interval_states, final_state, i_state)
     outputs = (o, o_s, S_s)
     where = (row, B, H, i_b, i_h)
     decay = (log_decay, scale)
@@ -202,7 +201,7 @@ def _scan(
     GROUPS: constexpr = V // BV
     inputs, outputs, states, decay, where = shared
     o, o_s, S_s = outputs
-    initial_state, _, final_state, _, _ = states
+    initial_state, _, final_state, _ = states
     log_decay, scale = decay
     row, B, H, i_b, i_h = where
     _, _, T, part = row

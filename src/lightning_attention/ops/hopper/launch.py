@@ -8,7 +8,6 @@ import torch
 import triton
 from torch import Tensor
 
-from ..triton import config as portable_config
 from ..triton import launch as portable
 from ..triton.config import Segments
 from . import config, gradients, kernels, states
@@ -37,7 +36,6 @@ class _Scans(portable.Scans):
             self.T,
             self.kernels_at_once * self.B * self.H,
             places,
-            self.kernels_at_once * portable_config.min_interval(self.K, self.V, self.dtype),
             config.alone(self.K, self.V, self.cu_seqlens is not None, self.kernels_at_once),
             config.by_memory(places, self.V, self.kernels_at_once, _bytes_per_second(self.device)),
         )
@@ -47,23 +45,28 @@ class _Scans(portable.Scans):
         """Whether the second of two segments makes the state before it, without a kernel for it."""
         return self.segments.count == 2
 
-    def interval_states(self, k: Tensor, v: Tensor, *, reverse: bool = False) -> Tensor | None:
-        return None if self.has_prefix else super().interval_states(k, v, reverse=reverse)
+    def interval_states(self, *pairs: tuple[Tensor, Tensor]) -> list[Tensor | None]:
+        return [None] * len(pairs) if self.has_prefix else super().interval_states(*pairs)
 
-    def _states_of(self, segments: Segments, k: Tensor, v: Tensor, reverse: bool) -> Tensor:
+    def _states_of(self, segments: Segments, k: Tensor, v: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
         found = self.new_states(self.B, segments.num_intervals)
+        factors = torch.empty(found.shape[:3], dtype=found.dtype, device=self.device)
         if programs := self.B * self.H * segments.num_intervals:
             self._launch(
                 states.interval_state_kernel,
                 programs,
-                (k, v, self.log_decay, found, self.cu_seqlens),
-                (self.B, *self._sizes(), segments.num_intervals),
+                (k, v, self.log_decay, found, factors, self.cu_seqlens),
+                (self.B, *self._sizes()),
                 (*k.stride()[:3], *v.stride()[:3]),
                 (self.K, self.V, reverse, config.STATE_STAGES[self.K, self.V]),
                 maxnreg=config.MAX_REGISTERS[self.V],
                 launch_pdl=reverse,
             )
-        return found
+        return found, factors
+
+    def _accumulate(self, states: Tensor, factors: Tensor, reverse: bool, **_: Any) -> None:
+        is_gpu = states.is_cuda
+        super()._accumulate(states, factors, reverse, after=is_gpu and not reverse, beside=is_gpu and reverse)
 
     def scan(
         self,
@@ -96,7 +99,7 @@ class _Scans(portable.Scans):
         return o
 
     def _sizes(self) -> tuple[int, ...]:
-        return self.T, self.H, self.N, self.segments.length, self.segments.interval
+        return self.T, self.H, self.N, self.segments.length
 
     def _launch(self, *arguments: Any, **options: Any) -> None:
         """With memory for the descriptors of TMA, which kernels make; an allocator that the caller has set stays."""

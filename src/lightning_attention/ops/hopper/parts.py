@@ -42,8 +42,8 @@ BARRIER: Any = constexpr(mbarrier.MBarrierLayout())
 
 
 @jit
-def program(H, cu_seqlens, N, T, segment_length, interval, REVERSE: constexpr):
-    """Head and row of this program, how many intervals a row has, and what part of the row this is."""
+def program(H, cu_seqlens, N, T, segment_length, REVERSE: constexpr):
+    """Head and row of this program, the index of the state it starts from, and what part of the row this is."""
     num_segments = gl.maximum(1, gl.cdiv(T, segment_length))
     i = gl.program_id(0)
     i_h = i % H
@@ -55,8 +55,7 @@ def program(H, cu_seqlens, N, T, segment_length, interval, REVERSE: constexpr):
         n_first, n_last = i_b, i_b + 1
     else:
         n_first, n_last = _sequences_in(cu_seqlens, first, last, N, T, REVERSE)
-    num_intervals = (num_segments - 1) * (segment_length // interval)
-    return i_h, i_b, num_intervals, (first, last, n_first, n_last)
+    return i_h, i_b, i_b * (num_segments - 1) + i_s - 1, (first, last, n_first, n_last)
 
 
 @jit
@@ -151,11 +150,11 @@ def state_before(
 ):
     """b_S, zero, and what tokens `start` to `lo` of sequence n leave, before this part of the row; and the next chunk.
 
-    With PREFIX chunks of them make it, otherwise it is the sum of states of intervals.
+    With PREFIX chunks of them make it, otherwise another kernel has.
     """
     written, b_write, whole, states, where, rate, n, start, lo, i_head, o_k, o_v = before
-    _, interval_states, _, interval, num_intervals = states
-    row, _, H, i_b, _ = where
+    _, interval_states, _, i_state = states
+    row, _, H, _, _ = where
     cu_seqlens, _, T, part = row
     first, _, _, _ = part
     if PREFIX:
@@ -167,10 +166,8 @@ def state_before(
         )
         c += num_chunks
     if interval_states is not None:
-        for j in range(gl.maximum(start, first - _reach(rate, T)) // interval, first // interval):
-            i_state = i_b * num_intervals + j
-            p_S = state_pointers(interval_states, i_state, i_head, o_k, o_v, H, K, V, TRANSPOSED)
-            b_S = b_S * decay_over(rate, interval) + gl.load(p_S)
+        if start < first:
+            b_S = gl.load(state_pointers(interval_states, i_state, i_head, o_k, o_v, H, K, V, TRANSPOSED))
     return b_S, c
 
 

@@ -2,7 +2,7 @@
 
 from triton.language import constexpr
 
-from ..triton.kernels import _num_ended, _reach, _start, load_rate
+from ..triton.kernels import interval_bounds, load_rate
 from .parts import (
     ACC,
     BARRIER,
@@ -26,20 +26,19 @@ from .parts import (
 )
 
 
-@jit(do_not_specialize=["B", "T", "H", "N", "segment_length", "interval", "num_intervals"])
+@jit(do_not_specialize=["B", "T", "H", "N", "segment_length"])
 def interval_state_kernel(
     k,
     v,
     log_decay,
     interval_states,
+    factors,
     cu_seqlens,
     B,
     T,
     H,
     N,
     segment_length,
-    interval,
-    num_intervals,
     stride_kb,
     stride_kt,
     stride_kh,
@@ -51,7 +50,7 @@ def interval_state_kernel(
     REVERSE: constexpr,
     STAGES: constexpr,
 ):
-    """`Σ_j λ^(end-1-j) k_j v_jᵀ` of an interval, as in `..triton.kernels.interval_state_kernel`.
+    """`Σ_j λ^(end-1-j) k_j v_jᵀ` of a segment, as in `..triton.kernels.interval_state_kernel`.
 
     In reverse, of which only backward has need, it runs beside the kernel of the other direction, and ends after it.
     """
@@ -61,7 +60,8 @@ def interval_state_kernel(
     i = gl.program_id(0)
     i_h = i % H
     i = i // H
-    i_i, i_b = i % num_intervals, i // num_intervals
+    num_segments = gl.cdiv(T, segment_length)
+    i_s, i_b = i % (num_segments - 1), i // (num_segments - 1)
 
     k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, K], BOX)
     v_s = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, 1, C, 1, BV], BOX)
@@ -70,10 +70,8 @@ def interval_state_kernel(
     init_barriers(ready, empty, GROUPS, STAGES)
 
     rate = load_rate(log_decay, i_h)
-    lo, hi = i_i * interval, gl.minimum((i_i + 1) * interval, T)
-    lo = gl.maximum(lo, gl.minimum(gl.cdiv(hi, segment_length) * segment_length, T) - _reach(rate, T))
-    if cu_seqlens is not None:
-        lo = gl.maximum(lo, _start(cu_seqlens, _num_ended(cu_seqlens, hi, N, T, REVERSE), N, T, REVERSE))
+    lo, hi, factor = interval_bounds(i_s, rate, cu_seqlens, N, T, segment_length, segment_length, REVERSE)
+    gl.store(factors + i.to(gl.int64) * H + i_h, factor)
     num_chunks = count_chunks(lo, hi)
     begin = hi - num_chunks * C
     num_others = lo - begin if cu_seqlens is not None else 0
@@ -82,7 +80,7 @@ def interval_state_kernel(
     part = (begin, hi, num_chunks, num_others)
     of_k = (k, stride_kb, stride_kt, stride_kh)
     of_v = (v, stride_vb, stride_vt, stride_vh)
-    states = (interval_states, i_b * num_intervals + i_i, i_h.to(gl.int64), H, rate)
+    states = (interval_states, i, i_h.to(gl.int64), H, rate)
     PACKED: constexpr = cu_seqlens is not None
     if GROUPS == 2:
         gl.warp_specialize(

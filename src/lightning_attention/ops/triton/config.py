@@ -13,6 +13,9 @@ MAX_TREE = 64
 # Tokens of one program that reads a state: so many that the state is at most a tenth of what it loads.
 PIECE_LENGTH = 1024
 
+# Elements of a state that a program accumulates, its warps, and how many intervals it loads ahead.
+ACCUMULATED = 256, 2, 8
+
 # Inputs are at least so many times as large as the states of intervals, where a segment has several.
 INPUTS_OVER_STATES = 24
 
@@ -31,7 +34,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Segments:
-    """Of a row, one a program. A segment starts from the sum of what the intervals before it add to the state."""
+    """Of a row, one a program. A segment starts from the state after the intervals before it."""
 
     length: int
     interval: int
@@ -128,7 +131,8 @@ def whole_row(length: int, programs: int, multiprocessors: int, programs_per_sm:
     The state after it is that from which a second segment, without tokens, would start. Arguments as for `segments`.
     """
     most = min(programs_per_sm * multiprocessors // max(programs, 1), length // min_interval)
-    interval = ceil_div(max(length, 1), max(most, 1) * 64) * 64
+    length = max(length, 1)
+    interval = ceil_div(length, max(most, 1) * 64) * 64
     return Segments(ceil_div(length, interval) * interval, interval, 2)
 
 

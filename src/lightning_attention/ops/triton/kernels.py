@@ -93,10 +93,10 @@ def scan_kernel(
 
         b_S = tl.zeros([BV, BK], tl.float32)
         if interval_states is not None:
-            num_intervals = (num_segments - 1) * (segment_length // interval)
-            for i in range(tl.maximum(start, first - _reach(rate, T)) // interval, first // interval):
-                p_S = interval_states + ((i_b * num_intervals + i) * H + i_h) * (K * V)
-                b_S = b_S * decay_over(rate, interval) + _load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES)
+            if start < first:
+                num_intervals = (num_segments - 1) * (segment_length // interval)
+                p_S = interval_states + ((i_b * num_intervals + first // interval - 1) * H + i_h) * (K * V)
+                b_S = _load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES)
         if initial_state is not None:
             p_S = initial_state + (i_n * H + i_h) * (K * V)
             b_S += _load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES) * (decay_over(rate, lo - start) * state_scale)
@@ -149,6 +149,7 @@ def interval_state_kernel(
     v,
     log_decay,
     interval_states,
+    factors,
     cu_seqlens,
     T,
     H,
@@ -173,7 +174,7 @@ def interval_state_kernel(
 ):
     """What an interval adds to the state of the sequence that goes on after it: `Σ_j λ^(end-1-j) k_j v_jᵀ`.
 
-    Only tokens whose weight is not 0 in float32 when the next segment starts are read: few, where the head decays.
+    Of the state before the interval a factor stays, 0 where that sequence begins later. Only tokens whose weight is not 0 in float32 when the next segment starts are read: few, where the head decays.
     """
     i_v, i_h, i_i, i_b = program_ids(H, num_intervals, V, BV)
     k += i_b * stride_kb + i_h * stride_kh
@@ -184,10 +185,7 @@ def interval_state_kernel(
 
     rate = load_rate(log_decay, i_h)
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    lo, hi = i_i * interval, tl.minimum((i_i + 1) * interval, T)
-    lo = tl.maximum(lo, tl.minimum(tl.cdiv(hi, segment_length) * segment_length, T) - _reach(rate, T))
-    if cu_seqlens is not None:
-        lo = tl.maximum(lo, _start(cu_seqlens, _num_ended(cu_seqlens, hi, N, T, REVERSE), N, T, REVERSE))
+    lo, hi, factor = interval_bounds(i_i, rate, cu_seqlens, N, T, segment_length, interval, REVERSE)
 
     b_S = tl.zeros([BV, BK], tl.float32)
     p_k = k + lo.to(tl.int64) * stride_kt
@@ -199,7 +197,45 @@ def interval_state_kernel(
         b_S = _add_chunk(b_S, b_k, b_v, rate, tl.minimum(C, hi - t), o_c, REVERSE, PRECISION)
         p_k += C * stride_kt
         p_v += C * stride_vt
-    _store_state(interval_states + ((i_b * num_intervals + i_i) * H + i_h) * (K * V), b_S, o_k, o_v, True, K, V, False)
+    i_state = (i_b * num_intervals + i_i) * H + i_h
+    tl.store(factors + i_state, factor)  # every tile of V the same
+    _store_state(interval_states + i_state * (K * V), b_S, o_k, o_v, True, K, V, False)
+
+
+@jit(do_not_specialize=["H", "num_intervals"])
+def accumulate_kernel(
+    interval_states,
+    factors,
+    H,
+    num_intervals,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AFTER: tl.constexpr,
+    BESIDE: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """From what every interval of a row adds to the state, in its place, the state after it.
+
+    On Hopper GPUs it may begin before the kernel launched before it has ended, and then waits for it: at first, AFTER
+    it, or at last, running BESIDE it. The next kernel begins when the one AFTER which this one runs has ended.
+    """
+    if AFTER:
+        tl.extra.cuda.gdc_wait()
+    if AFTER or BESIDE:
+        tl.extra.cuda.gdc_launch_dependents()
+    i_x, i_h, _, i_b = program_ids(H, 1, SIZE, BLOCK)
+    o_x = i_x * BLOCK + tl.arange(0, BLOCK)
+    p_S = interval_states + (i_b * num_intervals * H + i_h) * SIZE + o_x
+    p_factor = factors + i_b * num_intervals * H + i_h
+    b_S = tl.zeros([BLOCK], tl.float32)
+    for i in tl.range(0, num_intervals, num_stages=NUM_STAGES):
+        factor = tl.load(p_factor + i * H)
+        b_added = tl.load(p_S, mask=o_x < SIZE)
+        b_S = b_added + tl.where(factor > 0, factor * b_S, 0.0)
+        tl.store(p_S, b_S, mask=o_x < SIZE)
+        p_S += H.to(tl.int64) * SIZE
+    if BESIDE:
+        tl.extra.cuda.gdc_wait()
 
 
 @jit(do_not_specialize=["T", "H", "piece_length"])
@@ -294,6 +330,19 @@ def decay_over(rate, distance):
     x = tl.maximum(rate * tl.maximum(distance, 0).to(tl.float32), -104.0)  # exp(-104) is 0
     n = tl.floor(x * LOG2_E + 0.5)
     return tl.exp2(n) * tl.exp2((x - n * LOG_2 - n * LOG_2_REST) * LOG2_E)
+
+
+@jit
+def interval_bounds(i_i, rate, cu_seqlens, N, T, segment_length, interval, REVERSE: tl.constexpr):
+    """Which tokens of interval i the next segment needs, and what stays of the state before it until its end."""
+    begin, hi = i_i * interval, tl.minimum((i_i + 1) * interval, T)
+    lo = tl.maximum(begin, tl.minimum(tl.cdiv(hi, segment_length) * segment_length, T) - _reach(rate, T))
+    factor = decay_over(rate, hi - begin)
+    if cu_seqlens is not None:
+        start = _start(cu_seqlens, _num_ended(cu_seqlens, hi, N, T, REVERSE), N, T, REVERSE)
+        lo = tl.maximum(lo, start)
+        factor = tl.where(start < begin, factor, 0.0)
+    return lo, hi, factor
 
 
 @jit

@@ -29,7 +29,8 @@ def forward(
         call = (scans or Scans)(q, v, log_decay, cu_seqlens, scale)
         q, k, v = _rows(q), _rows(k), _rows(v)
         final_state = call.new_states(call.N) if output_final_state else None
-        o = call.scan(q, k, v, _contiguous(initial_state), call.interval_states(k, v), final_state)
+        (interval_states,) = call.interval_states((k, v))
+        o = call.scan(q, k, v, _contiguous(initial_state), interval_states, final_state)
         return o, final_state
 
 
@@ -48,7 +49,8 @@ def prefill(
         q, k, v = _rows(q), _rows(k), _rows(v)
         final_state, states = call.new_states(call.N), call.new_states(call.B, state_positions.shape[0])
         kept = states, state_positions.contiguous()
-        o = call.scan(q, k, v, _contiguous(initial_state), call.interval_states(k, v), final_state, kept)
+        (interval_states,) = call.interval_states((k, v))
+        o = call.scan(q, k, v, _contiguous(initial_state), interval_states, final_state, kept)
         return o, final_state, states
 
 
@@ -71,7 +73,7 @@ def backward(
         q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
         initial_state, d_final_state = _contiguous(initial_state), _contiguous(d_final_state)
         d_initial_state = None if initial_state is None else call.new_states(call.N)
-        states, d_states = call.interval_states(k, v), call.interval_states(q, do, reverse=True)
+        states, d_states = call.interval_states((k, v), (q, do))
         # What is given to the first of these is kept for the others, which a backend may run beside it.
         dq = call.scan(do, v, k, initial_state, states, transposed=True)
         dk, dv = call.key_value_gradients(q, k, v, do, d_final_state, d_states, d_initial_state)
@@ -271,12 +273,17 @@ class Scans:
         """`[*sizes, H, K, V]`."""
         return torch.empty(*sizes, self.H, self.K, self.V, dtype=state_dtype(self.dtype), device=self.device)
 
-    def interval_states(self, k: Tensor, v: Tensor, *, reverse: bool = False) -> Tensor | None:
-        """`[B, intervals, H, K, V]`, or None where there is one segment, which needs none."""
-        return None if self.segments.count == 1 else self._states_of(self.segments, k, v, reverse)
+    def interval_states(self, *pairs: tuple[Tensor, Tensor]) -> list[Tensor | None]:
+        """After every interval of keys and values, and in reverse of queries and output gradients.
+
+        `[B, intervals, H, K, V]`, from which segments start; None where there is one segment, which needs none.
+        """
+        if self.segments.count == 1:
+            return [None] * len(pairs)
+        return [*self._states_after(self.segments, *zip(pairs, (False, True), strict=False))]
 
     def state_after(self, k: Tensor, v: Tensor, log_decay: Tensor, *, reverse: bool) -> Tensor:
-        """`[B, H, K, V]`, of a row that starts from zero: the states of its few intervals, decayed to its end."""
+        """`[B, H, K, V]`, of a row that starts from zero."""
         tiles = config.interval_tiles(self.K, self.V, self.dtype, self.precision)
         row = config.whole_row(
             self.T,
@@ -285,24 +292,50 @@ class Scans:
             tiles.programs_per_sm,
             config.min_interval(self.K, self.V, self.dtype),
         )
-        ends = torch.arange(1, row.num_intervals + 1, device=self.device) * row.interval
-        decay = torch.exp(log_decay * (self.T - ends).clamp_min(0)[:, None])
-        return (self._states_of(row, k, v, reverse) * decay[:, :, None, None]).sum(1)
+        (states,) = self._states_after(row, ((k, v), reverse))
+        return states[:, -1]
 
-    def _states_of(self, segments: Segments, k: Tensor, v: Tensor, reverse: bool) -> Tensor:
+    def _states_after(self, segments: Segments, *scans: tuple[tuple[Tensor, Tensor], bool]) -> list[Tensor]:
+        """For keys and values, and whether they are read in reverse: first what intervals add, then the sums of that."""
+        added = [self._states_of(segments, *pair, reverse) for pair, reverse in scans]
+        for (_, reverse), states in zip(scans, added, strict=True):
+            self._accumulate(*states, reverse)
+        return [states for states, _ in added]
+
+    def _states_of(self, segments: Segments, k: Tensor, v: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+        """What every interval adds to the state, and by which factors `[B, intervals, H]` it multiplies what was there."""
         states = self.new_states(self.B, segments.num_intervals)
+        factors = torch.empty(states.shape[:3], dtype=states.dtype, device=self.device)
         tiles = config.interval_tiles(self.K, self.V, self.dtype, self.precision)
         if programs := self._programs(self.V, tiles) * segments.num_intervals:
             launch(
                 kernels.interval_state_kernel,
                 programs,
-                (k, v, self.log_decay, states, self.cu_seqlens),
+                (k, v, self.log_decay, states, factors, self.cu_seqlens),
                 (self.T, self.H, self.N, segments.length, segments.interval, segments.num_intervals),
                 (*k.stride()[:3], *v.stride()[:3]),
                 (self.K, self.V, tiles.C, tiles.BK, tiles.BV, reverse, self.precision, tiles.num_stages),
                 tiles.num_warps,
             )
-        return states
+        return states, factors
+
+    def _accumulate(
+        self, states: Tensor, factors: Tensor, reverse: bool, *, after: bool = False, beside: bool = False
+    ) -> None:
+        """In place; `after` and `beside` the launch before, see the kernel."""
+        B, num_intervals, H, K, V = states.shape
+        block, num_warps, num_stages = config.ACCUMULATED
+        if programs := B * H * ceil_div(K * V, block):
+            launch(
+                kernels.accumulate_kernel,
+                programs,
+                (states, factors),
+                (H, num_intervals),
+                (),
+                (K * V, block, after, beside, num_stages),
+                num_warps,
+                **{"launch_pdl": True} if after or beside else {},
+            )
 
     def scan(
         self,
@@ -402,7 +435,7 @@ def _are_aligned(pointers: list[int | None]) -> bool:
 
 @lru_cache(4096)
 def _are_usual(strides: tuple[int, ...]) -> bool:
-    return reduce(or_, strides) % 16 == 0 and max(strides) < 1 << 31
+    return reduce(or_, strides, 0) % 16 == 0 and max(strides, default=0) < 1 << 31
 
 
 def _rows(x: Tensor) -> Tensor:
