@@ -20,6 +20,7 @@ SHARED_MEMORY = 233_472
 SPILLS_IN_LOOP = {
     "scan_kernel": {"nothing": 40, "packed": 80, "everything": 120},
     "gradient_kernel": {"nothing": 80, "packed": 100, "everything": 120},
+    "interval_state_kernel": {"nothing": 0, "packed": 0},
 }
 # Products wait for each other where the compiler finds too few registers for those that are to be under way.
 WAITS_IN_LOOP = 14
@@ -38,9 +39,13 @@ GIVEN = {"nothing": {"log_decay"}, "packed": {"log_decay", "cu_seqlens"}, "every
 
 def check(kernel: Any, V: int, given: str, constants: dict[str, Any], num_stores: int) -> None:
     """With states of intervals or a prefix, never both; float16 scales the state where bfloat16 scales the output."""
-    present = GIVEN[given] - ({"interval_states"} if constants["PREFIX"] else set())
+    prefix = constants.get("PREFIX")
+    makes_states = kernel is states.interval_state_kernel
+    present = GIVEN[given] - ({"interval_states"} if prefix else set()) | (
+        {"interval_states"} if makes_states else set()
+    )
     absent = OPTIONAL.intersection(kernel.arg_names) - present
-    dtype = "fp16" if constants["PREFIX"] == (given == "nothing") else "bf16"
+    dtype = "fp16" if prefix == (given == "nothing") else "bf16"
     constants = dict.fromkeys(absent) | constants
     signature, aligned = signature_of(kernel, dtype, constants)
     source = GluonASTSource(kernel, signature, constants, aligned)
@@ -85,3 +90,11 @@ def test_scan(K, V, given, reverse, prefix):
 def test_gradient(D, given, prefix):
     constants = {"D": D, "PREFIX": prefix, "STAGES": config.GRADIENT_STAGES[D]}
     check(gradients.gradient_kernel, D, given, constants, num_stores=2)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("given", ["nothing", "packed"])
+@pytest.mark.parametrize(("K", "V"), config.STATE_STAGES, ids=str)
+def test_states(K, V, given, reverse):
+    constants = {"K": K, "V": V, "REVERSE": reverse, "STAGES": config.STATE_STAGES[K, V]}
+    check(states.interval_state_kernel, V, given, constants, num_stores=0)

@@ -16,9 +16,14 @@ ATTENTION = attention("triton")
 
 
 @pytest.fixture(params=[1, 3], ids=["one-interval", "three-intervals"])
-def segments(monkeypatch, request):
-    """Three or four segments of 64 or 192 tokens in a row of 600, each of one or three intervals."""
-    intervals = request.param
+def intervals(request):
+    return request.param
+
+
+@pytest.fixture(params=[0, 100], ids=["accumulated", "summed"])
+def segments(monkeypatch, request, intervals):
+    """Three to ten segments of 64 or 192 tokens in a row of 600, each of one or three intervals."""
+    monkeypatch.setattr(config, "MAX_SUMMED", request.param)
 
     def cut(length: int, *_: int) -> config.Segments:
         count = config.ceil_div(length, 64 * intervals)

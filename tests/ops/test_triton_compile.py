@@ -82,6 +82,15 @@ def test_interval_states(arch, head_dim):
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
+def test_accumulate(arch):
+    block, num_warps, num_stages = config.ACCUMULATED
+    constants = {"SIZE": 128 * 128, "BLOCK": block, "NUM_STAGES": num_stages, "LET_NEXT_BEGIN": False, "BESIDE": False}
+    compiled = compile_kernel(kernels.accumulate_kernel, arch, "bf16", None, num_warps, **constants)
+    check(compiled, arch, 128, products=False)
+    assert "LDGSTS" in machine_code(compiled)[1]  # loaded ahead
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
 def test_read(arch):
     for head_dim in (128, 256):
         tiles = config.interval_tiles(head_dim, head_dim, torch.bfloat16, "ieee")

@@ -91,7 +91,7 @@ def scan_kernel(
     With BESIDE it runs beside the kernel launched before it, of which it takes nothing, and ends after it. States of
     intervals it otherwise waits for, and then lets the next one begin, which may take them too.
     """
-    AFTER: constexpr = interval_states is not None and not BESIDE
+    AFTER: constexpr = constexpr(interval_states is not None and not BESIDE)
     if not AFTER:
         let_next_begin()
     GROUPS: constexpr = V // BV

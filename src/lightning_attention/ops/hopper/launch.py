@@ -29,6 +29,7 @@ class _Scans(portable.Scans):
     def __init__(self, *arguments: Any):
         self._descriptors: list[Tensor] = []
         super().__init__(*arguments)
+        self.is_accumulated = True
 
     def cut(self) -> Segments:
         places = portable.num_multiprocessors(self.device) * config.programs_per_multiprocessor(self.V)
@@ -48,7 +49,7 @@ class _Scans(portable.Scans):
     def interval_states(self, *pairs: tuple[Tensor, Tensor]) -> list[Tensor | None]:
         return [None] * len(pairs) if self.has_prefix else super().interval_states(*pairs)
 
-    def _states_of(self, segments: Segments, k: Tensor, v: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    def _states_of(self, segments: Segments, k: Tensor, v: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
         found = self.new_states(self.B, segments.num_intervals)
         factors = torch.empty(found.shape[:3], dtype=found.dtype, device=self.device)
         if programs := self.B * self.H * segments.num_intervals:
@@ -64,9 +65,8 @@ class _Scans(portable.Scans):
             )
         return found, factors
 
-    def _accumulate(self, states: Tensor, factors: Tensor, reverse: bool, **_: Any) -> None:
-        is_gpu = states.is_cuda
-        super()._accumulate(states, factors, reverse, after=is_gpu and not reverse, beside=is_gpu and reverse)
+    def _accumulate(self, states: Tensor, factors: Tensor, *, reverse: bool = False, early: bool = True) -> None:
+        super()._accumulate(states, factors, reverse=reverse, early=early and states.is_cuda)
 
     def scan(
         self,

@@ -155,7 +155,7 @@ def state_before(
     written, b_write, whole, states, where, rate, n, start, lo, i_head, o_k, o_v = before
     _, interval_states, _, i_state = states
     row, _, H, _, _ = where
-    cu_seqlens, _, T, part = row
+    cu_seqlens, _, _, part = row
     first, _, _, _ = part
     if PREFIX:
         PACKED: constexpr = constexpr(cu_seqlens is not None)
@@ -165,7 +165,7 @@ def state_before(
             b_S, written, b_write, whole, c, num_chunks, num_others, g, V // BV, K, REVERSE, PACKED, STAGES
         )
         c += num_chunks
-    if interval_states is not None:
+    if interval_states is not None:  # noqa: SIM102 - known when compiled, the next is not
         if start < first:
             b_S = gl.load(state_pointers(interval_states, i_state, i_head, o_k, o_v, H, K, V, TRANSPOSED))
     return b_S, c

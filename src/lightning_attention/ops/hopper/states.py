@@ -81,7 +81,7 @@ def interval_state_kernel(
     of_k = (k, stride_kb, stride_kt, stride_kh)
     of_v = (v, stride_vb, stride_vt, stride_vh)
     states = (interval_states, i, i_h.to(gl.int64), H, rate)
-    PACKED: constexpr = cu_seqlens is not None
+    PACKED: constexpr = constexpr(cu_seqlens is not None)
     if GROUPS == 2:
         gl.warp_specialize(
             [

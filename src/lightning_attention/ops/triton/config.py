@@ -13,6 +13,8 @@ MAX_TREE = 64
 # Tokens of one program that reads a state: so many that the state is at most a tenth of what it loads.
 PIECE_LENGTH = 1024
 
+# States of intervals that a program sums by itself; of more, another kernel makes the sums.
+MAX_SUMMED = 12
 # Elements of a state that a program accumulates, its warps, and how many intervals it loads ahead.
 ACCUMULATED = 256, 2, 8
 
@@ -112,8 +114,9 @@ def segments(length: int, programs: int, multiprocessors: int, programs_per_sm: 
         if count == 1:
             return length
         sharing = 1.4 if programs * count > multiprocessors else 1.0
-        launch, state = 160, 15
-        return launch + (1.25 * length / count + state * count) * sharing
+        launch = 160
+        states = 15 * count if count <= MAX_SUMMED + 1 else 100 + 4 * count
+        return launch + (1.25 * length / count + states) * sharing
 
     most = min(programs_per_sm * multiprocessors // max(programs, 1), length // 64)
     count = min(range(1, most + 1), key=time, default=1)

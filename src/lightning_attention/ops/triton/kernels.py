@@ -11,12 +11,13 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 # To a type checker, a kernel that calls another raises.
 jit: Any = triton.jit
 
 
-@jit(do_not_specialize=["scale", "T", "H", "N", "M", "segment_length", "interval"])
+@jit(do_not_specialize=["scale", "T", "H", "N", "M", "segment_length", "interval", "summed"])
 def scan_kernel(
     q,
     k,
@@ -36,6 +37,7 @@ def scan_kernel(
     M,
     segment_length,
     interval,
+    summed,
     stride_qb,
     stride_qt,
     stride_qh,
@@ -57,8 +59,9 @@ def scan_kernel(
 ):
     """`o = scale (λ^(i+1) q S + ((q kᵀ) ⊙ λ^(i-j)) v)` for one segment of one row and head, and BV of the columns.
 
-    In reverse, time runs backwards and the state decays after it is read rather than before. A segment may hold any
-    number of packed sequences, and parts of them. Forwards, the states after `state_positions` tokens are kept too.
+    It starts from what the intervals among the last `summed` tokens add to the state. In reverse, time runs backwards
+    and the state decays after it is read rather than before. A segment may hold any number of packed sequences, and
+    parts of them. Forwards, the states after `state_positions` tokens are kept too.
     """
     num_segments = tl.maximum(1, tl.cdiv(T, segment_length))
     i_v, i_h, i_s, i_b = program_ids(H, num_segments, V, BV)
@@ -93,10 +96,12 @@ def scan_kernel(
 
         b_S = tl.zeros([BV, BK], tl.float32)
         if interval_states is not None:
-            if start < first:
-                num_intervals = (num_segments - 1) * (segment_length // interval)
-                p_S = interval_states + ((i_b * num_intervals + first // interval - 1) * H + i_h) * (K * V)
-                b_S = _load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES)
+            num_intervals = (num_segments - 1) * (segment_length // interval)
+            for i in range(
+                tl.maximum(start, first - tl.minimum(_reach(rate, T), summed)) // interval, first // interval
+            ):
+                p_S = interval_states + ((i_b * num_intervals + i) * H + i_h) * (K * V)
+                b_S = b_S * decay_over(rate, interval) + _load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES)
         if initial_state is not None:
             p_S = initial_state + (i_n * H + i_h) * (K * V)
             b_S += _load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES) * (decay_over(rate, lo - start) * state_scale)
@@ -174,7 +179,8 @@ def interval_state_kernel(
 ):
     """What an interval adds to the state of the sequence that goes on after it: `Σ_j λ^(end-1-j) k_j v_jᵀ`.
 
-    Of the state before the interval a factor stays, 0 where that sequence begins later. Only tokens whose weight is not 0 in float32 when the next segment starts are read: few, where the head decays.
+    Of the state before the interval a factor is left, 0 where that sequence begins later. Only tokens whose weight is
+    not 0 in float32 when the next segment starts are read: few, where the head decays.
     """
     i_v, i_h, i_i, i_b = program_ids(H, num_intervals, V, BV)
     k += i_b * stride_kb + i_h * stride_kh
@@ -210,19 +216,16 @@ def accumulate_kernel(
     num_intervals,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
-    AFTER: tl.constexpr,
-    BESIDE: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    LET_NEXT_BEGIN: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):
     """From what every interval of a row adds to the state, in its place, the state after it.
 
-    On Hopper GPUs it may begin before the kernel launched before it has ended, and then waits for it: at first, AFTER
-    it, or at last, running BESIDE it. The next kernel begins when the one AFTER which this one runs has ended.
+    On Hopper GPUs it may let the next kernel begin, and run BESIDE the kernel launched before it, and end after it.
     """
-    if AFTER:
-        tl.extra.cuda.gdc_wait()
-    if AFTER or BESIDE:
-        tl.extra.cuda.gdc_launch_dependents()
+    if LET_NEXT_BEGIN:
+        cuda.gdc_launch_dependents()
     i_x, i_h, _, i_b = program_ids(H, 1, SIZE, BLOCK)
     o_x = i_x * BLOCK + tl.arange(0, BLOCK)
     p_S = interval_states + (i_b * num_intervals * H + i_h) * SIZE + o_x
@@ -235,7 +238,7 @@ def accumulate_kernel(
         tl.store(p_S, b_S, mask=o_x < SIZE)
         p_S += H.to(tl.int64) * SIZE
     if BESIDE:
-        tl.extra.cuda.gdc_wait()
+        cuda.gdc_wait()
 
 
 @jit(do_not_specialize=["T", "H", "piece_length"])

@@ -253,6 +253,8 @@ class Scans:
         self.dtype, self.device = q.dtype, q.device
         self.precision = _precision(q.dtype)
         self.segments = self.cut()
+        # Whether states of intervals hold all before them, or whoever starts from them has to sum them.
+        self.is_accumulated = self.segments.num_intervals > config.MAX_SUMMED
 
     def cut(self) -> Segments:
         """Of a row."""
@@ -274,13 +276,17 @@ class Scans:
         return torch.empty(*sizes, self.H, self.K, self.V, dtype=state_dtype(self.dtype), device=self.device)
 
     def interval_states(self, *pairs: tuple[Tensor, Tensor]) -> list[Tensor | None]:
-        """After every interval of keys and values, and in reverse of queries and output gradients.
+        """Of intervals of keys and values, and in reverse of queries and output gradients, from which segments start.
 
-        `[B, intervals, H, K, V]`, from which segments start; None where there is one segment, which needs none.
+        `[B, intervals, H, K, V]`, or None where there is one segment, which needs none.
         """
         if self.segments.count == 1:
             return [None] * len(pairs)
-        return [*self._states_after(self.segments, *zip(pairs, (False, True), strict=False))]
+        added = [self._states_of(self.segments, *pair, reverse=i == 1) for i, pair in enumerate(pairs)]
+        if self.is_accumulated:
+            for i, states in enumerate(added):
+                self._accumulate(*states, reverse=i == 1)
+        return [states for states, _ in added]
 
     def state_after(self, k: Tensor, v: Tensor, log_decay: Tensor, *, reverse: bool) -> Tensor:
         """`[B, H, K, V]`, of a row that starts from zero."""
@@ -292,18 +298,12 @@ class Scans:
             tiles.programs_per_sm,
             config.min_interval(self.K, self.V, self.dtype),
         )
-        (states,) = self._states_after(row, ((k, v), reverse))
+        states, factors = self._states_of(row, k, v, reverse=reverse)
+        self._accumulate(states, factors)
         return states[:, -1]
 
-    def _states_after(self, segments: Segments, *scans: tuple[tuple[Tensor, Tensor], bool]) -> list[Tensor]:
-        """For keys and values, and whether they are read in reverse: first what intervals add, then the sums of that."""
-        added = [self._states_of(segments, *pair, reverse) for pair, reverse in scans]
-        for (_, reverse), states in zip(scans, added, strict=True):
-            self._accumulate(*states, reverse)
-        return [states for states, _ in added]
-
-    def _states_of(self, segments: Segments, k: Tensor, v: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-        """What every interval adds to the state, and by which factors `[B, intervals, H]` it multiplies what was there."""
+    def _states_of(self, segments: Segments, k: Tensor, v: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
+        """What every interval adds to the state, and factors `[B, intervals, H]` for the state before it."""
         states = self.new_states(self.B, segments.num_intervals)
         factors = torch.empty(states.shape[:3], dtype=states.dtype, device=self.device)
         tiles = config.interval_tiles(self.K, self.V, self.dtype, self.precision)
@@ -319,10 +319,8 @@ class Scans:
             )
         return states, factors
 
-    def _accumulate(
-        self, states: Tensor, factors: Tensor, reverse: bool, *, after: bool = False, beside: bool = False
-    ) -> None:
-        """In place; `after` and `beside` the launch before, see the kernel."""
+    def _accumulate(self, states: Tensor, factors: Tensor, *, reverse: bool = False, early: bool = False) -> None:
+        """In place; on Hopper GPUs, in reverse, `early`: beside the launch before."""
         B, num_intervals, H, K, V = states.shape
         block, num_warps, num_stages = config.ACCUMULATED
         if programs := B * H * ceil_div(K * V, block):
@@ -332,9 +330,9 @@ class Scans:
                 (states, factors),
                 (H, num_intervals),
                 (),
-                (K * V, block, after, beside, num_stages),
+                (K * V, block, num_stages, early, early and reverse),
                 num_warps,
-                **{"launch_pdl": True} if after or beside else {},
+                **{"launch_pdl": True} if early and reverse else {},
             )
 
     def scan(
@@ -358,6 +356,7 @@ class Scans:
         states, state_positions = kept or (None, None)
         results = interval_states, final_state, states, state_positions
         M = 0 if state_positions is None else state_positions.shape[0]
+        segments, summed = self.segments, self.segments.interval if self.is_accumulated else self.T
         K, V = q.shape[3], v.shape[3]
         tiles = config.scan_tiles(K, V, self.dtype, self.precision)
         if programs := self._programs(V, tiles) * self.segments.count:
@@ -365,7 +364,7 @@ class Scans:
                 kernels.scan_kernel,
                 programs,
                 (q, k, v, o, self.log_decay, initial_state, *results, self.cu_seqlens),
-                (self.scale_of(reverse), self.T, self.H, self.N, M, self.segments.length, self.segments.interval),
+                (self.scale_of(reverse), self.T, self.H, self.N, M, segments.length, segments.interval, summed),
                 (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
                 (K, V, tiles.C, tiles.BK, tiles.BV, reverse, transposed, self.precision, tiles.num_stages),
                 tiles.num_warps,
