@@ -43,15 +43,23 @@ def kernels_run(monkeypatch):
         pytest.skip("needs a Hopper GPU")
 
 
-def cut(T: int, count: int) -> Segments:
-    length = max(ceil_div(T, count * config.C), 1) * config.C
-    return Segments(length, length, max(ceil_div(T, length), 1))
+def cut(monkeypatch, num_segments: int, intervals: int = 1, *, is_accumulated: bool = False) -> None:
+    """Every row into so many segments of intervals, whose states a kernel sums, or every program for itself."""
+
+    def segments(self) -> Segments:
+        interval = max(ceil_div(self.T, num_segments * intervals * config.C), 1) * config.C
+        return Segments(intervals * interval, interval, max(ceil_div(self.T, intervals * interval), 1))
+
+    monkeypatch.setattr(launch._Scans, "cut", segments)
+    monkeypatch.setattr(config, "MAX_SUMMED", 0 if is_accumulated else 100)
 
 
-@pytest.mark.parametrize("num_segments", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("num_segments", "is_accumulated"), [(1, False), (2, False), (3, False), (3, True)], ids=["1", "2", "3", "3-summed"]
+)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_segments(kernels_run, monkeypatch, case, num_segments):
-    monkeypatch.setattr(launch._Scans, "cut", lambda self: cut(self.T, num_segments))
+def test_segments(kernels_run, monkeypatch, case, num_segments, is_accumulated):
+    cut(monkeypatch, num_segments, is_accumulated=is_accumulated)
     inputs = make_inputs(case, torch.float16).on(device_of("triton"))
     assert_accurate(run(attention("hopper"), inputs), inputs)
 
@@ -72,20 +80,22 @@ def test_segments(kernels_run, monkeypatch, case, num_segments):
         state=st.booleans(),
     ),
     st.integers(1, 9),
+    st.integers(1, 3),
+    st.booleans(),
 )
-def test_any_shape(kernels_run, case, num_segments):
+def test_any_shape(kernels_run, case, num_segments, intervals, is_accumulated):
     """Cut anyhow, and long enough that what lies in shared memory is overwritten."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch._Scans, "cut", lambda self: cut(self.T, num_segments))
+        cut(patch, num_segments, intervals, is_accumulated=is_accumulated)
         inputs = make_inputs(case, torch.float16).on(device_of("triton"))
         assert_accurate(run(attention("hopper"), inputs), inputs, is_long=True)
 
 
-@pytest.mark.parametrize("num_segments", [1, 2])
+@pytest.mark.parametrize("num_segments", [1, 2, 3])
 @pytest.mark.parametrize("case", [Case(B=1, T=70, H=3, K=64, V=64), Case(B=1, T=70, H=2, K=128, V=128)], ids=str)
 def test_only_its_own_rows_are_read(kernels_run, monkeypatch, case, num_segments):
     """Tensors lie amid NaN, aligned as TMA wants them; of documents, one is NaN."""
-    monkeypatch.setattr(launch._Scans, "cut", lambda self: cut(self.T, num_segments))
+    cut(monkeypatch, num_segments)
     inputs = make_inputs(case, torch.float16).on(device_of("triton"))
     expected = run(attention("hopper"), inputs)
     for name, value in run(attention("hopper"), inputs.amid_nan(margin=8)).items():
@@ -112,22 +122,22 @@ def test_nothing(kernels_run, case):
     ("T", "programs"), [(1024, 64), (8192, 64), (8192, 44), (1 << 20, 1), (1 << 20, 16), (100, 3), (0, 4)]
 )
 def test_segments_cover_a_row(T, programs):
-    found = config.segments(T, programs, 132, alone=1.66, by_memory=2.05)
+    found = config.segments(T, programs, 132, 2048, alone=1.65, by_memory=2.05)
     assert found.count == 1 or found.length % config.C == found.length % found.interval == 0
     assert (found.count - 1) * found.length < max(T, 1) <= found.count * found.length
 
 
 def test_as_many_segments_as_multiprocessors():
     """A chip is filled, and one that is full is not cut further."""
-    assert config.segments(1 << 20, 1, 132, alone=1.66, by_memory=2.05).count > 100
-    assert config.segments(1 << 20, 16, 132, alone=1.66, by_memory=2.05).count == 8
-    assert config.segments(1 << 20, 128, 132, alone=1.66, by_memory=2.05).count == 1
+    assert config.segments(1 << 20, 1, 132, 2048, alone=1.65, by_memory=2.05).count > 100
+    assert config.segments(1 << 20, 16, 132, 2048, alone=1.65, by_memory=2.05).count == 8
+    assert config.segments(1 << 20, 128, 132, 2048, alone=1.65, by_memory=2.05).count == 1
     assert config.by_memory(132, 128, 1, 4.2e12) == pytest.approx(2.06, rel=0.01)
 
 
 @pytest.mark.parametrize(
     ("B", "T", "H", "D", "is_slow"),
-    [(1, 512, 64, 128, True), (1, 1024, 64, 128, False), (1, 8192, 8, 128, True), (1, 131_072, 16, 128, False)],
+    [(1, 128, 64, 128, True), (1, 1024, 64, 128, False), (1, 8192, 8, 128, False), (1, 1024, 8, 64, True)],
 )
 def test_little_work_is_left_to_the_portable_kernels(B, T, H, D, is_slow):
     assert hopper.is_slow(Problem(B, T, H, D, D, B, torch.bfloat16, torch.device("cuda"))) == is_slow
@@ -135,5 +145,5 @@ def test_little_work_is_left_to_the_portable_kernels(B, T, H, D, is_slow):
 
 def test_slower_memory_is_read_once():
     """Two segments read half of k and v twice: worth it on an H200, not on an H100."""
-    counts = [config.segments(8192, 64, 132, alone=1.66, by_memory=x).count for x in (2.05, 2.87)]
+    counts = [config.segments(8192, 64, 132, 2048, alone=1.65, by_memory=x).count for x in (2.05, 2.87)]
     assert counts == [2, 1]

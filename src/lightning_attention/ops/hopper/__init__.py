@@ -9,7 +9,7 @@ import torch
 
 from .. import triton as portable
 from ..problem import Problem
-from .config import FEW_HEADS, HEAD_DIMS, MIN_ELEMENTS, MIN_ELEMENTS_OF_FEW
+from .config import HEAD_DIMS, MIN_ELEMENTS
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
@@ -26,9 +26,8 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 def is_slow(problem: Problem) -> bool:
     """Whether other kernels are as fast: these take the host longer to launch."""
-    heads = problem.batch_size * problem.num_heads
-    elements = heads * problem.length * max(problem.key_dim, problem.value_dim)
-    return elements < (MIN_ELEMENTS if heads > FEW_HEADS else MIN_ELEMENTS_OF_FEW)
+    tokens = problem.batch_size * problem.length * problem.num_heads
+    return tokens * max(problem.key_dim, problem.value_dim) < MIN_ELEMENTS
 
 
 def __getattr__(name: str) -> Callable:

@@ -6,12 +6,11 @@ from ..triton.config import Segments, ceil_div
 
 HEAD_DIMS = (64, 128)
 
-# Of queries, or values. At 2^23, 1024 tokens of 64 heads of 128, forward takes as long as with the portable kernels.
-MIN_ELEMENTS = 1 << 23
-# Where heads are few, rows are cut into segments, whose states have to be made first. In benchmarks/results/h100, 8192
-# tokens of 8 heads are slower than with the portable kernels, 131072 of 16 faster in sum; nothing is known between.
-FEW_HEADS = 32
-MIN_ELEMENTS_OF_FEW = 1 << 28
+# Of queries, or values. With fewer the host takes longer to launch these kernels than the GPU to run the portable ones.
+MIN_ELEMENTS = 1 << 21
+
+# States of intervals that a program sums by itself; of more, another kernel makes the sums.
+MAX_SUMMED = 7
 
 # Tokens of a chunk.
 C = 64
@@ -34,7 +33,7 @@ def programs_per_multiprocessor(value_dim: int) -> int:
 
 def alone(key_dim: int, value_dim: int, is_packed: bool, kernels: int = 1) -> float:
     """Microseconds a chunk takes a program that has the memory for itself: latencies in a row."""
-    of_kernel = (1.66, 2.4) if max(key_dim, value_dim) > 64 else (1.1, 1.9)
+    of_kernel = (1.65, 2.3) if max(key_dim, value_dim) > 64 else (0.73, 1.16)
     return of_kernel[kernels - 1] * (1.2 if is_packed else 1.0)
 
 
@@ -47,7 +46,7 @@ def by_memory(places: int, value_dim: int, kernels: int, bytes_per_second: float
 
 
 @lru_cache(1024)
-def segments(length: int, programs: int, places: int, alone: float, by_memory: float) -> Segments:
+def segments(length: int, programs: int, places: int, min_interval: int, alone: float, by_memory: float) -> Segments:
     """As many as take least time, by a model of it.
 
     The second of two makes the state before it as well; more than two get their states from another kernel.
@@ -56,6 +55,7 @@ def segments(length: int, programs: int, places: int, alone: float, by_memory: f
         length: tokens T of a row.
         programs: that work if rows are not cut.
         places: programs that run at a time.
+        min_interval: tokens of one of several intervals in a segment, at least.
         alone: see `alone`.
         by_memory: see `by_memory`.
     """
@@ -63,20 +63,21 @@ def segments(length: int, programs: int, places: int, alone: float, by_memory: f
     traffic = by_memory * chunks * programs / places
 
     def time(count: int) -> float:
-        """Of the scan, and of the states before it, for which half of the inputs are read but for the last segment."""
+        """Of the scan, and of the states before it, by what was measured on an H100."""
         in_a_row = alone * ceil_div(chunks, count) * ceil_div(programs * count, places)
         if count == 1:
             return _longer(in_a_row, traffic)
         if count == 2:
             return _longer((1 + STATE_ALONE) * in_a_row, 1.25 * traffic)
-        return _longer(in_a_row, traffic) + 0.4 * traffic * (count - 1) / count + 10 + 0.1 * count
+        return _longer(in_a_row, traffic) + 0.25 * traffic * (count - 1) / count + 15 + 0.05 * count
 
     most = min(places // max(programs, 1) + 1, chunks)
     count = min(range(1, most + 1), key=time, default=1)
     if count == 1:
         return Segments(max(length, 1), max(length, 1), 1)
-    length_of_each = ceil_div(length, count * C) * C
-    return Segments(length_of_each, length_of_each, ceil_div(length, length_of_each))
+    intervals = 1 if count == 2 else max(1, length // count // min_interval)
+    interval = ceil_div(length, count * intervals * C) * C
+    return Segments(intervals * interval, interval, ceil_div(length, intervals * interval))
 
 
 def _longer(a: float, b: float) -> float:

@@ -21,6 +21,7 @@ from .parts import (
     C,
     clear_rows,
     count_chunks,
+    count_intervals,
     empty_stage,
     fence_async_shared,
     gl,
@@ -49,7 +50,7 @@ from .parts import (
 )
 
 
-@jit(do_not_specialize=["scale", "B", "T", "H", "N", "segment_length"])
+@jit(do_not_specialize=["scale", "B", "T", "H", "N", "segment_length", "interval", "summed"])
 def gradient_kernel(
     q,
     k,
@@ -68,6 +69,8 @@ def gradient_kernel(
     H,
     N,
     segment_length,
+    interval,
+    summed,
     stride_qb,
     stride_qt,
     stride_qh,
@@ -87,7 +90,7 @@ def gradient_kernel(
     """dk and dv, where K = V = D. It runs beside the kernel launched before it, of which it takes nothing."""
     GROUPS: constexpr = D // BV
     dtype: constexpr = q.dtype.element_ty
-    i_h, i_b, i_state, part = program(H, cu_seqlens, N, T, segment_length, True)
+    i_h, i_b, part = program(H, cu_seqlens, N, T, segment_length, True)
     row = (cu_seqlens, N, T, part)
 
     q_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, D], BOX)
@@ -105,7 +108,14 @@ def gradient_kernel(
 
     inputs = (q_s, k_s, v_s, do_s, ready, empty)
     R = (R_s, published)
-    states = (d_final_state, interval_states, d_initial_state, i_state)
+    states = (
+        d_final_state,
+        interval_states,
+        d_initial_state,
+        interval,
+        count_intervals(T, segment_length, interval),
+        summed,
+    )
     where = (row, B, H, i_b, i_h)
     decay = (log_decay, scale)
     of_q = (q, stride_qb, stride_qt, stride_qh)
@@ -178,7 +188,7 @@ def _gradient(shared, g: constexpr, D: constexpr, PREFIX: constexpr, STAGES: con
     inputs, outputs, R, states, decay, where = shared
     dk, dv, out_s = outputs
     _, published = R
-    d_final_state, _, d_initial_state, _ = states
+    d_final_state, _, d_initial_state, _, _, _ = states
     log_decay, scale = decay
     row, B, H, i_b, i_h = where
     _, _, T, part = row
@@ -338,7 +348,7 @@ def _gradients(shared, D: constexpr, PREFIX: constexpr, STAGES: constexpr):
     inputs, outputs, R, states, decay, where = shared
     dk, dv, out_s = outputs
     R_s, _ = R
-    d_final_state, _, d_initial_state, _ = states
+    d_final_state, _, d_initial_state, _, _, _ = states
     log_decay, scale = decay
     row, B, H, i_b, i_h = where
     _, _, T, part = row

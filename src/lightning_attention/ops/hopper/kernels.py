@@ -23,6 +23,7 @@ from .parts import (
     C,
     clear_rows,
     count_chunks,
+    count_intervals,
     empty_stage,
     fence_async_shared,
     gl,
@@ -52,7 +53,7 @@ from .parts import (
 )
 
 
-@jit(do_not_specialize=["scale", "B", "T", "H", "N", "segment_length"])
+@jit(do_not_specialize=["scale", "B", "T", "H", "N", "segment_length", "interval", "summed"])
 def scan_kernel(
     q,
     k,
@@ -69,6 +70,8 @@ def scan_kernel(
     H,
     N,
     segment_length,
+    interval,
+    summed,
     stride_qb,
     stride_qt,
     stride_qh,
@@ -96,7 +99,7 @@ def scan_kernel(
         let_next_begin()
     GROUPS: constexpr = V // BV
     dtype: constexpr = q.dtype.element_ty
-    i_h, i_b, i_state, part = program(H, cu_seqlens, N, T, segment_length, REVERSE)
+    i_h, i_b, part = program(H, cu_seqlens, N, T, segment_length, REVERSE)
     row = (cu_seqlens, N, T, part)
 
     q_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, K], BOX)
@@ -109,7 +112,14 @@ def scan_kernel(
     init_barriers(ready, empty, GROUPS, STAGES)
 
     inputs = (q_s, k_s, v_s, ready, empty)
-    states = (initial_state, interval_states, final_state, i_state)
+    states = (
+        initial_state,
+        interval_states,
+        final_state,
+        interval,
+        count_intervals(T, segment_length, interval),
+        summed,
+    )
     outputs = (o, o_s, S_s)
     where = (row, B, H, i_b, i_h)
     decay = (log_decay, scale)
@@ -201,7 +211,7 @@ def _scan(
     GROUPS: constexpr = V // BV
     inputs, outputs, states, decay, where = shared
     o, o_s, S_s = outputs
-    initial_state, _, final_state, _ = states
+    initial_state, _, final_state, _, _, _ = states
     log_decay, scale = decay
     row, B, H, i_b, i_h = where
     _, _, T, part = row

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..triton import config as portable_config
 from ..triton import launch as portable
 from ..triton.config import Segments
 from . import config, gradients, kernels, states
@@ -29,7 +30,7 @@ class _Scans(portable.Scans):
     def __init__(self, *arguments: Any):
         self._descriptors: list[Tensor] = []
         super().__init__(*arguments)
-        self.is_accumulated = True
+        self.is_accumulated = self.segments.num_intervals > config.MAX_SUMMED
 
     def cut(self) -> Segments:
         places = portable.num_multiprocessors(self.device) * config.programs_per_multiprocessor(self.V)
@@ -37,6 +38,7 @@ class _Scans(portable.Scans):
             self.T,
             self.kernels_at_once * self.B * self.H,
             places,
+            self.kernels_at_once * portable_config.min_interval(self.K, self.V, self.dtype),
             config.alone(self.K, self.V, self.cu_seqlens is not None, self.kernels_at_once),
             config.by_memory(places, self.V, self.kernels_at_once, _bytes_per_second(self.device)),
         )
@@ -57,7 +59,7 @@ class _Scans(portable.Scans):
                 states.interval_state_kernel,
                 programs,
                 (k, v, self.log_decay, found, factors, self.cu_seqlens),
-                (self.B, *self._sizes()),
+                (self.B, *self._sizes()[:-1]),
                 (*k.stride()[:3], *v.stride()[:3]),
                 (self.K, self.V, reverse, config.STATE_STAGES[self.K, self.V]),
                 maxnreg=config.MAX_REGISTERS[self.V],
@@ -99,7 +101,8 @@ class _Scans(portable.Scans):
         return o
 
     def _sizes(self) -> tuple[int, ...]:
-        return self.T, self.H, self.N, self.segments.length
+        segments, summed = self.segments, self.segments.interval if self.is_accumulated else self.T
+        return self.T, self.H, self.N, segments.length, segments.interval, summed
 
     def _launch(self, *arguments: Any, **options: Any) -> None:
         """With memory for the descriptors of TMA, which kernels make; an allocator that the caller has set stays."""

@@ -43,7 +43,7 @@ BARRIER: Any = constexpr(mbarrier.MBarrierLayout())
 
 @jit
 def program(H, cu_seqlens, N, T, segment_length, REVERSE: constexpr):
-    """Head and row of this program, the index of the state it starts from, and what part of the row this is."""
+    """Head and row of this program, and what part of the row this is."""
     num_segments = gl.maximum(1, gl.cdiv(T, segment_length))
     i = gl.program_id(0)
     i_h = i % H
@@ -55,7 +55,13 @@ def program(H, cu_seqlens, N, T, segment_length, REVERSE: constexpr):
         n_first, n_last = i_b, i_b + 1
     else:
         n_first, n_last = _sequences_in(cu_seqlens, first, last, N, T, REVERSE)
-    return i_h, i_b, i_b * (num_segments - 1) + i_s - 1, (first, last, n_first, n_last)
+    return i_h, i_b, (first, last, n_first, n_last)
+
+
+@jit
+def count_intervals(T, segment_length, interval):
+    """Those before the last segment of a row."""
+    return (gl.cdiv(T, segment_length) - 1) * (segment_length // interval)
 
 
 @jit
@@ -150,12 +156,12 @@ def state_before(
 ):
     """b_S, zero, and what tokens `start` to `lo` of sequence n leave, before this part of the row; and the next chunk.
 
-    With PREFIX chunks of them make it, otherwise another kernel has.
+    With PREFIX chunks of them make it, otherwise it is the sum of the states of intervals among the last `summed` ones.
     """
     written, b_write, whole, states, where, rate, n, start, lo, i_head, o_k, o_v = before
-    _, interval_states, _, i_state = states
-    row, _, H, _, _ = where
-    cu_seqlens, _, _, part = row
+    _, interval_states, _, interval, num_intervals, summed = states
+    row, _, H, i_b, _ = where
+    cu_seqlens, _, T, part = row
     first, _, _, _ = part
     if PREFIX:
         PACKED: constexpr = constexpr(cu_seqlens is not None)
@@ -165,9 +171,11 @@ def state_before(
             b_S, written, b_write, whole, c, num_chunks, num_others, g, V // BV, K, REVERSE, PACKED, STAGES
         )
         c += num_chunks
-    if interval_states is not None:  # noqa: SIM102 - known when compiled, the next is not
-        if start < first:
-            b_S = gl.load(state_pointers(interval_states, i_state, i_head, o_k, o_v, H, K, V, TRANSPOSED))
+    if interval_states is not None:
+        for j in range(gl.maximum(start, first - gl.minimum(_reach(rate, T), summed)) // interval, first // interval):
+            i_state = i_b * num_intervals + j
+            p_S = state_pointers(interval_states, i_state, i_head, o_k, o_v, H, K, V, TRANSPOSED)
+            b_S = b_S * decay_over(rate, interval) + gl.load(p_S)
     return b_S, c
 
 

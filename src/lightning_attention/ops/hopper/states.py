@@ -11,6 +11,7 @@ from .parts import (
     C,
     add_chunks,
     count_chunks,
+    count_intervals,
     empty_stage,
     gl,
     init_barriers,
@@ -26,7 +27,7 @@ from .parts import (
 )
 
 
-@jit(do_not_specialize=["B", "T", "H", "N", "segment_length"])
+@jit(do_not_specialize=["B", "T", "H", "N", "segment_length", "interval"])
 def interval_state_kernel(
     k,
     v,
@@ -39,6 +40,7 @@ def interval_state_kernel(
     H,
     N,
     segment_length,
+    interval,
     stride_kb,
     stride_kt,
     stride_kh,
@@ -50,7 +52,7 @@ def interval_state_kernel(
     REVERSE: constexpr,
     STAGES: constexpr,
 ):
-    """`Σ_j λ^(end-1-j) k_j v_jᵀ` of a segment, as in `..triton.kernels.interval_state_kernel`.
+    """`Σ_j λ^(end-1-j) k_j v_jᵀ` of an interval, as in `..triton.kernels.interval_state_kernel`.
 
     In reverse, of which only backward has need, it runs beside the kernel of the other direction, and ends after it.
     """
@@ -60,8 +62,8 @@ def interval_state_kernel(
     i = gl.program_id(0)
     i_h = i % H
     i = i // H
-    num_segments = gl.cdiv(T, segment_length)
-    i_s, i_b = i % (num_segments - 1), i // (num_segments - 1)
+    num_intervals = count_intervals(T, segment_length, interval)
+    i_i, i_b = i % num_intervals, i // num_intervals
 
     k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, K], BOX)
     v_s = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, 1, C, 1, BV], BOX)
@@ -70,7 +72,7 @@ def interval_state_kernel(
     init_barriers(ready, empty, GROUPS, STAGES)
 
     rate = load_rate(log_decay, i_h)
-    lo, hi, factor = interval_bounds(i_s, rate, cu_seqlens, N, T, segment_length, segment_length, REVERSE)
+    lo, hi, factor = interval_bounds(i_i, rate, cu_seqlens, N, T, segment_length, interval, REVERSE)
     gl.store(factors + i.to(gl.int64) * H + i_h, factor)
     num_chunks = count_chunks(lo, hi)
     begin = hi - num_chunks * C
