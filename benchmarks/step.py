@@ -18,7 +18,7 @@ from lightning_attention.ops import hopper
 
 DEVICE = torch.device("cuda")
 LENGTH = 8192
-ATTENTION = ("scan_kernel", "gradient_kernel", "interval_state_kernel")
+ATTENTION = ("scan_kernel", "gradient_kernel", "interval_state_kernel", "accumulate_kernel")
 
 
 class Step:

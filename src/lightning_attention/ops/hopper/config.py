@@ -11,6 +11,8 @@ MIN_ELEMENTS = 1 << 21
 
 # States of intervals that a program sums by itself; of more, another kernel makes the sums.
 MAX_SUMMED = 7
+# Of a row, where segments have several: each makes that kernel take longer.
+MAX_INTERVALS = 96
 
 # Tokens of a chunk.
 C = 64
@@ -69,13 +71,13 @@ def segments(length: int, programs: int, places: int, min_interval: int, alone: 
             return _longer(in_a_row, traffic)
         if count == 2:
             return _longer((1 + STATE_ALONE) * in_a_row, 1.25 * traffic)
-        return _longer(in_a_row, traffic) + 0.25 * traffic * (count - 1) / count + 15 + 0.05 * count
+        return _longer(in_a_row, traffic) + 0.25 * traffic * (count - 1) / count + 10 + 0.05 * count
 
     most = min(places // max(programs, 1) + 1, chunks)
     count = min(range(1, most + 1), key=time, default=1)
     if count == 1:
         return Segments(max(length, 1), max(length, 1), 1)
-    intervals = 1 if count == 2 else max(1, length // count // min_interval)
+    intervals = 1 if count == 2 else max(1, min(length // count // min_interval, MAX_INTERVALS // count))
     interval = ceil_div(length, count * intervals * C) * C
     return Segments(intervals * interval, interval, ceil_div(length, intervals * interval))
 

@@ -48,8 +48,8 @@ class _Scans(portable.Scans):
         """Whether the second of two segments makes the state before it, without a kernel for it."""
         return self.segments.count == 2
 
-    def interval_states(self, *pairs: tuple[Tensor, Tensor]) -> list[Tensor | None]:
-        return [None] * len(pairs) if self.has_prefix else super().interval_states(*pairs)
+    def interval_states(self, k: Tensor, v: Tensor, *, reverse: bool = False) -> Tensor | None:
+        return None if self.has_prefix else super().interval_states(k, v, reverse=reverse)
 
     def _states_of(self, segments: Segments, k: Tensor, v: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
         found = self.new_states(self.B, segments.num_intervals)
@@ -67,8 +67,9 @@ class _Scans(portable.Scans):
             )
         return found, factors
 
-    def _accumulate(self, states: Tensor, factors: Tensor, *, reverse: bool = False, early: bool = True) -> None:
-        super()._accumulate(states, factors, reverse=reverse, early=early and states.is_cuda)
+    def _accumulate(self, states: Tensor, factors: Tensor, *, early: bool = True, beside: bool = False) -> None:
+        is_gpu = states.is_cuda
+        super()._accumulate(states, factors, early=early and is_gpu, beside=beside and is_gpu)
 
     def scan(
         self,
@@ -123,7 +124,35 @@ class _Gradients(_Scans):
 
     kernels_at_once = 2
 
-    def key_value_gradients(
+    def gradients(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        do: Tensor,
+        initial_state: Tensor | None,
+        d_final_state: Tensor | None,
+        d_initial_state: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        states, d_states = self._states_of_both(q, k, v, do) if self.segments.count > 2 else (None, None)
+        dq = self.scan(do, v, k, initial_state, states, transposed=True)
+        if self.K == self.V:
+            dk, dv = self._key_value_gradients(q, k, v, do, d_final_state, d_states, d_initial_state)
+        else:
+            dk = self.scan(v, do, q, d_final_state, d_states, reverse=True, transposed=True, beside=True)
+            dv = self.scan(k, q, do, d_final_state, d_states, d_initial_state, reverse=True, beside=True)
+        return dq, dk, dv
+
+    def _states_of_both(self, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, Tensor]:
+        """Of intervals, for dq and, in reverse, for dk and dv."""
+        states, factors = self._states_of(self.segments, k, v, reverse=False)
+        d_states, d_factors = self._states_of(self.segments, q, do, reverse=True)
+        if self.is_accumulated:
+            self._accumulate(states, factors)
+            self._accumulate(d_states, d_factors, beside=True)
+        return states, d_states
+
+    def _key_value_gradients(
         self,
         q: Tensor,
         k: Tensor,
@@ -133,10 +162,6 @@ class _Gradients(_Scans):
         interval_states: Tensor | None,
         d_initial_state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        if self.K != self.V:
-            dk = self.scan(v, do, q, d_final_state, interval_states, reverse=True, transposed=True, beside=True)
-            dv = self.scan(k, q, do, d_final_state, interval_states, d_initial_state, reverse=True, beside=True)
-            return dk, dv
         dk = torch.empty_like(k, memory_format=torch.contiguous_format)
         dv = torch.empty_like(v, memory_format=torch.contiguous_format)
         results = d_final_state, interval_states, d_initial_state

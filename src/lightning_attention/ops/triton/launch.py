@@ -29,8 +29,7 @@ def forward(
         call = (scans or Scans)(q, v, log_decay, cu_seqlens, scale)
         q, k, v = _rows(q), _rows(k), _rows(v)
         final_state = call.new_states(call.N) if output_final_state else None
-        (interval_states,) = call.interval_states((k, v))
-        o = call.scan(q, k, v, _contiguous(initial_state), interval_states, final_state)
+        o = call.scan(q, k, v, _contiguous(initial_state), call.interval_states(k, v), final_state)
         return o, final_state
 
 
@@ -49,8 +48,7 @@ def prefill(
         q, k, v = _rows(q), _rows(k), _rows(v)
         final_state, states = call.new_states(call.N), call.new_states(call.B, state_positions.shape[0])
         kept = states, state_positions.contiguous()
-        (interval_states,) = call.interval_states((k, v))
-        o = call.scan(q, k, v, _contiguous(initial_state), interval_states, final_state, kept)
+        o = call.scan(q, k, v, _contiguous(initial_state), call.interval_states(k, v), final_state, kept)
         return o, final_state, states
 
 
@@ -67,17 +65,12 @@ def backward(
     *,
     scans: "type[Scans] | None" = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Three scans: `do, v, k` for dq, from transposed states; in reverse `v, do, q` for dk and `k, q, do` for dv."""
     with torch.accelerator.device_index(q.device.index):
         call = (scans or Scans)(q, v, log_decay, cu_seqlens, scale)
         q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
         initial_state, d_final_state = _contiguous(initial_state), _contiguous(d_final_state)
         d_initial_state = None if initial_state is None else call.new_states(call.N)
-        states, d_states = call.interval_states((k, v), (q, do))
-        # What is given to the first of these is kept for the others, which a backend may run beside it.
-        dq = call.scan(do, v, k, initial_state, states, transposed=True)
-        dk, dv = call.key_value_gradients(q, k, v, do, d_final_state, d_states, d_initial_state)
-        return dq, dk, dv, d_initial_state
+        return *call.gradients(q, k, v, do, initial_state, d_final_state, d_initial_state), d_initial_state
 
 
 def write_state(k: Tensor, v: Tensor, log_decay: Tensor, *, reverse: bool) -> Tensor:
@@ -275,18 +268,14 @@ class Scans:
         """`[*sizes, H, K, V]`."""
         return torch.empty(*sizes, self.H, self.K, self.V, dtype=state_dtype(self.dtype), device=self.device)
 
-    def interval_states(self, *pairs: tuple[Tensor, Tensor]) -> list[Tensor | None]:
-        """Of intervals of keys and values, and in reverse of queries and output gradients, from which segments start.
-
-        `[B, intervals, H, K, V]`, or None where there is one segment, which needs none.
-        """
+    def interval_states(self, k: Tensor, v: Tensor, *, reverse: bool = False) -> Tensor | None:
+        """`[B, intervals, H, K, V]`, or None where there is one segment, which needs none."""
         if self.segments.count == 1:
-            return [None] * len(pairs)
-        added = [self._states_of(self.segments, *pair, reverse=i == 1) for i, pair in enumerate(pairs)]
+            return None
+        states, factors = self._states_of(self.segments, k, v, reverse=reverse)
         if self.is_accumulated:
-            for i, states in enumerate(added):
-                self._accumulate(*states, reverse=i == 1)
-        return [states for states, _ in added]
+            self._accumulate(states, factors)
+        return states
 
     def state_after(self, k: Tensor, v: Tensor, log_decay: Tensor, *, reverse: bool) -> Tensor:
         """`[B, H, K, V]`, of a row that starts from zero."""
@@ -319,8 +308,8 @@ class Scans:
             )
         return states, factors
 
-    def _accumulate(self, states: Tensor, factors: Tensor, *, reverse: bool = False, early: bool = False) -> None:
-        """In place; on Hopper GPUs, in reverse, `early`: beside the launch before."""
+    def _accumulate(self, states: Tensor, factors: Tensor, *, early: bool = False, beside: bool = False) -> None:
+        """In place. On Hopper `early` lets the next launch begin, and `beside` begins before the last has ended."""
         B, num_intervals, H, K, V = states.shape
         block, num_warps, num_stages = config.ACCUMULATED
         if programs := B * H * ceil_div(K * V, block):
@@ -330,9 +319,9 @@ class Scans:
                 (states, factors),
                 (H, num_intervals),
                 (),
-                (K * V, block, num_stages, early, early and reverse),
+                (K * V, block, num_stages, early, beside),
                 num_warps,
-                **{"launch_pdl": True} if early and reverse else {},
+                **{"launch_pdl": True} if beside else {},
             )
 
     def scan(
@@ -371,20 +360,25 @@ class Scans:
             )
         return o
 
-    def key_value_gradients(
+    def gradients(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         do: Tensor,
+        initial_state: Tensor | None,
         d_final_state: Tensor | None,
-        interval_states: Tensor | None,
         d_initial_state: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """`dk` and `dv`; `d_initial_state` is filled."""
-        dk = self.scan(v, do, q, d_final_state, interval_states, reverse=True, transposed=True)
-        dv = self.scan(k, q, do, d_final_state, interval_states, d_initial_state, reverse=True)
-        return dk, dv
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`dq`, `dk` and `dv`; `d_initial_state` is filled.
+
+        Three scans: `do, v, k` for dq, from transposed states; in reverse `v, do, q` for dk and `k, q, do` for dv.
+        """
+        dq = self.scan(do, v, k, initial_state, self.interval_states(k, v), transposed=True)
+        states = self.interval_states(q, do, reverse=True)
+        dk = self.scan(v, do, q, d_final_state, states, reverse=True, transposed=True)
+        dv = self.scan(k, q, do, d_final_state, states, d_initial_state, reverse=True)
+        return dq, dk, dv
 
     def _programs(self, V: int, tiles: Tiles) -> int:
         return ceil_div(V, tiles.BV) * self.H * self.B
