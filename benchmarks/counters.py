@@ -1,6 +1,6 @@
 """What bounds the kernels for Hopper: counters that Nsight Compute reads, each kernel running alone.
 
-python benchmarks/profile.py results.json
+python benchmarks/counters.py results.json
 """
 
 import csv
@@ -65,7 +65,7 @@ def main(output: Path) -> None:
         sizes = dict(zip(("batch_size", "length", "num_heads", "head_dim"), shape, strict=True))
         results.append(sizes | {"launches": profile(shape)})
         print(json.dumps(results[-1], indent=1), flush=True)
-    command = "python benchmarks/profile.py results.json"
+    command = "python benchmarks/counters.py results.json"
     document = {"machine": machine(torch.device("cuda")), "command": command, "results": results}
     output.write_text(json.dumps(document, indent=1) + "\n")
 
