@@ -36,11 +36,11 @@ def run(B: int, T: int, H: int, D: int) -> None:
     for is_profiled in (False, True):
         torch.cuda.synchronize()
         if is_profiled:
-            torch.cuda.cudart().cudaProfilerStart()
+            torch.cuda.profiler.start()
         hopper.forward(q, k, v, log_decay, None, None, 1.0, False)
         hopper.backward(q, k, v, do, log_decay, None, None, None, 1.0)
         torch.cuda.synchronize()
-        torch.cuda.cudart().cudaProfilerStop()
+        torch.cuda.profiler.stop()
 
 
 def profile(shape: tuple[int, ...]) -> list[dict[str, str]]:

@@ -1,5 +1,7 @@
 """The kernels for Hopper, on such a GPU or emulated: what they compute, and that no partition waits forever."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -108,6 +110,31 @@ def test_only_its_own_rows_are_read(kernels_run, monkeypatch, case, num_segments
     o = lightning_attention(q, k, v, inputs.log_decay, cu_seqlens=cu_seqlens, backend="hopper").output
     for piece in (slice(40), slice(50, None)):
         assert torch.equal(o[:, piece], clean[:, piece])
+
+
+@pytest.mark.parametrize("is_accumulated", [False, True], ids=["summed", "accumulated"])
+@pytest.mark.parametrize("V", [64, 128])
+def test_nothing_is_freed_before_all_are_launched(kernels_run, monkeypatch, V, is_accumulated):
+    """Kernels overlap: memory of a temporary tensor would be taken for another one while it is still read."""
+    cut(monkeypatch, 3, is_accumulated=is_accumulated)
+    seen: list[weakref.ref] = []
+    start = launch.portable.launch
+
+    def checked(kernel, programs, tensors, *rest, **options):
+        assert all(tensor() is not None for tensor in seen)
+        seen.extend(weakref.ref(tensor) for tensor in tensors if tensor is not None)
+        start(kernel, programs, tensors, *rest, **options)
+
+    monkeypatch.setattr(launch.portable, "launch", checked)
+    inputs = make_inputs(Case(B=1, T=180, H=2, K=64, V=V), torch.float16).on(device_of("triton"))
+    q, k, v, do, states, d_states = (
+        torch.stack([x, x], -1)[..., 0]
+        for x in (inputs.q, inputs.k, inputs.v, inputs.v, inputs.d_final_state, inputs.d_final_state)
+    )
+    launch.forward(q, k, v, inputs.log_decay, states, None, 1.0, True)
+    count, seen[:] = len(seen), []
+    launch.backward(q, k, v, do, inputs.log_decay, states, d_states, None, 1.0)
+    assert min(count, len(seen)) > 12  # of states, and of scans
 
 
 @pytest.mark.parametrize("case", [Case(B=0, K=64, V=64), Case(lengths=(), K=128, V=128)], ids=str)

@@ -23,12 +23,16 @@ def backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor, *rest: Any) -> tuple[T
 
 
 class _Scans(portable.Scans):
-    """A program for a head; where V is 128, of two warpgroups that share what comes in."""
+    """A program for a head; where V is 128, of two warpgroups that share what comes in.
+
+    A kernel may begin before the one launched before it has ended. So nothing that one reads or writes may be freed,
+    and its memory be taken for something else, before all are launched.
+    """
 
     kernels_at_once = 1
 
     def __init__(self, *arguments: Any):
-        self._descriptors: list[Tensor] = []
+        self._kept: list[Any] = []
         super().__init__(*arguments)
         self.is_accumulated = self.segments.num_intervals > config.MAX_SUMMED
 
@@ -69,6 +73,7 @@ class _Scans(portable.Scans):
 
     def _accumulate(self, states: Tensor, factors: Tensor, *, early: bool = True, beside: bool = False) -> None:
         is_gpu = states.is_cuda
+        self._kept.append((states, factors))
         super()._accumulate(states, factors, early=early and is_gpu, beside=beside and is_gpu)
 
     def scan(
@@ -105,22 +110,20 @@ class _Scans(portable.Scans):
         segments, summed = self.segments, self.segments.interval if self.is_accumulated else self.T
         return self.T, self.H, self.N, segments.length, segments.interval, summed
 
-    def _launch(self, *arguments: Any, **options: Any) -> None:
+    def _launch(self, kernel: Any, programs: int, tensors: tuple[Any, ...], *rest: Any, **options: Any) -> None:
         """With memory for the descriptors of TMA, which kernels make; an allocator that the caller has set stays."""
+        self._kept.append(tensors)
         context = copy_context()
         context.run(triton.set_allocator, self._allocate)
-        context.run(portable.launch, *arguments, num_warps=4, **options)
+        context.run(portable.launch, kernel, programs, tensors, *rest, num_warps=4, **options)
 
     def _allocate(self, size: int, alignment: int, stream: int | None) -> Tensor:
-        self._descriptors.append(torch.empty(size, dtype=torch.int8, device=self.device))
-        return self._descriptors[-1]
+        self._kept.append(memory := torch.empty(size, dtype=torch.int8, device=self.device))
+        return memory
 
 
 class _Gradients(_Scans):
-    """The kernels of dk and dv begin when all programs of that of dq have, and what one leaves idle the others use.
-
-    Nothing that a kernel reads or writes may be freed, and so be taken for another tensor, before all are launched.
-    """
+    """The kernels of dk and dv begin when all programs of that of dq have, and what one leaves idle the others use."""
 
     kernels_at_once = 2
 
