@@ -122,6 +122,7 @@ def test_nothing_is_freed_before_all_are_launched(kernels_run, monkeypatch, V, i
 
     def checked(kernel, programs, tensors, *rest, **options):
         assert all(tensor() is not None for tensor in seen)
+        assert seen or not options.get("launch_pdl"), "the first of a call follows what others launched"
         seen.extend(weakref.ref(tensor) for tensor in tensors if tensor is not None)
         start(kernel, programs, tensors, *rest, **options)
 

@@ -37,8 +37,11 @@ OPTIONAL = {
 GIVEN = {"nothing": {"log_decay"}, "packed": {"log_decay", "cu_seqlens"}, "everything": OPTIONAL}
 
 
-def check(kernel: Any, V: int, given: str, constants: dict[str, Any], num_stores: int) -> None:
-    """With states of intervals or a prefix, never both; float16 scales the state where bfloat16 scales the output."""
+def check(kernel: Any, V: int, given: str, constants: dict[str, Any], num_stores: int, *, waits: bool) -> None:
+    """With states of intervals or a prefix, never both; float16 scales the state where bfloat16 scales the output.
+
+    A kernel launched before the last one has ended, and no other, `waits` for it.
+    """
     prefix = constants.get("PREFIX")
     makes_states = kernel is states.interval_state_kernel
     present = GIVEN[given] - ({"interval_states"} if prefix else set()) | (
@@ -54,6 +57,8 @@ def check(kernel: Any, V: int, given: str, constants: dict[str, Any], num_stores
     assert (compiled.metadata.shared + 1024) * config.programs_per_multiprocessor(V) <= SHARED_MEMORY
     _, code = machine_code(compiled)
     assert "UTMALDG.4D" in code
+    assert ("ACQBULK" in code) == waits
+    assert ("PREEXIT" in code) == (kernel is not gradients.gradient_kernel)  # which nothing runs beside
     hot = [body for body in loops(code) if count(body, "UTMASTG") == num_stores and count(body, "HGMMA")]
     num_groups = V // 64
     hot = sorted(hot, key=len)[:num_groups]
@@ -81,7 +86,9 @@ def test_scan(K, V, given, reverse, prefix):
         "PREFIX": prefix,
         "BESIDE": reverse,
     }
-    check(kernels.scan_kernel, V, given, constants | {"STAGES": config.SCAN_STAGES[K, V]}, num_stores=1)
+    waits = reverse or (given == "everything" and not prefix)
+    constants["STAGES"] = config.SCAN_STAGES[K, V]
+    check(kernels.scan_kernel, V, given, constants, num_stores=1, waits=waits)
 
 
 @pytest.mark.parametrize("prefix", [False, True])
@@ -89,7 +96,7 @@ def test_scan(K, V, given, reverse, prefix):
 @pytest.mark.parametrize("D", config.GRADIENT_STAGES)
 def test_gradient(D, given, prefix):
     constants = {"D": D, "PREFIX": prefix, "STAGES": config.GRADIENT_STAGES[D]}
-    check(gradients.gradient_kernel, D, given, constants, num_stores=2)
+    check(gradients.gradient_kernel, D, given, constants, num_stores=2, waits=True)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -97,4 +104,4 @@ def test_gradient(D, given, prefix):
 @pytest.mark.parametrize(("K", "V"), config.STATE_STAGES, ids=str)
 def test_states(K, V, given, reverse):
     constants = {"K": K, "V": V, "REVERSE": reverse, "STAGES": config.STATE_STAGES[K, V]}
-    check(states.interval_state_kernel, V, given, constants, num_stores=0)
+    check(states.interval_state_kernel, V, given, constants, num_stores=0, waits=reverse)
