@@ -48,20 +48,23 @@ def by_memory(places: int, value_dim: int, kernels: int, bytes_per_second: float
 
 
 @lru_cache(1024)
-def segments(length: int, programs: int, places: int, min_interval: int, alone: float, by_memory: float) -> Segments:
+def segments(
+    length: int, heads: int, places: int, min_interval: int, alone: float, by_memory: float, kernels: int = 1
+) -> Segments:
     """As many as take least time, by a model of it.
 
     The second of two makes the state before it as well; more than two get their states from another kernel.
 
     Args:
         length: tokens T of a row.
-        programs: that work if rows are not cut.
+        heads: of all rows, programs of a kernel if rows are not cut.
         places: programs that run at a time.
         min_interval: tokens of one of several intervals in a segment, at least.
         alone: see `alone`.
         by_memory: see `by_memory`.
+        kernels: that run beside each other.
     """
-    chunks = ceil_div(length, C)
+    chunks, programs = ceil_div(length, C), kernels * heads
     traffic = by_memory * chunks * programs / places
 
     def time(count: int) -> float:
@@ -73,7 +76,7 @@ def segments(length: int, programs: int, places: int, min_interval: int, alone: 
             return _longer((1 + STATE_ALONE) * in_a_row, 1.25 * traffic)
         return _longer(in_a_row, traffic) + 0.25 * traffic * (count - 1) / count + 8 + 0.05 * count
 
-    most = min(places // max(programs, 1) + 1, chunks)
+    most = min(places // max(heads, 1), chunks)
     count = min(range(1, most + 1), key=time, default=1)
     if count == 1:
         return Segments(max(length, 1), max(length, 1), 1)

@@ -40,11 +40,12 @@ class _Scans(portable.Scans):
         places = portable.num_multiprocessors(self.device) * config.programs_per_multiprocessor(self.V)
         return config.segments(
             self.T,
-            self.kernels_at_once * self.B * self.H,
+            self.B * self.H,
             places,
             self.kernels_at_once * portable_config.min_interval(self.K, self.V, self.dtype),
             config.alone(self.K, self.V, self.cu_seqlens is not None, self.kernels_at_once),
             config.by_memory(places, self.V, self.kernels_at_once, _bytes_per_second(self.device)),
+            self.kernels_at_once,
         )
 
     @property

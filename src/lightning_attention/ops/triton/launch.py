@@ -289,7 +289,7 @@ class Scans:
         )
         states, factors = self._states_of(row, k, v, reverse=reverse)
         self._accumulate(states, factors)
-        return states[:, -1]
+        return states[:, -1].clone(memory_format=torch.contiguous_format)
 
     def _states_of(self, segments: Segments, k: Tensor, v: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
         """What every interval adds to the state, and factors `[B, intervals, H]` for the state before it."""
