@@ -1,6 +1,8 @@
 """The kernels for Hopper, on such a GPU or emulated: what they compute, and that no partition waits forever."""
 
+import json
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,3 +177,25 @@ def test_slower_memory_is_read_once():
     """Two segments read half of k and v twice: worth it on an H200, not on an H100."""
     counts = [config.segments(8192, 64, 132, 2048, alone=1.65, by_memory=x).count for x in (2.05, 2.87)]
     assert counts == [2, 1]
+
+
+MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks/results/h100/segments.json").read_text())["results"]
+
+
+@pytest.mark.parametrize(("direction", "kernels"), [("forward", 1), ("backward", 2)])
+def test_the_number_of_segments_is_among_the_fastest(direction, kernels):
+    """Of those that were measured, that next to the one chosen takes at most a tenth longer than the fastest."""
+    for found in MEASURED:
+        T, heads, D = found["length"], found["batch_size"] * found["num_heads"], found["head_dim"]
+        times = {}
+        for name, time in found[f"{direction}_milliseconds"].items():
+            if name.isdigit():  # asked for; of whole chunks there may be fewer
+                times[ceil_div(T, ceil_div(T, int(name) * config.C) * config.C)] = time
+        if len(times) < 3:
+            continue
+        places = 132 * config.programs_per_multiprocessor(D)
+        alone = config.alone(D, D, is_packed=False, kernels=kernels)
+        by_memory = config.by_memory(places, D, kernels, bytes_per_second=3.0e12)
+        chosen = config.segments(T, heads, places, 2048 * kernels, alone, by_memory, kernels).count
+        nearest = min(times, key=lambda count: abs(count - chosen) / count)
+        assert times[nearest] <= 1.1 * min(times.values()), (found, chosen)

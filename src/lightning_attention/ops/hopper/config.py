@@ -74,7 +74,7 @@ def segments(
             return _longer(in_a_row, traffic)
         if count == 2:
             return _longer((1 + STATE_ALONE) * in_a_row, 1.25 * traffic)
-        return _longer(in_a_row, traffic) + 0.25 * traffic * (count - 1) / count + 8 + 0.05 * count
+        return _longer(in_a_row, traffic) + 0.3 * traffic * (count - 1) / count + 8 + 0.05 * count
 
     most = min(places // max(heads, 1), chunks)
     count = min(range(1, most + 1), key=time, default=1)
