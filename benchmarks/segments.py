@@ -1,4 +1,4 @@
-"""Few heads: the time of every number of segments, to which the models in `config.segments` are fitted.
+"""Few heads: the time of every number of segments, to which the model in `ops/hopper/config.py` is fitted.
 
 python benchmarks/segments.py results.json
 """

@@ -6,7 +6,7 @@ from ..triton.config import Segments, ceil_div
 
 HEAD_DIMS = (64, 128)
 
-# Of queries, or values. With fewer the host takes longer to launch these kernels than the GPU to run the portable ones.
+# Of queries, or values. With fewer a call is mostly launching, which takes the host longer than with portable kernels.
 MIN_ELEMENTS = 1 << 21
 
 # States of intervals that a program sums by itself; of more, another kernel makes the sums.

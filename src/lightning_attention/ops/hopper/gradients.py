@@ -92,7 +92,6 @@ def gradient_kernel(
     dtype: constexpr = q.dtype.element_ty
     i_h, i_b, part = program(H, cu_seqlens, N, T, segment_length, True)
     row = (cu_seqlens, N, T, part)
-    num_intervals = count_intervals(T, segment_length, interval)
 
     q_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, D], BOX)
     k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, D], BOX)
@@ -109,6 +108,7 @@ def gradient_kernel(
 
     inputs = (q_s, k_s, v_s, do_s, ready, empty)
     R = (R_s, published)
+    num_intervals = count_intervals(T, segment_length, interval)
     states = (d_final_state, interval_states, d_initial_state, interval, num_intervals, summed)
     where = (row, B, H, i_b, i_h)
     decay = (log_decay, scale)

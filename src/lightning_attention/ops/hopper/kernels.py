@@ -101,7 +101,6 @@ def scan_kernel(
     dtype: constexpr = q.dtype.element_ty
     i_h, i_b, part = program(H, cu_seqlens, N, T, segment_length, REVERSE)
     row = (cu_seqlens, N, T, part)
-    num_intervals = count_intervals(T, segment_length, interval)
 
     q_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, K], BOX)
     k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, K], BOX)
@@ -113,6 +112,7 @@ def scan_kernel(
     init_barriers(ready, empty, GROUPS, STAGES)
 
     inputs = (q_s, k_s, v_s, ready, empty)
+    num_intervals = count_intervals(T, segment_length, interval)
     states = (initial_state, interval_states, final_state, interval, num_intervals, summed)
     outputs = (o, o_s, S_s)
     where = (row, B, H, i_b, i_h)

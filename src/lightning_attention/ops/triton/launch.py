@@ -251,14 +251,7 @@ class Scans:
 
     def cut(self) -> Segments:
         """Of a row."""
-        tiles = config.scan_tiles(self.K, self.V, self.dtype, self.precision)
-        return config.segments(
-            self.T,
-            self._programs(self.V, tiles),
-            num_multiprocessors(self.device),
-            tiles.programs_per_sm,
-            config.min_interval(self.K, self.V, self.dtype),
-        )
+        return self._cut(config.segments, config.scan_tiles(self.K, self.V, self.dtype, self.precision))
 
     def scale_of(self, reverse: bool) -> float:
         """In reverse the state is kept divided by scale."""
@@ -279,14 +272,7 @@ class Scans:
 
     def state_after(self, k: Tensor, v: Tensor, log_decay: Tensor, *, reverse: bool) -> Tensor:
         """`[B, H, K, V]`, of a row that starts from zero."""
-        tiles = config.interval_tiles(self.K, self.V, self.dtype, self.precision)
-        row = config.whole_row(
-            self.T,
-            self._programs(self.V, tiles),
-            num_multiprocessors(self.device),
-            tiles.programs_per_sm,
-            config.min_interval(self.K, self.V, self.dtype),
-        )
+        row = self._cut(config.whole_row, config.interval_tiles(self.K, self.V, self.dtype, self.precision))
         states, factors = self._states_of(row, k, v, reverse=reverse)
         self._accumulate(states, factors)
         return states[:, -1].clone(memory_format=torch.contiguous_format)
@@ -379,6 +365,15 @@ class Scans:
         dk = self.scan(v, do, q, d_final_state, states, reverse=True, transposed=True)
         dv = self.scan(k, q, do, d_final_state, states, d_initial_state, reverse=True)
         return dq, dk, dv
+
+    def _cut(self, how: Callable[[int, int, int, int, int], Segments], tiles: Tiles) -> Segments:
+        return how(
+            self.T,
+            self._programs(self.V, tiles),
+            num_multiprocessors(self.device),
+            tiles.programs_per_sm,
+            config.min_interval(self.K, self.V, self.dtype),
+        )
 
     def _programs(self, V: int, tiles: Tiles) -> int:
         return ceil_div(V, tiles.BV) * self.H * self.B
