@@ -6,6 +6,8 @@ import pytest
 import torch
 from oracle import HAS_GPU, INTERPRETED
 
+from lightning_attention.ops import library
+
 CAN_INTERPRET = INTERPRETED and find_spec("triton") is not None
 
 
@@ -22,3 +24,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_setup() -> None:
     torch.manual_seed(0)  # the same numbers for a test alone and among others
+    library._replays.clear()  # some tests cut the work otherwise, which no argument tells

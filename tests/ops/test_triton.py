@@ -125,49 +125,6 @@ def test_usual_states_are_looked_up_once(kernel, strided, lookups):
     assert len(kernel.compiled.launches) == 3 - lookups
 
 
-@pytest.mark.parametrize("strided", [strided for strided, _ in STATES.values()], ids=STATES.keys())
-@pytest.mark.parametrize("indices", [None, torch.tensor([1, -1])], ids=["all", "slots"])
-@pytest.mark.parametrize("T", [None, 1, 3])
-def test_a_prepared_step_is_launched_alike(kernel, T, indices, strided):
-    from lightning_attention.ops.triton import launch
-
-    inputs = make_inputs(Case(T=T or 1), torch.float32)
-    qkv = inputs.q, inputs.k, inputs.v
-    rest = inputs.log_decay, strided(inputs.state), indices
-    for _ in range(2):
-        launch.step(*qkv, *rest, 0.5)
-    asked = qkv if T else [x[:, 0] for x in qkv]
-    step = launch.prepare_step(*asked, *rest)
-    is_usual = len(kernel.compiled.launches) == 1
-    assert (step is not None) == is_usual
-    if step:
-        o = step(*asked, *rest, 0.5)
-        assert (o.shape, o.dtype) == (asked[2].shape, torch.float32)
-        (grid, arguments), (prepared_grid, prepared) = kernel.compiled.launches
-        assert grid == prepared_grid
-        output = 3
-        assert prepared == (*arguments[:output], o.data_ptr(), *arguments[output + 1 :])
-
-
-def test_what_is_not_prepared(kernel):
-    """Copies, empty inputs, and inputs that are not aligned."""
-    from lightning_attention.ops.triton import launch
-
-    inputs = make_inputs(Case(T=1), torch.float32)
-    state, log_decay = inputs.state, inputs.log_decay
-    q, k, v = inputs.q, inputs.k, inputs.v
-    launch.step(q, k, v, log_decay, state, None, 1.0)
-    step = launch.prepare_step(q, k, v, log_decay, state, None)
-    assert step is not None
-    shifted = torch.cat([k.new_zeros(1), k.flatten()])[1:].view_as(k)
-    assert step(q, shifted, v, log_decay, state, None, 1.0) is None
-    columns = q.mT.contiguous().mT
-    assert launch.prepare_step(columns, k, v, log_decay, state, None) is None
-    assert launch.prepare_step(q, k, v, torch.zeros(2 * len(log_decay))[::2], state, None) is None
-    assert launch.prepare_step(q[:, :0], k[:, :0], v[:, :0], log_decay, state, None) is None
-    assert launch.prepare_step(q[:0], k[:0], v[:0], log_decay, state[:0], None) is None
-
-
 PROBLEM = Problem(1, 100, 2, 64, 64, 1, torch.float32, torch.device("cpu"))
 REFUSED = [
     ({"dtype": torch.float64}, "float64 has no tensor cores"),

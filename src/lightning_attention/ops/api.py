@@ -74,12 +74,10 @@ def lightning_attention(
     Source: Lightning Attention-2 (arXiv 2401.04658), algorithms 1 and 2.
     """
     q, k, v = autocast(q, k, v)
-    problem = Problem.of_attention(q, k, v, log_decay, initial_state, cu_seqlens)
-    backend = library.choose_backend(backend, problem)
-    o, final_state = library.attention(
+    outputs = library.attention(
         q, k, v, log_decay, initial_state, cu_seqlens, float(scale), output_final_state, backend
     )
-    return LightningAttentionOutput(o, final_state)
+    return LightningAttentionOutput(*outputs)
 
 
 def lightning_attention_step(
@@ -120,10 +118,10 @@ def lightning_attention_step(
     """
     _refuse_gradients("lightning_attention_step", q, k, v, state)
     q, k, v = autocast(q, k, v)
-    inputs = q, k, v, log_decay, state, state_indices
-    look = library.look(backend, *inputs)
-    if look and (step := library.prepared_step(look)) and (o := step(*inputs, scale)) is not None:
-        return o
+    return library.recorded(_step, q, k, v, log_decay, state, state_indices, float(scale), backend)
+
+
+def _step(q, k, v, log_decay, state, state_indices, scale, backend):
     if q.dim() not in (3, 4):
         raise ValueError(f"q must be [B, H, K] or [B, T, H, K], got shape {tuple(q.shape)}")
     one_token = q.dim() == 3
@@ -131,9 +129,7 @@ def lightning_attention_step(
         q, k, v = q[:, None], k[:, None], v[:, None]
     problem = Problem.of_step(q, k, v, log_decay, state, state_indices)
     backend = library.choose_backend(backend, problem)
-    o = library.step(q, k, v, log_decay, state, state_indices, float(scale), backend)
-    if look:
-        library.prepare_step(look, backend, *inputs)
+    o = library.step(q, k, v, log_decay, state, state_indices, scale, backend)
     return o[:, 0] if one_token else o
 
 

@@ -2,11 +2,13 @@
 
 A backend is a module with `unsupported_reasons`, `forward`, `prefill`, `backward`, `step`, `verify` and `commit`; its
 name travels as an argument, so a new backend adds a module and a line here, and no operator. It may have more:
-`is_slow`, `prepare_step`, and `write_state` and `read_state_` for slices of a sequence.
+`is_slow`, and `write_state` and `read_state_` for slices of a sequence.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,35 +38,39 @@ def _is_slow(backend: ModuleType, problem: Problem) -> bool:
     return is_slow is not None and is_slow(problem)
 
 
-# Launches of steps, by the look of their inputs.
-_prepared_steps: dict[tuple, Callable[..., Tensor | None]] = {}
-MAX_PREPARED_STEPS = 1024
+# What makes the launches of a call again, by the look of its arguments.
+_replays: dict[tuple, Callable] = {}
+MAX_REPLAYS = 1024
 
 
-def look(backend: str, *inputs: Tensor | None) -> tuple | None:
-    """All that is checked of inputs on a GPU, and all that a launch depends on, but their alignment.
+def recorded(function: Callable, *arguments: Any) -> Any:
+    """`function(*arguments)`; where its arguments look like earlier ones, no more than the launches that these made.
 
-    None where they are elsewhere, or where operators have to be seen.
+    So checks, choices and sizes cost an eager call on a GPU nothing. On other devices, and where operators have to be
+    seen, the function is called.
     """
-    x = inputs[0]
-    if x is None or not x.is_cuda or _is_observed(x):
+    if (look := _look(function, arguments)) is None:
+        return function(*arguments)
+    if replay := _replays.get(look):
+        return replay(*arguments)
+    result, replay = triton.record(function, *arguments)
+    if replay:
+        if len(_replays) == MAX_REPLAYS:
+            _replays.clear()
+        _replays[look] = replay
+    return result
+
+
+def _look(function: Callable, arguments: tuple[Any, ...]) -> tuple | None:
+    """What of them is checked, and what launches depend on; None where nothing can be recorded."""
+    x = arguments[0]
+    if not x.is_cuda or _is_observed(x) or not triton.runs_on(x.device):
         return None
-    looks = [None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in inputs]
-    return backend, *looks
-
-
-def prepared_step(look: tuple) -> Callable[..., Tensor | None] | None:
-    """What steps inputs of this look, if it is known; it returns None for those that it cannot."""
-    return _prepared_steps.get(look)
-
-
-def prepare_step(look: tuple, backend: str, *inputs: Tensor | None) -> None:
-    """After a step: have `prepared_step` for others of this look, if the backend can."""
-    prepare = getattr(BACKENDS[backend], "prepare_step", None)
-    if prepare and (launch := prepare(*inputs)):
-        if len(_prepared_steps) == MAX_PREPARED_STEPS:
-            _prepared_steps.clear()
-        _prepared_steps[look] = launch
+    looks = [
+        (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.data_ptr() % 16) if isinstance(x, Tensor) else x
+        for x in arguments
+    ]
+    return function, torch.get_float32_matmul_precision(), *looks
 
 
 def is_autocast_enabled(device_type: str) -> bool:
@@ -263,7 +269,7 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens)
         ctx.scale, ctx.output_final_state, ctx.backend = scale, output_final_state, backend
         ctx.set_materialize_grads(False)
-        return forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend)
+        return recorded(_forward, q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend)
 
     @staticmethod
     def backward(ctx, do, d_final_state):
@@ -272,11 +278,10 @@ class _Attention(torch.autograd.Function):
             do = torch.zeros_like(v)
         if not ctx.output_final_state:  # the compiler makes one up
             d_final_state = None
-        differentiate = _Gradients.apply if torch.is_grad_enabled() else backward
-        dq, dk, dv, d_initial_state = differentiate(
-            q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, ctx.scale, ctx.backend
-        )
-        return dq, dk, dv, None, (None if initial_state is None else d_initial_state), None, None, None, None
+        arguments = q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, ctx.scale, ctx.backend
+        differentiate = _Gradients.apply if torch.is_grad_enabled() else partial(recorded, _backward)
+        dq, dk, dv, d_initial_state = differentiate(*arguments)
+        return dq, dk, dv, None, d_initial_state, None, None, None, None
 
 
 class _Gradients(torch.autograd.Function):
@@ -284,7 +289,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        return backward(*arguments)
+        return recorded(_backward, *arguments)
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -302,9 +307,25 @@ def attention(
     output_final_state: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """`forward`, with gradients where one is needed."""
+    """Checked, by the backend that is chosen, and with gradients where one is needed."""
+    arguments = q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend
     differentiable = (q, k, v) if initial_state is None else (q, k, v, initial_state)
-    is_needed = torch.is_grad_enabled() and any(x.requires_grad for x in differentiable)
-    call = _Attention.apply if is_needed else forward
-    o, final_state = call(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
+        return _Attention.apply(*arguments)
+    return recorded(_forward, *arguments)
+
+
+def _forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend):
+    problem = Problem.of_attention(q, k, v, log_decay, initial_state, cu_seqlens)
+    backend = choose_backend(backend, problem)
+    o, final_state = forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend)
     return o, final_state if output_final_state else None
+
+
+def _backward(q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, scale, backend):
+    problem = Problem.of_attention(q, k, v, log_decay, initial_state, cu_seqlens)
+    backend = choose_backend(backend, problem)
+    *gradients, d_initial_state = backward(
+        q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, scale, backend
+    )
+    return *gradients, None if initial_state is None else d_initial_state

@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Callable:
     """The rest of a backend, imported when first called."""
     if name in ("forward", "backward"):
         function = getattr(import_module(".launch", __name__), name)
-    elif name in ("prefill", "write_state", "read_state_", "step", "prepare_step", "verify", "commit"):
+    elif name in ("prefill", "write_state", "read_state_", "step", "verify", "commit"):
         function = getattr(portable, name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

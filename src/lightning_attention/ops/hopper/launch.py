@@ -1,25 +1,26 @@
 """From tensors to launches: the calls of the portable backend, with the scans of this one."""
 
-from contextvars import copy_context
 from functools import cache, lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..triton import config as portable_config
 from ..triton import launch as portable
 from ..triton.config import Segments
+from ..triton.replay import with_scratch
 from . import config, gradients, kernels, states
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
-    return portable.forward(_boxes(q), _boxes(k), _boxes(v), *rest, scans=_Scans)
+    boxes = _boxes(q), _boxes(k), _boxes(v)
+    return with_scratch(q.device, portable.forward, *boxes, *rest, scans=_Scans)
 
 
 def backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    return portable.backward(_boxes(q), _boxes(k), _boxes(v), _boxes(do), *rest, scans=_Gradients)
+    boxes = _boxes(q), _boxes(k), _boxes(v), _boxes(do)
+    return with_scratch(q.device, portable.backward, *boxes, *rest, scans=_Gradients)
 
 
 class _Scans(portable.Scans):
@@ -112,15 +113,8 @@ class _Scans(portable.Scans):
         return self.T, self.H, self.N, segments.length, segments.interval, summed
 
     def _launch(self, kernel: Any, programs: int, tensors: tuple[Any, ...], *rest: Any, **options: Any) -> None:
-        """With memory for the descriptors of TMA, which kernels make; an allocator that the caller has set stays."""
         self._kept.append(tensors)
-        context = copy_context()
-        context.run(triton.set_allocator, self._allocate)
-        context.run(portable.launch, kernel, programs, tensors, *rest, num_warps=4, **options)
-
-    def _allocate(self, size: int, alignment: int, stream: int | None) -> Tensor:
-        self._kept.append(memory := torch.empty(size, dtype=torch.int8, device=self.device))
-        return memory
+        portable.launch(kernel, programs, tensors, *rest, num_warps=4, **options)
 
 
 class _Gradients(_Scans):

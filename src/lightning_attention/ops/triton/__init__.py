@@ -28,10 +28,15 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 def __getattr__(name: str) -> Callable:
     """The rest of a backend, imported when first called: Triton is not installed everywhere, and takes its time."""
     of_sequences = ("forward", "prefill", "backward", "write_state", "read_state_")
-    if name not in (*of_sequences, "step", "prepare_step", "verify", "commit"):
+    if name not in (*of_sequences, "step", "verify", "commit", "record"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    function = globals()[name] = getattr(import_module(".launch", __name__), name)
+    module = ".replay" if name == "record" else ".launch"
+    function = globals()[name] = getattr(import_module(module, __name__), name)
     return function
+
+
+def runs_on(device: torch.device) -> bool:
+    return not _reasons_of_device(device)
 
 
 @torch.compiler.assume_constant_result

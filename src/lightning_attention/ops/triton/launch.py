@@ -11,6 +11,7 @@ from torch import Tensor
 from ..problem import check_log_decay, sequence_bounds, state_dtype
 from . import config, decoding, kernels
 from .config import MAX_TREE, Segments, Tiles, ceil_div
+from .replay import note
 
 
 def forward(
@@ -157,39 +158,6 @@ def verify(
     return o
 
 
-def prepare_step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, state_indices: Tensor | None
-) -> Callable[..., Tensor | None] | None:
-    """`step` for more inputs with the shapes, strides, dtypes and devices of these, with which it has run.
-
-    What follows from these is not asked again. For inputs that are not aligned as usual it returns None; it is itself
-    None where `step` copies some of these, or launches nothing.
-    """
-    shape, dtype, device = v.shape, v.dtype, v.device
-    if v.dim() == 3:
-        q, k, v = q[:, None], k[:, None], v[:, None]
-    programs, strides, constants = _step_arguments(q, k, v, state)
-    key = _key(decoding.step_kernel, (q, k, v, v, log_decay, state, None, None, state_indices), constants)
-    is_copied = any(_rows(x) is not x for x in (q, k, v)) or any(
-        _contiguous(x) is not x for x in (log_decay, state_indices)
-    )
-    if key not in _compiled or is_copied or not _are_usual(strides) or not v.numel():
-        return None
-    run = _compiled[key][(programs, 1, 1)]
-    rest = (*v.shape[1:3], *strides, *constants)
-
-    def launch(q, k, v, log_decay, state, state_indices, scale):
-        o = torch.empty(shape, dtype=dtype, device=device)
-        pointers = _pointers((q, k, v, o, log_decay, state, None, None, state_indices))
-        if not _are_aligned(pointers):
-            return None
-        with torch.accelerator.device_index(device.index):
-            run(*pointers, float(scale), *rest)
-        return o
-
-    return launch
-
-
 def _step(
     q: Tensor | None,
     k: Tensor,
@@ -206,28 +174,18 @@ def _step(
     q = k if q is None else _rows(q)
     log_decay, last, parents, state_indices = map(_contiguous, (log_decay, last, parents, state_indices))
     if v.numel():
-        programs, strides, constants = _step_arguments(q, k, v, state)
+        (B, T, H, K), V = k.shape, v.shape[3]
+        BK, BV = config.step_tiles(K, V)
         with torch.accelerator.device_index(k.device.index):
             launch(
                 decoding.step_kernel,
-                programs,
+                ceil_div(V, BV) * H * B,
                 (q, k, v, o, log_decay, state, last, parents, state_indices),
-                (scale, *v.shape[1:3]),
-                strides,
-                constants,
+                (scale, T, H),
+                (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *state.stride()[:3]),
+                (state.stride(3), K, V, BK, BV),
                 num_warps=4,
             )
-
-
-def _step_arguments(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor
-) -> tuple[int, tuple[int, ...], tuple[int | str, ...]]:
-    """Programs, strides and constants of the step kernel."""
-    (B, _, H, K), V = k.shape, v.shape[3]
-    BK, BV = config.step_tiles(K, V)
-    *strides_state, stride_sv = state.stride()
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides_state)
-    return ceil_div(V, BV) * H * B, strides, (stride_sv, K, V, BK, BV)
 
 
 class Scans:
@@ -397,28 +355,21 @@ def launch(
     Triton finds out anew at every call how its arguments are aligned, in 15 µs. What is aligned to 16, as all usual
     tensors are, is looked up here by what else the compiled code depends on; anything else goes the long way.
     """
-    pointers = _pointers(tensors)
-    is_usual = _are_aligned(pointers) and _are_usual(strides)
-    key = _key(kernel, tensors, constants)
+    pointers = [None if x is None else x.data_ptr() for x in tensors]
+    is_usual = reduce(or_, filter(None, pointers), 0) % 16 == 0 and _are_usual(strides)
+    key = id(kernel), tensors[0].device, tuple([None if x is None else x.dtype for x in tensors]), constants
+    rest = *numbers, *strides, *constants
+    run = None
     if is_usual and (compiled := _compiled.get(key)):
         # Of a number the launcher need not find out whether it is the address of something on the device.
-        compiled[(programs, 1, 1)](*pointers, *numbers, *strides, *constants)
-        return
-    compiled = kernel[(programs,)](*tensors, *numbers, *strides, *constants, num_warps=num_warps, **options)
-    if is_usual and compiled is not None:  # the interpreter compiles nothing
-        _compiled[key] = compiled
-
-
-def _key(kernel: Any, tensors: tuple[Any, ...], constants: tuple[int | str, ...]) -> tuple:
-    return id(kernel), tensors[0].device, tuple([None if x is None else x.dtype for x in tensors]), constants
-
-
-def _pointers(tensors: tuple[Any, ...]) -> list[int | None]:
-    return [None if x is None else x.data_ptr() for x in tensors]
-
-
-def _are_aligned(pointers: list[int | None]) -> bool:
-    return reduce(or_, filter(None, pointers), 0) % 16 == 0
+        run = compiled[(programs, 1, 1)]
+        run(*pointers, *rest)
+    else:
+        compiled = kernel[(programs,)](*tensors, *rest, num_warps=num_warps, **options)
+        if is_usual and compiled is not None:  # the interpreter compiles nothing
+            _compiled[key] = compiled
+            run = compiled[(programs, 1, 1)]
+    note(run, tensors, *rest)
 
 
 @lru_cache(4096)
