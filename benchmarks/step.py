@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from lightning_attention.bench.harness import interleaved_times
 from lightning_attention.bench.machine import machine
 from lightning_attention.models import LightningConfig, LightningForCausalLM
-from lightning_attention.ops import hopper
+from lightning_attention.ops import hopper, library
 
 DEVICE = torch.device("cuda")
 LENGTH = 8192
@@ -35,7 +35,8 @@ class Step:
         self._run(is_slow=True)
 
     def _run(self, is_slow: bool) -> None:
-        with patch.object(hopper, "is_slow", lambda problem: is_slow):
+        is_chosen_anew = patch.dict(library._replays, clear=True)
+        with patch.object(hopper, "is_slow", lambda problem: is_slow), is_chosen_anew:
             with torch.autocast("cuda", dtype=torch.bfloat16):
                 loss = self.model(input_ids=self.tokens, labels=self.tokens).loss
             loss.backward()
