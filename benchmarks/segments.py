@@ -25,6 +25,7 @@ DEVICE = torch.device("cuda")
 # Numbers of segments of heads of 128; of heads of 64, of which a multiprocessor runs two, twice as many.
 COUNTS = {1: (1, 8, 16, 32, 48, 64, 100, 132), 8: (1, 4, 6, 8, 12, 16), 16: (1, 3, 4, 6, 8), 32: (1, 2, 3, 4)}
 LENGTHS = (2048, 8192, 32_768)
+LONG = {(1, 131_072, 16): [2, 4, 8], (1, 1 << 20, 1): [32, 66, 132], (2, 1 << 20, 8): [2, 4, 8]}
 
 
 @contextmanager
@@ -85,6 +86,10 @@ def main(output: Path) -> None:
                 results.append(measure(case, sorted(count for count in scaled if count * C <= length)))
                 print(results[-1], flush=True)
                 release(DEVICE)
+    for (batch_size, length, num_heads), counts in LONG.items():
+        results.append(measure(OpCase(batch_size, length, num_heads, 128, torch.bfloat16), counts))
+        print(results[-1], flush=True)
+        release(DEVICE)
     document = {"machine": machine(DEVICE), "command": "python benchmarks/segments.py results.json", "results": results}
     output.write_text(json.dumps(document, indent=1) + "\n")
 

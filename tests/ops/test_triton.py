@@ -141,6 +141,20 @@ def test_what_it_refuses(change, reason):
     assert reason in backend.unsupported_reasons(PROBLEM._replace(**change))
 
 
+def test_the_precision_of_products():
+    """As PyTorch's own on a GPU, by either of the ways to set that, of which one can make the other raise."""
+    matmul = torch.backends.cuda.matmul
+    found = []
+    for is_tf32 in (True, False):
+        torch.set_float32_matmul_precision("high" if is_tf32 else "highest")
+        found.append(backend.product_precision(torch.float32))
+    for setting in ("tf32", "ieee"):
+        matmul.fp32_precision = setting
+        found.append(backend.product_precision(torch.float32))
+    assert found == ["tf32", "ieee"] * 2
+    assert backend.product_precision(torch.bfloat16) == "ieee"
+
+
 def test_the_default_on_a_cpu_is_not_an_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     backend._reasons_of_device.cache_clear()

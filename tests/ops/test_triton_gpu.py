@@ -85,18 +85,30 @@ def test_any_shape(backend, K, V, B, T, H, lengths, slope, seed):
     assert_accurate(run(attention(backend), inputs), inputs, is_long=True)
 
 
-def test_tf32():
+def set_in_general(is_tf32: bool) -> None:
+    torch.set_float32_matmul_precision("high" if is_tf32 else "highest")
+
+
+def set_for_cuda(is_tf32: bool) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if is_tf32 else "ieee"
+
+
+@pytest.mark.parametrize("set_tf32", [set_in_general, set_for_cuda])
+def test_tf32(set_tf32):
     """Products of float32 are as PyTorch's setting says: 10 bits of mantissa, or all 23."""
     inputs = make_inputs(Case(T=300, H=2, K=64, V=128), FP32).on("cuda")
     exact = run(attention("chunked"), inputs.to(torch.float64))
-    torch.set_float32_matmul_precision("high")
+    before = run(attention("triton"), inputs)
+    set_tf32(True)
     try:
         rounded = run(attention("triton"), inputs)
     finally:
-        torch.set_float32_matmul_precision("highest")
-    for name, value in run(attention("triton"), inputs).items():
-        assert error(value, exact[name]) < 1e-6, name
-        assert 1e-5 < error(rounded[name], exact[name]) < 2e-3, name
+        set_tf32(False)
+    after = run(attention("triton"), inputs)
+    for name, value in rounded.items():
+        assert 1e-5 < error(value, exact[name]) < 2e-3, name
+        assert error(before[name], exact[name]) < 1e-6, name
+        assert error(after[name], exact[name]) < 1e-6, name
 
 
 def large(B: int, T: int, H: int, D: int) -> list[torch.Tensor]:

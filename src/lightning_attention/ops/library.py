@@ -70,7 +70,7 @@ def _look(function: Callable, arguments: tuple[Any, ...]) -> tuple | None:
         (x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.data_ptr() % 16) if isinstance(x, Tensor) else x
         for x in arguments
     ]
-    return function, torch.get_float32_matmul_precision(), *looks
+    return function, triton.product_precision(x.dtype), *looks
 
 
 def is_autocast_enabled(device_type: str) -> bool:

@@ -39,6 +39,12 @@ def runs_on(device: torch.device) -> bool:
     return not _reasons_of_device(device)
 
 
+def product_precision(dtype: torch.dtype) -> str:
+    """Of products, which for float32 is that of PyTorch's own on a GPU, however it was set."""
+    is_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if is_tf32 else "ieee"
+
+
 @torch.compiler.assume_constant_result
 def _unsupported_device(device: torch.device) -> list[str]:
     return _reasons_of_device(device)

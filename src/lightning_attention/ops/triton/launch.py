@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..problem import check_log_decay, sequence_bounds, state_dtype
-from . import config, decoding, kernels
+from . import config, decoding, kernels, product_precision
 from .config import MAX_TREE, Segments, Tiles, ceil_div
 from .replay import note
 
@@ -84,7 +84,7 @@ def read_state_(o: Tensor, q: Tensor, state: Tensor, log_decay: Tensor, *, rever
     """`o_i = λ^(i+1) q_i S`, or that more, for `[B, T, H, V]`; in reverse `λ^(T-1-i) q_i S`."""
     (B, T, H, K), V = q.shape, o.shape[3]
     assert o is _rows(o)
-    precision = _precision(q.dtype)
+    precision = product_precision(q.dtype)
     tiles = config.interval_tiles(K, V, q.dtype, precision)
     if programs := ceil_div(V, tiles.BV) * H * B * ceil_div(T, config.PIECE_LENGTH):
         with torch.accelerator.device_index(q.device.index):
@@ -202,7 +202,7 @@ class Scans:
                 sequence_bounds(cu_seqlens, self.T)
         self.scale, self.log_decay, self.cu_seqlens = scale, _contiguous(log_decay), _contiguous(cu_seqlens)
         self.dtype, self.device = q.dtype, q.device
-        self.precision = _precision(q.dtype)
+        self.precision = product_precision(q.dtype)
         self.segments = self.cut()
         # Whether states of intervals hold all before them, or whoever starts from them has to sum them.
         self.is_accumulated = self.segments.num_intervals > config.MAX_SUMMED
@@ -385,11 +385,6 @@ def _rows(x: Tensor) -> Tensor:
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Of products of float32, as PyTorch's own."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
 @cache
