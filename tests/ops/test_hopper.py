@@ -195,7 +195,7 @@ def test_the_number_of_segments_is_among_the_fastest(direction, kernels):
             continue
         places = 132 * config.programs_per_multiprocessor(D)
         alone = config.alone(D, D, is_packed=False, kernels=kernels)
-        by_memory = config.by_memory(places, D, kernels, bytes_per_second=3.0e12)
+        by_memory = config.by_memory(places, D, kernels, bytes_per_second=2.88e12)  # as `launch` reckons for an H100
         chosen = config.segments(T, heads, places, 2048 * kernels, alone, by_memory, kernels).count
         nearest = min(times, key=lambda count: abs(count - chosen) / count)
         assert times[nearest] <= 1.1 * min(times.values()), (found, chosen)
