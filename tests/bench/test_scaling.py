@@ -109,7 +109,7 @@ def test_lasp_works_in_turn():
 
 
 def test_the_operator_is_the_measured_one():
-    results = json.loads((ROOT / "benchmarks/results/h200/op.json").read_text())["runs"]["table"]["results"]
+    results = json.loads((ROOT / "benchmarks/results/h200/hopper.json").read_text())["runs"]["table"]["results"]
     (ours,) = (
         result
         for result in results

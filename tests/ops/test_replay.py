@@ -89,7 +89,7 @@ def backend(monkeypatch, request):
 CASES = [
     Case(B=2, T=70, H=2, K=64, V=64),
     Case(B=1, T=150, H=1, K=64, V=128, slope=None, state=False, scale=0.5),
-    Case(lengths=(3, 0, 64, 70), H=2, K=128, V=128, slope=0.1),
+    Case(lengths=(3, 0, 64, 70), H=1, K=128, V=128, slope=0.1),
 ]
 
 

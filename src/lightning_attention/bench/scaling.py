@@ -12,7 +12,7 @@ from ..models import LightningConfig
 # Published for data parallelism on 256 H100s: ZeCO, arXiv 2507.01004, a 1B GLA with 32768 tokens per GPU.
 REFERENCE_SIZE, REFERENCE_TOKENS_PER_SECOND = "1B", 46_588
 # The one fitted number, to LASP-2 at 256 GPUs: bytes of gathered states per second, moved, summed and all else.
-FITTED_BANDWIDTH = 15.6e9
+FITTED_BANDWIDTH = 15.64e9
 BLOCKS = RING_BLOCKS
 
 
@@ -51,9 +51,9 @@ class Compute:
     """Tokens per second and GPU without exchange, and the operator's seconds per element of v."""
 
     tokens_per_second: float
-    # B 4, T 32768, H 32, D 128 in benchmarks/results/h200/op.json.
-    forward: float = 1.375e-3 / (4 * 32768 * 32 * 128)
-    backward: float = 4.253e-3 / (4 * 32768 * 32 * 128)
+    # B 4, T 32768, H 32, D 128 in benchmarks/results/h200/hopper.json.
+    forward: float = 1.048e-3 / (4 * 32768 * 32 * 128)
+    backward: float = 2.585e-3 / (4 * 32768 * 32 * 128)
 
 
 def all_gather(cluster: Cluster, state_bytes: int, gpus: int, bandwidth: float = inf) -> float:
