@@ -99,7 +99,8 @@ def test_gradient(D, given, prefix):
     check(gradients.gradient_kernel, D, given, constants, num_stores=2, waits=True)
 
 
-@pytest.mark.parametrize(("given", "reverse"), [("nothing", False), ("packed", True)])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("given", ["nothing", "packed"])
 @pytest.mark.parametrize(("K", "V"), config.STATE_STAGES, ids=str)
 def test_states(K, V, given, reverse):
     constants = {"K": K, "V": V, "REVERSE": reverse, "STAGES": config.STATE_STAGES[K, V]}

@@ -3,6 +3,7 @@
 import ctypes
 import weakref
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton", "3.6")
 
 from ops.gluon_emulator import emulated  # noqa: E402
+from ops.test_triton import STATES  # noqa: E402
 
 from lightning_attention import lightning_attention  # noqa: E402
 from lightning_attention.ops import api, hopper, library  # noqa: E402
@@ -122,22 +124,26 @@ def test_a_replay_computes_the_same(backend, monkeypatch, case, num_segments):
                 assert found is expected is None or torch.equal(found, expected)
 
 
+@pytest.mark.parametrize(("strided", "lookups"), STATES.values(), ids=STATES.keys())
 @pytest.mark.parametrize("T", [None, 1, 3])
 @pytest.mark.parametrize("indices", [None, [1, -1]], ids=["all", "slots"])
-def test_a_step_is_replayed(backend, indices, T):
-    """With the shape that was asked for, and the state updated in place."""
+def test_a_step_is_replayed(backend, indices, T, strided, lookups):
+    """With the shape that was asked for, and the state updated in place, if it lies as usual."""
     device = device_of("triton")
     indices = None if indices is None else torch.tensor(indices, device=device)
 
     def arguments(seed: int) -> tuple:
         x = make_inputs(Case(T=T or 1, K=64, V=64), torch.float16, seed).on(device)
         qkv = [x.q, x.k, x.v] if T else [y[:, 0].contiguous() for y in (x.q, x.k, x.v)]
-        return *qkv, x.log_decay, x.state, indices, 0.5, backend
+        return *qkv, x.log_decay, strided(x.state), indices, 0.5, backend
 
     _, replay = record(api._step, *arguments(0))
-    assert replay is not None
+    assert (replay is not None) == (lookups == 1)
+    if replay is None:
+        return
     given, same = arguments(1), arguments(1)
     o, expected = replay(*given), api._step(*same)
+    assert (o.shape, o.dtype) == (given[2].shape, given[2].dtype)
     assert torch.equal(o, expected)
     assert torch.equal(given[4], same[4])
 
@@ -155,13 +161,15 @@ NOT_RECORDED = {
 
 @pytest.mark.parametrize("change", NOT_RECORDED.values(), ids=NOT_RECORDED.keys())
 def test_what_is_not_recorded(backend, change):
-    """Copies, what launches nothing, and what cannot be told apart."""
-    forward = library.BACKENDS[backend].forward
-    expected = forward(*change(*asked(CASES[0])[0]))
-    result, replay = record(forward, *change(*asked(CASES[0])[0]))
-    assert replay is None
-    for found, value in zip(result, expected, strict=True):
-        assert torch.equal(found, value)
+    """Copies, what launches nothing, and what cannot be told apart: of sequences and of steps."""
+    forward, step = library.BACKENDS[backend].forward, api._step
+    case = Case(T=3, K=64, V=64)
+    for function, options in ((forward, (None, 0.5, True)), (step, (None, 0.5, backend))):
+        expected = function(*change(*asked(case)[0][:5], *options))
+        result, replay = record(function, *change(*asked(case)[0][:5], *options))
+        assert replay is None
+        for found, value in zip(result, expected, strict=True):
+            assert torch.equal(found, value)
 
 
 def test_a_function_that_does_more_is_not_recorded(backend):
@@ -196,10 +204,14 @@ def test_memory_for_descriptors_is_there_for_one_call():
     def others(size: int, alignment: int, stream: int | None) -> Tensor:
         raise AssertionError
 
-    triton.set_allocator(others)
-    allocated = with_scratch(torch.device("cpu"), lambda size: _allocator.get()(size, 128, None), 1000)
+    def call_after_others() -> Tensor:
+        triton.set_allocator(others)
+        allocated = with_scratch(torch.device("cpu"), lambda size: _allocator.get()(size, 128, None), 1000)
+        assert _allocator.get() is others
+        return allocated
+
+    allocated = copy_context().run(call_after_others)  # other tests keep theirs
     assert (allocated.numel(), allocated.dtype) == (1000, torch.int8)
-    assert _allocator.get() is others
 
 
 @on_gpu
@@ -244,7 +256,10 @@ def test_as_many_looks_as_are_kept(monkeypatch):
 @on_gpu
 def test_a_replay_in_a_graph_and_on_another_stream(backend):
     x = make_inputs(Case(B=1, T=200, H=2, K=64, V=64), torch.bfloat16).on("cuda")
-    call = lambda: lightning_attention(x.q, x.k, x.v, x.log_decay, backend=backend).output  # noqa: E731
+
+    def call() -> Tensor:
+        return lightning_attention(x.q, x.k, x.v, x.log_decay, backend=backend).output
+
     expected = call()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -15,13 +15,15 @@ kernels_run = pytest.mark.triton
 ATTENTION = attention("triton")
 
 
-@pytest.fixture(
-    params=[(1, 100), (3, 100), (3, 0)], ids=["one-interval", "three-intervals", "three-intervals-accumulated"]
-)
-def segments(monkeypatch, request):
+@pytest.fixture(params=[1, 3], ids=["one-interval", "three-intervals"])
+def intervals(request):
+    return request.param
+
+
+@pytest.fixture(params=[0, 100], ids=["accumulated", "summed"])
+def segments(monkeypatch, request, intervals):
     """Three to ten segments of 64 or 192 tokens in a row of 600, each of one or three intervals."""
-    intervals, max_summed = request.param
-    monkeypatch.setattr(config, "MAX_SUMMED", max_summed)
+    monkeypatch.setattr(config, "MAX_SUMMED", request.param)
 
     def cut(length: int, *_: int) -> config.Segments:
         count = config.ceil_div(length, 64 * intervals)
