@@ -206,6 +206,7 @@ class Scans:
         self.segments = self.cut()
         # Whether states of intervals hold all before them, or whoever starts from them has to sum them.
         self.is_accumulated = self.segments.num_intervals > config.MAX_SUMMED
+        self._of_intervals: tuple[Tensor, Tensor] | None = None
 
     def cut(self) -> Segments:
         """Of a row."""
@@ -236,9 +237,14 @@ class Scans:
         return states[:, -1].clone(memory_format=torch.contiguous_format)
 
     def _states_of(self, segments: Segments, k: Tensor, v: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
-        """What every interval adds to the state, and factors `[B, intervals, H]` for the state before it."""
-        states = self.new_states(self.B, segments.num_intervals)
-        factors = torch.empty(states.shape[:3], dtype=states.dtype, device=self.device)
+        """What every interval adds to the state, and factors `[B, intervals, H]` for the state before it.
+
+        They last until they are asked for again, for the other direction, which takes their place.
+        """
+        if self._of_intervals is None:
+            states = self.new_states(self.B, segments.num_intervals)
+            self._of_intervals = states, states.new_empty(states.shape[:3])
+        states, factors = self._of_intervals
         tiles = config.interval_tiles(self.K, self.V, self.dtype, self.precision)
         if programs := self._programs(self.V, tiles) * segments.num_intervals:
             launch(
