@@ -4,7 +4,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import Case, assert_accurate, attention, device_of, error, make_inputs, run
+from oracle import (
+    Case,
+    assert_accurate,
+    assert_the_past_is_heard,
+    attention,
+    device_of,
+    error,
+    make_inputs,
+    run,
+)
 
 from lightning_attention import lightning_attention
 from lightning_attention.ops import triton as backend
@@ -57,6 +66,11 @@ def test_only_its_own_rows_are_read(segments):
     expected = run(ATTENTION, inputs)
     for name, value in run(ATTENTION, inputs.amid_nan()).items():
         assert torch.equal(value, expected[name]), name
+
+
+@kernels_run
+def test_what_a_segment_leaves_out_is_not_missed(segments):
+    assert_the_past_is_heard(ATTENTION, device_of("triton"), start=192)
 
 
 @kernels_run

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.language import constexpr
 from triton.language.extra import cuda
 
-from ..triton.kernels import _reach, _sequence, _sequences_in, decay_over
+from ..triton.kernels import _sequence, _sequences_in, decay_over, reach_of
 
 # A type checker knows nothing of what a compiler does with these.
 jit: Any = gluon.jit
@@ -91,7 +91,7 @@ def prefix(row, n, rate, REVERSE: constexpr):
     _, _, T, part = row
     first, _, _, _ = part
     start, _, _, lo, _ = piece(row, n, REVERSE)
-    return lo - count_chunks(gl.maximum(start, first - _reach(rate, T)), first) * C
+    return lo - count_chunks(gl.maximum(start, first - reach_of(rate, T, False)), first) * C
 
 
 @jit
@@ -172,7 +172,8 @@ def state_before(
         )
         c += num_chunks
     if interval_states is not None:
-        for j in range(gl.maximum(start, first - gl.minimum(_reach(rate, T), summed)) // interval, first // interval):
+        reach = gl.minimum(reach_of(rate, T, False), summed)
+        for j in range(gl.maximum(start, first - reach) // interval, first // interval):
             i_state = i_b * num_intervals + j
             p_S = state_pointers(interval_states, i_state, i_head, o_k, o_v, H, K, V, TRANSPOSED)
             b_S = b_S * decay_over(rate, interval) + gl.load(p_S)

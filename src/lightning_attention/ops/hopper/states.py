@@ -72,7 +72,7 @@ def interval_state_kernel(
     init_barriers(ready, empty, GROUPS, STAGES)
 
     rate = load_rate(log_decay, i_h)
-    lo, hi, factor = interval_bounds(i_i, rate, cu_seqlens, N, T, segment_length, interval, REVERSE)
+    lo, hi, factor = interval_bounds(i_i, rate, cu_seqlens, N, T, segment_length, interval, REVERSE, False)
     gl.store(factors + i.to(gl.int64) * H + i_h, factor)
     num_chunks = count_chunks(lo, hi)
     begin = hi - num_chunks * C

@@ -16,6 +16,11 @@ from triton.language.extra import cuda
 # To a type checker, a kernel that calls another raises.
 jit: Any = triton.jit
 
+# -log of the weight with which a token is left out of the state that a segment starts from. In 16 bits it is 2^-32, of
+# which float32, where the state is summed, rounds off 256 times as much, and the results millions; in float32 it is 0.
+FORGOTTEN: Any = tl.constexpr(22.2)
+FORGOTTEN_IN_FLOAT32: Any = tl.constexpr(104.0)
+
 
 @jit(do_not_specialize=["scale", "T", "H", "N", "M", "segment_length", "interval", "summed"])
 def scan_kernel(
@@ -97,9 +102,8 @@ def scan_kernel(
         b_S = tl.zeros([BV, BK], tl.float32)
         if interval_states is not None:
             num_intervals = (num_segments - 1) * (segment_length // interval)
-            for i in range(
-                tl.maximum(start, first - tl.minimum(_reach(rate, T), summed)) // interval, first // interval
-            ):
+            reach = tl.minimum(reach_of(rate, T, dtype == tl.float32), summed)
+            for i in range(tl.maximum(start, first - reach) // interval, first // interval):
                 p_S = interval_states + ((i_b * num_intervals + i) * H + i_h) * (K * V)
                 b_S = b_S * decay_over(rate, interval) + _load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES)
         if initial_state is not None:
@@ -179,8 +183,8 @@ def interval_state_kernel(
 ):
     """What an interval adds to the state of the sequence that goes on after it: `Σ_j λ^(end-1-j) k_j v_jᵀ`.
 
-    Of the state before the interval a factor is left, 0 where that sequence begins later. Only tokens whose weight is
-    not 0 in float32 when the next segment starts are read: few, where the head decays.
+    Of the state before the interval a factor is left, 0 where that sequence begins later. Only tokens that are not
+    forgotten when the next segment starts are read: few, where the head decays.
     """
     i_v, i_h, i_i, i_b = program_ids(H, num_intervals, V, BV)
     k += i_b * stride_kb + i_h * stride_kh
@@ -191,7 +195,8 @@ def interval_state_kernel(
 
     rate = load_rate(log_decay, i_h)
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    lo, hi, factor = interval_bounds(i_i, rate, cu_seqlens, N, T, segment_length, interval, REVERSE)
+    is_float32: tl.constexpr = k.dtype.element_ty == tl.float32
+    lo, hi, factor = interval_bounds(i_i, rate, cu_seqlens, N, T, segment_length, interval, REVERSE, is_float32)
 
     b_S = tl.zeros([BV, BK], tl.float32)
     p_k = k + lo.to(tl.int64) * stride_kt
@@ -336,10 +341,13 @@ def decay_over(rate, distance):
 
 
 @jit
-def interval_bounds(i_i, rate, cu_seqlens, N, T, segment_length, interval, REVERSE: tl.constexpr):
+def interval_bounds(
+    i_i, rate, cu_seqlens, N, T, segment_length, interval, REVERSE: tl.constexpr, IN_FLOAT32: tl.constexpr
+):
     """Which tokens of interval i the next segment needs, and what stays of the state before it until its end."""
     begin, hi = i_i * interval, tl.minimum((i_i + 1) * interval, T)
-    lo = tl.maximum(begin, tl.minimum(tl.cdiv(hi, segment_length) * segment_length, T) - _reach(rate, T))
+    next_begin = tl.minimum(tl.cdiv(hi, segment_length) * segment_length, T)
+    lo = tl.maximum(begin, next_begin - reach_of(rate, T, IN_FLOAT32))
     factor = decay_over(rate, hi - begin)
     if cu_seqlens is not None:
         start = _start(cu_seqlens, _num_ended(cu_seqlens, hi, N, T, REVERSE), N, T, REVERSE)
@@ -349,9 +357,10 @@ def interval_bounds(i_i, rate, cu_seqlens, N, T, segment_length, interval, REVER
 
 
 @jit
-def _reach(rate, T):
-    """How many tokens back, at most T, a token still has a weight: exp(-104) is 0 in float32."""
-    tokens = (1.0 / tl.maximum(-rate, 1e-30)) * 104.0 + 1.0
+def reach_of(rate, T, IN_FLOAT32: tl.constexpr):
+    """How many tokens back, at most T, one is not forgotten."""
+    nats: tl.constexpr = FORGOTTEN_IN_FLOAT32 if IN_FLOAT32 else FORGOTTEN
+    tokens = (1.0 / tl.maximum(-rate, 1e-30)) * nats + 1.0
     return tl.minimum(tokens, T.to(tl.float32)).to(tl.int32)
 
 
