@@ -16,7 +16,7 @@ PIECE_LENGTH = 1024
 # States of intervals that a program sums by itself; of more, another kernel makes the sums.
 MAX_SUMMED = 12
 # Elements of a state that a program accumulates, its warps, and how many intervals it loads ahead.
-ACCUMULATED = 256, 2, 8
+ACCUMULATED = 256, 2, 16
 
 # Inputs are at least so many times as large as the states of intervals, where a segment has several.
 INPUTS_OVER_STATES = 24
