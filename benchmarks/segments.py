@@ -15,10 +15,11 @@ import torch
 from lightning_attention.bench.cases import BACKWARD, FORWARD, OpCase, Pass
 from lightning_attention.bench.harness import Call, interleaved_times, release
 from lightning_attention.bench.machine import machine
-from lightning_attention.ops import decay, hopper
+from lightning_attention.bench.peers import Inputs
+from lightning_attention.ops import hopper
 from lightning_attention.ops import triton as portable
 from lightning_attention.ops.hopper import launch
-from lightning_attention.ops.hopper.config import C
+from lightning_attention.ops.hopper.config import C, two_segments
 from lightning_attention.ops.triton.config import Segments, ceil_div
 
 DEVICE = torch.device("cuda")
@@ -26,13 +27,17 @@ DEVICE = torch.device("cuda")
 COUNTS = {1: (1, 8, 16, 32, 48, 64, 100, 132), 8: (1, 4, 6, 8, 12, 16), 16: (1, 3, 4, 6, 8), 32: (1, 2, 3, 4)}
 LENGTHS = (2048, 8192, 32_768)
 LONG = {(1, 131_072, 16): [2, 4, 8], (1, 1 << 20, 1): [32, 66, 132], (2, 1 << 20, 8): [2, 4, 8]}
+# Packed rows of 32,768 tokens: documents and heads of 128.
+PACKED = {(20, 16): [2, 4, 8], (20, 32): [1, 2, 3, 4], (20, 64): [1, 2], (4, 32): [1, 2, 3, 4], (4, 64): [1, 2]}
 
 
 @contextmanager
 def cut(count: int) -> Iterator[None]:
-    """Rows into so many segments of one interval."""
+    """Rows into so many segments."""
 
     def segments(scans: launch._Scans) -> Segments:
+        if count == 2:
+            return two_segments(scans.T, scans.sequence_length)
         length = ceil_div(scans.T, count * C) * C
         return Segments(length, length, ceil_div(scans.T, length))
 
@@ -55,18 +60,19 @@ def calls(call: Callable[..., object], counts: list[int]) -> dict[str, Call]:
 
 
 def measure(case: OpCase, counts: list[int]) -> dict[str, object]:
-    q, k, v, do = (torch.randn(case.shape, device=DEVICE, dtype=case.dtype) for _ in range(4))
-    log_decay = decay.log_decay(case.num_heads, preset="alibi").to(DEVICE)
+    inputs = Inputs(case, DEVICE)
+    (q, k, v), do, log_decay, bounds = inputs.qkv, inputs.do, inputs.log_decay, inputs.cu_seqlens
     kernels: dict[Pass, Callable[..., object]] = {
-        FORWARD: lambda backend: backend.forward(q, k, v, log_decay, None, None, 1.0, False),
-        BACKWARD: lambda backend: backend.backward(q, k, v, do, log_decay, None, None, None, 1.0),
+        FORWARD: lambda backend: backend.forward(q, k, v, log_decay, None, bounds, 1.0, False),
+        BACKWARD: lambda backend: backend.backward(q, k, v, do, log_decay, None, None, bounds, 1.0),
     }
-    scans = (kind(q, v, log_decay, None, 1.0) for kind in (launch._Scans, launch._Gradients))
+    scans = (kind(q, v, log_decay, bounds, 1.0) for kind in (launch._Scans, launch._Gradients))
     found: dict[str, object] = {
         "batch_size": case.batch_size,
         "length": case.length,
         "num_heads": case.num_heads,
         "head_dim": case.head_dim,
+        "documents": case.documents,
         "chosen": [scan.segments.count for scan in scans],
     }
     for direction, call in kernels.items():
@@ -76,18 +82,25 @@ def measure(case: OpCase, counts: list[int]) -> dict[str, object]:
     return found
 
 
-def main(output: Path) -> None:
-    results = []
+def cases() -> Iterator[tuple[OpCase, list[int]]]:
+    """Rows, and in how many segments."""
     for head_dim in (128, 64):
         for num_heads, counts in COUNTS.items():
             for length in LENGTHS:
-                case = OpCase(1, length, num_heads, head_dim, torch.bfloat16)
                 scaled = {count * (128 // head_dim) if count > 1 else 1 for count in counts}
-                results.append(measure(case, sorted(count for count in scaled if count * C <= length)))
-                print(results[-1], flush=True)
-                release(DEVICE)
+                fitting = sorted(count for count in scaled if count * C <= length)
+                yield OpCase(1, length, num_heads, head_dim, torch.bfloat16), fitting
     for (batch_size, length, num_heads), counts in LONG.items():
-        results.append(measure(OpCase(batch_size, length, num_heads, 128, torch.bfloat16), counts))
+        yield OpCase(batch_size, length, num_heads, 128, torch.bfloat16), counts
+    for (documents, num_heads), counts in PACKED.items():
+        yield OpCase(1, max(LENGTHS), num_heads, 128, torch.bfloat16, documents), counts
+
+
+@torch.no_grad()
+def main(output: Path) -> None:
+    results = []
+    for case, counts in cases():
+        results.append(measure(case, counts))
         print(results[-1], flush=True)
         release(DEVICE)
     document = {"machine": machine(DEVICE), "command": "python benchmarks/segments.py results.json", "results": results}

@@ -8,7 +8,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import INTERPRETED, Case, assert_accurate, attention, device_of, make_inputs, run
+from oracle import (
+    INTERPRETED,
+    Case,
+    assert_accurate,
+    assert_the_past_is_heard,
+    attention,
+    device_of,
+    make_inputs,
+    run,
+)
 
 triton = pytest.importorskip("triton", "3.6")
 
@@ -47,12 +56,14 @@ def kernels_run(monkeypatch):
         pytest.skip("needs a Hopper GPU")
 
 
-def cut(monkeypatch, num_segments: int, intervals: int = 1, *, is_accumulated: bool = False) -> None:
-    """Every row into so many segments of intervals, whose states a kernel sums, or every program for itself."""
+def cut(monkeypatch, num_segments: int, *, is_accumulated: bool = False) -> None:
+    """Every row into so many segments, whose states a kernel sums, or every program for itself."""
 
     def segments(self) -> Segments:
-        interval = max(ceil_div(self.T, num_segments * intervals * config.C), 1) * config.C
-        return Segments(intervals * interval, interval, max(ceil_div(self.T, intervals * interval), 1))
+        if num_segments == 2 and self.T > config.C:
+            return config.two_segments(self.T, self.sequence_length)
+        length = max(ceil_div(self.T, num_segments * config.C), 1) * config.C
+        return Segments(length, length, max(ceil_div(self.T, length), 1))
 
     monkeypatch.setattr(launch._Scans, "cut", segments)
     monkeypatch.setattr(config, "MAX_SUMMED", 0 if is_accumulated else 100)
@@ -84,15 +95,20 @@ def test_segments(kernels_run, monkeypatch, case, num_segments, is_accumulated):
         state=st.booleans(),
     ),
     st.integers(1, 9),
-    st.integers(1, 3),
     st.booleans(),
 )
-def test_any_shape(kernels_run, case, num_segments, intervals, is_accumulated):
+def test_any_shape(kernels_run, case, num_segments, is_accumulated):
     """Cut anyhow, and long enough that what lies in shared memory is overwritten."""
     with pytest.MonkeyPatch.context() as patch:
-        cut(patch, num_segments, intervals, is_accumulated=is_accumulated)
+        cut(patch, num_segments, is_accumulated=is_accumulated)
         inputs = make_inputs(case, torch.float16).on(device_of("triton"))
         assert_accurate(run(attention("hopper"), inputs), inputs, is_long=True)
+
+
+@pytest.mark.parametrize(("num_segments", "is_accumulated"), [(2, False), (3, False), (3, True)])
+def test_what_a_segment_leaves_out_is_not_missed(kernels_run, monkeypatch, num_segments, is_accumulated):
+    cut(monkeypatch, num_segments, is_accumulated=is_accumulated)
+    assert_the_past_is_heard(attention("hopper"), device_of("triton"), start=256)
 
 
 @pytest.mark.parametrize("num_segments", [1, 2, 3])
@@ -152,16 +168,16 @@ def test_nothing(kernels_run, case):
     ("T", "programs"), [(1024, 64), (8192, 64), (8192, 44), (1 << 20, 1), (1 << 20, 16), (100, 3), (0, 4)]
 )
 def test_segments_cover_a_row(T, programs):
-    found = config.segments(T, programs, 132, 2048, alone=1.65, by_memory=2.05)
+    found = config.segments(T, T, programs, 132, alone=1.65, by_memory=2.05)
     assert found.count == 1 or found.length % config.C == found.length % found.interval == 0
     assert (found.count - 1) * found.length < max(T, 1) <= found.count * found.length
 
 
 def test_as_many_segments_as_multiprocessors():
     """A chip is filled, and one that is full is not cut further."""
-    assert config.segments(1 << 20, 1, 132, 2048, alone=1.65, by_memory=2.05).count > 100
-    assert config.segments(1 << 20, 16, 132, 2048, alone=1.65, by_memory=2.05).count == 8
-    assert config.segments(1 << 20, 128, 132, 2048, alone=1.65, by_memory=2.05).count == 1
+    assert config.segments(1 << 20, 1 << 20, 1, 132, alone=1.65, by_memory=2.05).count > 100
+    assert config.segments(1 << 20, 1 << 20, 16, 132, alone=1.65, by_memory=2.05).count == 8
+    assert config.segments(1 << 20, 1 << 20, 128, 132, alone=1.65, by_memory=2.05).count == 1
     assert config.by_memory(132, 128, 1, 4.2e12) == pytest.approx(2.06, rel=0.01)
 
 
@@ -175,7 +191,7 @@ def test_little_work_is_left_to_the_portable_kernels(B, T, H, D, is_slow):
 
 def test_slower_memory_is_read_once():
     """Two segments read half of k and v twice: worth it on an H200, not on an H100."""
-    counts = [config.segments(8192, 64, 132, 2048, alone=1.65, by_memory=x).count for x in (2.05, 2.87)]
+    counts = [config.segments(8192, 8192, 64, 132, alone=1.65, by_memory=x).count for x in (2.05, 2.87)]
     assert counts == [2, 1]
 
 
@@ -184,18 +200,22 @@ MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks/results/h100/segm
 
 @pytest.mark.parametrize(("direction", "kernels"), [("forward", 1), ("backward", 2)])
 def test_the_number_of_segments_is_among_the_fastest(direction, kernels):
-    """Of those that were measured, that next to the one chosen takes at most a tenth longer than the fastest."""
+    """Of those that were measured, that next to the one chosen takes little longer than the fastest."""
+    losses = []
     for found in MEASURED:
         T, heads, D = found["length"], found["batch_size"] * found["num_heads"], found["head_dim"]
+        sequence = T // (found["documents"] or 1)
         times = {}
         for name, time in found[f"{direction}_milliseconds"].items():
             if name.isdigit():  # asked for; of whole chunks there may be fewer
                 times[ceil_div(T, ceil_div(T, int(name) * config.C) * config.C)] = time
-        if len(times) < 3:
+        if len(times) < 2:
             continue
         places = 132 * config.programs_per_multiprocessor(D)
-        alone = config.alone(D, D, is_packed=False, kernels=kernels)
+        alone = config.alone(D, D, is_packed=sequence < T, kernels=kernels)
         by_memory = config.by_memory(places, D, kernels, bytes_per_second=2.88e12)  # as `launch` reckons for an H100
-        chosen = config.segments(T, heads, places, 2048 * kernels, alone, by_memory, kernels).count
+        chosen = config.segments(T, sequence, heads, places, alone, by_memory, kernels).count
         nearest = min(times, key=lambda count: abs(count - chosen) / count)
-        assert times[nearest] <= 1.1 * min(times.values()), (found, chosen)
+        losses.append(times[nearest] / min(times.values()) - 1)
+        assert losses[-1] <= 0.15, (found, chosen)
+    assert sum(losses) <= 0.02 * len(losses)

@@ -21,7 +21,7 @@ from .parts import (
     C,
     clear_rows,
     count_chunks,
-    count_intervals,
+    count_states,
     empty_stage,
     fence_async_shared,
     gl,
@@ -50,7 +50,7 @@ from .parts import (
 )
 
 
-@jit(do_not_specialize=["scale", "B", "T", "H", "N", "segment_length", "interval", "summed"])
+@jit(do_not_specialize=["scale", "B", "T", "H", "N", "segment_length", "summed"])
 def gradient_kernel(
     q,
     k,
@@ -69,7 +69,6 @@ def gradient_kernel(
     H,
     N,
     segment_length,
-    interval,
     summed,
     stride_qb,
     stride_qt,
@@ -90,7 +89,7 @@ def gradient_kernel(
     """dk and dv, where K = V = D. It runs beside the kernel launched before it, of which it takes nothing."""
     GROUPS: constexpr = D // BV
     dtype: constexpr = q.dtype.element_ty
-    i_h, i_b, part = program(H, cu_seqlens, N, T, segment_length, True)
+    i_h, i_b, part = program(log_decay, H, cu_seqlens, N, T, segment_length, True, PREFIX)
     row = (cu_seqlens, N, T, part)
 
     q_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, D], BOX)
@@ -108,8 +107,8 @@ def gradient_kernel(
 
     inputs = (q_s, k_s, v_s, do_s, ready, empty)
     R = (R_s, published)
-    num_intervals = count_intervals(T, segment_length, interval)
-    states = (d_final_state, interval_states, d_initial_state, interval, num_intervals, summed)
+    num_states = count_states(T, segment_length)
+    states = (d_final_state, interval_states, d_initial_state, segment_length, num_states, summed)
     where = (row, B, H, i_b, i_h)
     decay = (log_decay, scale)
     of_q = (q, stride_qb, stride_qt, stride_qh)

@@ -23,7 +23,7 @@ from .parts import (
     C,
     clear_rows,
     count_chunks,
-    count_intervals,
+    count_states,
     empty_stage,
     fence_async_shared,
     gl,
@@ -53,7 +53,7 @@ from .parts import (
 )
 
 
-@jit(do_not_specialize=["scale", "B", "T", "H", "N", "segment_length", "interval", "summed"])
+@jit(do_not_specialize=["scale", "B", "T", "H", "N", "segment_length", "summed"])
 def scan_kernel(
     q,
     k,
@@ -70,7 +70,6 @@ def scan_kernel(
     H,
     N,
     segment_length,
-    interval,
     summed,
     stride_qb,
     stride_qt,
@@ -92,14 +91,14 @@ def scan_kernel(
     """`o = scale (λ^(i+1) q S + ((q kᵀ) ⊙ λ^(i-j)) v)`, as in `..triton.kernels.scan_kernel`.
 
     With BESIDE it runs beside the kernel launched before it, of which it takes nothing, and ends after it. States of
-    intervals it otherwise waits for, and then lets the next one begin, which may take them too.
+    segments it otherwise waits for, and then lets the next one begin, which may take them too.
     """
     AFTER: constexpr = constexpr(interval_states is not None and not BESIDE)
     if not AFTER:
         let_next_begin()
     GROUPS: constexpr = V // BV
     dtype: constexpr = q.dtype.element_ty
-    i_h, i_b, part = program(H, cu_seqlens, N, T, segment_length, REVERSE)
+    i_h, i_b, part = program(log_decay, H, cu_seqlens, N, T, segment_length, REVERSE, PREFIX)
     row = (cu_seqlens, N, T, part)
 
     q_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, K], BOX)
@@ -112,8 +111,8 @@ def scan_kernel(
     init_barriers(ready, empty, GROUPS, STAGES)
 
     inputs = (q_s, k_s, v_s, ready, empty)
-    num_intervals = count_intervals(T, segment_length, interval)
-    states = (initial_state, interval_states, final_state, interval, num_intervals, summed)
+    num_states = count_states(T, segment_length)
+    states = (initial_state, interval_states, final_state, segment_length, num_states, summed)
     outputs = (o, o_s, S_s)
     where = (row, B, H, i_b, i_h)
     decay = (log_decay, scale)

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..triton import config as portable_config
 from ..triton import launch as portable
-from ..triton.config import Segments
+from ..triton.config import Segments, ceil_div
 from ..triton.replay import with_scratch
 from . import config, gradients, kernels, states
 
@@ -41,13 +40,18 @@ class _Scans(portable.Scans):
         places = portable.num_multiprocessors(self.device) * config.programs_per_multiprocessor(self.V)
         return config.segments(
             self.T,
+            self.sequence_length,
             self.B * self.H,
             places,
-            self.kernels_at_once * portable_config.min_interval(self.K, self.V, self.dtype),
             config.alone(self.K, self.V, self.cu_seqlens is not None, self.kernels_at_once),
             config.by_memory(places, self.V, self.kernels_at_once, _bytes_per_second(self.device)),
             self.kernels_at_once,
         )
+
+    @property
+    def sequence_length(self) -> int:
+        """On average."""
+        return ceil_div(self.B * self.T, max(self.N, 1))
 
     @property
     def has_prefix(self) -> bool:
@@ -109,8 +113,8 @@ class _Scans(portable.Scans):
         return o
 
     def _sizes(self) -> tuple[int, ...]:
-        segments, summed = self.segments, self.segments.interval if self.is_accumulated else self.T
-        return self.T, self.H, self.N, segments.length, segments.interval, summed
+        length = self.segments.length
+        return self.T, self.H, self.N, length, length if self.is_accumulated else self.T
 
     def _launch(self, kernel: Any, programs: int, tensors: tuple[Any, ...], *rest: Any, **options: Any) -> None:
         self._kept.append(tensors)
@@ -142,7 +146,7 @@ class _Gradients(_Scans):
         return dq, dk, dv
 
     def _states_of_both(self, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, Tensor]:
-        """Of intervals, for dq and, in reverse, for dk and dv."""
+        """Of segments, for dq and, in reverse, for dk and dv."""
         states, factors = self._states_of(self.segments, k, v, reverse=False)
         d_states, d_factors = self._states_of(self.segments, q, do, reverse=True)
         if self.is_accumulated:

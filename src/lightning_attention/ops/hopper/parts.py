@@ -11,7 +11,8 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.language import constexpr
 from triton.language.extra import cuda
 
-from ..triton.kernels import _sequence, _sequences_in, decay_over, reach_of
+from ..triton.kernels import _sequence, _sequences_in, decay_over, load_rate, reach_of
+from . import config
 
 # A type checker knows nothing of what a compiler does with these.
 jit: Any = gluon.jit
@@ -28,9 +29,10 @@ wait_for_previous: Any = cuda.gdc_wait
 load_box: Any = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store_box: Any = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
-C: Any = constexpr(64)
+C: Any = constexpr(config.C)
 # Columns of a state or an output that a warpgroup owns.
 BV: Any = constexpr(64)
+STATE_ALONE: Any = constexpr(config.STATE_ALONE)
 
 # Where products are accumulated, and their left operand where it comes from registers.
 ACC: Any = constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
@@ -42,13 +44,19 @@ BARRIER: Any = constexpr(mbarrier.MBarrierLayout())
 
 
 @jit
-def program(H, cu_seqlens, N, T, segment_length, REVERSE: constexpr):
-    """Head and row of this program, and what part of the row this is."""
+def program(log_decay, H, cu_seqlens, N, T, segment_length, REVERSE: constexpr, PREFIX: constexpr):
+    """Head and row of this program, and what part of the row this is.
+
+    With PREFIX the first of two segments takes as long as the second with all that its head remembers of the first.
+    """
     num_segments = gl.maximum(1, gl.cdiv(T, segment_length))
     i = gl.program_id(0)
     i_h = i % H
     i = i // H
     i_s, i_b = i % num_segments, i // num_segments
+    if PREFIX:
+        remembered = reach_of(load_rate(log_decay, i_h), T, False).to(gl.float32) * STATE_ALONE
+        segment_length = gl.minimum(segment_length, gl.cdiv(T + remembered.to(gl.int32), 2 * C) * C)
     first = i_s * segment_length
     last = gl.minimum(first + segment_length, T)
     if cu_seqlens is None:
@@ -59,9 +67,9 @@ def program(H, cu_seqlens, N, T, segment_length, REVERSE: constexpr):
 
 
 @jit
-def count_intervals(T, segment_length, interval):
-    """Those before the last segment of a row."""
-    return (gl.cdiv(T, segment_length) - 1) * (segment_length // interval)
+def count_states(T, segment_length):
+    """Those of a row: nothing follows its last segment."""
+    return gl.cdiv(T, segment_length) - 1
 
 
 @jit
@@ -156,10 +164,10 @@ def state_before(
 ):
     """b_S, zero, and what tokens `start` to `lo` of sequence n leave, before this part of the row; and the next chunk.
 
-    With PREFIX chunks of them make it, otherwise it is the sum of the states of intervals among the last `summed` ones.
+    With PREFIX chunks of them make it, otherwise it is the sum of the states of segments among the last `summed` ones.
     """
     written, b_write, whole, states, where, rate, n, start, lo, i_head, o_k, o_v = before
-    _, interval_states, _, interval, num_intervals, summed = states
+    _, interval_states, _, length, num_states, summed = states
     row, _, H, i_b, _ = where
     cu_seqlens, _, T, part = row
     first, _, _, _ = part
@@ -173,10 +181,10 @@ def state_before(
         c += num_chunks
     if interval_states is not None:
         reach = gl.minimum(reach_of(rate, T, False), summed)
-        for j in range(gl.maximum(start, first - reach) // interval, first // interval):
-            i_state = i_b * num_intervals + j
+        for j in range(gl.maximum(start, first - reach) // length, first // length):
+            i_state = i_b * num_states + j
             p_S = state_pointers(interval_states, i_state, i_head, o_k, o_v, H, K, V, TRANSPOSED)
-            b_S = b_S * decay_over(rate, interval) + gl.load(p_S)
+            b_S = b_S * decay_over(rate, length) + gl.load(p_S)
     return b_S, c
 
 

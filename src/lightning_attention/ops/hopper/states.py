@@ -1,4 +1,4 @@
-"""The states of intervals for Hopper GPUs, from which the segments of a row start."""
+"""The states that segments leave, for Hopper GPUs, from which later ones start."""
 
 from triton.language import constexpr
 
@@ -11,7 +11,7 @@ from .parts import (
     C,
     add_chunks,
     count_chunks,
-    count_intervals,
+    count_states,
     empty_stage,
     gl,
     init_barriers,
@@ -27,7 +27,7 @@ from .parts import (
 )
 
 
-@jit(do_not_specialize=["B", "T", "H", "N", "segment_length", "interval"])
+@jit(do_not_specialize=["B", "T", "H", "N", "segment_length"])
 def interval_state_kernel(
     k,
     v,
@@ -40,7 +40,6 @@ def interval_state_kernel(
     H,
     N,
     segment_length,
-    interval,
     stride_kb,
     stride_kt,
     stride_kh,
@@ -52,7 +51,7 @@ def interval_state_kernel(
     REVERSE: constexpr,
     STAGES: constexpr,
 ):
-    """`Σ_j λ^(end-1-j) k_j v_jᵀ` of an interval, as in `..triton.kernels.interval_state_kernel`.
+    """`Σ_j λ^(end-1-j) k_j v_jᵀ` of a segment, as in `..triton.kernels.interval_state_kernel`.
 
     In reverse, of which only backward has need, it runs beside the kernel of the other direction, and ends after it.
     """
@@ -62,8 +61,8 @@ def interval_state_kernel(
     i = gl.program_id(0)
     i_h = i % H
     i = i // H
-    num_intervals = count_intervals(T, segment_length, interval)
-    i_i, i_b = i % num_intervals, i // num_intervals
+    num_states = count_states(T, segment_length)
+    i_s, i_b = i % num_states, i // num_states
 
     k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, K], BOX)
     v_s = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, 1, C, 1, BV], BOX)
@@ -72,7 +71,7 @@ def interval_state_kernel(
     init_barriers(ready, empty, GROUPS, STAGES)
 
     rate = load_rate(log_decay, i_h)
-    lo, hi, factor = interval_bounds(i_i, rate, cu_seqlens, N, T, segment_length, interval, REVERSE, False)
+    lo, hi, factor = interval_bounds(i_s, rate, cu_seqlens, N, T, segment_length, segment_length, REVERSE, False)
     gl.store(factors + i.to(gl.int64) * H + i_h, factor)
     num_chunks = count_chunks(lo, hi)
     begin = hi - num_chunks * C
