@@ -164,21 +164,37 @@ def test_nothing(kernels_run, case):
     assert state.shape == inputs.d_final_state.shape
 
 
+def segments(T: int, heads: int, D: int = 128, *, documents: int = 1, on: str = "h200", **options: bool) -> Segments:
+    return config.segments(T, T // documents, heads, D, D, 132, BYTES_PER_SECOND[on], **options)
+
+
+# As `launch` reckons.
+BYTES_PER_SECOND = {"h100": 2.88e12, "h200": 4.23e12}
+
+
+@pytest.mark.parametrize("is_backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(
-    ("T", "programs"), [(1024, 64), (8192, 64), (8192, 44), (1 << 20, 1), (1 << 20, 16), (100, 3), (0, 4)]
+    ("T", "heads"), [(1024, 64), (8192, 64), (8192, 44), (1 << 20, 1), (1 << 20, 16), (100, 3), (129, 1), (0, 4)]
 )
-def test_segments_cover_a_row(T, programs):
-    found = config.segments(T, T, programs, 132, alone=1.65, by_memory=2.05)
-    assert found.count == 1 or found.length % config.C == found.length % found.interval == 0
+def test_segments_cover_a_row(T, heads, is_backward):
+    found = segments(T, heads, is_backward=is_backward)
+    assert found.length == found.interval
+    assert found.count == 1 or found.length % config.C == 0
     assert (found.count - 1) * found.length < max(T, 1) <= found.count * found.length
+
+
+@pytest.mark.parametrize(("T", "sequence"), [(65, 65), (128, 128), (200, 10), (8192, 8192), (32768, 1638)])
+def test_of_two_segments_both_have_tokens(T, sequence):
+    found = config.two_segments(T, sequence)
+    assert 0 < found.length < T
+    assert found.length >= T // 2 - config.C
 
 
 def test_as_many_segments_as_multiprocessors():
     """A chip is filled, and one that is full is not cut further."""
-    assert config.segments(1 << 20, 1 << 20, 1, 132, alone=1.65, by_memory=2.05).count > 100
-    assert config.segments(1 << 20, 1 << 20, 16, 132, alone=1.65, by_memory=2.05).count == 8
-    assert config.segments(1 << 20, 1 << 20, 128, 132, alone=1.65, by_memory=2.05).count == 1
-    assert config.by_memory(132, 128, 1, 4.2e12) == pytest.approx(2.06, rel=0.01)
+    assert segments(1 << 20, 1).count > 100
+    assert segments(1 << 20, 16).count == 8
+    assert segments(1 << 20, 128).count == 1
 
 
 @pytest.mark.parametrize(
@@ -190,31 +206,32 @@ def test_little_work_is_left_to_the_portable_kernels(B, T, H, D, is_slow):
 
 
 def test_slower_memory_is_read_once():
-    """Two segments read half of k and v twice: worth it on an H200, not on an H100."""
-    counts = [config.segments(8192, 8192, 64, 132, alone=1.65, by_memory=x).count for x in (2.05, 2.87)]
-    assert counts == [2, 1]
+    """Two segments read much of k and v twice: worth it on an H200, not on an H100."""
+    assert [segments(8192, 64, on=name).count for name in ("h200", "h100")] == [2, 1]
 
 
-MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks/results/h100/segments.json").read_text())["results"]
+def test_documents_are_cut_at_little_cost():
+    """Of the segment before it one needs no more than its document."""
+    counts = [segments(8192, 64, documents=n, on="h100").count for n in (1, 20)]
+    assert counts == [1, 2]
 
 
-@pytest.mark.parametrize(("direction", "kernels"), [("forward", 1), ("backward", 2)])
-def test_the_number_of_segments_is_among_the_fastest(direction, kernels):
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
+
+
+@pytest.mark.parametrize("on", BYTES_PER_SECOND)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_number_of_segments_is_among_the_fastest(direction, on):
     """Of those that were measured, that next to the one chosen takes little longer than the fastest."""
     losses = []
-    for found in MEASURED:
+    for found in json.loads((RESULTS / on / "segments.json").read_text())["results"]:
         T, heads, D = found["length"], found["batch_size"] * found["num_heads"], found["head_dim"]
-        sequence = T // (found["documents"] or 1)
         times = {}
         for name, time in found[f"{direction}_milliseconds"].items():
             if name.isdigit():  # asked for; of whole chunks there may be fewer
                 times[ceil_div(T, ceil_div(T, int(name) * config.C) * config.C)] = time
-        if len(times) < 2:
-            continue
-        places = 132 * config.programs_per_multiprocessor(D)
-        alone = config.alone(D, D, is_packed=sequence < T, kernels=kernels)
-        by_memory = config.by_memory(places, D, kernels, bytes_per_second=2.88e12)  # as `launch` reckons for an H100
-        chosen = config.segments(T, sequence, heads, places, alone, by_memory, kernels).count
+        is_backward = direction == "backward"
+        chosen = segments(T, heads, D, documents=found["documents"] or 1, on=on, is_backward=is_backward).count
         nearest = min(times, key=lambda count: abs(count - chosen) / count)
         losses.append(times[nearest] / min(times.values()) - 1)
         assert losses[-1] <= 0.15, (found, chosen)

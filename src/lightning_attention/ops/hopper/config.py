@@ -24,44 +24,41 @@ STATE_STAGES = {(128, 128): 6, (64, 128): 8, (128, 64): 4, (64, 64): 6}
 # Of a thread, before the warps share them unevenly: two programs run on a multiprocessor where V is 64.
 MAX_REGISTERS = {128: None, 64: 128}
 
-# Of a chunk's time, where only its state is made.
+# Microseconds that a chunk takes a program that has the memory for itself, latencies in a row: in a scan, and in the
+# kernel of dk and dv. So many times as long it takes where sequences are packed, and where two share a multiprocessor.
+SCAN = {128: 1.65, 64: 0.73}
+GRADIENTS = {128: 2.5, 64: 1.35}
+PACKED, SHARED = 1.3, 1.8
+# Of a scan's, where only the state is made.
 STATE_ALONE = 0.45
 
-# Of two kernels, what the memory's part takes longer where they run beside each other; what part of the longer one's
-# chunk one takes where they run one after the other, and the microseconds between them.
-BESIDE, IN_TURN, AFTER = 1.06, 0.85, 13
+# Of the two kernels of backward: so many times as long the memory takes where they run beside each other, and so many
+# microseconds more it is where they run one after the other.
+BESIDE, AFTER = 1.15, 16
 # Microseconds that segments cost, and each of them.
-SEGMENTS, SEGMENT = 5, 0.1
+SEGMENTS, SEGMENT = 7, 0.15
 
-# Decays are on the GPU, and not looked at. So many tokens a head of slope 1/512 remembers: in a model with the slopes
-# of ALiBi, that shrink from layer to layer, the gentlest in a layer of the middle. On average heads remember less.
-REMEMBERED = 11_400
+# Decays are on the GPU, and not looked at. So many chunks the gentlest head of ALiBi remembers, of slope 1/256. Of what
+# could be remembered heads on average remember this part.
+REMEMBERED = 89
 ON_AVERAGE = 0.7
-# Heads may remember more: what is hardly better cut is not.
-UNCUT = 0.97
 
 
 def programs_per_multiprocessor(value_dim: int) -> int:
     return 128 // value_dim
 
 
-def alone(key_dim: int, value_dim: int, is_packed: bool, kernels: int = 1) -> float:
-    """Microseconds a chunk takes a program that has the memory for itself: latencies in a row."""
-    of_kernel = (1.65, 2.4) if max(key_dim, value_dim) > 64 else (0.73, 1.3)
-    return of_kernel[kernels - 1] * (1.2 if is_packed else 1.0)
-
-
-def by_memory(places: int, value_dim: int, kernels: int, bytes_per_second: float) -> float:
-    """Microseconds that memory takes for a chunk of as many programs as run at a time, of tensors of 2 bytes.
-
-    A scan moves q, k, v and o; the two kernels of backward move four and six.
-    """
-    return (3 + kernels) * C * value_dim * 2 * places / bytes_per_second * 1e6
-
-
 @lru_cache(1024)
 def segments(
-    length: int, sequence: int, heads: int, places: int, alone: float, by_memory: float, kernels: int = 1
+    length: int,
+    sequence: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    multiprocessors: int,
+    bytes_per_second: float,
+    *,
+    is_backward: bool = False,
 ) -> Segments:
     """As many as take least time, by a model of it.
 
@@ -71,32 +68,39 @@ def segments(
         length: tokens T of a row.
         sequence: tokens of a sequence, on average; a row may have several.
         heads: of all rows, programs of a kernel if rows are not cut.
-        places: programs that run at a time.
-        alone: see `alone`.
-        by_memory: see `by_memory`.
-        kernels: that run beside each other.
+        key_dim: K.
+        value_dim: V.
+        multiprocessors: of the GPU.
+        bytes_per_second: what a copy gets of its memory, read and written.
+        is_backward: two kernels that may run beside each other, where forward is one.
     """
-    chunks, programs = ceil_div(length, C), kernels * heads
-    traffic = by_memory * chunks * programs / places
+    chunks = ceil_div(length, C)
+    places = multiprocessors * programs_per_multiprocessor(value_dim)
+    slower = PACKED if sequence < length else 1.0
+    scan, gradients = (of[max(key_dim, value_dim)] * slower for of in (SCAN, GRADIENTS))
+    tensor = length * heads * (key_dim + value_dim) / bytes_per_second * 1e6
 
     def time(count: int) -> float:
-        """By what was measured on an H100; what every call takes is left out."""
-        is_beside = kernels > 1 and programs * count <= places
-        is_in_turn = kernels > 1 and not is_beside
-        chunk = alone * ceil_div(programs * count, places) * (IN_TURN if is_in_turn else 1)
-        moved = traffic * (BESIDE if is_beside else 1)
+        """Microseconds, by what was measured; what every call takes is left out."""
+        is_beside = is_backward and 2 * heads * count <= places
+        is_in_turn = is_backward and not is_beside
+        is_shared = heads * count * (2 if is_beside else 1) > multiprocessors
+        chunk = gradients if is_beside else scan + gradients if is_in_turn else scan
+        chunk *= SHARED if is_shared else 1
+        moved = tensor * (10 if is_backward else 4) * (BESIDE if is_beside else 1)
         if count == 1:
-            return _longer(chunk * chunks, moved) * UNCUT
+            return _longer(chunk * chunks, moved)
         if count == 2:
-            first = min(two_segments(length, sequence).length, (length + STATE_ALONE * REMEMBERED) / 2) / C
-            again = _begun_before(2, length, sequence) * ON_AVERAGE * min(first, REMEMBERED / C)
+            first = min(two_segments(length, sequence).length / C, (chunks + STATE_ALONE * REMEMBERED) / 2)
+            again = ON_AVERAGE * _begun_before(2, length, sequence) * min(first, REMEMBERED)
             return SEGMENTS + _longer(chunk * first, moved * (1 + 0.5 * again / chunks))
         in_a_row = ceil_div(chunks, count)
-        remembered = min(in_a_row, min(sequence, REMEMBERED) / C)
-        state = STATE_ALONE * alone * ceil_div(programs * (count - 1), places) * remembered
-        moved_for_states = 0.5 * traffic * (count - 1) * ON_AVERAGE * remembered / chunks
-        states = SEGMENTS + SEGMENT * count + _longer(state, moved_for_states) + (AFTER if is_in_turn else 0)
-        return _longer(chunk * in_a_row, moved) + states
+        remembered = min(in_a_row, sequence / C, REMEMBERED)
+        directions = 2 if is_backward else 1
+        in_turns = ceil_div(directions * heads * (count - 1), places)
+        moved_for_states = 2 * directions * tensor * (count - 1) * ON_AVERAGE * remembered / chunks
+        states = _longer(STATE_ALONE * scan * in_turns * remembered, moved_for_states) + SEGMENTS + SEGMENT * count
+        return states + _longer(chunk * in_a_row, moved) + (AFTER if is_in_turn else 0)
 
     most = min(places // max(heads, 1), chunks)
     count = min(range(1, most + 1), key=time, default=1)

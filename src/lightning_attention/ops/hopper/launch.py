@@ -29,7 +29,7 @@ class _Scans(portable.Scans):
     and its memory be taken for something else, before all are launched.
     """
 
-    kernels_at_once = 1
+    is_backward = False
 
     def __init__(self, *arguments: Any):
         self._kept: list[Any] = []
@@ -37,15 +37,15 @@ class _Scans(portable.Scans):
         self.is_accumulated = self.segments.num_intervals > config.MAX_SUMMED
 
     def cut(self) -> Segments:
-        places = portable.num_multiprocessors(self.device) * config.programs_per_multiprocessor(self.V)
         return config.segments(
             self.T,
             self.sequence_length,
             self.B * self.H,
-            places,
-            config.alone(self.K, self.V, self.cu_seqlens is not None, self.kernels_at_once),
-            config.by_memory(places, self.V, self.kernels_at_once, _bytes_per_second(self.device)),
-            self.kernels_at_once,
+            self.K,
+            self.V,
+            portable.num_multiprocessors(self.device),
+            _bytes_per_second(self.device),
+            is_backward=self.is_backward,
         )
 
     @property
@@ -124,7 +124,7 @@ class _Scans(portable.Scans):
 class _Gradients(_Scans):
     """The kernels of dk and dv begin when all programs of that of dq have, and what one leaves idle the others use."""
 
-    kernels_at_once = 2
+    is_backward = True
 
     def gradients(
         self,
