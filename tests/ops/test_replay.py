@@ -108,7 +108,7 @@ def asked(case: Case, seed: int = 0) -> tuple[tuple, tuple]:
 def test_a_replay_computes_the_same(backend, monkeypatch, case, num_segments):
     """Of other numbers, to the last bit."""
 
-    def cut(length: int, *_: Any) -> config.Segments:
+    def cut(length: int, *_: Any, **__: Any) -> config.Segments:
         interval = config.ceil_div(length, num_segments * 64) * 64
         return config.Segments(interval, interval, config.ceil_div(length, interval))
 

@@ -74,6 +74,23 @@ def test_what_a_segment_leaves_out_is_not_missed(segments):
 
 
 @kernels_run
+@pytest.mark.parametrize("slope", [0.05, 0.5, 5.0])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "reverse"])
+def test_a_state_after_a_short_interval(monkeypatch, reverse, slope):
+    """Of three whole ones and one of 8 tokens: heads remember several, one, or a part of one."""
+    pytest.importorskip("triton")
+    from lightning_attention.ops.triton import launch
+
+    monkeypatch.setattr(config, "whole_row", lambda length, *_: config.Segments(256, 64, 2))
+    x = make_inputs(Case(B=1, T=200, H=1, K=32, V=16), torch.float16).on(device_of("triton"))
+    state = launch.write_state(x.k, x.v, torch.tensor([-slope], device=x.k.device), reverse=reverse)
+    age = torch.arange(1, 201) if reverse else torch.arange(199, -1, -1)
+    weights = torch.exp(-slope * age.double()).to(x.k.device)
+    exact = torch.einsum("t,bthk,bthv->bhkv", weights, x.k.double(), x.v.double())
+    assert error(state, exact) < torch.finfo(torch.float16).eps
+
+
+@kernels_run
 def test_a_float16_state_may_leave_the_range_of_float16():
     """Where scale brings the output back into it."""
     ones = torch.ones(1, 200, 1, 16, dtype=torch.float16, device=device_of("triton"))

@@ -84,7 +84,8 @@ def test_interval_states(arch, head_dim):
 @pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
 def test_accumulate(arch):
     block, num_warps, num_stages = config.ACCUMULATED
-    constants = {"SIZE": 128 * 128, "BLOCK": block, "NUM_STAGES": num_stages, "LET_NEXT_BEGIN": False, "BESIDE": False}
+    constants = {"SIZE": 128 * 128, "BLOCK": block, "IN_FLOAT32": False, "NUM_STAGES": num_stages}
+    constants |= {"LET_NEXT_BEGIN": False, "BESIDE": False}
     compiled = compile_kernel(kernels.accumulate_kernel, arch, "bf16", None, num_warps, **constants)
     check(compiled, arch, 128, products=False)
     assert "LDGSTS" in machine_code(compiled)[1]  # loaded ahead

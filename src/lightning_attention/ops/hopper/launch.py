@@ -77,10 +77,12 @@ class _Scans(portable.Scans):
             )
         return found, factors
 
-    def _accumulate(self, states: Tensor, factors: Tensor, *, early: bool = True, beside: bool = False) -> None:
+    def _accumulate(
+        self, segments: Segments, states: Tensor, factors: Tensor, *, early: bool = True, beside: bool = False
+    ) -> None:
         is_gpu = states.is_cuda
         self._kept.append((states, factors))
-        super()._accumulate(states, factors, early=early and is_gpu, beside=beside and is_gpu)
+        super()._accumulate(segments, states, factors, early=early and is_gpu, beside=beside and is_gpu)
 
     def scan(
         self,
@@ -150,8 +152,8 @@ class _Gradients(_Scans):
         states, factors = self._states_of(self.segments, k, v, reverse=False)
         d_states, d_factors = self._states_of(self.segments, q, do, reverse=True)
         if self.is_accumulated:
-            self._accumulate(states, factors)
-            self._accumulate(d_states, d_factors, beside=True)
+            self._accumulate(self.segments, states, factors)
+            self._accumulate(self.segments, d_states, d_factors, beside=True)
         return states, d_states
 
     def _key_value_gradients(

@@ -213,30 +213,37 @@ def interval_state_kernel(
     _store_state(interval_states + i_state * (K * V), b_S, o_k, o_v, True, K, V, False)
 
 
-@jit(do_not_specialize=["H", "num_intervals"])
+@jit(do_not_specialize=["H", "num_intervals", "interval"])
 def accumulate_kernel(
     interval_states,
     factors,
+    log_decay,
     H,
     num_intervals,
+    interval,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    IN_FLOAT32: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     LET_NEXT_BEGIN: tl.constexpr,
     BESIDE: tl.constexpr,
 ):
     """From what every interval of a row adds to the state, in its place, the state after it.
 
-    On Hopper GPUs it may let the next kernel begin, and run BESIDE the kernel launched before it, and end after it.
+    Where a head remembers no more than an interval, that is the same; only the last one may be shorter. On Hopper GPUs
+    it may let the next kernel begin, and run BESIDE the kernel launched before it, and end after it.
     """
     if LET_NEXT_BEGIN:
         cuda.gdc_launch_dependents()
     i_x, i_h, _, i_b = program_ids(H, 1, SIZE, BLOCK)
+    begin = 0
+    if reach_of(load_rate(log_decay, i_h), interval + 1, IN_FLOAT32) <= interval:
+        begin = tl.maximum(num_intervals - 2, 0)
     o_x = i_x * BLOCK + tl.arange(0, BLOCK)
-    p_S = interval_states + (i_b * num_intervals * H + i_h) * SIZE + o_x
+    p_S = interval_states + ((i_b * num_intervals + begin) * H + i_h) * SIZE + o_x
     p_factor = factors + i_b * num_intervals * H + i_h
     b_S = tl.zeros([BLOCK], tl.float32)
-    for i in tl.range(0, num_intervals, num_stages=NUM_STAGES):
+    for i in tl.range(begin, num_intervals, num_stages=NUM_STAGES):
         factor = tl.load(p_factor + i * H)
         b_added = tl.load(p_S, mask=o_x < SIZE)
         b_S = b_added + tl.where(factor > 0, factor * b_S, 0.0)

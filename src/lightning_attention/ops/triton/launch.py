@@ -226,14 +226,14 @@ class Scans:
             return None
         states, factors = self._states_of(self.segments, k, v, reverse=reverse)
         if self.is_accumulated:
-            self._accumulate(states, factors)
+            self._accumulate(self.segments, states, factors)
         return states
 
     def state_after(self, k: Tensor, v: Tensor, log_decay: Tensor, *, reverse: bool) -> Tensor:
         """`[B, H, K, V]`, of a row that starts from zero."""
         row = self._cut(config.whole_row, config.interval_tiles(self.K, self.V, self.dtype, self.precision))
         states, factors = self._states_of(row, k, v, reverse=reverse)
-        self._accumulate(states, factors)
+        self._accumulate(row, states, factors)
         return states[:, -1].clone(memory_format=torch.contiguous_format)
 
     def _states_of(self, segments: Segments, k: Tensor, v: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
@@ -258,7 +258,9 @@ class Scans:
             )
         return states, factors
 
-    def _accumulate(self, states: Tensor, factors: Tensor, *, early: bool = False, beside: bool = False) -> None:
+    def _accumulate(
+        self, segments: Segments, states: Tensor, factors: Tensor, *, early: bool = False, beside: bool = False
+    ) -> None:
         """In place. On Hopper `early` lets the next launch begin, and `beside` begins before the last has ended."""
         B, num_intervals, H, K, V = states.shape
         block, num_warps, num_stages = config.ACCUMULATED
@@ -266,10 +268,10 @@ class Scans:
             launch(
                 kernels.accumulate_kernel,
                 programs,
-                (states, factors),
-                (H, num_intervals),
+                (states, factors, self.log_decay),
+                (H, num_intervals, segments.interval),
                 (),
-                (K * V, block, num_stages, early, beside),
+                (K * V, block, self.dtype == torch.float32, num_stages, early, beside),
                 num_warps,
                 **{"launch_pdl": True} if beside else {},
             )
