@@ -28,19 +28,19 @@ MAX_REGISTERS = {128: None, 64: 128}
 # kernel of dk and dv. So many times as long it takes where sequences are packed, and where two share a multiprocessor.
 SCAN = {128: 1.65, 64: 0.73}
 GRADIENTS = {128: 2.5, 64: 1.35}
-PACKED, SHARED = 1.3, 1.8
+PACKED, SHARED = 1.3, 1.6
 # Of a scan's, where only the state is made.
 STATE_ALONE = 0.45
 
 # Of the two kernels of backward: so many times as long the memory takes where they run beside each other, and so many
 # microseconds more it is where they run one after the other.
-BESIDE, AFTER = 1.15, 16
+BESIDE, AFTER = {128: 1.15, 64: 1.0}, 16
 # Microseconds that segments cost, and each of them.
 SEGMENTS, SEGMENT = 7, 0.15
 
 # Decays are on the GPU, and not looked at. So many chunks the gentlest head of ALiBi remembers, of slope 1/256. Of what
 # could be remembered heads on average remember this part.
-REMEMBERED = 89
+REMEMBERED = 78
 ON_AVERAGE = 0.7
 
 
@@ -77,7 +77,8 @@ def segments(
     chunks = ceil_div(length, C)
     places = multiprocessors * programs_per_multiprocessor(value_dim)
     slower = PACKED if sequence < length else 1.0
-    scan, gradients = (of[max(key_dim, value_dim)] * slower for of in (SCAN, GRADIENTS))
+    head_dim = max(key_dim, value_dim)
+    scan, gradients = SCAN[head_dim] * slower, GRADIENTS[head_dim] * slower
     tensor = length * heads * (key_dim + value_dim) / bytes_per_second * 1e6
 
     def time(count: int) -> float:
@@ -87,7 +88,7 @@ def segments(
         is_shared = heads * count * (2 if is_beside else 1) > multiprocessors
         chunk = gradients if is_beside else scan + gradients if is_in_turn else scan
         chunk *= SHARED if is_shared else 1
-        moved = tensor * (10 if is_backward else 4) * (BESIDE if is_beside else 1)
+        moved = tensor * (10 if is_backward else 4) * (BESIDE[head_dim] if is_beside else 1)
         if count == 1:
             return _longer(chunk * chunks, moved)
         if count == 2:

@@ -16,9 +16,9 @@ from triton.language.extra import cuda
 # To a type checker, a kernel that calls another raises.
 jit: Any = triton.jit
 
-# -log of the weight with which a token is left out of the state that a segment starts from. In 16 bits it is 2^-32, of
-# which float32, where the state is summed, rounds off 256 times as much, and the results millions; in float32 it is 0.
-FORGOTTEN: Any = tl.constexpr(22.2)
+# -log of the weight with which a token is left out of the state that a segment starts from. In 16 bits it is 2^-28, of
+# which float32, where states are summed, rounds off 16 times as much, and results 100,000 times; in float32 it is 0.
+FORGOTTEN: Any = tl.constexpr(19.4)
 FORGOTTEN_IN_FLOAT32: Any = tl.constexpr(104.0)
 
 
