@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from ops.test_triton import STATES
 from oracle import INTERPRETED, Case, device_of, make_inputs
 from torch import Tensor
 
 triton = pytest.importorskip("triton", "3.6")
 
 from ops.gluon_emulator import emulated  # noqa: E402
-from ops.test_triton import STATES  # noqa: E402
 
 from lightning_attention import lightning_attention  # noqa: E402
 from lightning_attention.ops import api, hopper, library  # noqa: E402

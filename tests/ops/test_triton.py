@@ -74,11 +74,28 @@ def test_what_a_segment_leaves_out_is_not_missed(segments):
 
 
 @kernels_run
+def test_both_directions_share_the_memory_of_states(segments, monkeypatch):
+    from lightning_attention.ops.triton import kernels, launch
+
+    start, made = launch.launch, []
+
+    def launched(kernel, programs, tensors, *rest, **options):
+        if kernel is kernels.interval_state_kernel:
+            made.append(tensors[3])
+        start(kernel, programs, tensors, *rest, **options)
+
+    monkeypatch.setattr(launch, "launch", launched)
+    x = make_inputs(Case(B=1, T=600, H=2, K=16, V=16), torch.float32).on(device_of("triton"))
+    launch.backward(x.q, x.k, x.v, x.do, x.log_decay, None, None, None, 1.0)
+    assert len(made) == 2
+    assert made[0] is made[1]
+
+
+@kernels_run
 @pytest.mark.parametrize("slope", [0.05, 0.5, 5.0])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "reverse"])
 def test_a_state_after_a_short_interval(monkeypatch, reverse, slope):
     """Of three whole ones and one of 8 tokens: heads remember several, one, or a part of one."""
-    pytest.importorskip("triton")
     from lightning_attention.ops.triton import launch
 
     monkeypatch.setattr(config, "whole_row", lambda length, *_: config.Segments(256, 64, 2))
