@@ -57,7 +57,7 @@ def busy_milliseconds(spans: Iterable[Interval]) -> float:
 def main(output: Path) -> None:
     step = Step()
     calls = {"hopper": step.hopper, "portable": step.portable}
-    times, failures = interleaved_times(calls, 2.0, DEVICE, on_host=True)
+    times, failures = interleaved_times(calls, 2.0, DEVICE, "wall")
     assert not failures, failures
     results = {}
     for name, call in calls.items():

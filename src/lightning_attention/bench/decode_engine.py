@@ -115,7 +115,7 @@ def _measure_case(
     for name, (build, is_sampled) in ways.items():
         asked = requests[: case.sample] if is_sampled else requests
         contest.prepare(name, lambda build=build, asked=asked: (build(model, case), asked))
-    times = contest.times(lambda ready: lambda: _answer_all(*ready), seconds, on_host=True)
+    times = contest.times(lambda ready: lambda: _answer_all(*ready), seconds, "wall")
 
     def facts(name: str, asked: list[Request]) -> Record:
         answers = _answer_tokens(asked)

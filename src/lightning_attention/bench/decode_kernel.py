@@ -1,7 +1,7 @@
 """One token of the operator beside other implementations of it, eager and as a CUDA graph."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops import decay
 from ..ops.api import lightning_attention_step
 from .cases import StepCase
-from .harness import FLUSHED_BYTES, Call, Contest, captured, enqueue_seconds, release
+from .harness import FLUSHED_BYTES, Call, Clock, Contest, captured, release
 from .oracles import TOLERANCES, checked_error
 from .peers import OURS, STEP_PEERS, Step, StepPeer
 from .report import Column, Record, Table, dtype_name, rounded
@@ -81,7 +81,6 @@ class _Calls:
     """A round of calls of an implementation, by how it is called, and its error."""
 
     rounds: dict[str, Call]
-    host_seconds: float | None
     error: float
 
 
@@ -116,8 +115,8 @@ def _measure_case(
     for peer in peers:
         contest.prepare(peer.name, lambda peer=peer: _prepare(peer, inputs, device))
     times = {
-        kind: contest.times(lambda calls, kind=kind: calls.rounds[kind], seconds, on_host=kind == "eager")
-        for kind in _kinds(device)
+        kind: contest.times(lambda calls, kind=kind: calls.rounds[kind], seconds, clock)
+        for kind, clock in _clocks(device).items()
     }
 
     def facts(name: str, calls: _Calls) -> Record:
@@ -129,12 +128,8 @@ def _measure_case(
                 "times_floor": rounded(seconds_a_call * bandwidth / case.minimal_bytes),
                 "times_ours": rounded(of_kind[name] / of_kind[OURS]) if OURS in of_kind else None,
             }
-        if calls.host_seconds:
-            ours = contest.ready[OURS].host_seconds if OURS in contest.ready else None
-            record["host"] = {
-                "microseconds": rounded(calls.host_seconds * 1e6),
-                "times_ours": rounded(calls.host_seconds / ours) if ours else None,
-            }
+        if record["host"]:
+            del record["host"]["times_floor"]
         return record
 
     sizes = {
@@ -158,13 +153,13 @@ def _prepare(peer: StepPeer, inputs: StepInputs, device: torch.device) -> _Calls
             kept.append(step(*inputs.sets[i % len(inputs.sets)]))
         return kept
 
-    ways: dict[str, Callable[[Call], Call]] = {"eager": lambda call: call, "graph": captured}
-    host_seconds = enqueue_seconds(lambda: step(*inputs.sets[0]), device)
-    return _Calls({kind: ways[kind](round_of_calls) for kind in _kinds(device)}, host_seconds, error)
+    rounds = {kind: captured(round_of_calls) if kind == "graph" else round_of_calls for kind in _clocks(device)}
+    return _Calls(rounds, error)
 
 
-def _kinds(device: torch.device) -> list[str]:
-    return ["eager", "graph"] if device.type == "cuda" else ["eager"]
+def _clocks(device: torch.device) -> dict[str, Clock]:
+    """By what each kind of time is measured."""
+    return {"eager": "wall", "graph": "device", "host": "host"} if device.type == "cuda" else {"eager": "wall"}
 
 
 def _title(case: StepCase, bandwidth: float) -> str:

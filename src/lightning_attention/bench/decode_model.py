@@ -76,7 +76,7 @@ def _measure_case(
     cache: list[Tensor] = []
     for peer in peers:
         contest.prepare(peer.name, lambda peer=peer: _softmax(model, case, peer, cache))
-    times = contest.times(lambda steps: steps.step, seconds, on_host=True)
+    times = contest.times(lambda steps: steps.step, seconds, "wall")
 
     def facts(name: str, steps: _Steps) -> Record:
         return {

@@ -1,4 +1,4 @@
-"""Time and memory of a call. On a GPU time is the device's own, from events; what the host takes is measured apart."""
+"""Time and memory of a call."""
 
 import ctypes
 import gc
@@ -6,13 +6,16 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
 from ..cuda_graph import record
 
 Call = Callable[[], object]
+# What is measured of a call: the device's time, by events; that on the wall, until the device has done what the call
+# asks for; or what the call takes of the host, until it returns. On a CPU they are one.
+Clock = Literal["device", "wall", "host"]
 Ready = TypeVar("Ready")
 
 # Zeroing this much evicts what a call left in L2. It takes a GPU longer than the host takes to enqueue any call here,
@@ -42,10 +45,10 @@ class Contest(Generic[Ready]):
             self.failures[name] = reason(error)
         release(self.device)
 
-    def times(self, call_of: Callable[[Ready], Call], seconds: float, *, on_host: bool = False) -> dict[str, float]:
+    def times(self, call_of: Callable[[Ready], Call], seconds: float, clock: Clock = "device") -> dict[str, float]:
         """Of a call of each, as `interleaved_times`."""
         calls = {name: call_of(ready) for name, ready in self.ready.items()}
-        times, failures = interleaved_times(calls, seconds, self.device, on_host=on_host)
+        times, failures = interleaved_times(calls, seconds, self.device, clock)
         for name, why in failures.items():
             self.failures[name] = why
             del self.ready[name]
@@ -58,7 +61,7 @@ class Contest(Generic[Ready]):
 
 
 def interleaved_times(
-    calls: dict[str, Call], seconds: float, device: torch.device, *, on_host: bool = False
+    calls: dict[str, Call], seconds: float, device: torch.device, clock: Clock = "device"
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Median seconds of each call, taken in turns so that a noisy moment falls on all of them.
 
@@ -67,12 +70,13 @@ def interleaved_times(
         seconds: to spend on each call, about. After one run that is not counted a call runs at least five times (three
             where it takes over 0.1 s) and at most 100.
         device: whose time is measured.
-        on_host: measure by the clock on the wall instead, from the call until the device has done what it asks for.
+        clock: what is measured.
 
     Returns:
         The times, and the reasons of those that raised.
     """
-    timed = _host_timer(device) if on_host or device.type == "cpu" else _event_timer(device)
+    timers = {"device": _event_timer, "wall": _wall_timer, "host": _host_timer}
+    timed = timers["wall" if device.type == "cpu" else clock](device)
     times: dict[str, list[float]] = {name: [] for name in calls}
     failures: dict[str, str] = {}
 
@@ -123,23 +127,6 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
         return None
 
 
-def enqueue_seconds(call: Call, device: torch.device) -> float | None:
-    """What a call takes of the host on a GPU: median over batches, each short enough not to fill the queue.
-
-    None on a CPU, where the host does all the work.
-    """
-    if device.type == "cpu":
-        return None
-    calls_a_batch, batches = 32, []
-    for _ in range(20):
-        torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        for _ in range(calls_a_batch):
-            call()
-        batches.append((time.perf_counter() - start) / calls_a_batch)
-    return statistics.median(batches)
-
-
 def captured(call: Call) -> Call:
     """The same call, recorded as a CUDA graph: it returns what the recorded one did, made anew by every replay."""
     graph, result = record(call)
@@ -182,7 +169,7 @@ def _is_enough(spent: list[float], seconds: float) -> bool:
     return len(spent) >= MAX_RUNS or (len(spent) >= least and sum(spent) >= seconds)
 
 
-def _host_timer(device: torch.device) -> Callable[[Call], float]:
+def _wall_timer(device: torch.device) -> Callable[[Call], float]:
     def timed(call: Call) -> float:
         start = time.perf_counter()
         result = call()
@@ -191,6 +178,16 @@ def _host_timer(device: torch.device) -> Callable[[Call], float]:
         elapsed = time.perf_counter() - start
         del result
         return elapsed
+
+    return timed
+
+
+def _host_timer(device: torch.device) -> Callable[[Call], float]:
+    def timed(call: Call) -> float:
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
 
     return timed
 

@@ -2,15 +2,19 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from .cases import BACKWARD, FORWARD, OpCase, Pass
-from .harness import Contest, enqueue_seconds, peak_bytes, release
+from .harness import Call, Contest, peak_bytes, release
 from .oracles import Oracles
 from .peers import OURS, PEERS, Calls, Inputs, Peer
 from .report import Column, Record, Table, dtype_name, rounded
 from .run import Plan
+
+# Calls that measure the host: of at most so many tokens, and so few in a row, that they do not fill the queue of a GPU.
+SMALL_LENGTH, SMALL_CALLS = 1024, 32
 
 
 def plan(kind: str, cases: list[OpCase], device: torch.device, *, softmax_up_to: int, seconds: float) -> Plan:
@@ -34,9 +38,10 @@ def measure(
 ) -> Iterator[list[Record]]:
     """The records of one case after the other, one for every implementation.
 
-    A record has the sizes and then `error` against float64, `host_microseconds` that a small forward call takes of the
-    host, `peak_bytes` of forward and backward in one call, and `forward` and `backward` apart (see `_pass_record`). For
-    an implementation that raises or is wrong it has `not_measured` instead, the reason; the others go on.
+    A record has the sizes and then `error` against float64, `peak_bytes` of forward and backward in one call, `forward`
+    and `backward` apart (see `_pass_record`), and `host_microseconds` that a forward call without gradients takes of
+    the host, for a row of at most 1024 tokens; None on a CPU. For an implementation that raises or is wrong it has
+    `not_measured` instead, the reason; the others go on.
 
     Args:
         cases: shapes.
@@ -46,33 +51,29 @@ def measure(
         softmax_up_to: longest sequence to run quadratic implementations on.
         seconds: to spend on each timing, about.
     """
-    peers, host_times = list(peers), {}
+    peers = list(peers)
     for case in cases:
-        yield _measure_case(case, peers, device, bandwidth, softmax_up_to, seconds, host_times)
+        yield _measure_case(case, peers, device, bandwidth, softmax_up_to, seconds)
 
 
 def _measure_case(
-    case: OpCase,
-    peers: list[Peer],
-    device: torch.device,
-    bandwidth: float,
-    softmax_up_to: int,
-    seconds: float,
-    host_times: dict[tuple[str, torch.dtype, int], float | None],
+    case: OpCase, peers: list[Peer], device: torch.device, bandwidth: float, softmax_up_to: int, seconds: float
 ) -> list[Record]:
-    contest = _prepare_all(case, peers, device, softmax_up_to, host_times)
+    contest = _prepare_all(case, peers, device, softmax_up_to)
     release(device)
     times = {
-        direction: contest.times(lambda ready, direction=direction: getattr(ready[0], direction.name), seconds)
+        direction: contest.times(lambda ready, direction=direction: getattr(ready.calls, direction.name), seconds)
         for direction in (FORWARD, BACKWARD)
     }
+    host_times = {} if device.type == "cpu" else contest.times(lambda ready: ready.small_calls, seconds, "host")
 
     def measured(peer: Peer, facts: Record) -> Record:
         for direction, of_this in times.items():
             facts[direction.name] |= _pass_record(
                 case, direction, peer, of_this[peer.name], of_this.get(OURS), bandwidth
             )
-        return facts
+        host_time = host_times.get(peer.name)
+        return facts | {"host_microseconds": None if host_time is None else rounded(host_time / SMALL_CALLS * 1e6)}
 
     sizes = {
         "batch_size": case.batch_size,
@@ -82,56 +83,52 @@ def _measure_case(
         "dtype": dtype_name(case.dtype),
         "documents": case.documents,
     }
-    return [contest.record(peer.name, sizes, lambda ready, peer=peer: measured(peer, ready[1])) for peer in peers]
+    return [contest.record(peer.name, sizes, lambda ready, peer=peer: measured(peer, ready.facts)) for peer in peers]
 
 
-def _prepare_all(
-    case: OpCase,
-    peers: list[Peer],
-    device: torch.device,
-    softmax_up_to: int,
-    host_times: dict[tuple[str, torch.dtype, int], float | None],
-) -> Contest[tuple[Calls, Record]]:
+class _Ready(NamedTuple):
+    """The calls, those that measure the host, and all that is measured but time."""
+
+    calls: Calls
+    small_calls: Call
+    facts: Record
+
+
+def _prepare_all(case: OpCase, peers: list[Peer], device: torch.device, softmax_up_to: int) -> Contest[_Ready]:
     inputs = Inputs(case, device)
+    small_inputs = Inputs(replace(case, batch_size=1, length=min(case.length, SMALL_LENGTH)), device)
     oracles = Oracles(inputs)
-    contest: Contest[tuple[Calls, Record]] = Contest(device)
+    contest: Contest[_Ready] = Contest(device)
+
+    def prepare(peer: Peer) -> _Ready:
+        calls = Calls(peer, inputs)
+        error = oracles.error(calls)
+        return _Ready(calls, _small_calls(Calls(peer, small_inputs)), _facts(calls, error, case, device))
+
     for peer in peers:
         if case.length > _max_length(peer, softmax_up_to):
             contest.failures[peer.name] = f"not run beyond {_max_length(peer, softmax_up_to)} tokens"
         elif case.documents is not None and not peer.takes_documents:
             contest.failures[peer.name] = "it has no packed documents"
         else:
-            contest.prepare(peer.name, lambda peer=peer: _prepare(peer, case, inputs, oracles, device, host_times))
+            contest.prepare(peer.name, lambda peer=peer: prepare(peer))
     return contest
 
 
-def _prepare(
-    peer: Peer,
-    case: OpCase,
-    inputs: Inputs,
-    oracles: Oracles,
-    device: torch.device,
-    host_times: dict[tuple[str, torch.dtype, int], float | None],
-) -> tuple[Calls, Record]:
-    """The calls, checked, and all that is measured of them but time."""
-    calls = Calls(peer, inputs)
-    facts: Record = {"error": rounded(oracles.error(calls))}
-    key = peer.name, case.dtype, case.head_dim
-    if key not in host_times:
-        host_times[key] = _host_time(peer, case, device)
-    host_time = host_times[key]
-    facts["host_microseconds"] = None if host_time is None else rounded(host_time * 1e6)
-    facts["peak_bytes"] = peak_bytes(calls.both, device)
+def _small_calls(calls: Calls) -> Call:
+    def call_all() -> None:
+        with torch.no_grad(), calls.peer.context():
+            for _ in range(SMALL_CALLS):
+                calls.attend()
+
+    return call_all
+
+
+def _facts(calls: Calls, error: float, case: OpCase, device: torch.device) -> Record:
+    facts: Record = {"error": rounded(error), "peak_bytes": peak_bytes(calls.both, device)}
     for direction in (FORWARD, BACKWARD):
         facts[direction.name] = _memory_record(case, direction, peak_bytes(getattr(calls, direction.name), device))
-    return calls, facts
-
-
-def _host_time(peer: Peer, case: OpCase, device: torch.device) -> float | None:
-    """Seconds of the host for a forward call too small to keep the GPU busy."""
-    calls = Calls(peer, Inputs(replace(case, batch_size=1, length=128, documents=None), device))
-    with torch.no_grad(), peer.context():
-        return enqueue_seconds(calls.attend, device)
+    return facts
 
 
 def _memory_record(case: OpCase, direction: Pass, peak: int | None) -> Record:

@@ -64,7 +64,8 @@ def _replay(arguments: tuple[Any, ...], launches: list[Launch], result: Any) -> 
         return [-1 if x is None else slots[x.data_ptr()] for x in tensors]
 
     device = arguments[positions[0]].device
-    sizes = [(x.shape, x.dtype) for x in made.values()]
+    # Sizes and strides are half as much to take in as sizes that strides have to be made of.
+    sizes = [(x.shape, x.stride(), x.dtype) for x in made.values()]
     runs = [(run, itemgetter(*slots_of(tensors)), rest) for run, tensors, rest in launches if run]
     returned, is_one = slots_of(results), isinstance(result, Tensor)
 
@@ -74,7 +75,7 @@ def _replay(arguments: tuple[Any, ...], launches: list[Launch], result: Any) -> 
 
     def replay(*arguments: Any) -> Any:
         tensors = [arguments[i] for i in positions]
-        tensors += [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in sizes]
+        tensors += [torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype in sizes]
         pointers = [x.data_ptr() for x in tensors]
         with torch.accelerator.device_index(device.index):
             with_scratch(device, launch_all, [*pointers, None])
