@@ -323,7 +323,7 @@ def _forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_
 
 
 def _backward(q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, scale, backend):
-    problem = Problem.of_attention(q, k, v, log_decay, initial_state, cu_seqlens)
+    problem = Problem.of_attention(q, k, v, log_decay, initial_state, cu_seqlens)._replace(is_backward=True)
     backend = choose_backend(backend, problem)
     *gradients, d_initial_state = backward(
         q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, scale, backend

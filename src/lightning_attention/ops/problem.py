@@ -27,6 +27,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     is_tree: bool = False
+    is_backward: bool = False
 
     @classmethod
     def of_attention(

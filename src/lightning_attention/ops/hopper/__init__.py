@@ -25,9 +25,10 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 
 def is_slow(problem: Problem) -> bool:
-    """Whether other kernels are as fast: these take the host longer to launch."""
-    tokens = problem.batch_size * problem.length * problem.num_heads
-    return tokens * max(problem.key_dim, problem.value_dim) < MIN_ELEMENTS
+    """Whether other kernels are as fast, which for backward none are."""
+    head_dim = max(problem.key_dim, problem.value_dim)
+    elements = problem.batch_size * problem.length * problem.num_heads * head_dim
+    return not problem.is_backward and elements < MIN_ELEMENTS[head_dim]
 
 
 def __getattr__(name: str) -> Callable:

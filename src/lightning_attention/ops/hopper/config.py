@@ -7,8 +7,8 @@ from ..triton.config import Segments, ceil_div
 
 HEAD_DIMS = (64, 128)
 
-# Of queries, or values. With fewer a call is mostly launching, which takes the host longer than with portable kernels.
-MIN_ELEMENTS = 1 << 21
+# Of queries or values, by head size. Forward of fewer is mostly launching and descriptors: portable kernels are faster.
+MIN_ELEMENTS = {128: 1 << 23, 64: 1 << 21}
 
 # States of segments that a program sums by itself; of more, another kernel makes the sums.
 MAX_SUMMED = 7
