@@ -8,7 +8,7 @@ from ..triton.config import Segments, ceil_div
 HEAD_DIMS = (64, 128)
 
 # Of queries or values, by head size. Forward of fewer is mostly launching and descriptors: portable kernels are faster.
-MIN_ELEMENTS = {128: 1 << 23, 64: 1 << 21}
+MIN_ELEMENTS = {128: 3 << 22, 64: 1 << 21}
 
 # States of segments that a program sums by itself; of more, another kernel makes the sums.
 MAX_SUMMED = 7
