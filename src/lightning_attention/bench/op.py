@@ -13,7 +13,7 @@ from .peers import OURS, PEERS, Calls, Inputs, Peer
 from .report import Column, Record, Table, dtype_name, rounded
 from .run import Plan
 
-# Calls that measure the host: of at most so many tokens, and so few in a row, that they do not fill the queue of a GPU.
+# Calls that measure the host: of at most so many tokens, and so few of them, that they do not fill the queue of a GPU.
 SMALL_LENGTH, SMALL_CALLS = 1024, 32
 
 
@@ -40,7 +40,7 @@ def measure(
 
     A record has the sizes and then `error` against float64, `peak_bytes` of forward and backward in one call, `forward`
     and `backward` apart (see `_pass_record`), and `host_microseconds` that a forward call without gradients takes of
-    the host, for a row of at most 1024 tokens; None on a CPU. For an implementation that raises or is wrong it has
+    the host, for rows of at most 1024 tokens; None on a CPU. For an implementation that raises or is wrong it has
     `not_measured` instead, the reason; the others go on.
 
     Args:
@@ -96,7 +96,7 @@ class _Ready(NamedTuple):
 
 def _prepare_all(case: OpCase, peers: list[Peer], device: torch.device, softmax_up_to: int) -> Contest[_Ready]:
     inputs = Inputs(case, device)
-    small_inputs = Inputs(replace(case, batch_size=1, length=min(case.length, SMALL_LENGTH)), device)
+    small_inputs = Inputs(replace(case, length=min(case.length, SMALL_LENGTH)), device)
     oracles = Oracles(inputs)
     contest: Contest[_Ready] = Contest(device)
 
