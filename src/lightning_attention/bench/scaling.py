@@ -52,8 +52,8 @@ class Compute:
 
     tokens_per_second: float
     # B 4, T 32768, H 32, D 128 in benchmarks/results/h200/hopper.json.
-    forward: float = 1.056e-3 / (4 * 32768 * 32 * 128)
-    backward: float = 2.61e-3 / (4 * 32768 * 32 * 128)
+    forward: float = 1.037e-3 / (4 * 32768 * 32 * 128)
+    backward: float = 2.598e-3 / (4 * 32768 * 32 * 128)
 
 
 def all_gather(cluster: Cluster, state_bytes: int, gpus: int, bandwidth: float = inf) -> float:
