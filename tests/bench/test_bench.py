@@ -49,15 +49,17 @@ def clock(monkeypatch):
     return take
 
 
-def test_times_are_medians_taken_in_turns(clock):
+@pytest.mark.parametrize(("of", "expected"), [("device", {"a": 2, "b": 3}), ("host", {"a": 1, "b": 3})])
+def test_times_are_taken_in_turns(clock, of, expected):
+    """Their medians; of the host, the least."""
     calls, took = [], {"a": iter([9, 1, 5, 2]), "b": iter([9, 3, 3, 3])}
 
     def call(name):
         calls.append(name)
         clock(next(took[name]))
 
-    times, failures = interleaved_times({name: lambda name=name: call(name) for name in took}, 3.0, CPU)
-    assert (times, failures) == ({"a": 2, "b": 3}, {})
+    times, failures = interleaved_times({name: lambda name=name: call(name) for name in took}, 3.0, CPU, of)
+    assert (times, failures) == (expected, {})
     assert calls == ["a", "b"] * 4
 
 
