@@ -25,7 +25,7 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 
 def is_slow(problem: Problem) -> bool:
-    """Whether other kernels are as fast, which for backward none are."""
+    """Whether others are about as fast and cost the host less: forward, where there is little to do."""
     head_dim = max(problem.key_dim, problem.value_dim)
     elements = problem.batch_size * problem.length * problem.num_heads * head_dim
     return not problem.is_backward and elements < MIN_ELEMENTS[head_dim]

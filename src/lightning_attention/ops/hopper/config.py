@@ -7,7 +7,8 @@ from ..triton.config import Segments, ceil_div
 
 HEAD_DIMS = (64, 128)
 
-# Of queries or values, by head size. Forward of fewer is mostly launching and descriptors: portable kernels are faster.
+# Of queries or values, by head size. Forward of fewer is mostly launching and descriptors, which portable kernels do
+# without; they are faster there, or about as fast and cost the host less. Backward they need more launches.
 MIN_ELEMENTS = {128: 3 << 22, 64: 1 << 21}
 
 # States of segments that a program sums by itself; of more, another kernel makes the sums.

@@ -64,7 +64,7 @@ def _replay(arguments: tuple[Any, ...], launches: list[Launch], result: Any) -> 
         return [-1 if x is None else slots[x.data_ptr()] for x in tensors]
 
     device = arguments[positions[0]].device
-    # Sizes and strides are half as much to take in as sizes that strides have to be made of.
+    # To make strides of sizes takes PyTorch as long as all else that it does for an empty tensor.
     sizes = [(x.shape, x.stride(), x.dtype) for x in made.values()]
     runs = [(run, itemgetter(*slots_of(tensors)), rest) for run, tensors, rest in launches if run]
     returned, is_one = slots_of(results), isinstance(result, Tensor)
