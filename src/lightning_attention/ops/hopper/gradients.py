@@ -10,7 +10,7 @@ Of heads of 64 a single warpgroup makes both.
 
 from triton.language import constexpr
 
-from ..triton.kernels import decay_over, load_rate
+from ..triton.parts import decay_over, load_rate
 from .parts import (
     ACC,
     BARRIER,

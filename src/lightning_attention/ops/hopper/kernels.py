@@ -12,7 +12,7 @@ chunk are stored by rows: TMA would overwrite those of the next sequence, and st
 
 from triton.language import constexpr
 
-from ..triton.kernels import decay_over, load_rate
+from ..triton.parts import decay_over, load_rate
 from .parts import (
     ACC,
     BARRIER,

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.language import constexpr
 from triton.language.extra import cuda
 
-from ..triton.kernels import _sequence, _sequences_in, decay_over, load_rate, reach_of
+from ..triton.parts import decay_over, load_rate, reach_of, sequence_of, sequences_in
 from . import config
 
 # A type checker knows nothing of what a compiler does with these.
@@ -62,7 +62,7 @@ def program(log_decay, H, cu_seqlens, N, T, segment_length, REVERSE: constexpr, 
     if cu_seqlens is None:
         n_first, n_last = i_b, i_b + 1
     else:
-        n_first, n_last = _sequences_in(cu_seqlens, first, last, N, T, REVERSE)
+        n_first, n_last = sequences_in(cu_seqlens, first, last, N, T, REVERSE)
     return i_h, i_b, (first, last, n_first, n_last)
 
 
@@ -77,7 +77,7 @@ def piece(row, n, REVERSE: constexpr):
     """Of sequence n start, end and the index of its states; and what of it is in this part of the row, `lo` to `hi`."""
     cu_seqlens, N, T, part = row
     first, last, _, _ = part
-    start, end, i_n = _sequence(cu_seqlens, n, N, T, REVERSE)
+    start, end, i_n = sequence_of(cu_seqlens, n, N, T, REVERSE)
     return start, end, i_n, gl.maximum(start, first), gl.minimum(end, last)
 
 

@@ -2,7 +2,7 @@
 
 from triton.language import constexpr
 
-from ..triton.kernels import interval_bounds, load_rate
+from ..triton.parts import interval_bounds, load_rate
 from .parts import (
     ACC,
     BARRIER,

@@ -6,7 +6,7 @@ the number of drafts, rounded up.
 
 import triton.language as tl
 
-from .kernels import decay_over, jit, load_rate, program_ids
+from .parts import decay_over, jit, load_rate, program_ids
 
 
 @jit(do_not_specialize=["scale", "T", "H"])
