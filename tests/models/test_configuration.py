@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -77,3 +78,57 @@ def test_errors(options, message):
 def test_an_unknown_size():
     with pytest.raises(ValueError, match=r"size must be one of demo, 45M, .* got '2B'"):
         LightningConfig.from_size("2B")
+
+
+UNKNOWN = [
+    "attention",
+    "head_dim",
+    "num_key_value_heads",
+    "temperature",
+    "max_length",
+    "hiden_size",
+    "per_layer_config",
+]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_unknown_options_are_refused_by_name(name, tmp_path):
+    with pytest.raises(TypeError, match=f"LightningConfig has no option {name}"):
+        LightningConfig(**{name: 32})
+    LightningConfig().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: 32}))
+    with pytest.raises(TypeError, match=f"LightningConfig has no option {name}"):
+        LightningConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"layer_types": ["full_attention"] * 24}, ValueError, "layer_types must be 24 times"),
+        ({"layer_types": ["full_attention", "nonsense"]}, ValueError, "layer_types must be 24 times"),
+        ({"layer_types": ["linear_attention"]}, ValueError, "layer_types must be 24 times"),
+        ({"is_encoder_decoder": True}, ValueError, "is_encoder_decoder must be False"),
+        ({"pad_token_id": -1}, ValueError, r"pad_token_id must be None or in \[0, vocab_size = 64000\), got -1"),
+        ({"pad_token_id": 64000}, ValueError, "pad_token_id must be None or in"),
+        ({"eos_token_id": [2, 70000]}, ValueError, "eos_token_id must be None or in .* got 70000"),
+        ({"bos_token_id": "1"}, TypeError, "bos_token_id must be an integer, got '1'"),
+        ({"hidden_size": 1024.0}, TypeError, "hidden_size must be an integer, got 1024.0"),
+        ({"num_hidden_layers": True}, TypeError, "num_hidden_layers must be an integer, got True"),
+        ({"max_position_embeddings": 0}, ValueError, "max_position_embeddings must be at least 1"),
+        ({"norm_eps": math.nan}, ValueError, "norm_eps must be finite and not negative, got nan"),
+        ({"initializer_range": -0.1}, ValueError, "initializer_range must be finite and not negative"),
+        ({"norm_eps": "1e-6"}, TypeError, "norm_eps must be a number, got '1e-6'"),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_be(options, kind, message):
+    with pytest.raises(kind, match=message):
+        LightningConfig(**options)
+
+
+def test_options_of_transformers_are_taken():
+    config = LightningConfig(num_labels=3, output_attentions=False, torch_dtype="float16", name_or_path="here")
+    assert config.num_labels == 3
+    assert config.dtype == torch.float16
+    assert config.max_position_embeddings is None

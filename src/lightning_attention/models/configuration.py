@@ -1,14 +1,43 @@
-"""What a model is made of."""
+"""Configuration of the language models."""
 
+import copy
+import math
+import os
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from ..ops.decay import LAYERLESS_PRESETS, PRESETS, log_decay
 
+logger = logging.get_logger(__name__)
+
 POSITIONS = ("mix", "lrpe-d", "decay")
+SIZE_OPTIONS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# Options that are no fields, and that transformers itself takes or writes.
+TRANSFORMERS_OPTIONS = frozenset(
+    {
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_commit_hash",
+        "_experts_implementation_internal",
+        "_name_or_path",
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "loss_type",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "quantization_config",
+        "tokenizer_class",
+        "torch_dtype",
+    }
+)
 
 # TransNormerLLM (arXiv 2307.14995, 2401.04658). The papers give the GLU width of 385M and 1B, 2.75 times the model's;
 # the larger ones keep the ratio. Counted with the vocabulary of the paper's 385M, 50272; others have 64000.
@@ -40,13 +69,18 @@ class LightningConfig(PreTrainedConfig):
         norm_eps: of all norms.
         initializer_range: standard deviation of new weights.
         use_cache: whether a call returns its state by default.
+        max_position_embeddings: longest context that tools such as lm-eval should use; None is no limit. The model has
+            none, and does not read it.
+        layer_types: "linear_attention" for every layer, which is the only type there is.
+        bos_token_id, eos_token_id, pad_token_id: special tokens, in `[0, vocab_size)`, or None.
 
     Raises:
+        TypeError: an option that is not known, by name, or a value of the wrong type.
         ValueError: a value is out of range or does not fit the others.
     """
 
     model_type: ClassVar[str] = "lightning"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values", "states"]
 
     vocab_size: int = 64000
     hidden_size: int = 1024
@@ -64,11 +98,17 @@ class LightningConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     layer_types: list[str] | None = None
+    max_position_embeddings: int | None = None
 
     def __post_init__(self, **kwargs: Any):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if unknown := sorted(set(kwargs) - TRANSFORMERS_OPTIONS):
+            raise TypeError(f"LightningConfig has no option {', '.join(unknown)}")
+        for name in SIZE_OPTIONS:
+            _check_int(name, getattr(self, name), at_least=1)
+        if self.max_position_embeddings is not None:
+            _check_int("max_position_embeddings", self.max_position_embeddings, at_least=1)
+        for name in ("norm_eps", "initializer_range"):
+            _check_not_negative(name, getattr(self, name))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads = {self.num_attention_heads}, "
@@ -88,7 +128,44 @@ class LightningConfig(PreTrainedConfig):
                 raise ValueError("log_decay must be <= 0")
         if self.layer_types is None:
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        if list(self.layer_types) != ["linear_attention"] * self.num_hidden_layers:
+            raise ValueError(
+                f'layer_types must be {self.num_hidden_layers} times "linear_attention", got {self.layer_types}'
+            )
+        if self.is_encoder_decoder:
+            raise ValueError("is_encoder_decoder must be False: this is a decoder")
+        self.check_token_ids(self.vocab_size)
         super().__post_init__(**kwargs)
+
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Refuse special tokens that a vocabulary of this size does not have.
+
+        Raises:
+            TypeError: a token is not an integer.
+            ValueError: a token is out of range.
+        """
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            given = getattr(self, name)
+            for token in given if isinstance(given, (list, tuple)) else [given]:
+                if token is None:
+                    continue
+                _check_int(name, token)
+                if not 0 <= token < vocab_size:
+                    raise ValueError(f"{name} must be None or in [0, vocab_size = {vocab_size}), got {token}")
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write config.json. Attributes that other software has set on this object are left out, with a warning:
+        a configuration with options that are not known cannot be loaded.
+        """
+        known = {field.name for field in fields(self)} | TRANSFORMERS_OPTIONS
+        foreign = [name for name in vars(self) if name not in known and not name.startswith("_")]
+        config = self
+        if foreign:
+            logger.warning(f"not saved, since LightningConfig has no such option: {', '.join(foreign)}")
+            config = copy.copy(self)
+            for name in foreign:
+                delattr(config, name)
+        super(LightningConfig, config).save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
     def from_size(cls, size: str, **options: Any) -> "LightningConfig":
@@ -116,3 +193,17 @@ class LightningConfig(PreTrainedConfig):
         """`(H, K, V)` of the state of one sequence; LRPE-d doubles K."""
         head_dim = self.hidden_size // self.num_attention_heads
         return self.num_attention_heads, head_dim * (2 if self.layer_has_lrpe(layer_idx) else 1), head_dim
+
+
+def _check_int(name: str, value: object, at_least: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if at_least is not None and value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+def _check_not_negative(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
