@@ -253,16 +253,17 @@ def bad_inputs(model):
         ({"input_ids": ids, "inputs_embeds": torch.zeros(2, 6, 24)}, "exactly one of input_ids and inputs_embeds"),
         ({"input_ids": ids, "attention_mask": torch.ones(2, 5)}, r"attention_mask must be \[B, T\] = \[2, 6\]"),
         ({"input_ids": ids, "attention_mask": torch.ones(2, 1, 6, 6)}, "attention_mask must be"),
+        ({"input_ids": ids, "attention_mask": torch.ones(2, 9).long()}, "attention_mask must be"),
         ({"input_ids": ids, "position_ids": torch.ones(2, 5)}, r"position_ids must be \[B, T\] = \[2, 6\]"),
         ({"input_ids": ids, "position_ids": restarting, "past_key_values": cache}, "which a cache cannot hold"),
-        ({"input_ids": ids, "cu_seqlens": torch.tensor([0, 6])}, r"cu_seqlens goes with one row \(B = 1\)"),
+        ({"input_ids": ids, "cu_seqlens": torch.tensor([0, 6])}, r"cu_seqlens goes with one batch row \(B = 1\)"),
         (packed | {"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])}, "cu_seqlens goes with"),
         (packed | {"past_key_values": LightningCache(3)}, "cu_seqlens goes with"),
-        ({"input_ids": ids[:1], "past_key_values": cache}, r"past_key_values holds states of shape \(2, 3, 16, 8\)"),
+        ({"input_ids": ids[:1], "past_key_values": cache}, r"the cache holds states of shape \(2, 3, 16, 8\)"),
     ]
 
 
-@pytest.mark.parametrize("index", range(10))
+@pytest.mark.parametrize("index", range(11))
 def test_errors(model, index):
     arguments, message = bad_inputs(model)[index]
     with pytest.raises(ValueError, match=message):
@@ -271,8 +272,8 @@ def test_errors(model, index):
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_caches_that_cannot_be(model):
-    with pytest.raises(TypeError, match="past_key_values must be a LightningCache, got DynamicCache"):
+    with pytest.raises(TypeError, match=r"cache must be a LightningCache\(num_hidden_layers\), got DynamicCache"):
         model(tokens(1, 3), past_key_values=DynamicCache(config=model.config))
     model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="gradient checkpointing would advance past_key_values twice"):
+    with pytest.raises(ValueError, match="gradient checkpointing would advance the cache twice"):
         model.train()(tokens(1, 3), past_key_values=LightningCache(3))

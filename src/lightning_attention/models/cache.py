@@ -1,12 +1,19 @@
-"""The memory of a conversation: one state a layer, the same size after any number of tokens."""
+"""Recurrent-state cache for `generate()`: one state a layer, the same size after any number of tokens."""
+
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# What transformers calls a cache among arguments and outputs: `cache` since 5.24, `past_key_values` before.
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 
 class LightningCache(Cache):
-    """The states of all layers, in transformers' own `LinearAttentionLayer`, plus how far each sequence has come.
+    """The states of all layers, in transformers' own `LinearAttentionLayer`, and how far each sequence has come.
 
     A class of its own because transformers' `DynamicCache` fails for a model of nothing but linear attention: it has
     no sequence length, which `generate` asks for, and no positions, which LRPE-d needs to go on.
@@ -32,6 +39,13 @@ class LightningCache(Cache):
         """False, or transformers would compile the model in every generate() on a GPU."""
         return False
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """False, or transformers takes this for a cache that knows no length, and feeds the whole text of a
+        conversation again.
+        """
+        return [False] * len(self.layers)
+
     def state(self, layer_idx: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The state of a layer `[B, H, K, V]`; zeros at first.
 
@@ -46,7 +60,9 @@ class LightningCache(Cache):
         state = layer.recurrent_states[0]
         assert state is not None
         if state.shape != shape:
-            raise ValueError(f"past_key_values holds states of shape {tuple(state.shape)}, these inputs need {shape}")
+            raise ValueError(f"the cache holds states of shape {tuple(state.shape)}, these inputs need {shape}")
+        if not torch.compiler.is_compiling() and state.is_inference() and not torch.is_inference_mode_enabled():
+            state = layer.recurrent_states[0] = state.clone()  # or PyTorch refuses to update it in place
         return state
 
     def put(self, states: list[Tensor]) -> None:
@@ -69,6 +85,14 @@ class LightningCache(Cache):
         super().reset()
         self.length, self.positions = 0, None
 
+    def crop(self, *_: Any, **__: Any) -> None:
+        """Refused: a state cannot be rolled back.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("a LightningCache cannot be cropped: its state holds all tokens fed so far")
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         if self.positions is not None:
@@ -88,3 +112,18 @@ class LightningCache(Cache):
     def nbytes(self) -> int:
         """Memory of the states, in bytes."""
         return sum(state.nbytes for layer in self.layers if (state := layer.recurrent_states[0]) is not None)
+
+
+def one_cache(cache: object, past_key_values: object) -> LightningCache | None:
+    """The cache, by whichever of its two names it was given.
+
+    Raises:
+        ValueError: two different ones.
+        TypeError: not a `LightningCache`.
+    """
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+    given = past_key_values if cache is None else cache
+    if given is not None and not isinstance(given, LightningCache):
+        raise TypeError(f"cache must be a LightningCache(num_hidden_layers), got {type(given).__name__}")
+    return given

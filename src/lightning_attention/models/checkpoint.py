@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from .model import LightningForCausalLM
+from .heads import LightningForCausalLM
 
 PREFIX = "checkpoint-"
 

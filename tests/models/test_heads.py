@@ -1,0 +1,56 @@
+"""Transformers' generic heads on this model."""
+
+import pytest
+import torch
+from tiny_model import make_config, tokens
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+HEADS = {
+    "sequence": (AutoModelForSequenceClassification, {"labels": torch.tensor([0, 2])}, ["score.weight"]),
+    "token": (AutoModelForTokenClassification, {"labels": tokens(2, 9) % 3}, ["score.weight", "score.bias"]),
+    "question": (
+        AutoModelForQuestionAnswering,
+        {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([4, 8])},
+        ["qa_outputs.weight", "qa_outputs.bias"],
+    ),
+}
+
+
+def logits_of(output) -> torch.Tensor:
+    return torch.stack([output.start_logits, output.end_logits]) if "start_logits" in output else output.logits
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_train_and_load(name, tmp_path):
+    auto, labels, weights = HEADS[name]
+    torch.manual_seed(0)
+    model = auto.from_config(make_config(num_labels=3)).train()
+    ids = tokens(2, 9)
+    output = model(ids, **labels)
+    output.loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    assert set(weights) <= set(dict(model.named_parameters()))
+    model.eval().save_pretrained(tmp_path)
+    loaded = auto.from_pretrained(tmp_path).eval()
+    assert type(loaded) is type(model)
+    torch.testing.assert_close(logits_of(loaded(ids)), logits_of(model(ids)))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_padding_changes_no_label(name):
+    auto, _, _ = HEADS[name]
+    model = auto.from_config(make_config(num_labels=3)).eval()
+    ids, mask = torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long)
+    ids[0, 4:], mask[0, 4:] = tokens(5, seed=1), 1
+    ids[1, :7], mask[1, :7] = tokens(7, seed=2), 1
+    with torch.no_grad():
+        padded = logits_of(model(ids, attention_mask=mask))
+        for row in range(2):
+            at = mask[row] == 1
+            alone = logits_of(model(ids[row, at][None]))
+            found = padded[row] if name == "sequence" else padded[row, at] if name == "token" else padded[:, row, at]
+            torch.testing.assert_close(found, alone[:, 0] if name == "question" else alone[0], rtol=1e-4, atol=1e-5)

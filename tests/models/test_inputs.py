@@ -1,0 +1,299 @@
+"""How a batch is described: masks, positions and bounds of documents, and the arguments that are not known."""
+
+import pytest
+import torch
+from tiny_model import make_config, make_model, tokens
+from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
+
+from lightning_attention.models import (
+    LightningCache,
+    LightningForCausalLM,
+    LightningForQuestionAnswering,
+    LightningForSequenceClassification,
+    LightningForTokenClassification,
+    LightningModel,
+)
+
+HEADS = [
+    LightningModel,
+    LightningForCausalLM,
+    LightningForSequenceClassification,
+    LightningForTokenClassification,
+    LightningForQuestionAnswering,
+]
+
+
+@pytest.fixture
+def model() -> LightningForCausalLM:
+    return make_model(torch.float32, positions="lrpe-d").eval()
+
+
+def numbered(lengths: list[list[int]], width: int) -> torch.Tensor:
+    """`[B, width]`: the number of the document that every token belongs to, from 1; a negative length is padding."""
+    rows = []
+    for row in lengths:
+        number, columns = 0, []
+        for n in row:
+            number += n > 0
+            columns += [number if n > 0 else 0] * abs(n)
+        rows.append(columns + [0] * (width - len(columns)))
+    return torch.tensor(rows)
+
+
+def positions_of(numbers: torch.Tensor, *, padding: int = 0) -> torch.Tensor:
+    """Positions that start at 0 with every document."""
+    positions = torch.full_like(numbers, padding)
+    for row in range(numbers.shape[0]):
+        for number in numbers[row].unique():
+            if number > 0:
+                at = numbers[row] == number
+                positions[row, at] = torch.arange(int(at.sum()))
+    return positions
+
+
+DESCRIPTIONS = {
+    "position_ids and a mask": lambda n: {"position_ids": positions_of(n), "attention_mask": (n > 0).long()},
+    "position_ids and a bool mask": lambda n: {"position_ids": positions_of(n, padding=1), "attention_mask": n > 0},
+    "int32 position_ids": lambda n: {"position_ids": positions_of(n).int(), "attention_mask": (n > 0).int()},
+    "uint8 position_ids": lambda n: {"position_ids": positions_of(n).byte(), "attention_mask": (n > 0).byte()},
+    "seq_idx and a mask": lambda n: {"seq_idx": n, "attention_mask": (n > 0).long()},
+    "int32 seq_idx": lambda n: {"seq_idx": n.int(), "attention_mask": n > 0},
+    "a mask of numbers": lambda n: {"attention_mask": n},
+    "a mask of numbers and position_ids": lambda n: {"attention_mask": n, "position_ids": positions_of(n)},
+    "all of them": lambda n: {"attention_mask": n, "position_ids": positions_of(n), "seq_idx": n},
+}
+LAYOUTS = {
+    "right padding": [[5, 4], [7, -2]],
+    "left padding": [[-3, 6], [4, 5]],
+    "padding between documents": [[3, -2, 4], [1, 1, -1, 6]],
+    "a batch row of padding": [[4, 5], [-9]],
+    "padding inside a row and out": [[-1, 3, -1, 3, -1], [2, 2, 2, 2, -1]],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("how", DESCRIPTIONS)
+def test_documents_do_not_leak_whatever_tells_them_apart(model, how, layout):
+    numbers = numbered(LAYOUTS[layout], 9)
+    ids = torch.where(numbers > 0, tokens(2, 9), 0)
+    with torch.no_grad():
+        output = model(ids, **DESCRIPTIONS[how](numbers))
+        for row in range(2):
+            for number in range(1, int(numbers[row].max()) + 1):
+                at = numbers[row] == number
+                alone = model(ids[row, at][None], use_cache=False).logits[0]
+                torch.testing.assert_close(output.logits[row, at], alone, rtol=1e-4, atol=1e-4)
+    assert output.cache is None
+
+
+@pytest.mark.parametrize("counted", ["tokens", "columns"])
+def test_padding_inside_a_document_does_not_cut_it(counted):
+    """Whether positions count the padding or not; here the model does not read them, so both are the same text."""
+    model = make_model(torch.float32, positions="decay").eval()
+    ids, mask = tokens(2, 7), torch.tensor([[1, 1, 0, 0, 1, 1, 1], [0, 1, 0, 1, 1, 0, 1]])
+    positions = {"tokens": (mask.cumsum(1) - 1).clamp_min(0), "columns": torch.arange(7).expand(2, -1)}[counted]
+    with torch.no_grad():
+        output = model(ids, attention_mask=mask, position_ids=positions)
+        for row in range(2):
+            at = mask[row] == 1
+            torch.testing.assert_close(
+                output.logits[row, at], model(ids[row, at][None]).logits[0], rtol=1e-4, atol=1e-4
+            )
+    assert output.cache is not None
+
+
+def flattened(**options):
+    collator = DataCollatorWithFlattening(return_tensors="pt", **options)
+    documents = [tokens(n, seed=n).tolist() for n in (5, 9, 1, 6)]
+    return collator([{"input_ids": document, "labels": document} for document in documents])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"return_flash_attn_kwargs": True},
+        {"return_seq_idx": True},
+        {"return_flash_attn_kwargs": True, "return_seq_idx": True},
+        {"return_flash_attn_kwargs": True, "return_position_ids": False},
+        {"return_seq_idx": True, "return_position_ids": False},
+    ],
+    ids=str,
+)
+def test_what_the_flattening_collator_gives_is_understood(model, options):
+    batch = flattened(**options)
+    logits = model(**batch).logits[0].split([5, 9, 1, 6])
+    for document, found in zip((5, 9, 1, 6), logits, strict=True):
+        torch.testing.assert_close(found, model(tokens(1, document, seed=document)).logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_max_length_hints_change_nothing(model):
+    ids, bounds = tokens(1, 9), torch.tensor([0, 5, 9], dtype=torch.int32)
+    flash = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds.clone(), "max_length_q": 5, "max_length_k": 5}
+    torch.testing.assert_close(model(ids, **flash).logits, model(ids, cu_seqlens=bounds).logits)
+
+
+BAD_INPUTS = {
+    "additive mask": ({"attention_mask": torch.zeros(2, 6)}, TypeError, "attention_mask must be bool, or integers"),
+    "float mask": ({"attention_mask": torch.ones(2, 6)}, TypeError, "attention_mask must be bool, or integers"),
+    "half mask": ({"attention_mask": torch.ones(2, 6).half()}, TypeError, "attention_mask must be bool, or integers"),
+    "negative mask": ({"attention_mask": torch.tensor([[0, -1] * 3] * 2)}, ValueError, "must be 0 in the padding"),
+    "4D mask": ({"attention_mask": torch.ones(2, 1, 6, 6).bool()}, ValueError, r"must be \[B, T\] = \[2, 6\]"),
+    "mask of a list": ({"attention_mask": [[1] * 6] * 2}, TypeError, "attention_mask must be a tensor, got list"),
+    "mask of a dict": ({"attention_mask": {}}, TypeError, "attention_mask must be a tensor, got dict"),
+    "mask of other rows": ({"attention_mask": torch.ones(1, 6).long()}, ValueError, r"must be \[B, T\]"),
+    "long mask": ({"attention_mask": torch.ones(2, 7).long()}, ValueError, r"must be \[B, T\]"),
+    "float positions": ({"position_ids": torch.arange(6.0).expand(2, -1)}, TypeError, "position_ids must be integers"),
+    "bool seq_idx": ({"seq_idx": torch.ones(2, 6).bool()}, TypeError, "seq_idx must be integers"),
+    "short seq_idx": ({"seq_idx": torch.ones(2, 5).long()}, ValueError, r"seq_idx must be \[B, T\] = \[2, 6\]"),
+    "list of positions": ({"position_ids": list(range(6))}, TypeError, "position_ids must be a tensor, got list"),
+    "cu_seqlens of two rows": ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, "one batch row"),
+    "attentions": ({"output_attentions": True}, ValueError, "output_attentions must be False"),
+    "documents, use_cache": (
+        {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]] * 2), "use_cache": True},
+        ValueError,
+        "which a cache cannot hold",
+    ),
+    "numbers, cache": (
+        {"attention_mask": torch.tensor([[1, 1, 1, 2, 2, 2]] * 2), "cache": LightningCache(3)},
+        ValueError,
+        "which a cache cannot hold",
+    ),
+    "only cu_seq_lens_q": ({"cu_seq_lens_q": torch.tensor([0, 6])}, ValueError, "go together"),
+    "cu_seq_lens that differ": (
+        {"cu_seq_lens_q": torch.tensor([0, 3, 6]), "cu_seq_lens_k": torch.tensor([0, 2, 6])},
+        ValueError,
+        "must be equal",
+    ),
+    "bounds by two names": (
+        {n: torch.tensor([0, 6]) for n in ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")},
+        ValueError,
+        "names of one argument",
+    ),
+    "two caches": ({"cache": LightningCache(3), "past_key_values": LightningCache(3)}, ValueError, "two names"),
+    "a tuple for a cache": ({"cache": ((torch.ones(2), torch.ones(2)),)}, TypeError, "cache must be a LightningCache"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_what_is_not_understood_is_refused(model, case):
+    options, kind, message = BAD_INPUTS[case]
+    with pytest.raises(kind, match=message):
+        model(tokens(2, 6), **options)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "kind", "message"),
+    [
+        (torch.tensor([0, 7]), ValueError, "must run from 0 to T = 6"),
+        (torch.tensor([0, 4, 2, 6]), ValueError, "must not decrease"),
+        (torch.tensor([[0, 6]]), ValueError, r"must be \[N \+ 1\]"),
+        (torch.tensor([0.0, 6.0]), TypeError, "must be int32 or int64"),
+        ([0, 6], TypeError, "must be a tensor"),
+    ],
+    ids=str,
+)
+def test_bounds_that_do_not_fit_are_refused(model, bounds, kind, message):
+    with pytest.raises(kind, match=message):
+        model(tokens(1, 6), cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", ["token_type_ids", "head_mask", "cache_position", "labls", "use_cach"])
+def test_unknown_arguments_are_refused_by_name(head, name):
+    with pytest.raises(TypeError, match=name):
+        head(make_config()).eval()(tokens(1, 4), **{name: None})
+
+
+@pytest.mark.parametrize("make", [DynamicCache, StaticCache], ids=["dynamic", "static"])
+def test_other_caches_are_refused_by_the_name_of_ours(model, make):
+    options = {"max_cache_len": 9} if make is StaticCache else {}
+    with pytest.raises(TypeError, match="must be a LightningCache"):
+        model.generate(tokens(1, 4), past_key_values=make(config=model.config, **options), max_new_tokens=3)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_has_both_names(model, name):
+    ids, cache = tokens(2, 9), LightningCache(3)
+    with torch.no_grad():
+        whole = model(ids).logits
+        output = model(ids[:, :5], **{name: cache})
+        assert output.cache is output.past_key_values is cache
+        torch.testing.assert_close(model(ids[:, 5:], **{name: cache}).logits, whole[:, 5:], rtol=1e-4, atol=1e-4)
+        base = model.model(ids[:, :5], use_cache=True)
+        assert base.cache is base.past_key_values is not None
+    first = model.generate(ids[:, :4], max_new_tokens=4, do_sample=False, **{name: (again := LightningCache(3))})
+    assert again.get_seq_length() == 7
+    longer = torch.cat([first, ids[:, :3]], dim=1)
+    second = model.generate(longer, max_new_tokens=4, do_sample=False, **{name: again})
+    assert torch.equal(second, model.generate(longer, max_new_tokens=4, do_sample=False))
+
+
+def test_loss_arguments_reach_the_loss(model):
+    ids = tokens(2, 8)
+    mean = model(ids, labels=ids).loss
+    torch.testing.assert_close(model(ids, labels=ids, num_items_in_batch=7).loss, mean * 14 / 7)
+    shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    torch.testing.assert_close(model(ids, shift_labels=shifted).loss, mean)
+    with pytest.raises(ValueError, match="labels need all logits"):
+        model(ids, labels=ids, logits_to_keep=1)
+
+
+def test_which_logits_are_kept(model):
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        every = model(ids).logits
+        indices, mask = torch.tensor([[0, 8], [3, 4]]), ids > 20
+        picked = torch.stack([every[0, [0, 8]], every[1, [3, 4]]])
+        torch.testing.assert_close(model(ids, logits_to_keep=indices).logits, picked)
+        torch.testing.assert_close(model(ids, logits_to_keep=mask).logits, every[mask])
+
+
+@pytest.mark.parametrize("positions", ["mix", "lrpe-d"])
+def test_the_last_hidden_state_is_the_normalised_one(positions):
+    """transformers' convention, by which hidden_states[-1] goes through the head."""
+    model = make_model(torch.float32, positions=positions).eval()
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    with torch.no_grad():
+        output = model(tokens(2, 4), attention_mask=mask, output_hidden_states=True)
+        torch.testing.assert_close(model.lm_head(output.hidden_states[-1]), output.logits)
+    assert len(output.hidden_states) == 4
+    assert output.hidden_states[-1] is not output.hidden_states[-2]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_generate_in_training_mode_with_gradient_checkpointing(model):
+    """As TRL's GRPO does between two steps."""
+    ids = tokens(2, 6)
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False)
+    model.gradient_checkpointing_enable()
+    assert torch.equal(model.train().generate(ids, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_a_cache_of_inference_mode_goes_on_outside(model):
+    ids = tokens(2, 9)
+    with torch.inference_mode():
+        cache = model(ids[:, :4], use_cache=True).cache
+    with torch.no_grad():
+        step = model(ids[:, 4:5], cache=cache).logits
+        rest = model(ids[:, 5:], cache=cache).logits
+        expected = model(ids).logits[:, 4:]
+    torch.testing.assert_close(torch.cat([step, rest], dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_single_tokens_of_some_rows(model):
+    """Rows without a token keep their states, in one step of decoding."""
+    ids, mask = tokens(3, 5), torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 0]])
+    with torch.no_grad():
+        cache = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True).cache
+        before = [layer.recurrent_states[0].clone() for layer in cache.layers]
+        logits = model(ids[:, 4:], attention_mask=mask, cache=cache).logits
+    assert cache.positions.tolist() == [4, 5, 2]
+    torch.testing.assert_close(logits[1], model(ids[1:2]).logits[0, 4:], rtol=1e-4, atol=1e-4)
+    for layer, state in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.recurrent_states[0][[0, 2]], state[[0, 2]])
+
+
+def test_a_cache_cannot_be_rolled_back():
+    with pytest.raises(NotImplementedError, match="cannot be cropped"):
+        LightningCache(2).crop(-1)
