@@ -11,7 +11,7 @@ from lightning_attention.models import LightningCache, LightningForCausalLM
 @pytest.fixture
 def model() -> LightningForCausalLM:
     torch.manual_seed(0)
-    return LightningForCausalLM(make_config(positions="lrpe-d")).eval()
+    return LightningForCausalLM(make_config(positions="lrpe-d", num_hidden_layers=1)).eval()
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ INPUTS = {
 @pytest.mark.parametrize("case", INPUTS)
 def test_compiled_without_a_graph_break(model, case, train):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for T in (30, 37):
+    for T in (30,) if train else (30, 37):
         ids, inputs = tokens(2, T), INPUTS[case](T)
         at = inputs.get("attention_mask", torch.ones(2, T)) != 0
         if train:
@@ -63,7 +63,7 @@ def test_compiled_decoding_with_a_mask(model):
     ids, mask = tokens(2, 30), padded(30)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        expected, cache, logits = model(ids, attention_mask=mask).logits, LightningCache(3), []
+        expected, cache, logits = model(ids, attention_mask=mask).logits, LightningCache(1), []
         for start, stop in ((0, 6), *((t, t + 1) for t in range(6, 24)), (24, 30)):
             logits.append(compiled(ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache).logits)
     at = mask == 1
