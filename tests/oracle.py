@@ -211,9 +211,9 @@ def assert_accurate(actual: dict[str, Tensor], inputs: Inputs, *, is_long: bool 
         assert error(value, exact[name]) <= allowed, f"{name}: {error(value, exact[name]):.2e} > {allowed:.2e}"
 
 
-def assert_the_past_is_heard(attention, device: str, start: int) -> None:
+def assert_the_past_is_heard(attention, device: str, start: int, dtype: torch.dtype = torch.float16) -> None:
     """Where a segment starts, tokens that weigh exp(-12) and less, but are 10,000 times as much, are not left out."""
-    inputs = make_inputs(Case(B=1, T=start + 128, K=64, V=64, H=1, slope=0.1, state=False), torch.float16)
+    inputs = make_inputs(Case(B=1, T=start + 128, K=64, V=64, H=1, slope=0.1, state=False), dtype)
     for x in (inputs.k, inputs.v):
         x[:, : start - 120] *= 100
     inputs = replace(inputs, scale=1e-3).on(device)  # for the outputs of those tokens to stay in the range of float16
@@ -221,4 +221,4 @@ def assert_the_past_is_heard(attention, device: str, start: int) -> None:
         f(x.q, x.k, x.v, x.log_decay, **x.options())[0][:, start : start + 8]
         for f, x in ((definition, inputs.to(torch.float64).on("cpu")), (attention, inputs), (plain, inputs))
     )
-    assert error(actual, exact) <= 2 * error(baseline, exact) + torch.finfo(torch.float16).eps
+    assert error(actual, exact) <= 2 * error(baseline, exact) + torch.finfo(dtype).eps

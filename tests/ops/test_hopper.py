@@ -75,7 +75,7 @@ def cut(monkeypatch, num_segments: int, *, is_accumulated: bool = False) -> None
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_segments(kernels_run, monkeypatch, case, num_segments, is_accumulated):
     cut(monkeypatch, num_segments, is_accumulated=is_accumulated)
-    inputs = make_inputs(case, torch.float16).on(device_of("triton"))
+    inputs = make_inputs(case, torch.bfloat16).on(device_of("triton"))
     assert_accurate(run(attention("hopper"), inputs), inputs)
 
 
@@ -101,14 +101,14 @@ def test_any_shape(kernels_run, case, num_segments, is_accumulated):
     """Cut anyhow, and long enough that what lies in shared memory is overwritten."""
     with pytest.MonkeyPatch.context() as patch:
         cut(patch, num_segments, is_accumulated=is_accumulated)
-        inputs = make_inputs(case, torch.float16).on(device_of("triton"))
+        inputs = make_inputs(case, torch.bfloat16).on(device_of("triton"))
         assert_accurate(run(attention("hopper"), inputs), inputs, is_long=True)
 
 
 @pytest.mark.parametrize(("num_segments", "is_accumulated"), [(2, False), (3, False), (3, True)])
 def test_what_a_segment_leaves_out_is_not_missed(kernels_run, monkeypatch, num_segments, is_accumulated):
     cut(monkeypatch, num_segments, is_accumulated=is_accumulated)
-    assert_the_past_is_heard(attention("hopper"), device_of("triton"), start=256)
+    assert_the_past_is_heard(attention("hopper"), device_of("triton"), start=256, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("num_segments", [1, 2, 3])
@@ -116,7 +116,7 @@ def test_what_a_segment_leaves_out_is_not_missed(kernels_run, monkeypatch, num_s
 def test_only_its_own_rows_are_read(kernels_run, monkeypatch, case, num_segments):
     """Tensors lie amid NaN, aligned as TMA wants them; of documents, one is NaN."""
     cut(monkeypatch, num_segments)
-    inputs = make_inputs(case, torch.float16).on(device_of("triton"))
+    inputs = make_inputs(case, torch.bfloat16).on(device_of("triton"))
     expected = run(attention("hopper"), inputs)
     for name, value in run(attention("hopper"), inputs.amid_nan(margin=8)).items():
         assert torch.equal(value, expected[name]), name
@@ -145,7 +145,7 @@ def test_nothing_is_freed_before_all_are_launched(kernels_run, monkeypatch, V, i
         start(kernel, programs, tensors, *rest, **options)
 
     monkeypatch.setattr(launch.portable, "launch", checked)
-    inputs = make_inputs(Case(B=1, T=180, H=2, K=64, V=V), torch.float16).on(device_of("triton"))
+    inputs = make_inputs(Case(B=1, T=180, H=2, K=64, V=V), torch.bfloat16).on(device_of("triton"))
     q, k, v, do, states, d_states = (
         torch.stack([x, x], -1)[..., 0]
         for x in (inputs.q, inputs.k, inputs.v, inputs.v, inputs.d_final_state, inputs.d_final_state)
@@ -158,7 +158,7 @@ def test_nothing_is_freed_before_all_are_launched(kernels_run, monkeypatch, V, i
 
 @pytest.mark.parametrize("case", [Case(B=0, K=64, V=64), Case(lengths=(), K=128, V=128)], ids=str)
 def test_nothing(kernels_run, case):
-    inputs = make_inputs(case, torch.float16).on(device_of("triton"))
+    inputs = make_inputs(case, torch.bfloat16).on(device_of("triton"))
     o, state = attention("hopper")(inputs.q, inputs.k, inputs.v, inputs.log_decay, **inputs.options())
     assert o.shape == inputs.v.shape
     assert state.shape == inputs.d_final_state.shape

@@ -38,7 +38,7 @@ GIVEN = {"nothing": {"log_decay"}, "packed": {"log_decay", "cu_seqlens"}, "every
 
 
 def check(kernel: Any, V: int, given: str, constants: dict[str, Any], num_stores: int, *, waits: bool) -> None:
-    """With states of intervals or a prefix, never both; float16 scales the state where bfloat16 scales the output.
+    """With states of intervals or a prefix, never both.
 
     A kernel launched before the last one has ended, and no other, `waits` for it.
     """
@@ -48,9 +48,8 @@ def check(kernel: Any, V: int, given: str, constants: dict[str, Any], num_stores
         {"interval_states"} if makes_states else set()
     )
     absent = OPTIONAL.intersection(kernel.arg_names) - present
-    dtype = "fp16" if prefix == (given == "nothing") else "bf16"
     constants = dict.fromkeys(absent) | constants
-    signature, aligned = signature_of(kernel, dtype, constants)
+    signature, aligned = signature_of(kernel, "bf16", constants)
     source = GluonASTSource(kernel, signature, constants, aligned)
     options = {"num_warps": 4, "maxnreg": config.MAX_REGISTERS[V]}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

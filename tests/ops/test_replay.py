@@ -95,9 +95,13 @@ CASES = [
 ]
 
 
-def asked(case: Case, seed: int = 0) -> tuple[tuple, tuple]:
+# What both the GPU and the emulation of a backend multiply.
+DTYPES = {"triton": torch.float16, "hopper": torch.bfloat16}
+
+
+def asked(backend: str, case: Case, seed: int = 0) -> tuple[tuple, tuple]:
     """Arguments of a backend's `forward` and `backward`."""
-    x = make_inputs(case, torch.float16, seed).on(device_of("triton"))
+    x = make_inputs(case, DTYPES[backend], seed).on(device_of("triton"))
     d_state = x.d_final_state if case.state else None
     forward = x.q, x.k, x.v, x.log_decay, x.initial_state, x.cu_seqlens, case.scale, True
     return forward, (*forward[:3], x.do, *forward[3:5], d_state, x.cu_seqlens, case.scale)
@@ -116,9 +120,11 @@ def test_a_replay_computes_the_same(backend, monkeypatch, case, num_segments):
         monkeypatch.setattr(module, "segments", cut)
         monkeypatch.setattr(module, "MAX_SUMMED", 2)
     functions = [getattr(library.BACKENDS[backend], name) for name in ("forward", "backward")]
-    replays = [record(function, *arguments)[1] for function, arguments in zip(functions, asked(case), strict=True)]
+    replays = [
+        record(function, *arguments)[1] for function, arguments in zip(functions, asked(backend, case), strict=True)
+    ]
     for seed in (1, 2):
-        for function, replay, arguments in zip(functions, replays, asked(case, seed), strict=True):
+        for function, replay, arguments in zip(functions, replays, asked(backend, case, seed), strict=True):
             assert replay is not None
             for found, expected in zip(replay(*arguments), function(*arguments), strict=True):
                 assert found is expected is None or torch.equal(found, expected)
@@ -133,7 +139,7 @@ def test_a_step_is_replayed(backend, indices, T, strided, lookups):
     indices = None if indices is None else torch.tensor(indices, device=device)
 
     def arguments(seed: int) -> tuple:
-        x = make_inputs(Case(T=T or 1, K=64, V=64), torch.float16, seed).on(device)
+        x = make_inputs(Case(T=T or 1, K=64, V=64), DTYPES[backend], seed).on(device)
         qkv = [x.q, x.k, x.v] if T else [y[:, 0].contiguous() for y in (x.q, x.k, x.v)]
         return *qkv, x.log_decay, strided(x.state), indices, 0.5, backend
 
@@ -165,8 +171,8 @@ def test_what_is_not_recorded(backend, change):
     forward, step = library.BACKENDS[backend].forward, api._step
     case = Case(T=3, K=64, V=64)
     for function, options in ((forward, (None, 0.5, True)), (step, (None, 0.5, backend))):
-        expected = function(*change(*asked(case)[0][:5], *options))
-        result, replay = record(function, *change(*asked(case)[0][:5], *options))
+        expected = function(*change(*asked(backend, case)[0][:5], *options))
+        result, replay = record(function, *change(*asked(backend, case)[0][:5], *options))
         assert replay is None
         for found, value in zip(result, expected, strict=True):
             assert torch.equal(found, value)
@@ -174,7 +180,7 @@ def test_what_is_not_recorded(backend, change):
 
 def test_a_function_that_does_more_is_not_recorded(backend):
     """One that computes something of its arguments, or of what was launched, or returns a part of it."""
-    arguments, _ = asked(CASES[0])
+    arguments, _ = asked(backend, CASES[0])
     forward = library.BACKENDS[backend].forward
     assert record(forward, *arguments)[1] is not None
     functions = (
@@ -189,7 +195,7 @@ def test_a_function_that_does_more_is_not_recorded(backend):
 
 
 def test_what_was_recorded_is_freed(backend):
-    arguments = asked(CASES[0])[0]
+    arguments = asked(backend, CASES[0])[0]
     result, replay = record(library.BACKENDS[backend].forward, *arguments)
     assert replay is not None
     tensors = [weakref.ref(x) for x in (*arguments, *result) if isinstance(x, Tensor)]

@@ -261,7 +261,7 @@ def test_states_of_intervals_are_small(dtype):
             assert states <= 0.05 * inputs
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_tiles_cover_a_head(dtype, precision):
     for K in SIZES:

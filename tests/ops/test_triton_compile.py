@@ -51,7 +51,7 @@ def check(compiled: Any, arch: int, head_dim: int, *, products: bool) -> None:
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
 @pytest.mark.parametrize(
-    ("head_dim", "dtype"), [*((head_dim, "bf16") for head_dim in HEAD_DIMS), (128, "fp16")], ids=str
+    ("head_dim", "dtype"), [(head_dim, dtype) for dtype in ("bf16", "fp16") for head_dim in HEAD_DIMS], ids=str
 )
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_scan(arch, head_dim, dtype, reverse):
@@ -64,11 +64,12 @@ def test_scan(arch, head_dim, dtype, reverse):
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
-def test_prefill(arch):
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_prefill(arch, dtype):
     for head_dim in (128, 256):
-        tiles = config.scan_tiles(head_dim, head_dim, torch.bfloat16, "ieee")
+        tiles = config.scan_tiles(head_dim, head_dim, DTYPES[dtype], "ieee")
         constants = {"K": head_dim, "V": head_dim, "REVERSE": False, "TRANSPOSED_STATES": False, "PRECISION": "ieee"}
-        compiled = compile_kernel(kernels.scan_kernel, arch, "bf16", tiles, **constants)
+        compiled = compile_kernel(kernels.scan_kernel, arch, dtype, tiles, **constants)
         check(compiled, arch, head_dim, products=True)
 
 
@@ -92,11 +93,12 @@ def test_accumulate(arch):
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
-def test_read(arch):
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_read(arch, dtype):
     for head_dim in (128, 256):
-        tiles = config.interval_tiles(head_dim, head_dim, torch.bfloat16, "ieee")
+        tiles = config.interval_tiles(head_dim, head_dim, DTYPES[dtype], "ieee")
         constants = {"K": head_dim, "V": head_dim, "REVERSE": False, "ADD": True, "PRECISION": "ieee"}
-        compiled = compile_kernel(kernels.read_kernel, arch, "bf16", tiles, **constants)
+        compiled = compile_kernel(kernels.read_kernel, arch, dtype, tiles, **constants)
         check(compiled, arch, head_dim, products=True)
 
 

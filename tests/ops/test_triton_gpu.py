@@ -36,7 +36,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def skip_unless_it_can(backend: str, K: int, V: int, dtype: torch.dtype = BF16) -> None:
-    if backend == "hopper" and (dtype == FP32 or not {K, V} <= {64, 128}):
+    if backend == "hopper" and (dtype != BF16 or not {K, V} <= {64, 128}):
         pytest.skip("not for Hopper's kernels")
 
 
@@ -44,7 +44,9 @@ LONG = [
     (Case(B=1, T=9001, H=2, K=128, V=128, slope=0.01), BF16),
     (Case(B=1, T=9001, H=2, K=128, V=128, slope=100.0), BF16),
     (Case(B=1, T=8191, H=3, K=64, V=64, slope=None, state=False), BF16),
-    (Case(B=2, T=4100, H=2, K=128, V=64, slope=0.1, scale=0.1), FP16),
+    (Case(B=2, T=4100, H=2, K=128, V=64, slope=0.1, scale=0.1), BF16),
+    (Case(B=1, T=9001, H=2, K=128, V=128, slope=0.01), FP16),
+    (Case(lengths=(0, 1, 4095, 0, 2049, 63, 3000, 1, 0), H=2, K=64, V=64, slope=0.02), FP16),
     (Case(B=1, T=5000, H=2, K=96, V=40, slope=0.001), FP16),
     (Case(B=1, T=9000, H=1, K=256, V=256, slope=0.1), BF16),
     (Case(B=1, T=4500, H=1, K=192, V=80, slope=8.0), BF16),
@@ -55,7 +57,7 @@ LONG = [
     (Case(lengths=(1,) * 300 + (6000,), H=2, K=32, V=32, slope=0.02), BF16),
     # In two segments, on a GPU of some 130 multiprocessors.
     (Case(B=2, T=1500, H=24, K=128, V=128, slope=0.01), BF16),
-    (Case(lengths=(700, 40, 0, 900), H=100, K=64, V=64, slope=None), FP16),
+    (Case(lengths=(700, 40, 0, 900), H=100, K=64, V=64, slope=None), BF16),
 ]
 
 
@@ -83,6 +85,16 @@ def test_any_shape(backend, K, V, B, T, H, lengths, slope, seed):
     skip_unless_it_can(backend, K, V)
     inputs = make_inputs(Case(B, T, H, K, V, lengths, slope), BF16, seed).on("cuda")
     assert_accurate(run(attention(backend), inputs), inputs, is_long=True)
+
+
+@pytest.mark.skipif(not is_hopper, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", [FP16, FP32], ids=str)
+def test_hopper_takes_bfloat16_alone(dtype):
+    """The reason for refusing float16 is its range."""
+    x = torch.randn(1, 64, 1, 64, device="cuda", dtype=dtype)
+    reason = {FP16: "float16 scores and states could overflow here", FP32: "q, k and v must be bfloat16, got"}[dtype]
+    with pytest.raises(NotImplementedError, match=reason):
+        lightning_attention(x, x, x, backend="hopper")
 
 
 def set_in_general(is_tf32: bool) -> None:

@@ -1,4 +1,7 @@
-"""Kernels for Hopper GPUs (H100, H200), in Gluon, for heads of 64 and 128. Decoding is the portable backend's."""
+"""Kernels for Hopper GPUs (H100, H200), in Gluon, for bfloat16 and heads of 64 and 128.
+
+Decoding uses the portable kernels.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -16,8 +19,10 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     if reasons := _unsupported_device(problem.device):
         return reasons
     reasons = portable.unsupported_reasons(problem)
-    if problem.dtype not in (torch.bfloat16, torch.float16):
-        reasons = [*reasons, f"q, k and v must be bfloat16 or float16, got {problem.dtype}"]
+    if problem.dtype == torch.float16:
+        reasons = [*reasons, "float16 scores and states could overflow here; the portable kernels scale them"]
+    elif problem.dtype != torch.bfloat16:
+        reasons = [*reasons, f"q, k and v must be bfloat16, got {problem.dtype}"]
     if problem.key_dim not in HEAD_DIMS or problem.value_dim not in HEAD_DIMS:
         sizes = f"K = {problem.key_dim} and V = {problem.value_dim}"
         reasons = [*reasons, f"head sizes must be 64 or 128, got {sizes}"]

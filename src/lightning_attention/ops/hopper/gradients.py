@@ -187,11 +187,10 @@ def _gradient(shared, g: constexpr, D: constexpr, PREFIX: constexpr, STAGES: con
     _, _, T, part = row
     _, _, n_first, n_last = part
     PACKED: constexpr = constexpr(row[0] is not None)
-    dtype: constexpr = out_s.dtype
 
     i_head = i_h.to(gl.int64)
     rate = load_rate(log_decay, i_head)
-    b_inside, b_read, copy_scale = read_decays(rate, scale, dtype, True)
+    b_inside, b_read = read_decays(rate, scale, True)
     o_k = gl.arange(0, D, layout=gl.SliceLayout(1, ACC))
     o_v = g * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, ACC))
     stride_t = H * D
@@ -210,14 +209,14 @@ def _gradient(shared, g: constexpr, D: constexpr, PREFIX: constexpr, STAGES: con
         if d_final_state is not None:
             p_R = state_pointers(d_final_state, i_n, i_head, o_k, o_v, H, D, D, False)
             b_R += gl.load(p_R) * (decay_over(rate, lo - start) / scale)
-        _publish(b_R * copy_scale, R, r, g)
+        _publish(b_R, R, r, g)
 
         for i in range(count_chunks(lo, hi)):
             t, m = tokens(lo, hi, i, T, True)
             if d_initial_state is not None and m < C:
                 b_write, whole = write_decay(rate, m, True)
             decays = (b_inside, b_read, b_write, whole)
-            b_R = _gradient_chunk(b_R, R, inputs, place, decays, copy_scale, c, r, t, m, g, D, PACKED, STAGES)
+            b_R = _gradient_chunk(b_R, R, inputs, place, decays, c, r, t, m, g, D, PACKED, STAGES)
             c += 1
             r += 1
         # The last one was published too, and nobody reads it; but it must not be overwritten by only one of two.
@@ -257,7 +256,6 @@ def _gradient_chunk(
     inputs,
     place,
     decays,
-    copy_scale,
     c,
     r,
     t,
@@ -327,7 +325,7 @@ def _gradient_chunk(
         store_box(out_desc, [i_b, t, i_h, BV], box_1)
     b_R = warpgroup_mma_wait(0, deps=[b_R])
     mbarrier.arrive(empty.index(s))
-    _publish(b_R * copy_scale, R, r + 1, g)
+    _publish(b_R, R, r + 1, g)
     if m < C:
         p_out += t.to(gl.int64) * stride_t
         store_rows(p_out, stride_t, t_0, m, True)
@@ -351,7 +349,7 @@ def _gradients(shared, D: constexpr, PREFIX: constexpr, STAGES: constexpr):
 
     i_head = i_h.to(gl.int64)
     rate = load_rate(log_decay, i_head)
-    b_inside, b_read, copy_scale = read_decays(rate, scale, dtype, True)
+    b_inside, b_read = read_decays(rate, scale, True)
     o_k = gl.arange(0, D, layout=gl.SliceLayout(1, ACC))
     o_v = gl.arange(0, D, layout=gl.SliceLayout(0, ACC))
     stride_t = H * D
@@ -371,7 +369,7 @@ def _gradients(shared, D: constexpr, PREFIX: constexpr, STAGES: constexpr):
         if d_final_state is not None:
             p_R = state_pointers(d_final_state, i_n, i_head, o_k, o_v, H, D, D, False)
             b_R += gl.load(p_R) * (decay_over(rate, lo - start) / scale)
-        t_R.store((b_R * copy_scale).to(dtype))
+        t_R.store(b_R.to(dtype))
         fence_async_shared()
 
         for i in range(count_chunks(lo, hi)):
@@ -379,7 +377,7 @@ def _gradients(shared, D: constexpr, PREFIX: constexpr, STAGES: constexpr):
             if d_initial_state is not None and m < C:
                 b_write, whole = write_decay(rate, m, True)
             decays = (b_inside, b_read, b_write, whole)
-            b_R = _gradients_chunk(b_R, t_R, inputs, place, decays, copy_scale, c, t, m, D, PACKED, STAGES)
+            b_R = _gradients_chunk(b_R, t_R, inputs, place, decays, c, t, m, D, PACKED, STAGES)
             c += 1
 
         if d_initial_state is not None:
@@ -396,7 +394,6 @@ def _gradients_chunk(
     inputs,
     place,
     decays,
-    copy_scale,
     c,
     t,
     m,
@@ -449,7 +446,7 @@ def _gradients_chunk(
         store_box(dk_desc, [i_b, t, i_h, 0], box_dk)
     b_R = warpgroup_mma_wait(0, deps=[b_R])
     mbarrier.arrive(empty.index(s))
-    t_R.store((b_R * copy_scale).to(dtype))
+    t_R.store(b_R.to(dtype))
     fence_async_shared()
     if m < C:
         store_rows(p_dv + t.to(gl.int64) * stride_t, stride_t, t_dv, m, True)

@@ -215,7 +215,7 @@ def _scan(
     i_head = i_h.to(gl.int64)
     column: constexpr = g * BV
     rate = load_rate(log_decay, i_head)
-    b_inside, b_read, copy_scale = read_decays(rate, scale, dtype, REVERSE)
+    b_inside, b_read = read_decays(rate, scale, REVERSE)
     state_scale = 1.0 / scale if REVERSE else 1.0
     o_k = gl.arange(0, K, layout=gl.SliceLayout(1, ACC))
     o_v = column + gl.arange(0, BV, layout=gl.SliceLayout(0, ACC))
@@ -239,7 +239,7 @@ def _scan(
         if initial_state is not None:
             p_S = state_pointers(initial_state, i_n, i_head, o_k, o_v, H, K, V, TRANSPOSED_STATES)
             b_S += gl.load(p_S) * (decay_over(rate, lo - start) * state_scale)
-        t_S.store((b_S * copy_scale).to(dtype))
+        t_S.store(b_S.to(dtype))
         fence_async_shared()
 
         for i in range(count_chunks(lo, hi)):
@@ -247,7 +247,7 @@ def _scan(
             if final_state is not None and m < C:
                 b_write, whole = write_decay(rate, m, REVERSE)
             decays = (b_inside, b_read, b_write, whole)
-            b_S = _chunk(b_S, t_S, inputs, place, decays, copy_scale, c, t, m, g, GROUPS, K, REVERSE, PACKED, STAGES)
+            b_S = _chunk(b_S, t_S, inputs, place, decays, c, t, m, g, GROUPS, K, REVERSE, PACKED, STAGES)
             c += 1
 
         if final_state is not None:
@@ -271,7 +271,6 @@ def _chunk(
     inputs,
     place,
     decays,
-    copy_scale,
     c,
     t,
     m,
@@ -317,7 +316,7 @@ def _chunk(
         store_box(o_desc, [i_b, t, i_h, column], box_o)
     b_S = warpgroup_mma_wait(0, deps=[b_S])
     mbarrier.arrive(empty.index(s))
-    t_S.store((b_S * copy_scale).to(dtype))
+    t_S.store(b_S.to(dtype))
     fence_async_shared()
     if m < C:
         store_rows(p_o + t.to(gl.int64) * stride_ot, stride_ot, t_o, m, REVERSE)

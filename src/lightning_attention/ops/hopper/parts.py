@@ -228,14 +228,9 @@ def add_chunks(
 
 
 @jit
-def read_decays(rate, scale, dtype: constexpr, REVERSE: constexpr):
-    """Of what a chunk reads: of itself, and of the state; and what the copy of the state is multiplied by.
-
-    In float16 the scale goes with the state, whose range a long sum may leave, where its output does not.
-    """
-    copy_scale = scale if dtype == gl.float16 else 1.0
-    read_scale = 1.0 if dtype == gl.float16 else scale
-    return _inside(rate, scale, REVERSE), _read_decay(rate, REVERSE) * read_scale, copy_scale
+def read_decays(rate, scale, REVERSE: constexpr):
+    """Decay factors, times scale, for intra-chunk scores and for reads of the carried state."""
+    return _inside(rate, scale, REVERSE), _read_decay(rate, REVERSE) * scale
 
 
 @jit

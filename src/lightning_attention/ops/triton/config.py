@@ -66,7 +66,9 @@ def scan_tiles(key_dim: int, value_dim: int, dtype: torch.dtype, precision: str)
         if BK <= 128:
             return Tiles(32, BK, min(BV, 32), num_warps=4, num_stages=2, programs_per_sm=2)
         return Tiles(16, BK, min(BV, 32), num_warps=8, num_stages=2, programs_per_sm=1)
-    return Tiles(32 if BK <= 128 else 16, BK, min(BV, 64), num_warps=4, num_stages=4, programs_per_sm=2)
+    # A copy of the state scaled to float16 needs registers too; 64 columns of 256 would spill.
+    most = 32 if dtype == torch.float16 and BK > 128 else 64
+    return Tiles(32 if BK <= 128 else 16, BK, min(BV, most), num_warps=4, num_stages=4, programs_per_sm=2)
 
 
 @cache

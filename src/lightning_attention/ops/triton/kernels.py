@@ -23,6 +23,7 @@ from .parts import (
     positions_in,
     program_ids,
     reach_of,
+    scale_to_float16,
     sequence_of,
     sequences_in,
     store_state,
@@ -136,11 +137,14 @@ def scan_kernel(
                 b_v = load_rows(p_v, stride_vt, o_c, o_v, m_c, V, BV)  # [C, BV]
 
                 b_A = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * b_inside  # [C, C]
-                if dtype == tl.float16:  # whose range a long sum may leave, where its output does not
-                    b_o = tl.dot((b_S * scale).to(dtype), tl.trans(b_q)) * b_read[None, :]  # [BV, C]
+                if dtype == tl.float16:  # whose range states and scores may leave where outputs do not
+                    b_scaled, b_unit = scale_to_float16(b_S, 1)
+                    b_o = tl.dot(b_scaled, tl.trans(b_q)) * b_read[None, :] * (b_unit * scale)  # [BV, C]
+                    b_scaled, b_unit = scale_to_float16(b_A, 0)
+                    b_o += tl.dot(tl.trans(b_v), b_scaled) * b_unit
                 else:
                     b_o = tl.dot(b_S.to(dtype), tl.trans(b_q), input_precision=PRECISION) * (b_read * scale)[None, :]
-                b_o = tl.dot(tl.trans(b_v), b_A.to(dtype), b_o, input_precision=PRECISION)
+                    b_o = tl.dot(tl.trans(b_v), b_A.to(dtype), b_o, input_precision=PRECISION)
                 b_S = add_chunk(b_S, b_k, b_v, rate, tl.minimum(C, stop - t), o_c, REVERSE, PRECISION)
 
                 m_o = m_c[:, None] & (o_v < V)[None, :]
@@ -296,7 +300,11 @@ def read_kernel(
     dtype: tl.constexpr = q.dtype.element_ty
     rate = load_rate(log_decay, i_h)
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    b_S = load_state(state + (i_b * H + i_h) * (K * V), o_k, o_v, K, V, False).to(dtype)  # [BV, BK]
+    b_S = load_state(state + (i_b * H + i_h) * (K * V), o_k, o_v, K, V, False)  # [BV, BK]
+    if dtype == tl.float16:
+        b_operand, b_unit = scale_to_float16(b_S, 1)
+    else:
+        b_operand = b_S.to(dtype)
     lo = i_p * piece_length
     hi = tl.minimum(lo + piece_length, T)
     p_q = q + lo.to(tl.int64) * stride_qt
@@ -306,7 +314,10 @@ def read_kernel(
         b_read = decay_over(rate, T - 1 - t - o_c if REVERSE else t + 1 + o_c)
         m_q = m_c & (b_read > 0.0)
         b_q = load_rows(p_q, stride_qt, o_c, o_k, m_q, K, BK)  # [C, BK]
-        b_o = tl.trans(tl.dot(b_S, tl.trans(b_q), input_precision=PRECISION) * b_read[None, :])  # [C, BV]
+        b_o = tl.dot(b_operand, tl.trans(b_q), input_precision=PRECISION) * b_read[None, :]  # [BV, C]
+        if dtype == tl.float16:
+            b_o *= b_unit
+        b_o = tl.trans(b_o)
         if ADD:
             m_c = m_q
             b_o += load_rows(p_o, stride_ot, o_c, o_v, m_c, V, BV)

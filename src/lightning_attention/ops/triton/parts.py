@@ -86,6 +86,21 @@ def add_chunk(b_S, b_k, b_v, rate, m, o_c, REVERSE: tl.constexpr, PRECISION: tl.
 
 
 @jit
+def scale_to_float16(b_x, AXIS: tl.constexpr):
+    """Scale float32 to float16 by powers of two, one for all elements along AXIS: `b_x = b_scaled * b_unit`.
+
+    The largest magnitude along AXIS comes to lie in [2^14, 2^15), so that no product with float16 overflows, and none
+    underflows unless it is 2^-39 of the largest. AXIS is the one that the product contracts: `b_unit` multiplies the
+    result. Zeros, infinities and NaN stay what they are.
+    """
+    b_bits = tl.max(b_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS, keep_dims=True)
+    b_exponent = tl.maximum(b_bits >> 23, 15)  # biased by 127; at least 15, for both powers to be normal numbers
+    b_power = ((14 + 2 * 127 - b_exponent) << 23).to(tl.float32, bitcast=True)
+    b_unit = ((b_exponent - 14) << 23).to(tl.float32, bitcast=True)
+    return (b_x * b_power).to(tl.float16), b_unit
+
+
+@jit
 def load_rows(p, stride, o_c, o_d, m_c, D: tl.constexpr, BD: tl.constexpr):
     """A block of rows, with zeros where a row or a column is past the end."""
     m = m_c[:, None]
