@@ -3,17 +3,19 @@
 import json
 from collections import defaultdict
 
+import numpy as np
 import pytest
 import torch
 from oracle import Case, attention, definition, error, make_inputs, plain, run
 from rich.console import Console
 from tiny_model import make_config, tokens
 
-from lightning_attention import lightning_attention_step
+from lightning_attention import lightning_attention_commit, lightning_attention_step, lightning_attention_verify
 from lightning_attention.inference import Engine, SamplingOptions, load, stream
 from lightning_attention.models import LightningForCausalLM
 from lightning_attention.ops.chunked import CHUNK_SIZE
 from lightning_attention.training import TrainingOptions, train
+from lightning_attention.training.corpus import PackedDataset
 from lightning_attention.training.metrics import read_metrics
 
 pytestmark = [
@@ -72,6 +74,55 @@ def test_decode_is_prefill(dtype):
     difference = (torch.cat(logits, dim=1) - whole).float().norm() / whole.float().norm()
     assert difference < {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
     assert model.model.layers[0].attention.decay.log_decay.dtype == torch.float32
+
+
+@pytest.fixture
+def default_device():
+    """Tensors are made on the GPU unless a device is named."""
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
+
+
+def test_a_model_and_an_engine_under_a_default_device(default_device):
+    """The model is built on the GPU; prompts come as lists."""
+    model = LightningForCausalLM(make_config(eos_token_id=None)).eval()
+    assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    engine = Engine(model, max_requests=2, prefill_tokens=16)
+    prompt = list(range(3, 30))
+    engine.submit(prompt, SamplingOptions(max_new_tokens=8, temperature=0))
+    answer = []
+    while engine.has_work:
+        answer += [output.token for output in engine.step()]
+    ids = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
+    assert answer == ids[0, len(prompt) :].tolist()
+
+
+def test_a_packed_dataset_under_a_default_device(default_device):
+    """Batches are those of a CPU default, and can be read by worker processes: they stay on the CPU."""
+    row = PackedDataset(np.array([5, 6, 2, 7, 8, 9, 2, 4] * 2), sequence_length=8, eos_token_id=2)[1]
+    assert {x.device.type for x in row.values()} == {"cpu"}
+    assert row["position_ids"].tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
+    assert row["labels"].tolist() == [-100, 6, 2, -100, 8, 9, 2, -100]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("parents", [None, [-1, 0, 0, 1]], ids=["chain", "tree"])
+def test_drafts_under_a_default_device(default_device, device, parents):
+    """On the device of the tensors, whatever the default is."""
+    with torch.device("cpu"):
+        inputs = make_inputs(Case(T=4), torch.float32)
+        last = torch.tensor([3, 2])
+        tree = None if parents is None else torch.tensor([parents] * 2)
+    results = []
+    for x, name in ((inputs.on(device), "auto"), (inputs.to(torch.float64), "reference")):
+        options = {"state": x.state.clone(), "parents": None if tree is None else tree.to(x.q.device), "backend": name}
+        o = lightning_attention_verify(x.q, x.k, x.v, x.log_decay, **options)
+        lightning_attention_commit(x.k, x.v, x.log_decay, last=last.to(x.q.device), **options)
+        assert o.device == x.q.device
+        results.append((o.cpu(), options["state"].cpu()))
+    for value, exact in zip(*results, strict=True):
+        assert error(value, exact) < 1e-5
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

@@ -22,6 +22,8 @@ from lightning_attention import (
     lightning_attention_step,
     lightning_attention_verify,
 )
+from lightning_attention.ops import library
+from lightning_attention.ops.problem import Problem
 from lightning_attention.ops.triton import config, launch
 
 pytestmark = pytest.mark.gpu
@@ -332,13 +334,28 @@ def test_no_length_is_compiled_again(backend):
     assert len(set(found)) == 1
 
 
-@pytest.mark.parametrize(("T", "H", "D"), [(100, 2, 64), (1024, 64, 128), (4096, 64, 32)])
-def test_the_default_on_a_gpu(T, H, D):
-    """Hopper's own kernels, where there are some for the problem and it is not small."""
-    q, k, v, _ = large(1, T, H, D)
-    backend = "hopper" if is_hopper and T == 1024 else "triton"
-    expected, _ = attention(backend)(q, k, v, None)
-    torch.testing.assert_close(lightning_attention(q, k, v).output, expected, rtol=0, atol=0)
+def first_backend(problem: Problem) -> str:
+    """The documented choice: the first backend that can run the problem and is not slow."""
+    return next(
+        name
+        for name, backend in library.BACKENDS.items()
+        if not backend.unsupported_reasons(problem) and not (hasattr(backend, "is_slow") and backend.is_slow(problem))
+    )
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize(("T", "H", "D"), [(100, 2, 64), (1024, 64, 128), (4096, 64, 128), (4096, 64, 32)])
+def test_the_default_on_a_gpu(T, H, D, dtype):
+    """The bits of the first backend that can and is not slow, forward and backward each by itself."""
+    inputs = [x.to(dtype) for x in large(1, T, H, D)]
+    problem = Problem.of_attention(*inputs[:3], None, None, None)
+    forward, backward = (first_backend(problem._replace(is_backward=is_backward)) for is_backward in (False, True))
+    o, *gradients = differentiated("auto", *inputs, None)
+    assert torch.equal(o, differentiated(forward, *inputs, None)[0])
+    for x, y in zip(gradients, differentiated(backward, *inputs, None)[1:], strict=True):
+        assert torch.equal(x, y)
+    if dtype != BF16:
+        assert forward == backward == "triton"
 
 
 def test_decoding_far_into_a_pool():
