@@ -1,14 +1,14 @@
 """The picture of a run: time and memory against length, as in Lightning Attention-2 (arXiv 2401.04658)."""
 
 from collections.abc import Callable
-from pathlib import Path
 
+from ..paths import PathLike, to_path
 from .report import Document, Record
 
 Value = Callable[[Record], float | None]
 
 
-def plot_sweep(document: Document, picture: Path) -> None:
+def plot_sweep(document: Document, picture: PathLike) -> None:
     """From the sweep of a loaded `op.json`: forward and backward in ms, and their memory beyond inputs."""
     first = document["runs"]["sweep"]["results"][0]
     shape = f"B {first['batch_size']}, H {first['num_heads']}, D {first['head_dim']}, {first['dtype']}"
@@ -19,7 +19,7 @@ def plot_sweep(document: Document, picture: Path) -> None:
     _plot(document, "sweep", "sequence length (tokens)", panels, f"forward and backward, {shape}", picture)
 
 
-def plot_model(document: Document, picture: Path) -> None:
+def plot_model(document: Document, picture: PathLike) -> None:
     """From the run of a model in a loaded `decode.json`: milliseconds per token, and state or KV cache."""
     first = document["runs"]["model"]["results"][0]
     title = f"one token of a {first['size']} model, B {first['batch_size']}, {first['dtype']}"
@@ -30,7 +30,7 @@ def plot_model(document: Document, picture: Path) -> None:
     _plot(document, "model", "context length (tokens)", panels, title, picture)
 
 
-def plot_training(document: Document, picture: Path) -> None:
+def plot_training(document: Document, picture: PathLike) -> None:
     """From the run of a loaded `train.json`: tokens per second, and memory of a step beyond the model's own."""
     first = document["runs"]["train"]["results"][0]
     title = f"a step of a {first['size']} model on one sequence, segments of {first['segment_length']}"
@@ -47,7 +47,7 @@ def _plot(
     abscissa: str,
     panels: dict[str, Value],
     title: str,
-    picture: Path,
+    picture: PathLike,
     *,
     from_zero: bool = False,
 ) -> None:
@@ -56,6 +56,7 @@ def _plot(
     from matplotlib.ticker import LogFormatter
 
     records = [record for record in document["runs"][kind]["results"] if "not_measured" not in record]
+    file = to_path(picture, "picture")
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     all_axes = figure.subplots(1, len(panels))
     lengths = sorted({record["length"] for record in records})
@@ -80,7 +81,7 @@ def _plot(
     if all_axes[0].lines:
         all_axes[0].legend(fontsize=8)
     figure.suptitle(f"{title}, {document['machine']['device']}", fontsize=10)
-    figure.savefig(picture, dpi=150)
+    figure.savefig(file, dpi=150)
 
 
 def _mebibytes(count: int | None) -> float | None:

@@ -4,10 +4,11 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..paths import PathLike, to_path
 
 Document = dict[str, Any]
 Record = dict[str, Any]
@@ -61,8 +62,9 @@ def rounded(x: float) -> float:
     return float(f"{x:.4g}")
 
 
-def start(path: Path, machine: dict[str, Any]) -> Document:
+def start(path: PathLike, machine: dict[str, Any]) -> Document:
     """The document to add a run to: the one at `path`, if it is of this device and commit, or a new one."""
+    path = to_path(path, "path")
     if path.exists():
         found = json.loads(path.read_text())
         if all(found["machine"][field] == machine[field] for field in ("device", "commit")):
@@ -70,8 +72,9 @@ def start(path: Path, machine: dict[str, Any]) -> Document:
     return {"machine": machine, "runs": {}}
 
 
-def write(document: Document, path: Path) -> None:
+def write(document: Document, path: PathLike) -> None:
     """All or nothing: a run that is cut off leaves the file as it was."""
+    path = to_path(path, "path")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(document, indent=1) + "\n")

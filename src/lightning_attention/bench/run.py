@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..paths import PathLike, to_path
 from . import report
 from .harness import copy_bandwidth
 from .machine import machine
@@ -49,7 +50,7 @@ def run(
     *,
     dtype: torch.dtype,
     command: str,
-    output: Path,
+    output: PathLike,
     echo: Callable[[str], None],
 ) -> list[Path]:
     """Measure every plan into `<name>.json`, written after each case, and draw `<name>.png` if its kind is there.
@@ -67,7 +68,8 @@ def run(
     Returns:
         The files written.
     """
-    results, drawing = output / f"{name}.json", output / f"{name}.png"
+    folder = to_path(output, "output")
+    results, drawing = folder / f"{name}.json", folder / f"{name}.png"
     document = report.start(results, machine(device))
     bandwidth = copy_bandwidth(device)
     echo(f"{document['machine']['device']}, copy {bandwidth / 1e9:.4g} GB/s, {dtype}")

@@ -7,28 +7,30 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from ..paths import PathLike, to_path
 from .heads import LightningForCausalLM
 
 PREFIX = "checkpoint-"
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: PathLike) -> list[Path]:
     """Complete checkpoints of a training run, oldest first."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    found = [path for path in to_path(folder, "folder").glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
     return sorted(found, key=checkpoint_step)
 
 
-def checkpoint_step(checkpoint: Path) -> int:
+def checkpoint_step(checkpoint: PathLike) -> int:
     """The optimizer step it was taken at."""
-    return int(checkpoint.name.removeprefix(PREFIX))
+    return int(to_path(checkpoint, "checkpoint").name.removeprefix(PREFIX))
 
 
-def last_checkpoint(folder: Path) -> Path:
+def last_checkpoint(folder: PathLike) -> Path:
     """The checkpoint to load: the folder itself if it holds a model, else the last complete one of a run.
 
     Raises:
         ValueError: there is none.
     """
+    folder = to_path(folder, "folder")
     if (folder / "config.json").is_file():
         return folder
     if found := checkpoints(folder):
@@ -36,12 +38,16 @@ def last_checkpoint(folder: Path) -> Path:
     raise ValueError(f"no checkpoint in {folder}")
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> LightningForCausalLM:
-    """A model with exactly the weights of a checkpoint. Weights are read from safetensors, never from pickles.
+def load_model(folder: PathLike, dtype: torch.dtype = torch.float32) -> LightningForCausalLM:
+    """A model with exactly the weights of a checkpoint.
+
+    Weights are read from safetensors, never from pickles, and no code of the folder is run.
 
     Raises:
+        TypeError: the folder is no path.
         ValueError: the folder holds no model of this library, or weights that do not fit its configuration.
     """
+    folder = to_path(folder, "folder")
     try:
         loaded: Any = LightningForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True

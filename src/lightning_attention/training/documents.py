@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..paths import PathLike, to_paths
+
 PIECE = 1 << 18  # characters read at a time, so that no document has to fit in memory
 SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
 
@@ -17,7 +19,7 @@ class Sources:
     """The files of a corpus in the order they are read.
 
     Attributes:
-        files: text, code, or `.jsonl` with one document a line.
+        files: `str` or `os.PathLike`, kept as `Path`s; text, code, or `.jsonl` with one document a line.
         text_field: the field of a `.jsonl` line that holds its text.
         skipped: files found in folders that are not UTF-8 text.
     """
@@ -26,9 +28,16 @@ class Sources:
     text_field: str = "text"
     skipped: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "files", to_paths(self.files, "files"))
+
     @classmethod
     def find(
-        cls, paths: Iterable[Path], text_field: str = "text", seed: int = 0, without: Collection[str] = ()
+        cls,
+        paths: PathLike | Iterable[PathLike],
+        text_field: str = "text",
+        seed: int = 0,
+        without: Collection[str] = (),
     ) -> "Sources":
         """Files as given, folders searched; shuffled, so that the end of the corpus is a sample of it.
 
@@ -38,7 +47,7 @@ class Sources:
             ValueError: a path does not exist, a file named is not UTF-8 text, or there is no file at all.
         """
         files, skipped = [], 0
-        for path in paths:
+        for path in to_paths(paths, "paths"):
             if path.is_dir():
                 found = sorted(_walk(path, SKIPPED_FOLDERS | set(without)))
                 texts = [file for file in found if _is_text(file)]

@@ -2,12 +2,13 @@
 
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..paths import PathLike, to_path
 
 
 class MetricsCallback(TrainerCallback):
@@ -19,8 +20,8 @@ class MetricsCallback(TrainerCallback):
         console: where to show progress.
     """
 
-    def __init__(self, file: Path, tokens_per_step: int, console: Console):
-        self.file, self.tokens_per_step, self.console = file, tokens_per_step, console
+    def __init__(self, file: PathLike, tokens_per_step: int, console: Console):
+        self.file, self.tokens_per_step, self.console = to_path(file, "file"), tokens_per_step, console
         columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.started = self.marked_time = 0.0
@@ -66,9 +67,9 @@ class MetricsCallback(TrainerCallback):
         self.progress.console.print(_line(record, state.max_steps), highlight=False)
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
+def read_metrics(file: PathLike) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`; a last line that was cut off is left out."""
-    records = []
+    records, file = [], to_path(file, "file")
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
             records.append(json.loads(line))
@@ -77,17 +78,18 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return records
 
 
-def drop_after(file: Path, step: int) -> None:
+def drop_after(file: PathLike, step: int) -> None:
     """Forget what was recorded after a checkpoint that a run resumes from."""
+    file = to_path(file, "file")
     kept = [record for record in read_metrics(file) if record["step"] <= step]
     file.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
-def plot_loss(file: Path, picture: Path, baselines: dict[str, float] | None = None) -> None:
+def plot_loss(file: PathLike, picture: PathLike, baselines: dict[str, float] | None = None) -> None:
     """Losses against tokens as a PNG; baselines are horizontal lines."""
     from matplotlib.figure import Figure
 
-    records = read_metrics(file)
+    records, picture = read_metrics(file), to_path(picture, "picture")
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for name, label in (("loss", "training"), ("eval_loss", "held out")):

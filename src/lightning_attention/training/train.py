@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArgum
 from ..distributed.exchange import STRATEGIES
 from ..models import LightningConfig, LightningForCausalLM
 from ..models.checkpoint import checkpoint_step, checkpoints, last_checkpoint, load_model
+from ..paths import PathLike, to_path, to_paths
 from .checkpoint import CheckpointingTrainer
 from .corpus import Corpus, PackedDataset
 from .documents import Sources, standard_library
@@ -31,9 +32,11 @@ from .tokenizer import load_tokenizer
 class TrainingOptions:
     """Everything a run depends on; kept in `run.json` of its output folder.
 
+    Paths are `str` or `os.PathLike`, and kept as `Path`s.
+
     Attributes:
         output: folder for checkpoints, tokens, metrics and plot; must not hold a run already.
-        data: files and folders of text; empty for Python's standard library.
+        data: files and folders of text, or one of them; empty for Python's standard library.
         text_field: the field of a `.jsonl` line that holds its text.
         tokenizer: "bytes", or the path of a tokenizer.json.
         size: a name in `models.SIZES`.
@@ -90,6 +93,13 @@ class TrainingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        paths = {"output": to_path(self.output, "output"), "data": to_paths(self.data, "data")}
+        if self.tokenizer != "bytes":
+            paths["tokenizer"] = str(to_path(self.tokenizer, "tokenizer"))
+        if self.config is not None:
+            paths["config"] = to_path(self.config, "config")
+        for name, path in paths.items():
+            object.__setattr__(self, name, path)
         for name in (
             "batch_size",
             "sequence_parallel",
@@ -121,12 +131,13 @@ class TrainingOptions:
         _file(self.output).write_text(json.dumps(asdict(self), indent=1, default=str))
 
     @classmethod
-    def load(cls, output: Path) -> "TrainingOptions":
+    def load(cls, output: PathLike) -> "TrainingOptions":
         """The options of the run in a folder.
 
         Raises:
             ValueError: there is no run.
         """
+        output = to_path(output, "output")
         try:
             saved = json.loads(_file(output).read_text())
         except (OSError, ValueError) as error:
@@ -134,8 +145,7 @@ class TrainingOptions:
         known = {field.name for field in fields(cls)}
         if unknown := set(saved) - known:
             raise ValueError(f"{_file(output)} has options this version does not know: {', '.join(sorted(unknown))}")
-        config = saved["config"] and Path(saved["config"])
-        return cls(**saved | {"output": output, "data": tuple(map(Path, saved["data"])), "config": config})
+        return cls(**saved | {"output": output})
 
 
 def train(options: TrainingOptions, *, resume: bool = False, console: Console | None = None) -> Path:
