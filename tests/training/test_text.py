@@ -9,9 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from lightning_attention.training import Corpus, PackedDataset, byte_tokenizer, load_tokenizer
+from lightning_attention.training import Corpus, PackedDataset, byte_tokenizer
 from lightning_attention.training import corpus as corpus_module
 from lightning_attention.training.documents import Sources, standard_library
 
@@ -39,35 +38,6 @@ def documents(corpus: Corpus) -> list[bytes]:
             current.append(token)
     assert current is None
     return found
-
-
-@given(st.text())
-def test_the_byte_tokenizer_gives_the_bytes_back(text):
-    tokenizer = byte_tokenizer()
-    ids = tokenizer(text, split_special_tokens=True).input_ids
-    assert ids == list(text.encode())
-    assert tokenizer.decode(ids) == text
-
-
-def test_a_tokenizer_from_a_file(tmp_path):
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel()
-    trained.train_from_iterator(["some text to learn from, some more text"], trainers.BpeTrainer(vocab_size=300))
-    trained.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_tokenizer(str(tmp_path / "tokenizer.json"))
-    assert tokenizer("some text").input_ids == trained.encode("some text").ids
-    assert tokenizer.eos_token_id is not None
-    assert tokenizer.pad_token_id is not None
-    tokenizer.save_pretrained(tmp_path / "saved")
-    assert load_tokenizer(str(tmp_path / "saved")).eos_token_id == tokenizer.eos_token_id
-
-
-def test_what_is_no_tokenizer(tmp_path):
-    with pytest.raises(ValueError, match=r"tokenizer must be 'bytes' or a tokenizer.json, there is no file nowhere"):
-        load_tokenizer("nowhere")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer"):
-        load_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
 def test_files_and_folders(tmp_path):

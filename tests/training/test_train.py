@@ -81,7 +81,10 @@ def test_a_run(files):
     assert (files / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     model, tokenizer = load(files / "run")
     assert model.config.decay_preset == "transnormer"
-    assert model.config.eos_token_id == tokenizer.eos_token_id == 257
+    ids = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    for config in (model.config, model.generation_config):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == ids == (256, 257, 258)
+    assert tokenizer("ab").input_ids == [256, *b"ab"]
     train(TrainingOptions.load(files / "run"), resume=True, console=quiet())
     assert losses(files / "run") == found
     # Two checkpoints are kept, and nothing unfinished is left.

@@ -1,7 +1,6 @@
 """From a checkpoint to a stream of text."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -10,37 +9,58 @@ from transformers import PreTrainedTokenizerFast, TextIteratorStreamer
 
 from ..models import LightningForCausalLM
 from ..models.checkpoint import last_checkpoint, load_model
+from ..models.tokenization import begin_with_bos, bos_ids
+from ..paths import PathLike, to_path
 from .sampling import SamplingOptions
 
 
-def load(checkpoint: Path, *, bf16: bool = False) -> tuple[LightningForCausalLM, PreTrainedTokenizerFast]:
+def load(checkpoint: PathLike, *, bf16: bool = False) -> tuple[LightningForCausalLM, PreTrainedTokenizerFast]:
     """The model and tokenizer of a checkpoint, on the GPU if there is one.
+
+    `tokenizer(text)` begins as training documents do, also if the checkpoint was saved by a version of this library
+    whose tokenizers did not put the BOS token there.
 
     Args:
         checkpoint: a folder with a model, or the output folder of a run, whose last checkpoint is taken.
         bf16: weights in bfloat16; decays and states stay float32.
 
     Raises:
+        TypeError: `checkpoint` is no path.
         ValueError: there is no checkpoint, it is not one of this library, or its weights do not fit its configuration.
     """
-    folder = last_checkpoint(checkpoint)
+    folder = last_checkpoint(to_path(checkpoint, "checkpoint"))
     model: Any = load_model(folder, torch.bfloat16 if bf16 else torch.float32)
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise ValueError(f"{folder} holds no tokenizer: {error}") from error
+    begin_with_bos(tokenizer)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
-    """The tokens of a prompt, as the model has learned that documents begin.
+    """The tokens of a prompt, as training begins a document: `tokenizer(prompt).input_ids`.
+
+    As in every Hugging Face tokenizer, the name of a special token within the prompt stands for that token. In training
+    data it is text, which `tokenizer(prompt, split_special_tokens=True)` gives.
+
+    Args:
+        tokenizer: of a checkpoint, as `load` returns it.
+        prompt: may be empty if the tokenizer has a BOS token.
 
     Raises:
-        ValueError: there is none, since the prompt is empty and the tokenizer has no token for a beginning.
+        TypeError: the prompt is not a string.
+        ValueError: the prompt is empty and the tokenizer adds no BOS token, or the tokenizer leaves out the BOS token
+            that training documents begin with.
     """
-    ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    if tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id, *ids]
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt must be a string, got {type(prompt).__name__}")
+    ids, begin = tokenizer(prompt).input_ids, bos_ids(tokenizer)
+    if ids[: len(begin)] != begin:
+        raise ValueError(
+            f"the tokenizer does not begin a text with its BOS token {tokenizer.bos_token}, as training documents "
+            "begin: take the tokenizer that lightning_attention.inference.load returns"
+        )
     if not ids:
         raise ValueError("the prompt is empty, and the tokenizer has no token for the beginning of a document")
     return ids

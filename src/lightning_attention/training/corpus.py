@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from ..models.tokenization import bos_ids
+from ..paths import PathLike, to_path
 from .documents import Sources
 
 FORMAT = 1
@@ -31,7 +33,7 @@ class Corpus:
     A document is `[bos] tokens eos`. The last part of the file is held out.
 
     Attributes:
-        folder: where it lies.
+        folder: where it lies; `str` or `os.PathLike`, kept as a `Path`.
         fingerprint: of everything that the tokens depend on.
         vocab_size: number of tokens of the tokenizer.
         eos_token_id: the token that ends a document.
@@ -50,10 +52,13 @@ class Corpus:
     num_held_out: int
     skipped_files: int
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", to_path(self.folder, "folder"))
+
     @classmethod
     def prepare(
         cls,
-        folder: Path,
+        folder: PathLike,
         sources: Sources,
         tokenizer: PreTrainedTokenizerFast,
         held_out_fraction: float = 0.05,
@@ -71,12 +76,14 @@ class Corpus:
         Raises:
             ValueError: the documents hold no text, the fraction is out of range, or the tokenizer has no eos token.
         """
+        folder = to_path(folder, "folder")
         if not 0 < held_out_fraction < 1:
             raise ValueError(f"held_out_fraction must be between 0 and 1, got {held_out_fraction}")
         vocabulary, eos_token_id = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id
         if not isinstance(eos_token_id, int):
             raise ValueError("the tokenizer has no end-of-document token")
-        content = [FORMAT, sources.describe(), sources.text_field, vocabulary, held_out_fraction]
+        frame = [bos_ids(tokenizer), eos_token_id]
+        content = [FORMAT, sources.describe(), sources.text_field, vocabulary, frame, held_out_fraction]
         fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         if (folder / "corpus.json").is_file():
             corpus = cls.open(folder)
@@ -118,12 +125,13 @@ class Corpus:
         return corpus
 
     @classmethod
-    def open(cls, folder: Path) -> "Corpus":
+    def open(cls, folder: PathLike) -> "Corpus":
         """A corpus that was prepared before.
 
         Raises:
             ValueError: there is none.
         """
+        folder = to_path(folder, "folder")
         try:
             return cls(folder=folder, **json.loads((folder / "corpus.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
@@ -201,7 +209,9 @@ def _tokenize(
     """Tokens in order, and how many documents end among them."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.encode_special_tokens = True  # what looks like a special token in a text is text
-    before, after = ([x] if isinstance(x, int) else [] for x in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    backend.no_truncation()
+    backend.no_padding()
+    before, after = bos_ids(tokenizer), [x for x in (tokenizer.eos_token_id,) if isinstance(x, int)]
     read = 0
     for batch in _batches(sources):
         tokens: list[int] = []
