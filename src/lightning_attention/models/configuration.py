@@ -2,16 +2,17 @@
 
 import copy
 import math
-import os
 from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from ..ops.decay import LAYERLESS_PRESETS, PRESETS, log_decay
+from ..paths import PathLike, to_path
+from .remote_code import is_ours, with_auto_map, write_remote_code
 
 logger = logging.get_logger(__name__)
 
@@ -135,6 +136,8 @@ class LightningConfig(PreTrainedConfig):
         if self.is_encoder_decoder:
             raise ValueError("is_encoder_decoder must be False: this is a decoder")
         self.check_token_ids(self.vocab_size)
+        if is_ours(type(self)):
+            kwargs["auto_map"] = with_auto_map(kwargs.get("auto_map"))
         super().__post_init__(**kwargs)
 
     def check_token_ids(self, vocab_size: int) -> None:
@@ -153,19 +156,28 @@ class LightningConfig(PreTrainedConfig):
                 if not 0 <= token < vocab_size:
                     raise ValueError(f"{name} must be None or in [0, vocab_size = {vocab_size}), got {token}")
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write config.json. Attributes that other software has set on this object are left out, with a warning:
-        a configuration with options that are not known cannot be loaded.
+    def to_json_file(self, json_file_path: PathLike, use_diff: bool = True) -> None:
+        """Save as JSON. A `config.json` gets the module beside it that its `auto_map` names: see `remote_code`.
+
+        Attributes that other software has set on this object are left out, with a warning: a configuration with
+        options that are not known could not be loaded.
         """
+        path, config = to_path(json_file_path, "json_file_path"), self
         known = {field.name for field in fields(self)} | TRANSFORMERS_OPTIONS
-        foreign = [name for name in vars(self) if name not in known and not name.startswith("_")]
-        config = self
-        if foreign:
+        if foreign := [name for name in vars(self) if name not in known and not name.startswith("_")]:
             logger.warning(f"not saved, since LightningConfig has no such option: {', '.join(foreign)}")
             config = copy.copy(self)
             for name in foreign:
                 delattr(config, name)
-        super(LightningConfig, config).save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        super(LightningConfig, config).to_json_file(path, use_diff=use_diff)
+        if path.name == CONFIG_NAME and is_ours(type(self)):
+            write_remote_code(path.parent)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """For classes derived from this one: save their source with them. Its own needs none, see `remote_code`."""
+        if not is_ours(cls):
+            super().register_for_auto_class(auto_class)
 
     @classmethod
     def from_size(cls, size: str, **options: Any) -> "LightningConfig":

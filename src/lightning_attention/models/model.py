@@ -26,6 +26,7 @@ from ..ops.problem import state_dtype
 from .cache import CACHE, LightningCache, one_cache
 from .configuration import LightningConfig
 from .layout import Layout, layout_of
+from .remote_code import is_ours
 
 logger = logging.get_logger(__name__)
 
@@ -89,6 +90,12 @@ class LightningPreTrainedModel(PreTrainedModel):
     # In transformers' sense, within generate() and with its static cache: this model has a cache of its own.
     # torch.compile(model, fullgraph=True) works.
     _can_compile_fullgraph = False
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """For classes derived from these: save their source with them. Their own needs none, see `remote_code`."""
+        if not is_ours(cls):
+            super().register_for_auto_class(auto_class)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
