@@ -93,10 +93,10 @@ def measure(
 
 def random_requests(case: ServingCase, vocab_size: int) -> list[Request]:
     """Prompts of random tokens, always the same."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     return [
         (
-            torch.randint(vocab_size, (prompt,), generator=generator).tolist(),
+            torch.randint(vocab_size, (prompt,), generator=generator, device="cpu").tolist(),
             SamplingOptions(max_new_tokens=answer, temperature=0),
         )
         for prompt, answer in case.sizes()

@@ -96,7 +96,8 @@ def _measure_case(
     dtype: torch.dtype,
 ) -> list[Record]:
     vocab_size = LightningConfig.from_size(size).vocab_size
-    input_ids = torch.randint(vocab_size, (1, case.length), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    input_ids = torch.randint(vocab_size, (1, case.length), generator=generator, device="cpu")
     found: dict[str, _Step | str] = {}
     for name, (loss_of, most) in ways.items():
         if case.num_segments > most:
@@ -136,7 +137,7 @@ def _step(
     device: torch.device,
     dtype: torch.dtype,
 ) -> _Step:
-    loss = torch.tensor(0.0)
+    loss = torch.tensor(0.0, device="cpu")
 
     def train(input_ids: Tensor) -> None:
         nonlocal loss

@@ -39,7 +39,7 @@ class Decoder:
             positions: where each of them stands in its sequence.
             slots: where each one's state is.
         """
-        rows = torch.tensor([tokens, positions, slots])
+        rows = torch.tensor([tokens, positions, slots], device="cpu")
         if not self._records:
             return self.step(rows.to(self.model.device))
         size = min(self.max_rows, 1 << (len(tokens) - 1).bit_length())

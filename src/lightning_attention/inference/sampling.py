@@ -69,7 +69,7 @@ class Sampler:
 
     def __init__(self, options: SamplingOptions, prompt: Sequence[int], vocab_size: int, device: torch.device):
         self.options = options
-        self._generator = torch.Generator()
+        self._generator = torch.Generator("cpu")
         if options.seed is None:
             self._generator.seed()
         else:
@@ -80,7 +80,7 @@ class Sampler:
             self.seen[torch.tensor(prompt, device=device)] = True
 
     def random(self) -> float:
-        return torch.rand((), generator=self._generator, dtype=torch.float64).item()
+        return torch.rand((), generator=self._generator, dtype=torch.float64, device="cpu").item()
 
 
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:

@@ -39,7 +39,7 @@ def last_checkpoint(folder: PathLike) -> Path:
 
 
 def load_model(folder: PathLike, dtype: torch.dtype = torch.float32) -> LightningForCausalLM:
-    """A model with exactly the weights of a checkpoint.
+    """A model with exactly the weights of a checkpoint, on the CPU.
 
     Weights are read from safetensors, never from pickles, and no code of the folder is run.
 
@@ -49,9 +49,10 @@ def load_model(folder: PathLike, dtype: torch.dtype = torch.float32) -> Lightnin
     """
     folder = to_path(folder, "folder")
     try:
-        loaded: Any = LightningForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        with torch.device("cpu"):  # whatever the default device is
+            loaded: Any = LightningForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ValueError(f"{folder} is not a checkpoint: {error}") from error
     model, report = loaded

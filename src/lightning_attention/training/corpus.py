@@ -191,7 +191,7 @@ class PackedDataset(Dataset):
             raise IndexError(index)
         start = index * self.sequence_length
         tokens = torch.from_numpy(self.tokens[start : start + self.sequence_length].astype(np.int64))
-        at = torch.arange(self.sequence_length)
+        at = torch.arange(self.sequence_length, device=tokens.device)
         starts = torch.zeros_like(at)
         starts[1:] = torch.where(tokens[:-1] == self.eos_token_id, at[1:], 0)
         starts = starts.cummax(dim=0).values

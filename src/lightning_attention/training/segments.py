@@ -233,7 +233,8 @@ class _Sweep:
         """Where states wait for the backward pass."""
         if not self.is_offloaded:
             return state
-        return torch.empty(state.shape, dtype=state.dtype, pin_memory=True).copy_(state, non_blocking=True)
+        host = torch.empty(state.shape, dtype=state.dtype, device="cpu", pin_memory=True)
+        return host.copy_(state, non_blocking=True)
 
 
 def _ambient_autocast(device_type: str) -> Callable[[], AbstractContextManager]:

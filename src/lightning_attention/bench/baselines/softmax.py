@@ -49,7 +49,7 @@ class SoftmaxDecoder:
             tokens: B of them, each the next of its sequence.
             position: in the cache, where their keys and values go.
         """
-        rows = torch.tensor([*tokens, position])
+        rows = torch.tensor([*tokens, position], device="cpu")
         if self.model.device.type == "cpu":
             return self.step(rows)
         self._rows.copy_(rows.pin_memory(), non_blocking=True)

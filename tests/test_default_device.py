@@ -1,0 +1,105 @@
+"""Results do not depend on `torch.set_default_device`: whatever creates a tensor names its device."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_model import VOCAB, make_config, make_model, tokens
+from torch import Tensor
+
+from lightning_attention.inference import Engine, SamplingOptions, StatePool, load, stream
+from lightning_attention.models import LightningForCausalLM
+from lightning_attention.training import PackedDataset, byte_tokenizer, evaluate, segmented_loss
+from lightning_attention.training.parallel import one_row
+
+EOS = 2
+GREEDY = SamplingOptions(max_new_tokens=6, temperature=0)
+SAMPLED = SamplingOptions(max_new_tokens=6, seed=3, top_k=5, top_p=0.9, repetition_penalty=1.2)
+STREAM = np.concatenate([np.append(tokens(n, seed=n).numpy(), EOS) for n in (5, 9, 4, 12, 7)]).astype(np.uint16)
+MODEL = make_model(eos_token_id=None).eval()
+PROMPTS, BATCH = [tokens(n, seed=1).tolist() for n in (3, 9, 6)], tokens(2, 5, seed=4)
+UNIGRAM = torch.full((VOCAB,), 1 / VOCAB).log()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("run") / "checkpoint-1"
+    tokenizer = byte_tokenizer()
+    ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    LightningForCausalLM(make_config(vocab_size=len(tokenizer), **ids)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def on_meta() -> Iterator[Callable[[Callable[[], Any]], Any]]:
+    """Calls with the default device "meta"."""
+
+    def call(function: Callable[[], Any]) -> Any:
+        torch.set_default_device("meta")
+        try:
+            return function()
+        finally:
+            torch.set_default_device(None)
+
+    yield call
+    torch.set_default_device(None)
+
+
+def rows() -> list[dict[str, Tensor]]:
+    dataset = PackedDataset(STREAM, 10, EOS)
+    return [dataset[i] for i in range(len(dataset))]
+
+
+def served(options: SamplingOptions, **sizes: Any) -> list[list[int]]:
+    engine = Engine(MODEL, prefix_slots=3, prefix_block=2, **sizes)
+    return [completion.tokens for completion in engine.run(PROMPTS, options)]
+
+
+def pooled() -> list[Tensor]:
+    pool = StatePool(make_config(), 2)
+    slots = [pool.allocate(), pool.allocate()]
+    pool.zero(slots)
+    pool.copy(*slots)
+    pool.restore(slots[0], pool.snapshot(slots[1]) + 1)
+    return [state.clone() for state in pool.states]
+
+
+def gradients() -> list[Tensor]:
+    batch = one_row(rows())
+    MODEL.zero_grad()
+    loss = segmented_loss(MODEL, **batch, segment_length=7)
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in MODEL.parameters())]
+
+
+CALLS: dict[str, Callable[[], Any]] = {
+    "PackedDataset": rows,
+    "one_row": lambda: one_row(rows()),
+    "loss_of": lambda: PackedDataset(STREAM, 10, EOS).loss_of(UNIGRAM),
+    "Engine, greedy": lambda: served(GREEDY),
+    "Engine, sampled": lambda: served(SAMPLED, prefill_tokens=4, max_requests=2),
+    "StatePool": pooled,
+    "evaluate": lambda: astuple(evaluate(MODEL, PackedDataset(STREAM, 10, EOS), UNIGRAM, VOCAB)),
+    "segmented_loss": gradients,
+    "generate": lambda: MODEL.generate(BATCH, max_new_tokens=5, do_sample=False),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_default_device_changes_nothing(on_meta, call):
+    torch.testing.assert_close(on_meta(call), call(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_checkpoint_writes_the_same_text(on_meta, checkpoint, options):
+    def text() -> str:
+        model, tokenizer = load(checkpoint)
+        return "".join(stream(model, tokenizer, "some text", options))
+
+    assert on_meta(text) == text()
