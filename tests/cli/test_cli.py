@@ -109,7 +109,7 @@ def test_generate_answers_a_file(monkeypatch, capsys, checkpoint, tmp_path):
 def test_what_the_tokenizer_returns_is_what_the_model_takes(checkpoint):
     model, tokenizer = load(checkpoint)
     inputs = tokenizer(["a", "longer"], return_tensors="pt", padding=True).to(model.device)
-    assert inputs["attention_mask"].tolist() == [[0, 0, 0, 0, 0, 1], [1] * 6]
+    assert inputs["attention_mask"].tolist() == [[0, 0, 0, 0, 0, 1, 1], [1] * 7]
     alone = model.generate(inputs["input_ids"][1:], max_new_tokens=5, do_sample=False)
     assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False)[1:], alone)
 
