@@ -1,5 +1,6 @@
 """One token of the operator beside other implementations of it, eager and as a CUDA graph."""
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -51,6 +52,41 @@ def measure(
     peers = list(peers)
     for case in cases:
         yield _measure_case(case, peers, device, bandwidth, seconds)
+
+
+@torch.no_grad()
+def cpu_step(num_heads: int = 8, head_dim: int = 64, *, rounds: int = 300) -> dict[str, float]:
+    """Microseconds of a decode step of one sequence on a CPU, beside the three plain calls that do the same.
+
+    Short rounds of calls of each take turns, and the least time of each counts. The state stays in the cache, so this
+    is what a call costs apart from moving memory. Run it by
+    `python -c "from lightning_attention.bench.decode_kernel import cpu_step; print(cpu_step())"`.
+    """
+    q, k, v = torch.randn(3, 1, num_heads, head_dim)
+    state = torch.zeros(1, num_heads, head_dim, head_dim)
+    log_decay = decay.log_decay(num_heads, preset="alibi")
+    factor = log_decay.exp()[:, None, None]
+
+    def ours() -> Tensor:
+        return lightning_attention_step(q, k, v, log_decay, state=state)
+
+    def einsum() -> Tensor:
+        state.mul_(factor).addcmul_(k[..., :, None], v[..., None, :])
+        return torch.einsum("bhk,bhkv->bhv", q, state)
+
+    def matmul() -> Tensor:
+        state.mul_(factor).addcmul_(k[..., :, None], v[..., None, :])
+        return (q[:, :, None] @ state)[:, :, 0]
+
+    calls = {OURS: ours, "mul_, addcmul_, einsum": einsum, "mul_, addcmul_, matmul": matmul}
+    least = dict.fromkeys(calls, float("inf"))
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(MIN_CALLS):
+                call()
+            least[name] = min(least[name], (time.perf_counter() - start) / MIN_CALLS * 1e6)
+    return least
 
 
 class StepInputs:
