@@ -33,13 +33,14 @@ def test_opcheck(backend, case):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("indices", [None, torch.tensor([1, -1])], ids=["all", "slots"])
+@pytest.mark.parametrize("has_length", [True, False], ids=["BTHD", "BHD"])
 @pytest.mark.filterwarnings("ignore")
-def test_opcheck_step(backend, indices):
+def test_opcheck_step(backend, indices, has_length):
     inputs = make_inputs(Case(T=1), dtype_of(backend)).on(device_of(backend))
     indices = None if indices is None else indices.to(device_of(backend))
+    qkv = (x if has_length else x[:, 0] for x in (inputs.q, inputs.k, inputs.v))
     torch.library.opcheck(
-        torch.ops.lightning_attention.step.default,
-        (inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.state, indices, 1.0, backend),
+        torch.ops.lightning_attention.step.default, (*qkv, inputs.log_decay, inputs.state, indices, 1.0, backend)
     )
 
 

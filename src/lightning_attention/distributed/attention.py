@@ -11,7 +11,17 @@ from ..ops import library
 from ..ops.api import LightningAttentionOutput, autocast
 from ..ops.api import lightning_attention as attend
 from ..ops.chunked import rates_of
-from ..ops.problem import DTYPES, Problem, check_log_decay, sequence_bounds
+from ..ops.problem import (
+    DTYPES,
+    Problem,
+    check_backend,
+    check_log_decay,
+    check_output_final_state,
+    check_tensors,
+    checked_scale,
+    sequence_bounds,
+)
+from ..ops.transforms import refuse_transforms
 from .exchange import STRATEGIES, Exchange
 from .slices import Slice, slice_of
 from .states import add_incoming_, on_device_of, outgoing_state, power
@@ -71,6 +81,14 @@ def lightning_attention(
 
     Source: LASP-2 (arXiv 2502.07563), here with a decay; ZeCO (arXiv 2507.01004).
     """
+    check_tensors(
+        {"q": q, "k": k, "v": v},
+        {"log_decay": log_decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens},
+    )
+    refuse_transforms("distributed.lightning_attention", q=q, k=k, v=v, initial_state=initial_state)
+    scale = checked_scale(scale)
+    check_output_final_state(output_final_state)
+    check_backend(backend)
     rank = _rank_in(group)
     q, k, v = autocast(q, k, v)
     # Its values are read here, wherever it is; only shape and dtype remain to be checked.
@@ -107,7 +125,7 @@ def lightning_attention(
         backend=backend,
     )
     incoming = exchange.finish(started)
-    o = add_incoming_(o, q, incoming, rates, held.head, float(scale), backend)
+    o = add_incoming_(o, q, incoming, rates, held.head, scale, backend)
     if final is not None:
         final = _states_of_all(final, incoming * power(rates, held.head), held, num_documents)
     return LightningAttentionOutput(o, final)

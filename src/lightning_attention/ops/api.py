@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import library
-from .problem import Problem
+from .problem import Problem, check_backend, check_output_final_state, check_tensors, checked_scale
 
 
 class LightningAttentionOutput(NamedTuple):
@@ -46,6 +46,13 @@ def lightning_attention(
     Time and memory grow linearly with T; the state does not grow. Products are of the inputs as given, accumulation and
     state are float32 (float64 for float64 inputs). Under autocast, q, k and v are cast to the autocast dtype.
 
+    NaN and inf at token t reach outputs from t on, as in the recurrence. In every backend but "reference" they also
+    reach outputs before t in the chunk of t, since a masked score is a product with 0. A chunk has 128 tokens in
+    "chunked", and at most 64 in "triton" and "hopper". Other heads, other sequences and earlier chunks are not touched.
+    docs/algorithm.md says which columns and gradients are.
+
+    Reverse mode works, also by torch.func.grad, vjp, jacrev and vmap. Forward mode and second derivatives raise.
+
     Args:
         q: queries `[B, T, H, K]`; float64, float32, bfloat16 or float16, any strides.
         k: keys, the shape and dtype of q.
@@ -68,15 +75,21 @@ def lightning_attention(
     Raises:
         ValueError: a shape, range or device does not fit, log_decay requires a gradient, or the backend is unknown.
             Values of tensors on an accelerator are not read, so these are not checked.
-        TypeError: a dtype does not fit.
-        NotImplementedError: the named backend cannot run the call; the message says why.
+        TypeError: a dtype does not fit, or an argument is of another kind: a list in place of a tensor, say.
+        NotImplementedError: the named backend cannot run the call, and the message says why; or an input has a
+            tangent of forward mode, a second derivative is asked for, or torch.vmap maps over cu_seqlens.
 
     Source: Lightning Attention-2 (arXiv 2401.04658), algorithms 1 and 2.
     """
-    q, k, v = autocast(q, k, v)
-    outputs = library.attention(
-        q, k, v, log_decay, initial_state, cu_seqlens, float(scale), output_final_state, backend
+    check_tensors(
+        {"q": q, "k": k, "v": v},
+        {"log_decay": log_decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens},
     )
+    scale = checked_scale(scale)
+    check_output_final_state(output_final_state)
+    check_backend(backend)
+    q, k, v = autocast(q, k, v)
+    outputs = library.attention(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend)
     return LightningAttentionOutput(*outputs)
 
 
@@ -116,21 +129,26 @@ def lightning_attention_step(
 
     Source: Lightning Attention-2 (arXiv 2401.04658), equation 4.
     """
+    check_tensors(
+        {"q": q, "k": k, "v": v, "state": state},
+        {"log_decay": log_decay, "state_indices": state_indices},
+    )
+    scale = checked_scale(scale)
+    check_backend(backend)
     _refuse_gradients("lightning_attention_step", q, k, v, state)
-    q, k, v = autocast(q, k, v)
-    return library.recorded(_step, q, k, v, log_decay, state, state_indices, float(scale), backend)
+    if library.is_autocast_enabled(q.device.type):
+        q, k, v = autocast(q, k, v)
+    if not q.is_cuda:
+        return _step(q, k, v, log_decay, state, state_indices, scale, backend)
+    return library.recorded(_step, q, k, v, log_decay, state, state_indices, scale, backend)
 
 
 def _step(q, k, v, log_decay, state, state_indices, scale, backend):
     if q.dim() not in (3, 4):
         raise ValueError(f"q must be [B, H, K] or [B, T, H, K], got shape {tuple(q.shape)}")
-    one_token = q.dim() == 3
-    if one_token and k.dim() == 3 and v.dim() == 3:
-        q, k, v = q[:, None], k[:, None], v[:, None]
     problem = Problem.of_step(q, k, v, log_decay, state, state_indices)
     backend = library.choose_backend(backend, problem)
-    o = library.step(q, k, v, log_decay, state, state_indices, scale, backend)
-    return o[:, 0] if one_token else o
+    return library.step(q, k, v, log_decay, state, state_indices, scale, backend)
 
 
 def lightning_attention_verify(
@@ -151,7 +169,8 @@ def lightning_attention_verify(
 
         o_i = scale (λ^d_i Sᵀ q_i + Σ_j λ^(d_i - d_j) (q_i k_j) v_j)
 
-    No state is kept for a draft. `lightning_attention_commit` then accepts some of them.
+    No state is kept for a draft. `lightning_attention_commit` then accepts some of them. A draft with NaN or inf may
+    reach the outputs of all drafts of its sequence, in every backend but "reference".
 
     Args:
         q: queries of the drafts `[B, T, H, K]`; dtypes as for `lightning_attention`.
@@ -171,11 +190,17 @@ def lightning_attention_verify(
     Raises:
         ValueError, TypeError, NotImplementedError: as `lightning_attention_step`.
     """
+    check_tensors(
+        {"q": q, "k": k, "v": v, "state": state},
+        {"log_decay": log_decay, "parents": parents, "state_indices": state_indices},
+    )
+    scale = checked_scale(scale)
+    check_backend(backend)
     _refuse_gradients("lightning_attention_verify", q, k, v, state)
     q, k, v = autocast(q, k, v)
     problem = Problem.of_drafts(q, k, v, log_decay, state, state_indices, parents, None)
     backend = library.choose_backend(backend, problem)
-    return library.verify(q, k, v, log_decay, state, parents, state_indices, float(scale), backend)
+    return library.verify(q, k, v, log_decay, state, parents, state_indices, scale, backend)
 
 
 def lightning_attention_commit(
@@ -208,6 +233,11 @@ def lightning_attention_commit(
     Raises:
         ValueError, TypeError, NotImplementedError: as `lightning_attention_step`.
     """
+    check_tensors(
+        {"k": k, "v": v, "state": state, "last": last},
+        {"log_decay": log_decay, "parents": parents, "state_indices": state_indices},
+    )
+    check_backend(backend)
     _refuse_gradients("lightning_attention_commit", k, v, state)
     k, v = autocast(k, v)
     problem = Problem.of_drafts(k, k, v, log_decay, state, state_indices, parents, last)
@@ -241,13 +271,21 @@ def lightning_attention_prefill(
     Raises:
         ValueError, TypeError, NotImplementedError: as `lightning_attention_step`.
     """
+    check_tensors(
+        {"q": q, "k": k, "v": v},
+        {"log_decay": log_decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens},
+    )
+    if isinstance(state_positions, Tensor):
+        check_tensors({"state_positions": state_positions}, {})
+    scale = checked_scale(scale)
+    check_backend(backend)
     _refuse_gradients("lightning_attention_prefill", q, k, v, initial_state)
     q, k, v = autocast(q, k, v)
     problem = Problem.of_prefill(q, k, v, log_decay, initial_state, cu_seqlens, state_positions)
     if not isinstance(state_positions, Tensor):
         state_positions = torch.tensor(list(state_positions), dtype=torch.int64, device=q.device)
     backend = library.choose_backend(backend, problem)
-    outputs = library.prefill(q, k, v, log_decay, initial_state, cu_seqlens, float(scale), state_positions, backend)
+    outputs = library.prefill(q, k, v, log_decay, initial_state, cu_seqlens, scale, state_positions, backend)
     return PrefillOutput(*outputs)
 
 
@@ -256,10 +294,10 @@ def _refuse_gradients(name: str, *inputs: Tensor | None) -> None:
         raise ValueError(f"{name} keeps no gradient: call it under torch.no_grad()")
 
 
-def autocast(*inputs: Tensor) -> list[Tensor]:
+def autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
     """As for PyTorch's own matrix products: what is on the device being autocast is cast, float64 is not."""
     device = inputs[0].device.type
     if not library.is_autocast_enabled(device):
-        return list(inputs)
+        return inputs
     dtype = torch.get_autocast_dtype(device)
-    return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in inputs]
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in inputs)

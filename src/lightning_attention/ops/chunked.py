@@ -104,6 +104,14 @@ def step(
     return o
 
 
+def step_token(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float) -> Tensor:
+    """The output `[B, H, V]`; `state` `[B, H, K, V]` is updated in place."""
+    _advanced_(state, k, v, log_decay)
+    H, K, V = state.shape[1:]
+    o = torch.bmm(_cast(q, state.dtype).reshape(-1, 1, K), state.flatten(0, 1)).view(-1, H, V)
+    return _cast(o if scale == 1 else o.mul_(scale), v.dtype)
+
+
 def verify(
     q: Tensor,
     k: Tensor,
@@ -173,15 +181,19 @@ def _paths(k: Tensor, parents: Tensor | None) -> Tensor:
 def _advanced_(states: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
     """`λ S + k vᵀ` for one token of every row, in place."""
     if log_decay is not None:
-        states.mul_(log_decay.to(states.dtype).exp()[:, None, None])
-    return states.addcmul_(k[..., :, None].to(states.dtype), v[..., None, :].to(states.dtype))
+        states.mul_(_cast(log_decay, states.dtype).exp().view(-1, 1, 1))
+    return states.addcmul_(_cast(k, states.dtype).unsqueeze(-1), _cast(v, states.dtype).unsqueeze(-2))
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which takes as long as a view where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _step_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float) -> Tensor:
     """The output; `state` `[B, H, K, V]` is updated in place."""
     if q.shape[1] == 1:
-        _advanced_(state, k[:, 0], v[:, 0], log_decay)
-        return (scale * (q.transpose(1, 2).to(state.dtype) @ state)).transpose(1, 2).to(v.dtype)
+        return step_token(q.squeeze(1), k.squeeze(1), v.squeeze(1), log_decay, state, scale).unsqueeze(1)
     states = state.contiguous()
     o = _scan_(_Sequences(q, None), q, k, v, log_decay, states.flatten(0, 1), scale)
     if states is not state:

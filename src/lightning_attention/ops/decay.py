@@ -6,6 +6,7 @@ Decays are constants: they are computed in float64 on the CPU, whatever the defa
 """
 
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
 
     Raises:
         ValueError: `num_heads` is less than 1.
+        TypeError: `num_heads` is not an integer.
 
     Source: Train Short, Test Long (arXiv 2108.12409), section 3.
     """
@@ -61,7 +63,15 @@ def log_decay(
 
     Raises:
         ValueError: the preset is unknown or lacks a layer, or a number is out of range.
+        TypeError: a number is not an integer, or the preset no string.
     """
+    _check_integer("num_heads", num_heads)
+    if layer_idx is not None:
+        _check_integer("layer_idx", layer_idx)
+    if num_layers is not None:
+        _check_integer("num_layers", num_layers)
+    if not isinstance(preset, str):
+        raise TypeError(f"preset must be a string, got {type(preset).__name__}")
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     if preset == "alibi":
@@ -93,7 +103,13 @@ def _alibi(num_heads: int) -> Tensor:
     return torch.cat([slopes, above[::2][: num_heads - below]])
 
 
+def _check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
 def _checked(num_heads: int) -> int:
+    _check_integer("num_heads", num_heads)
     if num_heads < 1:
         raise ValueError(f"num_heads must be at least 1, got {num_heads}")
     return num_heads

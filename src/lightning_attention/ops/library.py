@@ -2,18 +2,18 @@
 
 A backend is a module with `unsupported_reasons`, `forward`, `prefill`, `backward`, `step`, `verify` and `commit`; its
 name travels as an argument, so a new backend adds a module and a line here, and no operator. It may have more:
-`is_slow`, and `write_state` and `read_state_` for slices of a sequence.
+`is_slow`; `step_token`, a step of one token `[B, H, D]` without slots; and `write_state` and `read_state_` for slices
+of a sequence.
 """
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import chunked, hopper, reference, triton
+from . import chunked, hopper, reference, transforms, triton
 from .problem import Problem, check_drafts, check_log_decay, check_state_indices, check_state_positions, state_dtype
 
 # In the order in which backend="auto" asks them.
@@ -86,9 +86,9 @@ def _operator(fake: Callable, mutates_args: Iterable[str] = ()) -> Callable[[Cal
 
     def register(implementation: Callable) -> Callable:
         def run(x: Tensor, *arguments):
-            if not is_autocast_enabled(x.device.type):
+            if not is_autocast_enabled(device_type := x.device.type):
                 return implementation(x, *arguments)
-            with torch.autocast(x.device.type, enabled=False):
+            with torch.autocast(device_type, enabled=False):
                 return implementation(x, *arguments)
 
         name = f"lightning_attention::{implementation.__name__}"
@@ -98,7 +98,9 @@ def _operator(fake: Callable, mutates_args: Iterable[str] = ()) -> Callable[[Cal
         operator = getattr(torch.ops.lightning_attention, implementation.__name__).default
 
         def call(x: Tensor, *arguments):
-            return operator(x, *arguments) if _is_observed(x) else run(x, *arguments)
+            if _is_observed(x):
+                return operator(x, *arguments)
+            return run(x, *arguments) if is_autocast_enabled(x.device.type) else implementation(x, *arguments)
 
         return call
 
@@ -112,7 +114,7 @@ def _is_observed(x: Tensor) -> bool:
         or type(x) is not Tensor
         or x.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
+        or transforms.is_transformed()
         or torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
     )
 
@@ -205,7 +207,13 @@ def step(
 ) -> Tensor:
     check_log_decay(log_decay)
     check_state_indices(state_indices, state.shape[0])
-    return BACKENDS[backend].step(q, k, v, log_decay, state, state_indices, scale)
+    run = BACKENDS[backend]
+    if q.dim() == 4:
+        return run.step(q, k, v, log_decay, state, state_indices, scale)
+    if state_indices is None and state.dtype == state_dtype(q.dtype) and hasattr(run, "step_token"):
+        return run.step_token(q, k, v, log_decay, state, scale)
+    q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+    return run.step(q, k, v, log_decay, state, state_indices, scale).squeeze(1)
 
 
 @_operator(_fake_verify)
@@ -279,8 +287,10 @@ class _Attention(torch.autograd.Function):
         if not ctx.output_final_state:  # the compiler makes one up
             d_final_state = None
         arguments = q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, ctx.scale, ctx.backend
-        differentiate = _Gradients.apply if torch.is_grad_enabled() else partial(recorded, _backward)
-        dq, dk, dv, d_initial_state = differentiate(*arguments)
+        if torch.is_grad_enabled() and not transforms.is_transformed():
+            dq, dk, dv, d_initial_state = _Gradients.apply(*arguments)
+        else:
+            dq, dk, dv, d_initial_state = recorded(_backward, *arguments)
         return dq, dk, dv, None, d_initial_state, None, None, None, None
 
 
@@ -310,7 +320,7 @@ def attention(
     """Checked, by the backend that is chosen, and with gradients where one is needed."""
     arguments = q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend
     differentiable = (q, k, v) if initial_state is None else (q, k, v, initial_state)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable) and not transforms.is_transformed():
         return _Attention.apply(*arguments)
     return recorded(_forward, *arguments)
 
@@ -329,3 +339,37 @@ def _backward(q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, 
         q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, scale, backend
     )
     return *gradients, None if initial_state is None else d_initial_state
+
+
+class _OperatorForward(_Attention):
+    """The gradient of the operator `forward`, as transforms see it."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend):
+        ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens)
+        ctx.scale, ctx.output_final_state, ctx.backend = scale, output_final_state, backend
+        ctx.set_materialize_grads(False)
+        arguments = q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend
+        return transforms.below_autograd(torch.ops.lightning_attention.forward.default, *arguments)
+
+
+class _OperatorBackward(_Gradients):
+    """Refuses the gradient of the operator `backward`."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        return transforms.below_autograd(torch.ops.lightning_attention.backward.default, *arguments)
+
+
+# Operators, their gradients, and the dimension of heads of every output, counted from the last.
+for _name, _gradient, _heads in (
+    ("forward", _OperatorForward, (-2, -3)),
+    ("backward", _OperatorBackward, (-2, -2, -2, -3)),
+    ("step", None, (-2,)),
+    ("verify", None, (-2,)),
+    ("commit", None, ()),
+    ("prefill", None, (-2, -3, -3)),
+):
+    _overload = getattr(torch.ops.lightning_attention, _name).default
+    transforms.register_autograd(_overload, _gradient)
+    transforms.register_vmap(_overload, _heads)

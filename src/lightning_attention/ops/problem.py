@@ -1,7 +1,9 @@
 """What one call asks for: its sizes, dtype and device, checked once for every backend."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,43 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of the state, and of every accumulation, for inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_tensors(required: dict[str, object], optional: dict[str, object]) -> None:
+    """Refuse what is not a dense tensor, by the names of arguments; an optional one may be None."""
+    for name, x in required.items():
+        if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_nested:
+            raise _not_a_dense_tensor(name, "a dense tensor", x)
+    for name, x in optional.items():
+        if x is not None and (not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_nested):
+            raise _not_a_dense_tensor(name, "a dense tensor or None", x)
+
+
+def _not_a_dense_tensor(name: str, expected: str, x: object) -> TypeError:
+    if not isinstance(x, Tensor):
+        return TypeError(f"{name} must be {expected}, got {type(x).__name__}")
+    return TypeError(f"{name} must be {expected}, got {'a nested tensor' if x.is_nested else x.layout}")
+
+
+def checked_scale(scale: object) -> float:
+    """A finite number, as float."""
+    if type(scale) is not float:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float, Real, torch.SymInt, torch.SymFloat)):
+            raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+        scale = float(scale)
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, got {scale}")
+    return scale
+
+
+def check_backend(backend: object) -> None:
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a string, got {type(backend).__name__}")
+
+
+def check_output_final_state(output_final_state: object) -> None:
+    if not isinstance(output_final_state, bool):
+        raise TypeError(f"output_final_state must be True or False, got {type(output_final_state).__name__}")
 
 
 class Problem(NamedTuple):
@@ -69,7 +108,7 @@ class Problem(NamedTuple):
     ) -> "Problem":
         problem = cls.of_attention(q, k, v, log_decay, initial_state, cu_seqlens)
         if not isinstance(state_positions, Tensor):
-            check_state_positions(list(state_positions), problem.length)
+            check_state_positions(_integers("state_positions", state_positions), problem.length)
             return problem
         if state_positions.dim() != 1:
             raise ValueError(f"state_positions must be [M], got shape {tuple(state_positions.shape)}")
@@ -88,7 +127,7 @@ class Problem(NamedTuple):
         *,
         is_tree: bool = False,
     ) -> "Problem":
-        """The same for decoding, with q, k, v as `[B, T, H, D]`."""
+        """Decoding, with q, k, v as `[B, T, H, D]` or `[B, H, D]`."""
         _check_inputs(q, k, v, log_decay)
         if state.dim() != 4:
             raise ValueError(f"state must be [N, H, K, V], got shape {tuple(state.shape)}")
@@ -123,27 +162,36 @@ class Problem(NamedTuple):
 
     @classmethod
     def _of(cls, q: Tensor, v: Tensor, num_states: int, is_tree: bool = False) -> "Problem":
-        batch_size, length, num_heads, key_dim = q.shape
-        return cls(batch_size, length, num_heads, key_dim, v.shape[3], num_states, q.dtype, q.device, is_tree)
+        if q.dim() == 3:
+            batch_size, num_heads, key_dim = q.shape
+            length = 1
+        else:
+            batch_size, length, num_heads, key_dim = q.shape
+        return cls(batch_size, length, num_heads, key_dim, v.shape[-1], num_states, q.dtype, q.device, is_tree)
 
     def _check_state(self, name: str, state: Tensor, q: Tensor, stored: tuple[torch.dtype, ...] = ()) -> None:
         expected = (self.num_states, self.num_heads, self.key_dim, self.value_dim)
         if state.shape != expected:
-            raise ValueError(f"{name} must be [N, H, K, V] = {list(expected)}, got shape {tuple(state.shape)}")
-        allowed = (state_dtype(self.dtype), *(stored if self.dtype != torch.float64 else ()))
-        if state.dtype not in allowed:
+            hint = _transposed_hint(q, state.shape[1]) if state.dim() == 4 else ""
+            raise ValueError(f"{name} must be [N, H, K, V] = {list(expected)}, got shape {tuple(state.shape)}{hint}")
+        if state.dtype != (wanted := state_dtype(self.dtype)) and (
+            state.dtype not in stored or wanted == torch.float64
+        ):
+            allowed = (wanted, *(stored if wanted != torch.float64 else ()))
             names = " or ".join(map(str, allowed))
             raise TypeError(f"{name} must be {names} when q is {self.dtype}, got {state.dtype}")
-        _check_device(name, state, q)
+        if state.device != self.device:
+            _check_device(name, state, q)
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
     shape, dtype = q.shape, q.dtype
     if k.shape != shape:
         raise ValueError(f"k must have the shape of q {tuple(shape)}, got {tuple(k.shape)}")
-    if v.dim() != q.dim() or v.shape[:-1] != shape[:-1]:
+    if v.dim() != len(shape) or v.shape[:-1] != shape[:-1]:
         raise ValueError(f"v must be {[*shape[:-1], 'V']} to fit q, got shape {tuple(v.shape)}")
-    if shape[2] == 0:
+    num_heads = shape[-2]
+    if num_heads == 0:
         raise ValueError(f"q must have at least one head, got shape {tuple(shape)}")
     if dtype not in DTYPES:
         raise TypeError(f"q must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
@@ -151,17 +199,37 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> 
         raise TypeError(f"k must have the dtype of q {dtype}, got {k.dtype}")
     if v.dtype != dtype:
         raise TypeError(f"v must have the dtype of q {dtype}, got {v.dtype}")
-    _check_device("k", k, q)
-    _check_device("v", v, q)
+    device = q.device
+    if k.device != device or v.device != device:
+        _check_device("k", k, q)
+        _check_device("v", v, q)
     if log_decay is None:
         return
     if log_decay.dtype != torch.float32:
         raise TypeError(f"log_decay must be torch.float32, got {log_decay.dtype}")
-    if log_decay.dim() != 1 or log_decay.shape[0] != shape[2]:
-        raise ValueError(f"log_decay must be [H] = [{shape[2]}], got shape {tuple(log_decay.shape)}")
-    _check_device("log_decay", log_decay, q)
+    if log_decay.dim() != 1 or log_decay.shape[0] != num_heads:
+        hint = _transposed_hint(q, log_decay.shape[0]) if log_decay.dim() == 1 else ""
+        raise ValueError(f"log_decay must be [H] = [{num_heads}], got shape {tuple(log_decay.shape)}{hint}")
+    if log_decay.device != device:
+        _check_device("log_decay", log_decay, q)
     if log_decay.requires_grad:
         raise ValueError("log_decay must not require a gradient: none is computed for it; pass log_decay.detach()")
+
+
+def _transposed_hint(q: Tensor, num_heads: int) -> str:
+    """The cause of a wrong number of heads, if q is head-first."""
+    if q.dim() != 4 or q.shape[1] != num_heads or q.shape[2] == num_heads:
+        return ""
+    return f"; q of shape {tuple(q.shape)} looks like [B, H, T, D]: pass q, k and v as x.transpose(1, 2)"
+
+
+def _integers(name: str, values: object) -> list[int]:
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise TypeError(f"{name} must be a tensor or a sequence of integers, got {type(values).__name__}")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, Integral, torch.SymInt)):
+            raise TypeError(f"{name} must hold integers, got {type(value).__name__}")
+    return list(values)
 
 
 def _check_indices(name: str, indices: Tensor, q: Tensor, **sizes: int) -> None:
@@ -180,8 +248,14 @@ def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
 
 def check_log_decay(log_decay: Tensor | None) -> None:
     """Refuse growth and NaN. Read where that is free: a tensor on an accelerator would have to be waited for."""
-    if log_decay is not None and log_decay.is_cpu and not bool((log_decay <= 0).all()):
-        raise ValueError(f"log_decay must be <= 0, got a maximum of {log_decay.max().item()}")
+    if log_decay is None or not log_decay.is_cpu:
+        return
+    values = log_decay.tolist()  # in Python, where comparing a few numbers takes less than a call of PyTorch
+    if max(values) <= 0 and sum(values) <= 0:  # a sum with NaN is NaN
+        return
+    largest = log_decay.max().item()
+    hint = "; slopes > 0 have to be negated: pass -slopes" if largest > 0 else ""
+    raise ValueError(f"log_decay must be <= 0, got a maximum of {largest}{hint}")
 
 
 def sequence_bounds(cu_seqlens: Tensor, length: int) -> list[int]:
@@ -206,7 +280,7 @@ def check_drafts(parents: Tensor | None, last: Tensor | None, length: int) -> No
         _check_range("last", last, length)
     if parents is None or not parents.is_cpu:
         return
-    if not bool(((parents >= -1) & (parents < torch.arange(length))).all()):
+    if not bool(((parents >= -1) & (parents < torch.arange(length, device=parents.device))).all()):
         raise ValueError(f"parents must be -1 or the index of an earlier draft, got {parents.tolist()}")
 
 

@@ -1,0 +1,248 @@
+"""Under torch.func and forward mode: values of plain autograd, or an error that says what is missing."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lightning_attention import (
+    lightning_attention,
+    lightning_attention_commit,
+    lightning_attention_prefill,
+    lightning_attention_step,
+    lightning_attention_verify,
+)
+
+B, T, H, D, M = 2, 5, 3, 4, 3
+LOG_DECAY = -torch.tensor([0.1, 0.5, 2.0])
+# PyTorch compiles its own rules for forward mode by what it has deprecated.
+forward_mode = pytest.mark.filterwarnings("ignore:.torch.jit.script")
+SHAPES = ((B, T, H, D), (B, T, H, D), (B, T, H, D), (B, H, D, D))
+ALL = (0, 1, 2, 3)
+
+
+def inputs(*mapped: int) -> tuple[Tensor, ...]:
+    """q, k, v and an initial state."""
+    return tuple(torch.randn(*mapped, *shape, dtype=torch.float64) for shape in SHAPES)
+
+
+def loss(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor) -> Tensor:
+    o, state = lightning_attention(q, k, v, LOG_DECAY, initial_state=initial_state, output_final_state=True)
+    assert state is not None
+    return o.sin().sum() + state.cos().sum()
+
+
+def gradients(*given: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in given]
+    return torch.autograd.grad(loss(*leaves), leaves)
+
+
+def each(function: Callable, given: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    return [function(*one) for one in zip(*(x.unbind() for x in given), strict=True)]
+
+
+def test_grad_and_vjp_are_autograd():
+    given = inputs()
+    expected = gradients(*given)
+    torch.testing.assert_close(torch.func.grad(loss, argnums=ALL)(*given), expected)
+    value, pull = torch.func.vjp(loss, *given)
+    torch.testing.assert_close(value, loss(*given))
+    torch.testing.assert_close(pull(torch.ones_like(value)), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.grad(loss, argnums=ALL)(*given), expected)
+
+
+def test_grad_of_packed_sequences():
+    q, k, v, _ = (x[:1] for x in inputs())
+    cu_seqlens = torch.tensor([0, 2, 2, 5])
+
+    def packed(q: Tensor) -> Tensor:
+        return lightning_attention(q, k, v, LOG_DECAY, cu_seqlens=cu_seqlens).output.sin().sum()
+
+    leaf = q.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(packed)(q), torch.autograd.grad(packed(leaf), leaf)[0])
+
+
+def test_jacrev_is_the_jacobian():
+    q, k, v, _ = inputs()
+
+    def output(q: Tensor) -> Tensor:
+        return lightning_attention(q, k, v, LOG_DECAY).output
+
+    torch.testing.assert_close(torch.func.jacrev(output)(q), torch.autograd.functional.jacobian(output, q))
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0, 0, 0), (0, None, 2, None), (None, 1, None, 3)], ids=str)
+def test_vmap_is_one_by_one(in_dims):
+    mapped, single = inputs(M), inputs()
+    given = [m.movedim(0, dim) if dim is not None else s for m, s, dim in zip(mapped, single, in_dims, strict=True)]
+    rows = [
+        tuple(m[i] if dim is not None else s for m, s, dim in zip(mapped, single, in_dims, strict=True))
+        for i in range(M)
+    ]
+    torch.testing.assert_close(torch.vmap(loss, in_dims)(*given), torch.stack([loss(*row) for row in rows]))
+
+
+def test_vmap_over_decays():
+    q, k, v, _ = inputs()
+    decays = -torch.rand(M, H)
+    mapped = torch.vmap(lambda log_decay: lightning_attention(q, k, v, log_decay).output)(decays)
+    torch.testing.assert_close(mapped, torch.stack([lightning_attention(q, k, v, x).output for x in decays]))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_gradients_per_sample(compiled):
+    given = inputs(M)
+    call = torch.vmap(torch.func.grad(loss, argnums=ALL))
+    call = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    expected = tuple(torch.stack(x) for x in zip(*each(gradients, given), strict=True))
+    torch.testing.assert_close(call(*given), expected)
+
+
+def test_gradients_through_vmap():
+    given = inputs(M)
+    expected = tuple(torch.stack(x) for x in zip(*each(gradients, given), strict=True))
+    total = torch.func.grad(lambda *given: torch.vmap(loss)(*given).sum(), argnums=ALL)
+    torch.testing.assert_close(total(*given), expected)
+    leaves = [x.clone().requires_grad_() for x in given]
+    torch.testing.assert_close(torch.autograd.grad(torch.vmap(loss)(*leaves).sum(), leaves), expected)
+
+
+def test_vmap_over_sequence_bounds_is_refused():
+    q, k, v, _ = (x[:1] for x in inputs())
+    bounds = torch.tensor([[0, 2, 5], [0, 3, 5]])
+    with pytest.raises(NotImplementedError, match=r"cannot be mapped over cu_seqlens by torch\.vmap"):
+        torch.vmap(lambda x: lightning_attention(q, k, v, cu_seqlens=x).output)(bounds)
+
+
+def second(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor) -> Tensor:
+    return torch.func.grad(lambda q: torch.func.grad(loss)(q, k, v, initial_state).sum())(q)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [second, torch.func.jacrev(torch.func.jacrev(loss)), torch.func.jacrev(torch.func.grad(loss))],
+    ids=["grad-grad", "jacrev-jacrev", "jacrev-grad"],
+)
+def test_second_derivatives_are_refused(transform):
+    with pytest.raises(NotImplementedError, match="lightning_attention has no second derivative"):
+        transform(*inputs())
+
+
+def test_a_gradient_of_a_gradient_in_another_tensor():
+    """The weights of a sum of gradients have a derivative, which needs no second one of ours."""
+    given = inputs()
+    weighted = torch.func.grad(lambda w: (torch.func.grad(loss)(*given) * w).sum())
+    torch.testing.assert_close(weighted(given[0]), gradients(*given)[0])
+
+
+def attend(q, k, v, state):
+    return lightning_attention(q, k, v, LOG_DECAY, initial_state=state).output
+
+
+def prefill(q, k, v, state):
+    return lightning_attention_prefill(q, k, v, LOG_DECAY, initial_state=state, state_positions=[2, 4]).states
+
+
+def step(q, k, v, state):
+    return lightning_attention_step(q, k, v, LOG_DECAY, state=state)
+
+
+def step_token(q, k, v, state):
+    return lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], LOG_DECAY, state=state)
+
+
+def verify(q, k, v, state):
+    return lightning_attention_verify(q, k, v, LOG_DECAY, state=state)
+
+
+def commit(q, k, v, state):
+    lightning_attention_commit(k, v, LOG_DECAY, state=state, last=torch.tensor([1, 3]))
+    return state
+
+
+OPERATORS = [attend, prefill, step, step_token, verify, commit]
+operators = pytest.mark.parametrize("operator", OPERATORS, ids=[f.__name__ for f in OPERATORS])
+
+
+@operators
+@torch.no_grad()
+def test_vmap_of_every_operator(operator):
+    given = inputs(M)
+    expected = torch.stack(each(operator, tuple(x.clone() for x in given)))
+    state = given[3].clone()
+    torch.testing.assert_close(torch.vmap(operator)(*given[:3], state), expected)
+    if operator in (step, step_token, commit):
+        updated = given[3].clone()
+        each(operator, (*given[:3], updated))
+        torch.testing.assert_close(state, updated)
+
+
+@pytest.mark.parametrize("operator", [step, commit], ids=["step", "commit"])
+@torch.no_grad()
+def test_vmap_over_one_state_is_refused(operator):
+    *mapped, _ = inputs(M)
+    with pytest.raises(NotImplementedError, match="updates state in place"):
+        torch.vmap(operator, in_dims=(0, 0, 0, None))(*mapped, inputs()[3])
+
+
+@operators
+@forward_mode
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("index", ALL, ids=["q", "k", "v", "state"])
+def test_tangents_are_refused(operator, index, grad):
+    if operator is commit and index == 0:
+        return  # it takes no q
+    name = (*"qkv", "initial_state" if operator in (attend, prefill) else "state")[index]
+    given = list(inputs())
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        given[index] = forward_ad.make_dual(given[index], torch.ones_like(given[index]))
+        with pytest.raises(NotImplementedError, match=f"no forward-mode derivative .* and {name} has a tangent"):
+            operator(*given)
+
+
+@operators
+@forward_mode
+def test_forward_mode_is_refused(operator):
+    given = inputs()
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(operator, given, given)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jacfwd(operator, argnums=2)(*given)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda *given: torch.func.jvp(torch.func.grad(loss), given, given),
+        lambda *given: torch.func.jvp(lambda q: torch.vmap(attend)(q, *inputs(B)[1:]), (q := inputs(B)[:1]), q),
+        lambda *given: torch.vmap(lambda q: torch.func.jvp(loss, (q, *given[1:]), (q, *given[1:])))(inputs(M)[0]),
+        torch.func.hessian(loss),
+        lambda *given: torch.func.linearize(loss, *given),
+    ],
+    ids=["jvp-grad", "jvp-vmap", "vmap-jvp", "hessian", "linearize"],
+)
+@forward_mode
+def test_nested_forward_mode_is_refused(transform):
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        transform(*inputs())
+
+
+@forward_mode
+def test_a_tangent_elsewhere_is_none_of_ours():
+    q, k, v, state = inputs()
+    o = attend(q, k, v, state)
+    value, tangent = torch.func.jvp(lambda x: attend(q, k, v, state) * x, (q,), (v,))
+    torch.testing.assert_close(value, o * q)
+    torch.testing.assert_close(tangent, o * v)
+
+
+@operators
+def test_inference_mode(operator):
+    given = inputs()
+    with torch.no_grad():
+        expected = operator(*(x.clone() for x in given))
+    with torch.inference_mode():
+        torch.testing.assert_close(operator(*(x.clone() for x in given)), expected)
