@@ -1,5 +1,6 @@
 """Token mixing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,24 +9,50 @@ from torch import Tensor, nn
 
 from ..distributed.parallel import SequenceParallel
 from ..ops.api import lightning_attention, lightning_attention_prefill, lightning_attention_step
-from ..ops.problem import state_dtype
+from ..ops.problem import check_log_decay, check_tensors, state_dtype
 from .float32 import Float32Module
 from .norms import SimpleRMSNorm
 from .positions import LRPE
+from .sizes import check_size
 
 
 class Decay(Float32Module):
-    """The decay of one layer, `[H]` float32, natural logarithm per token. A constant, so no part of a checkpoint."""
+    """The decay of one layer, `[H]` float32, natural logarithm per token. A constant, so no part of a checkpoint.
+
+    Its values outlive the device "meta": `to_empty` brings them back.
+    """
 
     log_decay: Tensor
 
     def __init__(self, log_decay: Tensor):
         super().__init__()
+        _check_constant_decay(log_decay)
         self.rates = log_decay.tolist()
         self.register_buffer("log_decay", self.initial_log_decay(), persistent=False)
 
     def initial_log_decay(self) -> Tensor:
         return torch.tensor(self.rates, dtype=torch.float32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decay":
+        super()._apply(fn, recurse)
+        if not self.log_decay.is_meta:
+            # `to_empty` has left memory as it was, and there is no telling it from other functions.
+            with torch.no_grad(), torch.inference_mode(self.log_decay.is_inference()):
+                self.log_decay.copy_(torch.tensor(self.rates, dtype=torch.float32, device="cpu"))
+        return self
+
+
+def _check_constant_decay(log_decay: Tensor) -> None:
+    check_tensors({"log_decay": log_decay}, {})
+    if log_decay.is_meta:
+        raise ValueError("log_decay must have values, got a tensor on meta: make it with device='cpu'")
+    if log_decay.dtype != torch.float32:
+        raise TypeError(f"log_decay must be torch.float32, got {log_decay.dtype}")
+    if log_decay.dim() != 1:
+        raise ValueError(f"log_decay must be [H], got shape {tuple(log_decay.shape)}")
+    if log_decay.requires_grad:
+        raise ValueError("log_decay must not require a gradient: it is a constant; pass log_decay.detach()")
+    check_log_decay(log_decay.cpu())
 
 
 @dataclass(frozen=True)
@@ -56,13 +83,17 @@ class GatedLightningAttention(nn.Module):
         eps: of the norm.
 
     Raises:
-        ValueError: `hidden_size` is not a multiple of `num_heads`.
+        ValueError: `hidden_size` is not a multiple of `num_heads`, a size is less than 1, eps is negative, or log_decay
+            is not `[H]`, not <= 0, on the device meta, or requires a gradient.
+        TypeError: a size is not an integer, or log_decay no float32 tensor.
 
     Source: TransNormerLLM (arXiv 2307.14995), section 3.1.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, log_decay: Tensor, *, lrpe: bool = False, eps: float = 1e-6):
         super().__init__()
+        check_size("hidden_size", hidden_size)
+        check_size("num_heads", num_heads)
         if hidden_size % num_heads:
             raise ValueError(f"hidden_size must be a multiple of num_heads = {num_heads}, got {hidden_size}")
         self.num_heads, self.head_dim = num_heads, hidden_size // num_heads
@@ -70,6 +101,8 @@ class GatedLightningAttention(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.norm = SimpleRMSNorm(eps)
         self.decay = Decay(log_decay)
+        if len(log_decay) != num_heads:
+            raise ValueError(f"log_decay must be [H] = [{num_heads}], got shape {tuple(log_decay.shape)}")
         self.lrpe = LRPE(num_heads, self.head_dim) if lrpe else None
         self.sequence_parallel: SequenceParallel | None = None
 

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from .sizes import check_size
+
 
 class SimpleGLU(nn.Module):
     """SGLU: `W_o((x W_v) ⊙ (x W_u))`, a gated linear unit without activation; no biases.
@@ -10,11 +12,17 @@ class SimpleGLU(nn.Module):
         hidden_size: width of input and output.
         intermediate_size: width between.
 
+    Raises:
+        ValueError: a size is less than 1.
+        TypeError: a size is not an integer.
+
     Source: TransNormerLLM (arXiv 2307.14995), section 3.1.
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
+        check_size("hidden_size", hidden_size)
+        check_size("intermediate_size", intermediate_size)
         self.vu_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
         self.out_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 

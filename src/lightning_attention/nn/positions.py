@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .float32 import Float32Module
+from .sizes import check_size
 
 BLOCK = 4096
 # 2π in two parts, of which the first has so few bits that its multiples are exact.
@@ -28,6 +29,10 @@ class LRPE(Float32Module):
         num_heads: number of heads H.
         head_dim: head size D of the input.
 
+    Raises:
+        ValueError: a size is less than 1.
+        TypeError: a size is not an integer.
+
     Source: TransNormerLLM (arXiv 2307.14995), equations 3 and 4.
     """
 
@@ -35,6 +40,8 @@ class LRPE(Float32Module):
 
     def __init__(self, num_heads: int, head_dim: int):
         super().__init__()
+        check_size("num_heads", num_heads)
+        check_size("head_dim", head_dim)
         self.theta = nn.Parameter(self.initial_theta(num_heads, head_dim))
 
     @staticmethod

@@ -1,0 +1,20 @@
+"""Checks of the numbers that layers are made of."""
+
+import math
+from numbers import Integral, Real
+
+
+def check_size(name: str, value: object) -> None:
+    """Refuse what is not an integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if int(value) < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_eps(eps: object) -> None:
+    """Refuse what is not a finite number >= 0."""
+    if isinstance(eps, bool) or not isinstance(eps, Real):
+        raise TypeError(f"eps must be a number, got {eps!r}")
+    if not 0 <= float(eps) < math.inf:
+        raise ValueError(f"eps must be finite and >= 0, got {eps}")

@@ -1,0 +1,52 @@
+"""Layers check what they are made of."""
+
+import math
+
+import pytest
+import torch
+
+from lightning_attention.nn import LRPE, GatedLightningAttention, SimpleGLU, SimpleRMSNorm
+
+GOOD = {"hidden_size": 24, "num_heads": 3, "log_decay": -torch.ones(3)}
+BAD_ATTENTION = [
+    ({"hidden_size": 24.0}, TypeError, "hidden_size must be an integer, got 24.0"),
+    ({"hidden_size": "24"}, TypeError, "hidden_size must be an integer, got '24'"),
+    ({"hidden_size": 0}, ValueError, "hidden_size must be at least 1, got 0"),
+    ({"hidden_size": 25}, ValueError, "hidden_size must be a multiple of num_heads = 3, got 25"),
+    ({"num_heads": True}, TypeError, "num_heads must be an integer, got True"),
+    ({"num_heads": 0}, ValueError, "num_heads must be at least 1, got 0"),
+    ({"log_decay": [-1.0] * 3}, TypeError, "log_decay must be a dense tensor, got list"),
+    ({"log_decay": None}, TypeError, "log_decay must be a dense tensor, got NoneType"),
+    ({"log_decay": -torch.ones(4)}, ValueError, r"log_decay must be \[H\] = \[3\], got shape \(4,\)"),
+    ({"log_decay": -torch.ones(3, 1)}, ValueError, r"log_decay must be \[H\], got shape \(3, 1\)"),
+    ({"log_decay": -torch.ones(3).bfloat16()}, TypeError, "log_decay must be torch.float32, got torch.bfloat16"),
+    ({"log_decay": torch.ones(3)}, ValueError, "log_decay must be <= 0, got a maximum of 1.0.*pass -slopes"),
+    ({"log_decay": torch.full((3,), math.nan)}, ValueError, "log_decay must be <= 0, got a maximum of nan"),
+    ({"log_decay": torch.zeros(3, requires_grad=True)}, ValueError, "log_decay must not require a gradient"),
+    ({"eps": -1e-6}, ValueError, "eps must be finite and >= 0, got -1e-06"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), BAD_ATTENTION, ids=lambda x: str(x)[:40])
+def test_attention(change, kind, message):
+    with pytest.raises(kind, match=message):
+        GatedLightningAttention(**GOOD | change)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda: SimpleRMSNorm(-1.0), ValueError, "eps must be finite and >= 0, got -1.0"),
+        (lambda: SimpleRMSNorm(math.nan), ValueError, "eps must be finite and >= 0, got nan"),
+        (lambda: SimpleRMSNorm("1e-6"), TypeError, "eps must be a number, got '1e-6'"),
+        (lambda: SimpleRMSNorm(None), TypeError, "eps must be a number, got None"),
+        (lambda: LRPE(0, 4), ValueError, "num_heads must be at least 1, got 0"),
+        (lambda: LRPE(2, 4.0), TypeError, "head_dim must be an integer, got 4.0"),
+        (lambda: SimpleGLU(0, 4), ValueError, "hidden_size must be at least 1, got 0"),
+        (lambda: SimpleGLU(4, "8"), TypeError, "intermediate_size must be an integer, got '8'"),
+    ],
+    ids=["eps-negative", "eps-nan", "eps-str", "eps-None", "lrpe-heads", "lrpe-dim", "glu-hidden", "glu-between"],
+)
+def test_others(make, kind, message):
+    with pytest.raises(kind, match=message):
+        make()
