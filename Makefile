@@ -4,7 +4,12 @@ BIN := .venv/bin
 # Beside the one in constraints.txt: Gluon, which the kernels for Hopper are written in, changes from one to the next.
 TRITONS := $(if $(filter Linux,$(shell uname)),3.6.0 3.8.0 3.9.0)
 
-.PHONY: demo test lint environment clean
+# Tests of what stands on transformers.
+MODEL_TESTS := tests/models tests/nn tests/inference tests/training tests/cli
+# Folders of .venv that hold a version of transformers and what it needs, but no torch. Imported before the rest.
+OVERLAY = $(if $(TRANSFORMERS),$(CURDIR)/.venv/transformers-$(TRANSFORMERS))
+
+.PHONY: demo test test-newest test-models lint environment clean
 
 demo: environment
 	$(BIN)/python examples/demo.py
@@ -16,6 +21,18 @@ test: environment lint $(TRITONS:%=.venv/triton-%/installed)
 	set -e; for version in $(TRITONS); do \
 		PYTHONPATH=.venv/triton-$$version $(BIN)/python -m pytest -n 2 tests/ops/test_hopper_compile.py; \
 	done
+
+# The tests of models with the newest transformers that pip finds and with the oldest that pyproject.toml allows.
+test-newest: environment
+	set -e; for version in $$($(BIN)/python tests/transformers_versions.py); do \
+		$(MAKE) test-models TRANSFORMERS=$$version; \
+	done
+
+test-models: export OMP_NUM_THREADS := 1
+test-models: export PYTHONPATH := $(OVERLAY)
+test-models: environment $(TRANSFORMERS:%=.venv/transformers-%/installed)
+	$(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
+	$(BIN)/python -m pytest -n 2 $(MODEL_TESTS)
 
 lint: environment
 	$(BIN)/ruff check .
@@ -32,6 +49,12 @@ environment: .venv/installed
 
 .venv/triton-%/installed: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) triton==$*
+	touch $@
+
+.venv/transformers-%/installed: .venv/installed
+	grep -vE '^(transformers|huggingface_hub|tokenizers|safetensors)==' constraints.txt > .venv/others.txt
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --constraint .venv/others.txt --target $(@D) transformers==$*
 	touch $@
 
 clean:

@@ -1,0 +1,35 @@
+"""Print the versions of transformers that `make test-newest` has to test: the newest and the oldest allowed.
+
+The one that is installed is left out: `make test` tests it.
+"""
+
+import json
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+PROJECT = Path(__file__).parents[1] / "pyproject.toml"
+
+
+def main() -> None:
+    extras = tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"]
+    [allowed] = [r for r in map(Requirement, extras["models"]) if r.name == "transformers"]
+    [oldest] = [bound.version for bound in allowed.specifier if bound.operator == ">="]
+    versions = [found_by_pip(str(allowed)), found_by_pip(f"transformers=={oldest}")]
+    print(*dict.fromkeys(v for v in versions if v != version("transformers")))
+
+
+def found_by_pip(requirement: str) -> str:
+    """The version that pip would install, asked of the index anew."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps"]
+    report = subprocess.run([*command, "--report", "-", requirement], check=True, stdout=subprocess.PIPE).stdout
+    [package] = json.loads(report)["install"]
+    return package["metadata"]["version"]
+
+
+if __name__ == "__main__":
+    main()
