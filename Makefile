@@ -9,7 +9,7 @@ MODEL_TESTS := tests/models tests/nn tests/inference tests/training tests/cli
 # Folders of .venv that hold a version of transformers and what it needs, but no torch. Imported before the rest.
 OVERLAY = $(if $(TRANSFORMERS),$(CURDIR)/.venv/transformers-$(TRANSFORMERS))
 
-.PHONY: demo test test-newest test-models lint environment clean
+.PHONY: demo test test-newest test-models conformance lint environment clean
 
 demo: environment
 	$(BIN)/python examples/demo.py
@@ -34,6 +34,12 @@ test-models: environment $(TRANSFORMERS:%=.venv/transformers-%/installed)
 	$(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
 	$(BIN)/python -m pytest -n 2 $(MODEL_TESTS)
 
+# transformers' own tests on our models; RUN_SLOW=1 for all of them, TRANSFORMERS=5.17.0 for another version.
+conformance: export OMP_NUM_THREADS := 1
+conformance: export PYTHONPATH := $(OVERLAY)
+conformance: environment .venv/conformance-installed $(TRANSFORMERS:%=.venv/transformers-%/installed)
+	$(BIN)/python tests/conformance/run.py .venv/conformance $(if $(COMPLETE),--complete)
+
 lint: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,6 +61,10 @@ environment: .venv/installed
 	grep -vE '^(transformers|huggingface_hub|tokenizers|safetensors)==' constraints.txt > .venv/others.txt
 	rm -rf $(@D)
 	$(BIN)/python -m pip install --quiet --constraint .venv/others.txt --target $(@D) transformers==$*
+	touch $@
+
+.venv/conformance-installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[conformance]'
 	touch $@
 
 clean:
