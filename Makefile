@@ -9,7 +9,7 @@ MODEL_TESTS := tests/models tests/nn tests/inference tests/training tests/cli
 # Folders of .venv that hold a version of transformers and what it needs, but no torch. Imported before the rest.
 OVERLAY = $(if $(TRANSFORMERS),$(CURDIR)/.venv/transformers-$(TRANSFORMERS))
 
-.PHONY: demo test test-newest test-models conformance lint environment clean
+.PHONY: demo test test-newest test-models conformance clients lint environment clean
 
 demo: environment
 	$(BIN)/python examples/demo.py
@@ -40,6 +40,12 @@ conformance: export PYTHONPATH := $(OVERLAY)
 conformance: environment .venv/conformance-installed $(TRANSFORMERS:%=.venv/transformers-%/installed)
 	$(BIN)/python tests/conformance/run.py .venv/conformance $(if $(COMPLETE),--complete)
 
+# Libraries that use our models (PEFT, TRL, lm-eval), in an environment of their own.
+clients: export OMP_NUM_THREADS := 1
+clients: export HF_HUB_OFFLINE := 1
+clients: .venv-clients/installed
+	.venv-clients/bin/python -m pytest -m clients tests/clients
+
 lint: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,5 +73,10 @@ environment: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[conformance]'
 	touch $@
 
+.venv-clients/installed: pyproject.toml constraints-clients.txt
+	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --constraint constraints-clients.txt --editable '.[clients]'
+	touch $@
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-clients demo

@@ -1,0 +1,125 @@
+"""PEFT: adapters train, merge, save and load."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import tokens
+from torch import Tensor
+
+from lightning_attention.models import LightningForCausalLM
+
+peft = pytest.importorskip("peft", reason="needs PEFT: make clients")
+pytestmark = pytest.mark.clients
+
+PROJECTIONS = ["qkvu_proj", "out_proj", "vu_proj"]  # out_proj is in the attention and in the GLU
+
+
+def train_step(model: torch.nn.Module) -> None:
+    ids = tokens(2, 8)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model.train()
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    model.eval()
+
+
+def logits(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens(2, 8, seed=1)).logits
+
+
+CONFIGS = {
+    "lora": lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=PROJECTIONS),
+    "lora-all-linear": lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
+    "lora-trained-head": lambda: peft.LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=PROJECTIONS, modules_to_save=["lm_head"]
+    ),
+    "ia3": lambda: peft.IA3Config(
+        task_type="CAUSAL_LM", target_modules=["qkvu_proj", "mlp.out_proj"], feedforward_modules=["mlp.out_proj"]
+    ),
+}
+
+
+def test_the_named_projections_are_all_linear_layers(model: LightningForCausalLM) -> None:
+    linear = {name for name, module in model.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for name in ("lora", "lora-all-linear"):
+        adapted = peft.get_peft_model(model, CONFIGS[name]())
+        assert {target.removeprefix("model.") for target in adapted.targeted_module_names} == linear
+        model = adapted.unload()
+
+
+@pytest.fixture(params=CONFIGS)
+def adapted(request: pytest.FixtureRequest, model: LightningForCausalLM) -> torch.nn.Module:
+    return peft.get_peft_model(model, CONFIGS[request.param]())
+
+
+def test_a_step_trains_the_adapter_and_nothing_else(adapted: torch.nn.Module) -> None:
+    before = {name: parameter.clone() for name, parameter in adapted.named_parameters()}
+    untrained = logits(adapted)
+    train_step(adapted)
+    changed = {name for name, parameter in adapted.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed
+    assert changed <= {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert not torch.equal(logits(adapted), untrained)
+
+
+def test_an_adapter_reloads_onto_the_base_model(checkpoint: str, adapted: torch.nn.Module, tmp_path: Path) -> None:
+    train_step(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    reloaded = peft.PeftModel.from_pretrained(LightningForCausalLM.from_pretrained(checkpoint), tmp_path / "adapter")
+    torch.testing.assert_close(logits(reloaded), logits(adapted))
+
+
+def test_a_merged_model_reloads_with_the_same_logits(adapted: torch.nn.Module, tmp_path: Path) -> None:
+    train_step(adapted)
+    expected = logits(adapted)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(LightningForCausalLM.from_pretrained(tmp_path)), logits(merged))
+
+
+def test_a_trained_head_leaves_the_embedding_alone(model: LightningForCausalLM) -> None:
+    embedding = model.get_input_embeddings().weight.clone()
+    adapted = peft.get_peft_model(model, CONFIGS["lora-trained-head"]())
+    train_step(adapted)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged.get_input_embeddings().weight, embedding)
+    assert not torch.equal(merged.lm_head.weight, embedding)
+
+
+def test_an_adapted_model_generates_as_its_merged_model(adapted: torch.nn.Module) -> None:
+    train_step(adapted)
+    prompt = tokens(2, 6)
+    options = {"input_ids": prompt, "max_new_tokens": 5, "do_sample": False}
+    generated = adapted.generate(**options)
+    assert torch.equal(generated, adapted.merge_and_unload().generate(**options))
+
+
+def test_prefix_tuning_is_refused_naming_the_cache(model: LightningForCausalLM) -> None:
+    """Its prefix is keys and values, and a recurrent state has neither."""
+    ids = tokens(2, 8)
+    with pytest.raises(TypeError, match="LightningCache"):
+        peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))(input_ids=ids)
+
+
+def test_prompt_tuning_trains(model: LightningForCausalLM) -> None:
+    adapted = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    untrained = logits(adapted)
+    train_step(adapted)
+    assert not torch.equal(logits(adapted), untrained)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(model: LightningForCausalLM) -> None:
+    adapted = peft.get_peft_model(model, CONFIGS["lora"]()).train()
+    ids = tokens(2, 8)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            adapted.gradient_checkpointing_enable()
+            adapted.enable_input_require_grads()
+        adapted.zero_grad()
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in adapted.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradients[0], gradients[1])
