@@ -7,6 +7,8 @@ from ..models.tokenization import begin_with_bos
 from ..paths import PathLike, to_path
 
 INPUTS = ["input_ids", "attention_mask"]
+# The model reads texts of any length; tools such as lm-eval would cut them where a tokenizer names no length.
+UNLIMITED = 2**31 - 1
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
 
@@ -51,6 +53,7 @@ def load_tokenizer(name: PathLike) -> PreTrainedTokenizerFast:
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD})
     tokenizer.padding_side, tokenizer.model_input_names = "left", INPUTS
+    tokenizer.model_max_length = UNLIMITED
     begin_with_bos(tokenizer)
     return tokenizer
 
@@ -70,6 +73,7 @@ def _with_special_tokens(tokenizer: Tokenizer, **tokens: str | None) -> PreTrain
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_input_names=INPUTS,
+        model_max_length=UNLIMITED,
         **tokens,
     )
 
