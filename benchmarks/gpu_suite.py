@@ -8,6 +8,7 @@ Three parts: most tests in parallel with pytest-xdist, tests over NCCL, which us
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -27,9 +28,11 @@ import torch
 from lightning_attention.bench.machine import machine
 
 ROOT = Path(__file__).parents[1]
+# Compilation takes most of the time; every process has a context of its own in the memory of the GPU.
+WORKERS = max(1, min(28, (os.cpu_count() or 1) * 7 // 8))
 # pytest's -k expression and more of its arguments.
 PARTS = {
-    "parallel": ("not (nccl or a_gpu_each or 31_elements)", ["-n", "12"] if find_spec("xdist") else []),
+    "parallel": ("not (nccl or a_gpu_each or 31_elements)", ["-n", str(WORKERS)] if find_spec("xdist") else []),
     "nccl": ("nccl or a_gpu_each", []),
     "large": ("31_elements", []),
 }
