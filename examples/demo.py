@@ -73,7 +73,7 @@ def forward_speed(model: LightningForCausalLM, tokens: torch.Tensor) -> tuple[fl
     best = 0.0
     for _ in range(3):
         start = time.perf_counter()
-        cache = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+        cache = model(tokens, use_cache=True, logits_to_keep=1).cache
         best = max(best, tokens.numel() / (time.perf_counter() - start))
     return best, cache
 

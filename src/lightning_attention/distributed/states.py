@@ -29,7 +29,7 @@ def power(rates: Tensor, exponent: int) -> Tensor:
 
 def on_device_of(x: Tensor, values: Sequence[int]) -> Tensor:
     """`[len(values)]` int64; the host does not wait for the copy."""
-    pinned = torch.tensor(values, dtype=torch.int64, pin_memory=x.is_cuda)
+    pinned = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=x.is_cuda)
     return pinned.to(x.device, non_blocking=True)
 
 

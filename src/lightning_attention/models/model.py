@@ -105,9 +105,9 @@ class LightningPreTrainedModel(PreTrainedModel):
             if (bias := getattr(module, "bias", None)) is not None:
                 init.zeros_(bias)
         elif isinstance(module, LRPE):
-            init.copy_(module.theta, LRPE.initial_theta(*module.theta.shape))
+            init.copy_(module.theta, LRPE.initial_theta(*module.theta.shape, device=module.theta.device))
         elif isinstance(module, Decay):
-            init.copy_(module.log_decay, module.initial_log_decay())
+            init.copy_(module.log_decay, module.initial_log_decay(module.log_decay.device))
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As transformers', with every weight: a head that is the embedding once, any other head as its own."""

@@ -30,15 +30,15 @@ class Decay(Float32Module):
         self.rates = log_decay.tolist()
         self.register_buffer("log_decay", self.initial_log_decay(), persistent=False)
 
-    def initial_log_decay(self) -> Tensor:
-        return torch.tensor(self.rates, dtype=torch.float32)
+    def initial_log_decay(self, device: torch.device | str | None = None) -> Tensor:
+        return torch.tensor(self.rates, dtype=torch.float32, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decay":
         super()._apply(fn, recurse)
         if not self.log_decay.is_meta:
             # `to_empty` has left memory as it was, and there is no telling it from other functions.
             with torch.no_grad(), torch.inference_mode(self.log_decay.is_inference()):
-                self.log_decay.copy_(torch.tensor(self.rates, dtype=torch.float32, device="cpu"))
+                self.log_decay.copy_(self.initial_log_decay("cpu"))
         return self
 
 

@@ -45,10 +45,10 @@ class LRPE(Float32Module):
         self.theta = nn.Parameter(self.initial_theta(num_heads, head_dim))
 
     @staticmethod
-    def initial_theta(num_heads: int, head_dim: int) -> Tensor:
+    def initial_theta(num_heads: int, head_dim: int, device: torch.device | None = None) -> Tensor:
         """`[H, D]` float32."""
         channels = num_heads * head_dim
-        exponents = torch.arange(channels, dtype=torch.float64) * (-2 / channels)
+        exponents = torch.arange(channels, dtype=torch.float64, device=device) * (-2 / channels)
         return torch.pow(10000.0, exponents).float().view(num_heads, head_dim)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
