@@ -1,5 +1,7 @@
 """Compiled and exported models: one graph, for inputs whose values it has not seen."""
 
+import warnings
+
 import pytest
 import torch
 from tiny_model import make_config, tokens
@@ -16,7 +18,9 @@ def model() -> LightningForCausalLM:
 
 @pytest.fixture(autouse=True)
 def compile_anew():
-    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # what some versions of PyTorch import here
+        torch.compiler.reset()
 
 
 def padded(T: int) -> torch.Tensor:
