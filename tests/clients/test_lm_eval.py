@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from lightning_attention.models import LightningForCausalLM
+from lightning_attention.training.tokenizer import byte_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: make clients")
 api = pytest.importorskip("lm_eval.api.instance", reason="needs lm-eval: make clients")
@@ -43,6 +44,16 @@ def test_a_long_text_is_not_cut(model: LightningForCausalLM, tokenizer: PreTrain
         [api.Instance("loglikelihood", {}, (context, " two"), 0)]
     )
     assert answer == pytest.approx(log_likelihood(model, tokenizer, context + " two", 1), rel=1e-4)
+
+
+def test_a_long_text_is_not_cut_by_default(model: LightningForCausalLM) -> None:
+    """With the tokenizer that training saves, and a configuration without a longest context."""
+    tokenizer, context = byte_tokenizer(), "number one " * 300 + "number"
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    wrapped = wrap(model.eval(), tokenizer)
+    [(answer, _)] = wrapped.loglikelihood([api.Instance("loglikelihood", {}, (context, "."), 0)])
+    assert len(tokenizer(context).input_ids) > 3000
+    assert answer == pytest.approx(log_likelihood(model, tokenizer, context + ".", 1), rel=1e-4)
 
 
 def test_a_checkpoint_is_evaluated_by_its_path(

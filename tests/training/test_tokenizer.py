@@ -168,3 +168,11 @@ def test_what_is_no_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+def test_no_text_is_too_long(tmp_path):
+    """Neither for this library nor for tools that read the length, and padding to it is not tried."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    for tokenizer in (byte_tokenizer(), load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        assert len(tokenizer("a" * 5000, truncation=True).input_ids) == 5001
+        assert tokenizer.model_max_length == 10**21

@@ -7,8 +7,9 @@ from ..models.tokenization import begin_with_bos
 from ..paths import PathLike, to_path
 
 INPUTS = ["input_ids", "attention_mask"]
-# The model reads texts of any length; tools such as lm-eval would cut them where a tokenizer names no length.
-UNLIMITED = 2**31 - 1
+# The model reads texts of any length. More than transformers takes for a length, and not its number for "unset", which
+# lm-eval would replace by 2048.
+UNLIMITED = 10**21
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
 
