@@ -146,6 +146,14 @@ def count_read_tokens(monkeypatch) -> list[int]:
     return read
 
 
+def test_an_engine_of_inference_mode_goes_on_outside():
+    with torch.inference_mode():
+        engine = Engine(MODEL, max_requests=2, prefix_slots=2, prefix_block=4)
+        engine.run(prompts(1), GREEDY)
+    [answer] = engine.run(prompts(1, seed=3), GREEDY)
+    assert list(answer.tokens) == generated(prompts(1, seed=3)[0], GREEDY)
+
+
 def test_a_known_beginning_is_not_read_again(monkeypatch):
     read, engine = count_read_tokens(monkeypatch), Engine(MODEL, prefix_slots=8, prefix_block=10)
     beginning = tokens(35).tolist()

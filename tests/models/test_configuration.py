@@ -132,3 +132,30 @@ def test_options_of_transformers_are_taken():
     assert config.num_labels == 3
     assert config.dtype == torch.float16
     assert config.max_position_embeddings is None
+
+
+@pytest.mark.parametrize("auto", [LightningConfig, AutoConfig])
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"layer_types": ["full_attention"] * 24}, ValueError, "layer_types must be 24 times"),
+        ({"positions": "rope"}, ValueError, "positions must be one of"),
+        ({"pad_token_id": -1}, ValueError, "pad_token_id must be None or in"),
+        ({"attention": "softmax"}, TypeError, "LightningConfig has no option attention"),
+        ({"head_dim": 32}, TypeError, "LightningConfig has no option head_dim"),
+    ],
+    ids=str,
+)
+def test_options_given_at_loading_are_checked(auto, options, kind, message, tmp_path):
+    LightningConfig().save_pretrained(tmp_path)
+    with pytest.raises(kind, match=message):
+        auto.from_pretrained(tmp_path, **options)
+
+
+@pytest.mark.parametrize("auto", [LightningConfig, AutoConfig])
+def test_options_given_at_loading_are_taken(auto, tmp_path):
+    LightningConfig().save_pretrained(tmp_path)
+    config = auto.from_pretrained(tmp_path, positions="decay", num_labels=5, dtype=torch.float16, pad_token_id=7)
+    assert (config.positions, config.num_labels, config.dtype, config.pad_token_id) == ("decay", 5, torch.float16, 7)
+    _, unused = auto.from_pretrained(tmp_path, made_up=1, return_unused_kwargs=True)
+    assert unused == {"made_up": 1}

@@ -171,6 +171,7 @@ BAD_INPUTS = {
         "names of one argument",
     ),
     "two caches": ({"cache": LightningCache(3), "past_key_values": LightningCache(3)}, ValueError, "two names"),
+    "a cache of other layers": ({"cache": LightningCache(2)}, ValueError, "the cache has 2 layers, the model 3"),
     "a tuple for a cache": ({"cache": ((torch.ones(2), torch.ones(2)),)}, TypeError, "cache must be a LightningCache"),
 }
 
@@ -180,6 +181,12 @@ def test_what_is_not_understood_is_refused(model, case):
     options, kind, message = BAD_INPUTS[case]
     with pytest.raises(kind, match=message):
         model(tokens(2, 6), **options)
+
+
+@pytest.mark.parametrize("ids", [tokens(6), tokens(1, 2, 6)], ids=["one dimension", "three dimensions"])
+def test_ids_of_other_dimensions_are_refused(model, ids):
+    with pytest.raises(ValueError, match=r"input_ids must be \[B, T\]"):
+        model(ids)
 
 
 @pytest.mark.parametrize(

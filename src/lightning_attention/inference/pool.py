@@ -49,11 +49,12 @@ class StatePool:
         self.num_slots = num_slots
         shapes = [config.layer_state_shape(i) for i in range(config.num_hidden_layers)]
         sizes = [-(-prod(shape) // ALIGNMENT) * ALIGNMENT for shape in shapes]
-        self._memory = torch.zeros(num_slots, sum(sizes), dtype=dtype, device=device)
-        self.states = [
-            layer[:, : prod(shape)].unflatten(1, shape)
-            for layer, shape in zip(self._memory.split(sizes, dim=1), shapes, strict=True)
-        ]
+        with torch.inference_mode(False):  # or nothing outside of inference mode could write to them
+            self._memory = torch.zeros(num_slots, sum(sizes), dtype=dtype, device=device)
+            self.states = [
+                layer[:, : prod(shape)].unflatten(1, shape)
+                for layer, shape in zip(self._memory.split(sizes, dim=1), shapes, strict=True)
+            ]
         self._free = deque(range(num_slots))
         self._is_used = [False] * num_slots
 

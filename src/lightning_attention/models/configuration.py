@@ -103,7 +103,7 @@ class LightningConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         if unknown := sorted(set(kwargs) - TRANSFORMERS_OPTIONS):
-            raise TypeError(f"LightningConfig has no option {', '.join(unknown)}")
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}")
         for name in SIZE_OPTIONS:
             _check_int(name, getattr(self, name), at_least=1)
         if self.max_position_embeddings is not None:
@@ -155,6 +155,24 @@ class LightningConfig(PreTrainedConfig):
                 _check_int(name, token)
                 if not 0 <= token < vocab_size:
                     raise ValueError(f"{name} must be None or in [0, vocab_size = {vocab_size}), got {token}")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', which `from_pretrained` calls; options given beside the dictionary are checked too.
+
+        Raises:
+            TypeError, ValueError: as the constructor; TypeError also for options that are not known, unless
+                `return_unused_kwargs` returns them.
+        """
+        return_unused = kwargs.pop("return_unused_kwargs", False)
+        options = {field.name for field in fields(cls)} & set(kwargs) - {"dtype"}
+        given = config_dict | {name: kwargs.pop(name) for name in options}
+        config, unused = super().from_dict(given, return_unused_kwargs=True, **kwargs)
+        if return_unused:
+            return config, unused
+        if unknown := sorted(name for name in unused if name not in ("dtype", "torch_dtype")):
+            raise TypeError(f"{cls.__name__} has no option {', '.join(unknown)}")
+        return config
 
     def to_json_file(self, json_file_path: PathLike, use_diff: bool = True) -> None:
         """Save as JSON. A `config.json` gets the module beside it that its `auto_map` names: see `remote_code`.

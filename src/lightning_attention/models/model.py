@@ -211,6 +211,8 @@ class LightningModel(LightningPreTrainedModel):
         cu_seqlens = _one_cu_seqlens(cu_seqlens, cu_seq_lens_q, cu_seq_lens_k)
         is_traced = torch.compiler.is_compiling()
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if cache is not None and len(cache.layers) != len(self.layers):
+            raise ValueError(f"the cache has {len(cache.layers)} layers, the model {len(self.layers)}")
         if cache is not None and checkpointing:
             raise ValueError("gradient checkpointing would advance the cache twice: leave one of them out")
         if checkpointing and use_cache:
@@ -221,6 +223,8 @@ class LightningModel(LightningPreTrainedModel):
         use_cache = use_cache and not checkpointing and states is None
 
         x = self._scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
+        if x.dim() != 3:
+            raise ValueError(f"input_ids must be [B, T], or inputs_embeds [B, T, W], got {x.dim() - 1} dimensions")
         batch_size, length = x.shape[:2]
         if self.sequence_parallel is not None:
             layout = _layout_of_slice(x, attention_mask, position_ids, seq_idx, cu_seqlens, cache)
