@@ -29,7 +29,12 @@ def run(tmp_path) -> Path:
 
 @pytest.mark.parametrize(
     ("page", "heading"),
-    [("README.md", "The model"), ("README.md", "Serving"), ("docs/inference.md", "Serving many requests")],
+    [
+        ("README.md", "The model"),
+        ("README.md", "Serving"),
+        ("docs/inference.md", "Serving many requests"),
+        ("docs/model.md", "Conversations"),
+    ],
     ids=lambda value: str(value),
 )
 def test_a_block_runs_as_printed(run, page, heading):
