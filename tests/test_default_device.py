@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_model import VOCAB, make_config, make_model, tokens
+from tiny_model import VOCAB, make_config, make_model, save_checkpoint, tokens
 from torch import Tensor
 
 from lightning_attention.inference import Engine, SamplingOptions, StatePool, load, stream
-from lightning_attention.models import LightningForCausalLM
-from lightning_attention.training import PackedDataset, byte_tokenizer, evaluate, segmented_loss
+from lightning_attention.training import PackedDataset, evaluate, segmented_loss
 from lightning_attention.training.parallel import one_row
 
 EOS = 2
@@ -27,13 +26,7 @@ UNIGRAM = torch.full((VOCAB,), 1 / VOCAB).log()
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("run") / "checkpoint-1"
-    tokenizer = byte_tokenizer()
-    ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
-    LightningForCausalLM(make_config(vocab_size=len(tokenizer), **ids)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint-1")
 
 
 @pytest.fixture

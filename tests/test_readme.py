@@ -7,11 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from tiny_model import make_config
-
-from lightning_attention.models import LightningForCausalLM
-from lightning_attention.training import byte_tokenizer
+from tiny_model import save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,11 +15,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def run(tmp_path) -> Path:
     """A folder in which `run` holds a checkpoint of the name in the README."""
-    torch.manual_seed(0)
-    folder, tokenizer = tmp_path / "run" / "checkpoint-20000", byte_tokenizer()
-    ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
-    LightningForCausalLM(make_config(vocab_size=len(tokenizer), **ids)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_checkpoint(tmp_path / "run" / "checkpoint-20000")
     return tmp_path
 
 

@@ -1,9 +1,12 @@
 """A model small enough to check by hand, and tokens for it."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
 from lightning_attention.models import LightningConfig, LightningForCausalLM
+from lightning_attention.training import byte_tokenizer
 
 VOCAB = 50
 
@@ -25,6 +28,16 @@ def make_model(dtype: torch.dtype = torch.float64, **options) -> LightningForCau
         parameter.data = parameter.data.to(dtype)
     model.loss_function = mean_loss  # transformers' own is float32, whatever the model
     return model
+
+
+def save_checkpoint(folder: Path) -> Path:
+    """A small model of bytes and its tokenizer, in `folder`."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    LightningForCausalLM(make_config(vocab_size=len(tokenizer), **ids)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def mean_loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **_):

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_model import make_config
+from tiny_model import save_checkpoint
 
 from lightning_attention.cli import main
 from lightning_attention.cli.train import train as train_command
 from lightning_attention.inference import SamplingOptions, load, stream
-from lightning_attention.models import LightningForCausalLM
-from lightning_attention.training import TrainingOptions, byte_tokenizer
+from lightning_attention.training import TrainingOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -36,13 +35,7 @@ def run(monkeypatch, capsys, *arguments: object, stdin: str = "") -> tuple[int, 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("run") / "checkpoint-7"
-    tokenizer = byte_tokenizer()
-    ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
-    LightningForCausalLM(make_config(vocab_size=len(tokenizer), **ids)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint-7")
 
 
 def test_train_and_generate(monkeypatch, capsys, tmp_path):

@@ -4,26 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from tiny_model import make_config
+from tiny_model import save_checkpoint
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lightning_attention.inference import encode, load
-from lightning_attention.models import LightningForCausalLM
-from lightning_attention.training import byte_tokenizer
 
 BOS = 256
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
-    LightningForCausalLM(make_config(vocab_size=len(tokenizer), **ids)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    return tmp_path
+    return save_checkpoint(tmp_path)
 
 
 def test_a_prompt_is_what_the_tokenizer_gives(checkpoint):

@@ -7,15 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub import HfApi
-from tiny_model import make_config
+from tiny_model import make_config, save_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lightning_attention.inference import load
 from lightning_attention.models import LightningConfig, LightningForCausalLM, LightningModel
 from lightning_attention.models.remote_code import AUTO_MAP, MODULE, SOURCE
-from lightning_attention.training import byte_tokenizer
 
 MODULE_FILE = f"{MODULE}.py"
 ROOT = str(Path(__file__).parents[2] / "src")
@@ -23,13 +21,7 @@ ROOT = str(Path(__file__).parents[2] / "src")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("run") / "checkpoint-20"
-    tokenizer = byte_tokenizer()
-    ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
-    LightningForCausalLM(make_config(vocab_size=len(tokenizer), **ids)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint-20")
 
 
 def fresh(script: str, *arguments: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:

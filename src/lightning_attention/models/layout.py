@@ -226,7 +226,7 @@ def _parse_mask(
         return (mask if torch.compiler.is_compiling() or not bool(mask.all()) else None), None
     if torch.compiler.is_compiling():
         return mask != 0, mask
-    low, high = (int(bound) for bound in mask.aminmax()) if mask.numel() else (1, 1)
+    low, high = torch.stack(mask.aminmax()).tolist() if mask.numel() else (1, 1)
     if low < 0:
         raise ValueError(f"attention_mask must be 0 in the padding and at least 1 elsewhere, got {low}")
     return (None if low else mask != 0), (mask if high > 1 else None)
