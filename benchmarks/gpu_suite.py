@@ -106,6 +106,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder, "report.xml")
             selected = ["-m", options.marker, "-k", keyword, "-p", "no:benchmark", *extra, f"--junitxml={report}"]
+            selected += ["--durations=15"]
             command = [sys.executable, "-m", "pytest", "-q", *selected, *arguments]
             code = run(command, max(options.seconds - (began - start), 1))
             if report.exists():
