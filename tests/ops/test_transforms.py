@@ -96,9 +96,19 @@ def test_vmap_over_decays():
 def test_gradients_per_sample(compiled):
     given = inputs(M)
     call = torch.vmap(torch.func.grad(loss, argnums=ALL))
-    call = torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call
+    call = torch.compile(call, backend="aot_eager") if compiled else call
     expected = tuple(torch.stack(x) for x in zip(*each(gradients, given), strict=True))
     torch.testing.assert_close(call(*given), expected)
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["grad", "vmap"])
+def test_a_whole_graph_is_refused(mapped):
+    """Transforms of the operator run outside of a graph, or say so where there may be only one."""
+    torch._dynamo.reset()  # remembers what it has left to eager before
+    call = torch.func.grad(loss, argnums=ALL)
+    compiled = torch.compile(torch.vmap(call) if mapped else call, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"lightning_attention under torch\.func is not traced"):
+        compiled(*inputs(*[M] * mapped))
 
 
 def test_gradients_through_vmap():

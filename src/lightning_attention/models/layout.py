@@ -124,7 +124,8 @@ def layout_of(
             return _of_packed(cu_seqlens, length)
 
     tokens = None if keep is None else keep.flatten().nonzero()[:, 0]
-    if (documents := (position_ids, seq_idx, numbers, cu_seqlens)) != (None,) * 4 and length > 1:
+    documents = position_ids, seq_idx, numbers, cu_seqlens
+    if length > 1 and any(x is not None for x in documents):
         index = torch.arange(batch_size * length, device=x.device) if tokens is None else tokens
         starts, row_starts = _starts(index, length, *documents)
         if _has_documents(starts, row_starts, keeps_state):

@@ -7,6 +7,7 @@ of a sequence.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -287,10 +288,8 @@ class _Attention(torch.autograd.Function):
         if not ctx.output_final_state:  # the compiler makes one up
             d_final_state = None
         arguments = q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, ctx.scale, ctx.backend
-        if torch.is_grad_enabled() and not transforms.is_transformed():
-            dq, dk, dv, d_initial_state = _Gradients.apply(*arguments)
-        else:
-            dq, dk, dv, d_initial_state = recorded(_backward, *arguments)
+        differentiate = _Gradients.apply if torch.is_grad_enabled() else partial(recorded, _backward)
+        dq, dk, dv, d_initial_state = differentiate(*arguments)
         return dq, dk, dv, None, d_initial_state, None, None, None, None
 
 
@@ -319,8 +318,11 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Checked, by the backend that is chosen, and with gradients where one is needed."""
     arguments = q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend
+    if transforms.is_transformed():
+        o, final_state = _apply_transformed(*arguments)
+        return o, final_state if output_final_state else None
     differentiable = (q, k, v) if initial_state is None else (q, k, v, initial_state)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable) and not transforms.is_transformed():
+    if torch.is_grad_enabled() and any(x.requires_grad for x in differentiable):
         return _Attention.apply(*arguments)
     return recorded(_forward, *arguments)
 
@@ -341,35 +343,87 @@ def _backward(q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, 
     return *gradients, None if initial_state is None else d_initial_state
 
 
-class _OperatorForward(_Attention):
-    """The gradient of the operator `forward`, as transforms see it."""
+NAME = "lightning_attention"
+# Arguments of `forward` and `backward`.
+FORWARD = ("q", "k", "v", "log_decay", "initial_state", "cu_seqlens", "scale", "output_final_state", "backend")
+BACKWARD = ("q", "k", "v", "do", "log_decay", "initial_state", "d_final_state", "cu_seqlens", "scale", "backend")
+
+
+class _TransformedAttention(torch.autograd.Function):
+    """`forward` with its gradient, as the transforms of torch.func want one."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend):
+    def forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend):
+        o, final_state = _forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend)
+        return o, _no_state(q) if final_state is None else final_state
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, log_decay, initial_state, cu_seqlens, ctx.scale, ctx.output_final_state, ctx.backend = inputs
         ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens)
-        ctx.scale, ctx.output_final_state, ctx.backend = scale, output_final_state, backend
-        ctx.set_materialize_grads(False)
-        arguments = q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend
-        return transforms.below_autograd(torch.ops.lightning_attention.forward.default, *arguments)
-
-
-class _OperatorBackward(_Gradients):
-    """Refuses the gradient of the operator `backward`."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        return transforms.below_autograd(torch.ops.lightning_attention.backward.default, *arguments)
+    def backward(ctx, do, d_final_state):
+        q, k, v, log_decay, initial_state, cu_seqlens = ctx.saved_tensors
+        if not ctx.output_final_state:
+            d_final_state = None
+        dq, dk, dv, d_initial_state = _TransformedGradients.apply(
+            q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, ctx.scale, ctx.backend
+        )
+        return dq, dk, dv, None, None if initial_state is None else d_initial_state, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise _no_forward_mode(FORWARD, tangents)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        rule = transforms.mapped_over_heads(NAME, _TransformedAttention.apply, FORWARD, (-2, -3))
+        return rule(info, in_dims, *arguments)
 
 
-# Operators, their gradients, and the dimension of heads of every output, counted from the last.
-for _name, _gradient, _heads in (
-    ("forward", _OperatorForward, (-2, -3)),
-    ("backward", _OperatorBackward, (-2, -2, -2, -3)),
-    ("step", None, (-2,)),
-    ("verify", None, (-2,)),
-    ("commit", None, ()),
-    ("prefill", None, (-2, -3, -3)),
-):
+class _TransformedGradients(torch.autograd.Function):
+    """`backward`, which is not differentiated again."""
+
+    @staticmethod
+    def forward(q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, scale, backend):
+        *gradients, d_initial_state = _backward(
+            q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, scale, backend
+        )
+        return *gradients, _no_state(q) if d_initial_state is None else d_initial_state
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError("lightning_attention has no second derivative")
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise _no_forward_mode(BACKWARD, tangents)
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        rule = transforms.mapped_over_heads(NAME, _TransformedGradients.apply, BACKWARD, (-2, -2, -2, -3))
+        return rule(info, in_dims, *arguments)
+
+
+@torch.compiler.disable(reason="lightning_attention under torch.func is not traced: it runs outside of the graph")
+def _apply_transformed(q, k, v, log_decay, initial_state, *rest):
+    if not transforms.is_functional():  # whose transforms find `jvp`, at any level
+        transforms.refuse_tangents(NAME, q=q, k=k, v=v, initial_state=initial_state)
+    return _TransformedAttention.apply(q, k, v, log_decay, initial_state, *rest)
+
+
+def _no_forward_mode(names, tangents) -> NotImplementedError:
+    given = [name for name, tangent in zip(names, tangents, strict=True) if tangent is not None]
+    return transforms.no_forward_mode(NAME, given[0] if given else names[0])
+
+
+# Operators without a gradient, and the dimension of heads of every output, counted from the last.
+for _name, _heads in (("step", (-2,)), ("verify", (-2,)), ("commit", ()), ("prefill", (-2, -3, -3))):
     _overload = getattr(torch.ops.lightning_attention, _name).default
-    transforms.register_autograd(_overload, _gradient)
+    transforms.refuse_forward_mode(_overload)
     transforms.register_vmap(_overload, _heads)

@@ -1,10 +1,10 @@
 """The operators under transforms: forward mode is refused, `torch.vmap` folds the mapped dimension into the heads."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 # The dimension of heads, counted from the last, of every argument that has heads.
@@ -20,9 +20,14 @@ HEADS = {
 }
 
 
+def is_functional() -> bool:
+    """Whether a transform of torch.func is active."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def is_transformed() -> bool:
     """Whether a transform of torch.func is active, or forward mode."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return is_functional() or forward_ad._current_level >= 0
 
 
 def refuse_tangents(function: str, **inputs: Any) -> None:
@@ -31,83 +36,88 @@ def refuse_tangents(function: str, **inputs: Any) -> None:
         return
     for name, x in inputs.items():
         if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
-            raise NotImplementedError(
-                f"{function} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, forward_ad), "
-                f"and {name} has a tangent: use reverse mode (torch.func.grad, vjp, jacrev)"
-            )
+            raise no_forward_mode(function, name)
+
+
+def no_forward_mode(function: str, name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{function} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, forward_ad), "
+        f"and {name} has a tangent: use reverse mode (torch.func.grad, vjp, jacrev)"
+    )
 
 
 def refuse_transforms(function: str, **inputs: Any) -> None:
     """Refuse torch.func altogether, and forward mode."""
-    if torch._C._are_functorch_transforms_active():
+    if is_functional():
         raise NotImplementedError(f"{function} does not run under the transforms of torch.func: use autograd")
     refuse_tangents(function, **inputs)
 
 
-def register_autograd(operator: Any, reverse: type[torch.autograd.Function] | None) -> None:
-    """Makes forward mode raise for an operator, and gives it the gradient of `reverse`, an `autograd.Function`."""
+def refuse_forward_mode(operator: Any) -> None:
+    """Makes forward mode raise for an operator that has no gradient, at any level of nested transforms."""
     names = [argument.name for argument in operator._schema.arguments]
-    function = _public_name(operator)
+    function = f"lightning_attention_{_name(operator)}"
 
-    def differentiate(*arguments: Any) -> Any:
+    def below(*arguments: Any) -> Any:
         refuse_tangents(function, **dict(zip(names, arguments, strict=True)))
-        if reverse is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            # The dispatcher has chosen the level of torch.func's transforms; Function.apply would choose one again.
-            base: Any = super(torch.autograd.Function, reverse)
-            with enable_single_level_autograd_function():
-                return base.apply(*arguments)
-        return below_autograd(operator, *arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
 
-    torch.library.impl(operator.name(), "Autograd", differentiate)
-
-
-def below_autograd(operator: Any, *arguments: Any) -> Any:
-    """What is below the innermost transform: the outer ones, for which the modes of an `autograd.Function` end here."""
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)
+    torch.library.impl(operator.name(), "Autograd", below)
 
 
 def register_vmap(operator: Any, output_heads: tuple[int, ...]) -> None:
-    """Maps an operator over a dimension by folding it into the heads, which do not know of each other.
+    """Maps an operator over a dimension, see `mapped_over_heads`."""
+    names = [argument.name for argument in operator._schema.arguments]
+    mapped_state = "state" if operator._schema.is_mutable else None
+    function = f"lightning_attention_{_name(operator)}"
+    rule = mapped_over_heads(function, operator, names, output_heads, mapped_state)
+    torch.library.register_vmap(operator.name(), rule)
+
+
+def mapped_over_heads(
+    function: str, call: Callable, names: Sequence[str], output_heads: tuple[int, ...], mutated: str | None = None
+) -> Callable:
+    """A rule of `torch.vmap`: the mapped dimension is folded into the heads, which do not know of each other.
 
     Args:
-        operator: an overload.
+        function: the public name, for errors.
+        call: takes arguments of these names.
+        names: of the arguments.
         output_heads: the dimension of heads of every output, counted from the last.
+        mutated: the argument that is updated in place.
     """
-    names = [argument.name for argument in operator._schema.arguments]
-    is_mutated = operator._schema.is_mutable
 
-    def mapped(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         folded = {}
         for name, dim, x in zip(names, in_dims, arguments, strict=True):
             if name in HEADS and x is not None:
-                if is_mutated and name == "state" and dim is None:
+                if name == mutated and dim is None:
                     raise NotImplementedError(
-                        f"{_public_name(operator)} updates state in place: torch.vmap has to map over state too"
+                        f"{function} updates {name} in place: torch.vmap has to map over {name} too"
                     )
                 folded[name] = _fold(x, dim, HEADS[name], info.batch_size)
             elif dim is not None:
-                raise NotImplementedError(
-                    f"{_public_name(operator)} cannot be mapped over {name} by torch.vmap: all share one"
-                )
+                raise NotImplementedError(f"{function} cannot be mapped over {name} by torch.vmap: all share one")
             else:
                 folded[name] = x
-        outputs = operator(*folded.values())
-        if is_mutated:
-            at = names.index("state")
-            arguments[at].movedim(in_dims[at], 0).copy_(_unfold(folded["state"], HEADS["state"], info.batch_size))
+        outputs = call(*folded.values())
+        if mutated is not None:
+            at = names.index(mutated)
+            state = _unfold(folded[mutated], HEADS[mutated], info.batch_size)
+            arguments[at].movedim(in_dims[at], 0).copy_(state)
         if outputs is None:
             return None, None
         if isinstance(outputs, Tensor):
             return _unfold(outputs, output_heads[0], info.batch_size), 0
-        # The empty tensor that an operator returns in place of None has no heads.
+        # The empty tensor in place of None has no heads.
         pairs = [
             (_unfold(x, heads, info.batch_size), 0) if x.dim() > 1 else (x, None)
             for x, heads in zip(outputs, output_heads, strict=True)
         ]
         return tuple(x for x, _ in pairs), tuple(dim for _, dim in pairs)
 
-    torch.library.register_vmap(operator.name(), mapped)
+    return rule
 
 
 def _fold(x: Tensor, dim: int | None, heads: int, size: int) -> Tensor:
@@ -121,6 +131,5 @@ def _unfold(x: Tensor, heads: int, size: int) -> Tensor:
     return x.unflatten(heads, (size, x.shape[heads] // size)).movedim(heads - 1, 0)
 
 
-def _public_name(operator: Any) -> str:
-    name = operator.name().split("::")[1]
-    return "lightning_attention" if name in ("forward", "backward") else f"lightning_attention_{name}"
+def _name(operator: Any) -> str:
+    return operator.name().split("::")[1]
