@@ -157,5 +157,7 @@ def test_options_given_at_loading_are_taken(auto, tmp_path):
     LightningConfig().save_pretrained(tmp_path)
     config = auto.from_pretrained(tmp_path, positions="decay", num_labels=5, dtype=torch.float16, pad_token_id=7)
     assert (config.positions, config.num_labels, config.dtype, config.pad_token_id) == ("decay", 5, torch.float16, 7)
+    loader = {"revision": "main", "gguf_file": None, "subfolder": "", "token": None, "trust_remote_code": True}
+    assert auto.from_pretrained(tmp_path, **loader | {"code_revision": None, "local_files_only": True}).num_labels == 2
     _, unused = auto.from_pretrained(tmp_path, made_up=1, return_unused_kwargs=True)
     assert unused == {"made_up": 1}

@@ -39,6 +39,23 @@ TRANSFORMERS_OPTIONS = frozenset(
         "torch_dtype",
     }
 )
+# Options of `from_pretrained` that say where to load from, and how; some come through to `from_dict`.
+LOADER_OPTIONS = frozenset(
+    {
+        "cache_dir",
+        "code_revision",
+        "dtype",
+        "force_download",
+        "gguf_file",
+        "local_files_only",
+        "proxies",
+        "revision",
+        "subfolder",
+        "token",
+        "torch_dtype",
+        "trust_remote_code",
+    }
+)
 
 # TransNormerLLM (arXiv 2307.14995, 2401.04658). The papers give the GLU width of 385M and 1B, 2.75 times the model's;
 # the larger ones keep the ratio. Counted with the vocabulary of the paper's 385M, 50272; others have 64000.
@@ -170,7 +187,7 @@ class LightningConfig(PreTrainedConfig):
         config, unused = super().from_dict(given, return_unused_kwargs=True, **kwargs)
         if return_unused:
             return config, unused
-        if unknown := sorted(name for name in unused if name not in ("dtype", "torch_dtype")):
+        if unknown := sorted(set(unused) - LOADER_OPTIONS):
             raise TypeError(f"{cls.__name__} has no option {', '.join(unknown)}")
         return config
 
