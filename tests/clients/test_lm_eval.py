@@ -47,7 +47,7 @@ def test_a_long_text_is_not_cut(model: LightningForCausalLM, tokenizer: PreTrain
 
 
 def test_a_long_text_is_not_cut_by_default(model: LightningForCausalLM) -> None:
-    """With the tokenizer that training saves, and a configuration without a longest context."""
+    """Training saves a tokenizer without a longest text, and the configuration has no longest context."""
     tokenizer, context = byte_tokenizer(), "number one " * 300 + "number"
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     wrapped = wrap(model.eval(), tokenizer)

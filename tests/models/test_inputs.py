@@ -171,6 +171,12 @@ BAD_INPUTS = {
         "names of one argument",
     ),
     "two caches": ({"cache": LightningCache(3), "past_key_values": LightningCache(3)}, ValueError, "two names"),
+    "max_length alone": ({"max_length_q": 6, "max_length_k": 6}, ValueError, "go with cu_seq_lens_q"),
+    "states and use_cache": (
+        {"states": [torch.zeros(2, 3, 16, 8)] * 3, "position_ids": torch.arange(6)[None], "use_cache": True},
+        ValueError,
+        "states go with no use_cache=True",
+    ),
     "a cache of other layers": ({"cache": LightningCache(2)}, ValueError, "the cache has 2 layers, the model 3"),
     "a tuple for a cache": ({"cache": ((torch.ones(2), torch.ones(2)),)}, TypeError, "cache must be a LightningCache"),
 }

@@ -38,7 +38,7 @@ GIVEN = {"nothing": {"log_decay"}, "packed": {"log_decay", "cu_seqlens"}, "every
 
 
 def check(kernel: Any, V: int, given: str, constants: dict[str, Any], num_stores: int, *, waits: bool) -> None:
-    """With states of intervals or a prefix, never both.
+    """Compile with states of intervals or a prefix, never both.
 
     A kernel launched before the last one has ended, and no other, `waits` for it.
     """

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
-from oracle import Case, attention, make_inputs, run
+from oracle import Case, attention, device_of, make_inputs, run
 
+from lightning_attention import lightning_attention
 from lightning_attention.ops.chunked import CHUNK_SIZE
+from lightning_attention.ops.triton import config, product_precision
 
 C = CHUNK_SIZE
 H, COLUMN = 1, 3  # where the value is
@@ -123,3 +125,24 @@ def test_gradients_stay_in_their_sequence_and_head(backend, name, case, value):
         allowed = reached(bad, b, tokens, H) if tokens else torch.zeros_like(bad)
         assert not (bad & ~allowed).any(), gradient
         assert tokens is None or bad[b, t, H].any(), gradient
+
+
+@pytest.mark.triton
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@values
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_portable_kernels_reach_what_the_page_says(dtype, name, value):
+    t, length, device = 100, 150, device_of("triton")
+    chunk = config.scan_tiles(64, 64, dtype, product_precision(dtype)).C
+    given = {x: torch.randn(2, length, 2, 64, dtype=dtype, device=device) for x in "qkv"}
+    log_decay = -torch.tensor([0.5, 0.1], device=device)
+    clean = lightning_attention(**given, log_decay=log_decay, backend="triton").output
+    given[name][0, t, 1, 5] = value
+    o = lightning_attention(**given, log_decay=log_decay, backend="triton").output
+    reached = torch.zeros_like(o, dtype=torch.bool)
+    first, last = (t, t + 1) if name == "q" else (t // chunk * chunk, length)
+    reached[0, first:last, 1, slice(5, 6) if name == "v" else slice(None)] = True
+    assert torch.equal(o[~reached], clean[~reached])
+    assert not o[0, t, 1, 5].isfinite()
+    assert chunk < t

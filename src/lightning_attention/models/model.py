@@ -208,6 +208,8 @@ class LightningModel(LightningPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         cache = one_cache(cache, past_key_values)
+        if cu_seq_lens_q is None and not (max_length_q is max_length_k is None):
+            raise ValueError("max_length_q and max_length_k go with cu_seq_lens_q and cu_seq_lens_k")
         cu_seqlens = _one_cu_seqlens(cu_seqlens, cu_seq_lens_q, cu_seq_lens_k)
         is_traced = torch.compiler.is_compiling()
         checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
@@ -215,6 +217,8 @@ class LightningModel(LightningPreTrainedModel):
             raise ValueError(f"the cache has {len(cache.layers)} layers, the model {len(self.layers)}")
         if cache is not None and checkpointing:
             raise ValueError("gradient checkpointing would advance the cache twice: leave one of them out")
+        if states is not None and use_cache:
+            raise ValueError("states go with no use_cache=True: the states after these tokens are returned as they are")
         if checkpointing and use_cache:
             logger.warning_once("use_cache=True is not possible with gradient checkpointing: no cache is returned")
         must_cache = bool(use_cache) or (is_traced and position_ids is seq_idx is cu_seqlens is None)
