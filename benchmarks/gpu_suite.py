@@ -28,8 +28,9 @@ import torch
 from lightning_attention.bench.machine import machine
 
 ROOT = Path(__file__).parents[1]
-# Compilation takes most of the time. Many processes wait for each other on the GPU.
-XDIST = ["-n", str(min(16, os.cpu_count() or 1)), "--dist", "worksteal"] if find_spec("xdist") else []
+# Compilation takes most of the time, but many processes wait for each other on a GPU. tests/conftest.py deals the GPUs.
+PROCESSES = min(14 * max(torch.cuda.device_count(), 1), os.cpu_count() or 1)
+XDIST = ["-n", str(PROCESSES), "--dist", "worksteal"] if find_spec("xdist") else []
 # pytest's -k expression and more of its arguments.
 PARTS = {
     "parallel": ("not (nccl or a_gpu_each or 31_elements)", XDIST),

@@ -1,9 +1,16 @@
 """Where the Triton kernels run: on a GPU (`pytest -m gpu`), or interpreted (`TRITON_INTERPRET=1 pytest -m triton`)."""
 
+import os
 from importlib.util import find_spec
 
 import pytest
 import torch
+
+# Each process of pytest-xdist sees one GPU. This goes before any question that starts CUDA, as `oracle` asks.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and (count := torch.cuda.device_count()) > 1:
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    os.environ["CUDA_VISIBLE_DEVICES"] = names.split(",")[int(worker.removeprefix("gw")) % count]
+
 from oracle import HAS_GPU, INTERPRETED
 
 from lightning_attention.ops import library
