@@ -9,18 +9,23 @@ MODEL_TESTS := tests/models tests/nn tests/inference tests/training tests/cli
 # Folders of .venv that hold a version of transformers and what it needs, but no torch. Imported before the rest.
 OVERLAY = $(if $(TRANSFORMERS),$(CURDIR)/.venv/transformers-$(TRANSFORMERS))
 
-.PHONY: demo test test-newest test-models conformance clients lint environment clean
+.PHONY: demo test test-slow test-newest test-models conformance clients lint environment clean
 
 demo: environment
 	$(BIN)/python examples/demo.py
 
 test: export OMP_NUM_THREADS := 1
 test: environment lint $(TRITONS:%=.venv/triton-%/installed)
-	$(BIN)/python -m pytest -n 2
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m triton
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m 'triton and not slow'
 	set -e; for version in $(TRITONS); do \
 		PYTHONPATH=.venv/triton-$$version $(BIN)/python -m pytest -n 2 tests/ops/test_hopper_compile.py; \
 	done
+
+# Faults with real processes, many of them: kills, full disks, lost processes of a run.
+test-slow: export OMP_NUM_THREADS := 1
+test-slow: environment
+	$(BIN)/python -m pytest -n 2 -m slow
 
 # The tests of models with the newest transformers that pip finds and with the oldest that pyproject.toml allows.
 test-newest: environment
@@ -32,7 +37,7 @@ test-models: export OMP_NUM_THREADS := 1
 test-models: export PYTHONPATH := $(OVERLAY)
 test-models: environment $(TRANSFORMERS:%=.venv/transformers-%/installed)
 	$(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
-	$(BIN)/python -m pytest -n 2 $(MODEL_TESTS)
+	$(BIN)/python -m pytest -n 2 -m 'not slow' $(MODEL_TESTS)
 
 # transformers' own tests on our models; RUN_SLOW=1 for all of them, TRANSFORMERS=5.17.0 for another version.
 conformance: export OMP_NUM_THREADS := 1
