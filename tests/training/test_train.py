@@ -366,7 +366,7 @@ def test_sigterm_ends_a_process_that_waits_for_another(files):
         ({"segment_length": 0}, "segment_length must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"warmup": 2.0}, "warmup must be between 0 and 1"),
-        ({"held_out": 1.5}, "held_out_fraction must be between 0 and 1"),
+        ({"held_out": 1.5}, "held_out must be above 0 and below 1"),
         ({"sequence_length": 100_000}, "fewer than one sequence of 100000"),
         ({"config": Path("nowhere.json")}, "nowhere.json is not a model configuration"),
         ({"config": Path("typo.json")}, "unknown option hiden_size"),

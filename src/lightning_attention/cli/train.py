@@ -1,5 +1,6 @@
 """`lightning-attention train`: a language model from the user's own text."""
 
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from typer import Option
 
 DATA, MODEL, RUN = "Data", "Model", "Run"
 # What may differ from machine to machine on which a run goes on.
-SHARING = "sequence_parallel", "sequence_parallel_strategy", "fsdp"
+SHARING = "sequence_parallel", "sequence_parallel_strategy", "fsdp", "timeout"
 
 
 def train(
@@ -69,6 +70,9 @@ def train(
     gradient_checkpointing: Annotated[
         bool, Option("--gradient-checkpointing", help="Recompute activations.", rich_help_panel=RUN)
     ] = False,
+    timeout: Annotated[
+        float, Option(help="Seconds that processes wait for one of them that does not answer.", rich_help_panel=RUN)
+    ] = 1800.0,
     seed: Annotated[int, Option(help="Of weights and data order.", rich_help_panel=RUN)] = 0,
     resume: Annotated[
         bool,
@@ -86,8 +90,9 @@ def train(
     values: dict[str, Any] = dict(locals())
     from transformers.utils.logging import disable_progress_bar
 
-    from ..training import TrainingOptions
+    from ..training import Interrupted, TrainingOptions
     from ..training import train as run
+    from ..training.processes import SharedError, rank
 
     disable_progress_bar()
     sources = {name: context.get_parameter_source(name) for name in context.params}
@@ -103,4 +108,11 @@ def train(
             raise ValueError("give --size or --config, not both")
         values["data"] = tuple(data or ())
         options = TrainingOptions(**{field.name: values[field.name] for field in fields(TrainingOptions)})
-    run(options, resume=resume, console=Console(soft_wrap=True))
+    try:
+        run(options, resume=resume, console=Console(soft_wrap=True))
+    except Interrupted as error:
+        sys.exit(128 + error.signal)
+    except (SharedError, FloatingPointError):
+        if rank() > 0:  # the first process says it
+            sys.exit(2)
+        raise

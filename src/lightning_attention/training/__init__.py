@@ -2,17 +2,20 @@
 
 from ..extras import require
 
-require("train", "transformers", "safetensors", "accelerate", "tokenizers", "matplotlib", "numpy")
+require("train", "transformers", "safetensors", "accelerate", "tokenizers", "matplotlib", "numpy", "filelock")
 
 from .corpus import Corpus, PackedDataset  # noqa: E402
 from .evaluation import Evaluation, evaluate  # noqa: E402
+from .options import TrainingOptions  # noqa: E402
 from .segments import segmented_loss  # noqa: E402
+from .signals import Interrupted  # noqa: E402
 from .tokenizer import byte_tokenizer, load_tokenizer  # noqa: E402
-from .train import TrainingOptions, train  # noqa: E402
+from .train import train  # noqa: E402
 
 __all__ = [
     "Corpus",
     "Evaluation",
+    "Interrupted",
     "PackedDataset",
     "TrainingOptions",
     "byte_tokenizer",

@@ -1,5 +1,6 @@
 """Checkpoints that are complete or not there."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,24 +14,42 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from transformers import Trainer
+from transformers import TrainerState
 
-from ..models.checkpoint import PREFIX, checkpoints
+from ..files import flush_folder
+from ..models.checkpoint import PREFIX, checkpoint_step, checkpoints, load_model
+from .folder import write_checksums
+from .guard import GuardedTrainer
+from .options import FILE
+from .tokenizer import load_tokenizer
 
 UNFINISHED = "unfinished"
-OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+OPTIMIZER, SCHEDULER, TRAINER_STATE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
 
 
-class CheckpointingTrainer(Trainer):
-    """transformers' Trainer, with checkpoints written aside and renamed, so that a folder `checkpoint-N` is complete.
+class CheckpointingTrainer(GuardedTrainer):
+    """A Trainer whose checkpoints are written aside and renamed, so that a folder `checkpoint-N` is complete.
 
     Whatever ends a save, a signal or a full disk, leaves the last checkpoint as it was. What is in one does not depend
-    on how processes share the work: together they gather whole tensors, by name, which one of them writes.
+    on how processes share the work: together they gather whole tensors, by name, which one of them writes. Checksums
+    of its files tell later whether they are still what was written.
 
-    The model given is that of the checkpoint to go on from, if there is one.
+    Args:
+        record: the options of the run, kept in each checkpoint.
+        options: of `GuardedTrainer`; its model is that of the checkpoint to go on from, if there is one.
     """
 
     _is_saving = False
+
+    def __init__(self, *args: Any, record: dict[str, Any], **options: Any):
+        super().__init__(*args, **options)
+        self.record = record
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> Any:
+        """A run that goes on logs, evaluates and saves as often as its options say, not as they once said."""
+        state = super()._init_training_state(max_steps, *args)
+        self.state.compute_steps(self.args, max_steps)
+        return state
 
     def _get_output_dir(self, trial: Any = None) -> str:
         folder = super()._get_output_dir(trial)
@@ -39,21 +58,30 @@ class CheckpointingTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         folder = Path(str(self.args.output_dir))
         name, unfinished = f"{PREFIX}{self.state.global_step}", folder / UNFINISHED
+        self.check_weights()
         if self.args.should_save:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._is_saving = True
         try:
             super()._save_checkpoint(*args, **kwargs)
+            if self.args.should_save:
+                (unfinished / name / FILE).write_text(json.dumps(self.record, indent=1), encoding="utf-8")
         except Exception as error:  # what a full disk raises depends on the writer: OSError, RuntimeError, Rust's own
             shutil.rmtree(unfinished, ignore_errors=True)
             raise OSError(f"could not save {folder / name}: {error}") from error
         finally:
             self._is_saving = False
-        self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()  # each has written the state of its random numbers
         if self.args.should_save:
-            _flush(unfinished)
+            try:
+                write_checksums(unfinished / name)
+                _flush(unfinished)
+            except OSError as error:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise OSError(f"could not save {folder / name}: {error}") from error
             os.replace(unfinished / name, folder / name)
+            flush_folder(folder)
             kept = self.args.save_total_limit
             for old in checkpoints(folder)[:-kept] if kept else []:
                 os.replace(old, unfinished / old.name)
@@ -89,6 +117,42 @@ class CheckpointingTrainer(Trainer):
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Weight decay is for the matrices: a position's rate that shrinks is a position lost."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("theta")]
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """Read all that a run goes on with.
+
+    Raises:
+        ValueError, OSError: something is missing or damaged.
+    """
+    model = load_model(checkpoint)
+    if bad := [name for name, x in model.named_parameters() if not x.isfinite().all()]:
+        raise ValueError(f"its weights are not finite: {bad[0]}")
+    load_tokenizer(str(checkpoint))
+    read_record(checkpoint)
+    try:
+        for name in (OPTIMIZER, SCHEDULER):
+            torch.load(checkpoint / name, map_location="cpu", mmap=True, weights_only=True)
+        step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE)).global_step
+    except Exception as error:  # what torch.load raises depends on the byte
+        raise ValueError(f"its state is damaged: {error}") from error
+    if step != checkpoint_step(checkpoint):
+        raise ValueError(f"{TRAINER_STATE} is of step {step}")
+
+
+def read_record(checkpoint: Path) -> dict[str, Any] | None:
+    """Read the options that a checkpoint was trained with; None if an older version has written it.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = checkpoint / FILE
+    if not file.exists():
+        return None
+    record = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(record, dict) or not isinstance(record.get("sequences_per_step"), int):
+        raise ValueError(f"{FILE} is damaged")
+    return record
 
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)

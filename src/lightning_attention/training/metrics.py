@@ -1,6 +1,7 @@
 """What a run reports: JSON lines, a plot, and lines on the screen."""
 
 import json
+import math
 import time
 from typing import Any
 
@@ -8,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .. import files
 from ..paths import PathLike, to_path
 
 
@@ -15,7 +17,8 @@ class MetricsCallback(TrainerCallback):
     """Appends every log to `metrics.jsonl` and shows it, with the tokens a second since the last one.
 
     Args:
-        file: JSON lines: `step`, `tokens` seen, `seconds` of this process, and what the Trainer logged.
+        file: JSON lines: `step`, `tokens` seen, `seconds` of this process, and what the Trainer logged; numbers that
+            are not finite are null.
         tokens_per_step: of all processes together.
         console: where to show progress.
     """
@@ -62,15 +65,16 @@ class MetricsCallback(TrainerCallback):
             steps = state.global_step - self.marked_step
             record["tokens_per_second"] = round(steps * self.tokens_per_step / max(now - self.marked_time, 1e-9), 1)
             self.marked_time, self.marked_step = now, state.global_step
-        with self.file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        record = {name: value if _is_finite(value) else None for name, value in record.items()}
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
         self.progress.console.print(_line(record, state.max_steps), highlight=False)
 
 
 def read_metrics(file: PathLike) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`; a last line that was cut off is left out."""
     records, file = [], to_path(file, "file")
-    for line in file.read_text().splitlines() if file.exists() else []:
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:
             records.append(json.loads(line))
         except ValueError:
@@ -81,8 +85,9 @@ def read_metrics(file: PathLike) -> list[dict[str, Any]]:
 def drop_after(file: PathLike, step: int) -> None:
     """Forget what was recorded after a checkpoint that a run resumes from."""
     file = to_path(file, "file")
-    kept = [record for record in read_metrics(file) if record["step"] <= step]
-    file.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    if file.exists():
+        kept = [record for record in read_metrics(file) if record["step"] <= step]
+        files.write(file, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def plot_loss(file: PathLike, picture: PathLike, baselines: dict[str, float] | None = None) -> None:
@@ -93,7 +98,7 @@ def plot_loss(file: PathLike, picture: PathLike, baselines: dict[str, float] | N
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for name, label in (("loss", "training"), ("eval_loss", "held out")):
-        points = [(record["tokens"], record[name]) for record in records if name in record]
+        points = [(record["tokens"], record[name]) for record in records if record.get(name) is not None]
         if points:
             axes.plot(
                 *zip(*points, strict=True), label=label, marker="o" if name == "eval_loss" else None, markersize=3
@@ -105,7 +110,12 @@ def plot_loss(file: PathLike, picture: PathLike, baselines: dict[str, float] | N
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(picture, dpi=150)
+    with files.replacing(picture, "wb") as image:
+        figure.savefig(image, dpi=150, format="png")
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _line(record: dict[str, Any], max_steps: int) -> str:
@@ -114,5 +124,6 @@ def _line(record: dict[str, Any], max_steps: int) -> str:
         parts.append(f"loss {float(record['loss']):.4f}")
         parts.append(f"{record['tokens_per_second']:>9,.0f} tokens/s")
     if "eval_loss" in record:
-        parts.append(f"held-out loss {record['eval_loss']:.4f}")
+        loss = record["eval_loss"]
+        parts.append("held-out loss not finite" if loss is None else f"held-out loss {loss:.4f}")
     return "  ".join(parts)

@@ -1,11 +1,6 @@
 """What a process reads, rows in data parallelism or the tokens of a row in sequence parallelism, and what it keeps."""
 
-import os
-import signal
-import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,61 +87,3 @@ def shard(model: LightningForCausalLM, mesh: DeviceMesh) -> None:
     modules: list[nn.Module] = [*model.model.layers, model]
     for module in modules:
         fully_shard(module, mesh=mesh)
-
-
-def is_restarted() -> bool:
-    """Whether torchrun has started this process in place of one that was lost."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-LOST = (
-    "another process of the run was lost; go on from the last checkpoint with --resume, "
-    "or have torchrun do so with --max-restarts"
-)
-
-
-@contextmanager
-def noticing_lost_processes() -> Iterator[None]:
-    """What the others see of one that is gone, in words: whichever comes first, an error or the end by torchrun.
-
-    Raises:
-        ConnectionError: instead of whatever the backend of the process group raises.
-    """
-    may_handle_signals = threading.current_thread() is threading.main_thread()
-    try:
-        with _explained_termination() if dist.is_initialized() and may_handle_signals else nullcontext():
-            yield
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise ConnectionError(LOST) from error
-        raise
-
-
-@contextmanager
-def _explained_termination() -> Iterator[None]:
-    """SIGTERM, which torchrun sends to the others, ends the process with a line.
-
-    A thread writes it: a handler would wait until the main thread is back from a collective that never ends.
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-
-    def explain() -> None:
-        while number := os.read(reader, 1):  # of a signal; nothing once the pipe is closed
-            if number[0] == signal.SIGTERM:
-                message = f"lightning-attention: ended by SIGTERM, as torchrun does when {LOST}"
-                print(message, file=sys.stderr, flush=True)
-                os._exit(128 + signal.SIGTERM)
-
-    handler = signal.signal(signal.SIGTERM, lambda *_: None)
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    thread = threading.Thread(target=explain, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        signal.signal(signal.SIGTERM, handler)
-        os.close(writer)
-        thread.join()
-        os.close(reader)

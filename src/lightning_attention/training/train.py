@@ -1,162 +1,56 @@
 """A run: from text to a checkpoint."""
 
 import json
+import math
 import os
-from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+import shlex
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
+import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
-from ..distributed.exchange import STRATEGIES
 from ..models import LightningConfig, LightningForCausalLM
 from ..models.checkpoint import checkpoint_step, checkpoints, last_checkpoint, load_model
-from ..paths import PathLike, to_path, to_paths
-from .checkpoint import CheckpointingTrainer
+from .checkpoint import CheckpointingTrainer, check_checkpoint, read_record
 from .corpus import Corpus, PackedDataset
 from .documents import Sources, standard_library
+from .folder import CORPUS, METRICS, PICTURE, RunFolder, last_intact
 from .metrics import MetricsCallback, plot_loss
-from .parallel import Ranks, all_processes, is_restarted, noticing_lost_processes, one_row, shard
+from .options import TrainingOptions, continued
+from .parallel import Ranks, all_processes, one_row, shard
+from .processes import check_equal, explaining_lost_processes, is_restarted, on_first, rank, together
 from .segments import segmented_loss
+from .signals import Interrupted, StopRequest, stop_requests
 from .tokenizer import load_tokenizer
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """Everything a run depends on; kept in `run.json` of its output folder.
-
-    Paths are `str` or `os.PathLike`, and kept as `Path`s.
-
-    Attributes:
-        output: folder for checkpoints, tokens, metrics and plot; must not hold a run already.
-        data: files and folders of text, or one of them; empty for Python's standard library.
-        text_field: the field of a `.jsonl` line that holds its text.
-        tokenizer: "bytes", or the path of a tokenizer.json.
-        size: a name in `models.SIZES`.
-        config: a JSON file of `LightningConfig` options, instead of a size.
-        decay_preset: see `decay.log_decay`; None is that of the configuration.
-        sequence_length: tokens in a row.
-        segment_length: tokens of a row that are in memory at a time, see `segmented_loss`; None is all.
-        batch_size: rows a process takes at a time; with `sequence_parallel`, a group of processes.
-        sequence_parallel: processes that share the tokens of a row; it divides their number.
-        sequence_parallel_strategy: how states travel between them: see `distributed.exchange`.
-        fsdp: spread the model over all processes, instead of keeping it whole on each.
-        accumulate: batches added up in one step.
-        steps: optimizer steps.
-        learning_rate: highest, after the warm-up; it falls to a tenth along a cosine.
-        warmup: part of the steps over which the rate rises.
-        weight_decay: of AdamW, on matrices.
-        held_out: part of the tokens kept for evaluation.
-        eval_tokens: how many of those to evaluate on, at most.
-        log_every: steps between logs.
-        eval_every: steps between evaluations.
-        save_every: steps between checkpoints, of which the last two are kept.
-        bf16: train in bfloat16 autocast.
-        compile: torch.compile the model.
-        gradient_checkpointing: recompute activations in the backward pass.
-        seed: of weights and data order.
-    """
-
-    output: Path
-    data: tuple[Path, ...] = ()
-    text_field: str = "text"
-    tokenizer: str = "bytes"
-    size: str = "demo"
-    config: Path | None = None
-    decay_preset: str | None = None
-    sequence_length: int = 1024
-    segment_length: int | None = None
-    batch_size: int = 8
-    sequence_parallel: int = 1
-    sequence_parallel_strategy: str = "all-gather"
-    fsdp: bool = False
-    accumulate: int = 1
-    steps: int = 1000
-    learning_rate: float = 2e-3
-    warmup: float = 0.05
-    weight_decay: float = 0.1
-    held_out: float = 0.05
-    eval_tokens: int = 1 << 18
-    log_every: int = 10
-    eval_every: int = 200
-    save_every: int = 200
-    bf16: bool = False
-    compile: bool = False
-    gradient_checkpointing: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        paths = {"output": to_path(self.output, "output"), "data": to_paths(self.data, "data")}
-        if self.tokenizer != "bytes":
-            paths["tokenizer"] = str(to_path(self.tokenizer, "tokenizer"))
-        if self.config is not None:
-            paths["config"] = to_path(self.config, "config")
-        for name, path in paths.items():
-            object.__setattr__(self, name, path)
-        for name in (
-            "batch_size",
-            "sequence_parallel",
-            "accumulate",
-            "steps",
-            "eval_tokens",
-            "log_every",
-            "eval_every",
-            "save_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.sequence_length < 2:
-            raise ValueError(f"sequence_length must be at least 2, got {self.sequence_length}")
-        if self.segment_length is not None and self.segment_length < 1:
-            raise ValueError(f"segment_length must be at least 1, got {self.segment_length}")
-        if self.sequence_parallel_strategy not in STRATEGIES:
-            names = ", ".join(map(repr, STRATEGIES))
-            raise ValueError(
-                f"sequence_parallel_strategy must be one of {names}, got {self.sequence_parallel_strategy!r}"
-            )
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup must be between 0 and 1, got {self.warmup}")
-
-    def save(self) -> None:
-        self.output.mkdir(parents=True, exist_ok=True)
-        _file(self.output).write_text(json.dumps(asdict(self), indent=1, default=str))
-
-    @classmethod
-    def load(cls, output: PathLike) -> "TrainingOptions":
-        """The options of the run in a folder.
-
-        Raises:
-            ValueError: there is no run.
-        """
-        output = to_path(output, "output")
-        try:
-            saved = json.loads(_file(output).read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"no run to resume in {output}") from error
-        known = {field.name for field in fields(cls)}
-        if unknown := set(saved) - known:
-            raise ValueError(f"{_file(output)} has options this version does not know: {', '.join(sorted(unknown))}")
-        return cls(**saved | {"output": output})
 
 
 def train(options: TrainingOptions, *, resume: bool = False, console: Console | None = None) -> Path:
     """Run it, or go on with it after whatever stopped it.
 
     Writes to `options.output`: `corpus/` the tokens, `checkpoint-N/` models that `from_pretrained` loads,
-    `metrics.jsonl`, `loss.png`, `run.json`. Several processes, started by torchrun, share every step.
+    `metrics.jsonl`, `loss.png`, and after the first step `run.json`; a failure before that leaves nothing behind.
+    Several processes, started by torchrun, share every step.
+
+    SIGINT and SIGTERM save a checkpoint after the step that is being made; a second one ends the process at once.
 
     Args:
         options: see there.
-        resume: continue from the last complete checkpoint, with its model and tokenizer and the tokens there are, in
+        resume: continue from the last intact checkpoint, with its model and tokenizer and the tokens there are, in
             the same order; from the start if there is no checkpoint. Processes that torchrun has restarted do so.
         console: where to report.
 
@@ -164,87 +58,98 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
         The last checkpoint.
 
     Raises:
-        ValueError: an option or the data is of no use, or the output folder holds a run and `resume` is not set.
-        OSError: a checkpoint could not be written, or another process was lost; earlier checkpoints are intact.
+        ValueError: an option or the data is of no use, the output folder holds a run and `resume` is not set, or
+            another process trains in it.
+        OSError: a file could not be written, or another process was lost; earlier checkpoints are intact.
+        FloatingPointError: the loss, its gradient or a weight is not finite; neither stepped nor saved.
+        KeyboardInterrupt: a signal has stopped the run; it is an `Interrupted`, which knows the signal.
     """
-    console = console or Console()
-    resume = resume or (is_restarted() and _file(options.output).exists())
-    found = checkpoints(options.output) if resume else []
-    tokenizer = load_tokenizer(str(found[-1]) if found else options.tokenizer)
-    config = None if found else _configuration(options, tokenizer)
-    arguments = _arguments(options)
-    process = PartialState()  # of the process group that the arguments have set up
-    ranks = None
-    if options.sequence_parallel > 1:
-        ranks = Ranks.of(
-            arguments.world_size,
-            options.sequence_parallel,
-            options.sequence_parallel_strategy,
-            arguments.device.type,
+    arguments = _arguments(options)  # sets up the process group
+    console = Console(quiet=True) if rank() > 0 else console or Console()
+    folder = RunFolder(options.output)
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_requests())
+        stack.enter_context(explaining_lost_processes())
+        check_equal({"resume": resume} | json.loads(options.to_json()))
+        ranks = together(lambda: _ranks(options, arguments))
+        on_first(lambda: stack.enter_context(folder.held()))
+        checkpoint, is_new = None, not (resume or on_first(lambda: is_restarted() and folder.has_run))
+        if is_new:
+            on_first(folder.check_free)
+        elif checkpoint := on_first(lambda: last_intact(folder.path, check_checkpoint, console.print)):
+            console.print(f"resuming from {checkpoint}")
+            options = together(lambda: _continued(options, checkpoint, arguments, console))
+            arguments = _arguments(options)
+        tokenizer = together(lambda: load_tokenizer(str(checkpoint or options.tokenizer)))
+        config = None if checkpoint else together(lambda: _configuration(options, tokenizer))
+        if is_new:
+            on_first(lambda: _prepare_corpus(options, folder.path / CORPUS, tokenizer, console))
+        corpus = together(lambda: Corpus.open(folder.path / CORPUS))
+        rows, held_out = together(lambda: _datasets(corpus, options))
+        set_seed(options.seed)
+        model = together(lambda: LightningForCausalLM(config) if config else load_model(cast(Path, checkpoint)))
+        num_parameters = model.num_parameters()
+        if options.fsdp:
+            shard(model, all_processes(arguments.device.type))
+        if ranks is not None:
+            model.model.set_sequence_parallel(ranks.sequence_parallel)
+        per_step = options.batch_size * _data_processes(options, arguments) * options.accumulate
+        tokens_per_step = options.sequence_length * per_step
+        metrics = folder.path / METRICS
+        trainer = _Trainer(
+            options.segment_length,
+            ranks,
+            stop=stop,
+            record=json.loads(options.to_json()) | {"sequences_per_step": per_step},
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            callbacks=[_Start(folder, options), MetricsCallback(metrics, tokens_per_step, console)],
         )
-    mesh = all_processes(arguments.device.type) if options.fsdp else None
-    if not process.is_main_process:
-        console = Console(quiet=True)
-    corpus_folder = options.output / "corpus"
-    if process.is_main_process:
-        if not resume and _file(options.output).exists():
-            raise ValueError(f"{options.output} holds a run already: resume it, or choose another output")
-        if not resume:
-            try:
-                _prepare_corpus(options, corpus_folder, tokenizer, console)
-            except BaseException:
-                with suppress(OSError):
-                    options.output.rmdir()  # unless there was something in it
-                raise
-    process.wait_for_everyone()
-    corpus = Corpus.open(corpus_folder)
-    if corpus.num_held_out < options.sequence_length:
-        raise ValueError(
-            f"the held-out part has {corpus.num_held_out} tokens, fewer than one sequence of "
-            f"{options.sequence_length}: give more data, a larger held_out, or a shorter sequence_length"
+        trainer.remove_callback(PrinterCallback)
+        console.print(
+            f"{num_parameters / 1e6:.1f}M parameters on {arguments.world_size} x {arguments.device.type}, "
+            f"{corpus.num_train:,} tokens of {corpus.num_documents:,} documents, {tokens_per_step:,} tokens a step"
         )
-    rows = PackedDataset(corpus.train_tokens(), options.sequence_length, corpus.eos_token_id)
-    held_out = PackedDataset(
-        corpus.held_out_tokens(), options.sequence_length, corpus.eos_token_id, options.eval_tokens
-    )
+        if not checkpoint or checkpoint_step(checkpoint) < options.steps:  # the Trainer would take one step more
+            _run(trainer, checkpoint, folder.path, stop, console)
+        last = last_checkpoint(folder.path)
+        if rank() == 0:
+            plot_loss(metrics, folder.path / PICTURE, {"token frequencies": held_out.loss_of(corpus.unigram())})
+        console.print(f"checkpoint  {last}\nmetrics     {metrics}\nloss plot   {folder.path / PICTURE}")
+        return last
 
-    if process.is_main_process:
-        options.save()
-    rows_at_a_time = options.batch_size * (arguments.world_size // options.sequence_parallel)
-    tokens_per_step = options.sequence_length * rows_at_a_time * options.accumulate
-    metrics = options.output / "metrics.jsonl"
-    set_seed(options.seed)
-    model = load_model(found[-1]) if config is None else LightningForCausalLM(config)
-    num_parameters = model.num_parameters()
-    if mesh is not None:
-        shard(model, mesh)
-    if ranks is not None:
-        model.model.set_sequence_parallel(ranks.sequence_parallel)
-    trainer = _Trainer(
-        options.segment_length,
-        ranks,
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        callbacks=[MetricsCallback(metrics, tokens_per_step, console)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    console.print(
-        f"{num_parameters / 1e6:.1f}M parameters on {arguments.world_size} x {arguments.device.type}, "
-        f"{corpus.num_train:,} tokens of {corpus.num_documents:,} documents, {tokens_per_step:,} tokens a step"
-    )
-    if found:
-        console.print(f"resuming from {found[-1]}")
-    if not found or checkpoint_step(found[-1]) < options.steps:  # the Trainer would take one step more
-        with noticing_lost_processes():
-            trainer.train(resume_from_checkpoint=str(found[-1]) if found else False)
-    checkpoint, picture = last_checkpoint(options.output), options.output / "loss.png"
-    if process.is_main_process:
-        plot_loss(metrics, picture, {"token frequencies": held_out.loss_of(corpus.unigram())})
-    console.print(f"checkpoint  {checkpoint}\nmetrics     {metrics}\nloss plot   {picture}")
-    return checkpoint
+
+def _run(trainer: "_Trainer", checkpoint: Path | None, folder: Path, stop: StopRequest, console: Console) -> None:
+    """Make the steps that are left; say how to go on if something ends them."""
+    go_on = f"lightning-attention train --resume --output {shlex.quote(str(folder))}"
+    try:
+        with stop.deferred():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else False)
+    except FloatingPointError as error:
+        good = checkpoints(folder)
+        saved = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was saved before"
+        raise FloatingPointError(f"{error}; {saved}; try a lower learning rate, or look for damaged data") from None
+    step = trainer.state.global_step
+    if stop.is_answered and step < trainer.state.max_steps:
+        interrupted = Interrupted(stop.signal)
+        console.print(f"{interrupted} after step {step}, which is saved; to go on: {go_on}", markup=False)
+        raise interrupted
+
+
+class _Start(TrainerCallback):
+    """Makes the folder that of a run, once its first step is done."""
+
+    def __init__(self, folder: RunFolder, options: TrainingOptions):
+        self.folder, self.options, self.is_saved = folder, options, False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.is_saved:
+            if state.is_world_process_zero:
+                self.options.save()
+            self.folder.is_started = self.is_saved = True
 
 
 class _Arguments(TrainingArguments):
@@ -296,8 +201,42 @@ class _Trainer(CheckpointingTrainer):
         return {"loss": loss}
 
 
-def _file(output: Path) -> Path:
-    return output / "run.json"
+def _ranks(options: TrainingOptions, arguments: TrainingArguments) -> Ranks | None:
+    if options.fsdp and not dist.is_initialized():
+        raise ValueError("fsdp needs the processes that torchrun starts")
+    if options.sequence_parallel == 1:
+        return None
+    return Ranks.of(
+        arguments.world_size, options.sequence_parallel, options.sequence_parallel_strategy, arguments.device.type
+    )
+
+
+def _data_processes(options: TrainingOptions, arguments: TrainingArguments) -> int:
+    """How many processes, or groups of them, read sequences of their own."""
+    return arguments.world_size // options.sequence_parallel
+
+
+def _continued(
+    options: TrainingOptions, checkpoint: Path, arguments: TrainingArguments, console: Console
+) -> TrainingOptions:
+    record = read_record(checkpoint)
+    if record is None:
+        return options
+    options, changes = continued(options, record, _data_processes(options, arguments))
+    for change in changes:
+        console.print(change, markup=False)
+    return options
+
+
+def _datasets(corpus: Corpus, options: TrainingOptions) -> tuple[PackedDataset, PackedDataset]:
+    if corpus.num_held_out < options.sequence_length:
+        raise ValueError(
+            f"the held-out part has {corpus.num_held_out} tokens, fewer than one sequence of "
+            f"{options.sequence_length}: give more data, a larger held_out, or a shorter sequence_length"
+        )
+    length, eos = options.sequence_length, corpus.eos_token_id
+    rows = PackedDataset(corpus.train_tokens(), length, eos)
+    return rows, PackedDataset(corpus.held_out_tokens(), length, eos, options.eval_tokens)
 
 
 def _configuration(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -> LightningConfig:
@@ -367,6 +306,7 @@ def _arguments(options: TrainingOptions) -> TrainingArguments:
         prediction_loss_only=True,
         remove_unused_columns=False,
         disable_tqdm=True,
+        ddp_timeout=math.ceil(options.timeout),
         report_to="none",
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False if "RANK" in os.environ else None,

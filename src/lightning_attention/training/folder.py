@@ -1,0 +1,162 @@
+"""The output folder of a run: one process at a time works in it, and nothing in it is lost."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..models.checkpoint import checkpoints
+from .options import FILE
+
+LOCK, CORPUS, METRICS, PICTURE = ".lock", "corpus", "metrics.jsonl", "loss.png"
+CHECKSUMS = "checksums.sha256"
+
+
+@dataclass
+class RunFolder:
+    """What a run keeps.
+
+    Attributes:
+        path: the folder.
+        is_started: the run has made its first step; from then on a failure leaves the folder as it is.
+    """
+
+    path: Path
+    is_started: bool = False
+
+    @property
+    def has_run(self) -> bool:
+        return (self.path / FILE).exists()
+
+    def check_free(self) -> None:
+        """
+        Raises:
+            ValueError: the folder holds a run or a model, which a new run would mix with its own files.
+        """
+        if self.has_run or checkpoints(self.path):
+            raise ValueError(f"{self.path} holds a run already: resume it, or choose another output")
+        if (self.path / "config.json").exists():
+            raise ValueError(f"{self.path} holds a model: choose another output")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs out of the folder, and leave nothing of this one behind that fails before its first step.
+
+        A folder that was there stays, with what was in it.
+
+        Raises:
+            ValueError: another process works in it.
+            OSError: it cannot be created or written to.
+        """
+        created = _missing(self.path)
+        had_corpus = (self.path / CORPUS).exists()
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK, blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"another process trains in {self.path}: wait for its end, or choose another output"
+            ) from None
+        except BaseException:
+            _remove_empty(created)
+            raise
+        self.is_started = self.has_run
+        try:
+            yield
+        except BaseException:
+            if not self.is_started:
+                if not had_corpus:
+                    shutil.rmtree(self.path / CORPUS, ignore_errors=True)
+                with suppress(OSError):
+                    (self.path / LOCK).unlink()
+                _remove_empty(created)
+            raise
+        finally:
+            lock.release()
+
+
+def _missing(folder: Path) -> list[Path]:
+    """Folders that have to be created for this one, the innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the SHA-256 of every file in a folder as `sha256sum --check` reads them."""
+    lines = [f"{_sha256(path)}  {path.relative_to(folder)}\n" for path in sorted(folder.rglob("*")) if path.is_file()]
+    (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def check_checksums(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: a file is missing or not what was written. A folder without checksums passes.
+    """
+    list_ = folder / CHECKSUMS
+    if not list_.exists():
+        return
+    for line in list_.read_text(encoding="utf-8").splitlines():
+        expected, _, name = line.partition("  ")
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{name} is missing")
+        if _sha256(path) != expected:
+            raise ValueError(f"{name} is not what was written")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def last_intact(folder: Path, check: Callable[[Path], None], report: Callable[[str], None]) -> Path | None:
+    """Find the last checkpoint that is as it was written; rename and report those after it.
+
+    Args:
+        folder: of the run.
+        check: raises a ValueError or OSError if a checkpoint cannot be gone on from.
+        report: takes a line for the user.
+
+    Returns:
+        The checkpoint; None if the run has saved none.
+
+    Raises:
+        ValueError: none of the checkpoints is intact.
+    """
+    damaged: list[tuple[Path, Exception]] = []
+    for checkpoint in reversed(checkpoints(folder)):
+        try:
+            check_checksums(checkpoint)
+            check(checkpoint)
+        except (ValueError, OSError) as error:
+            damaged.append((checkpoint, error))
+            continue
+        for path, error in damaged:
+            aside = _set_aside(path)
+            report(f"{path} is damaged ({error}): it is now {aside.name}, and {checkpoint.name} is taken")
+        return checkpoint
+    if damaged:
+        reasons = "; ".join(f"{path.name}: {error}" for path, error in damaged)
+        raise ValueError(f"no checkpoint in {folder} is intact: {reasons}")
+    return None
+
+
+def _set_aside(checkpoint: Path) -> Path:
+    """Rename a checkpoint that a new one of the same step will replace."""
+    for number in range(1, 1000):
+        aside = checkpoint.with_name(f"{checkpoint.name}.damaged" + (f"-{number}" if number > 1 else ""))
+        if not aside.exists():
+            os.replace(checkpoint, aside)
+            return aside
+    raise OSError(f"there are too many damaged checkpoints in {checkpoint.parent}")

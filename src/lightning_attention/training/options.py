@@ -1,0 +1,240 @@
+"""The options of a training run, and the file that keeps them."""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, cast
+
+from .. import files
+from ..distributed.exchange import STRATEGIES
+from ..paths import PathLike, to_path, to_paths
+
+FILE = "run.json"
+AT_LEAST_ONE = (
+    "segment_length",
+    "batch_size",
+    "sequence_parallel",
+    "accumulate",
+    "steps",
+    "eval_tokens",
+    "log_every",
+    "eval_every",
+    "save_every",
+)
+LIMIT = 1 << 53  # of whole numbers and seconds: a float, as in JSON, still holds them exactly
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Everything a run depends on; kept in `run.json` of its output folder.
+
+    Paths are `str` or `os.PathLike`, and kept as `Path`s.
+
+    Attributes:
+        output: folder for checkpoints, tokens, metrics and plot; must not hold a run already.
+        data: files and folders of text, or one of them; empty for Python's standard library.
+        text_field: the field of a `.jsonl` line that holds its text.
+        tokenizer: "bytes", or the path of a tokenizer.json.
+        size: a name in `models.SIZES`.
+        config: a JSON file of `LightningConfig` options, instead of a size.
+        decay_preset: see `decay.log_decay`; None is the preset of the configuration.
+        sequence_length: tokens in a sequence.
+        segment_length: tokens of a sequence that are in memory at a time, see `segmented_loss`; None is all.
+        batch_size: sequences a process takes at a time; with `sequence_parallel`, a group of processes.
+        sequence_parallel: processes that share the tokens of a sequence; it divides their number.
+        sequence_parallel_strategy: how states travel between them: see `distributed.exchange`.
+        fsdp: spread the model over all processes, instead of keeping it whole on each.
+        accumulate: batches added up in one step.
+        steps: optimizer steps.
+        learning_rate: highest, after the warm-up; it falls to a tenth along a cosine.
+        warmup: part of the steps over which the rate rises.
+        weight_decay: of AdamW, on matrices.
+        held_out: part of the tokens kept for evaluation.
+        eval_tokens: how many of those to evaluate on, at most.
+        log_every: steps between logs.
+        eval_every: steps between evaluations.
+        save_every: steps between checkpoints, of which the last two are kept.
+        bf16: train in bfloat16 autocast.
+        compile: torch.compile the model.
+        gradient_checkpointing: recompute activations in the backward pass.
+        seed: of weights and data order, below 2^32.
+        timeout: seconds that processes wait for one of them that does not answer.
+
+    Raises:
+        TypeError: an option has the wrong type.
+        ValueError: an option is out of range.
+    """
+
+    output: Path
+    data: tuple[Path, ...] = ()
+    text_field: str = "text"
+    tokenizer: str = "bytes"
+    size: str = "demo"
+    config: Path | None = None
+    decay_preset: str | None = None
+    sequence_length: int = 1024
+    segment_length: int | None = None
+    batch_size: int = 8
+    sequence_parallel: int = 1
+    sequence_parallel_strategy: str = "all-gather"
+    fsdp: bool = False
+    accumulate: int = 1
+    steps: int = 1000
+    learning_rate: float = 2e-3
+    warmup: float = 0.05
+    weight_decay: float = 0.1
+    held_out: float = 0.05
+    eval_tokens: int = 1 << 18
+    log_every: int = 10
+    eval_every: int = 200
+    save_every: int = 200
+    bf16: bool = False
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    timeout: float = 1800.0
+
+    def __post_init__(self) -> None:
+        paths: dict[str, Any] = {"output": to_path(self.output, "output"), "data": to_paths(self.data, "data")}
+        if self.tokenizer != "bytes":
+            paths["tokenizer"] = str(to_path(self.tokenizer, "tokenizer"))
+        if self.config is not None:
+            paths["config"] = to_path(self.config, "config")
+        for name, path in paths.items():
+            object.__setattr__(self, name, path)
+        for field in fields(self):
+            _check_type(field.name, field.type, getattr(self, field.name))
+        for name in AT_LEAST_ONE:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length must be at least 2, got {self.sequence_length}")
+        if self.sequence_parallel_strategy not in STRATEGIES:
+            names = ", ".join(map(repr, STRATEGIES))
+            raise ValueError(
+                f"sequence_parallel_strategy must be one of {names}, got {self.sequence_parallel_strategy!r}"
+            )
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed must be at least 0 and below 2^32, got {self.seed}")
+        for name, is_right, range_ in (
+            ("learning_rate", self.learning_rate > 0, "above 0"),
+            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("warmup", 0 <= self.warmup <= 1, "between 0 and 1"),
+            ("held_out", 0 < self.held_out < 1, "above 0 and below 1"),
+            ("timeout", self.timeout > 0, "above 0"),
+        ):
+            if not is_right:
+                raise ValueError(f"{name} must be {range_}, got {getattr(self, name)}")
+
+    def save(self) -> None:
+        """Write `run.json`, whole."""
+        files.write(self.output / FILE, self.to_json())
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, default=str)
+
+    @classmethod
+    def load(cls, output: PathLike) -> "TrainingOptions":
+        """Read the options of the run in a folder.
+
+        Raises:
+            ValueError: there is no run, or its `run.json` holds other than options.
+        """
+        output = to_path(output, "output")
+        file = output / FILE
+        try:
+            saved: Any = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"no run to resume in {output}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is damaged, it is no JSON: {error}") from error
+        if not isinstance(saved, dict):
+            raise ValueError(f"{file} is damaged, it holds no options")
+        known = {field.name for field in fields(cls)}
+        if unknown := set(saved) - known:
+            raise ValueError(f"{file} has options this version does not know: {', '.join(sorted(unknown))}")
+        try:
+            return cls(**{**saved, "output": output})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}: {error}") from error
+
+
+# What a run that goes on may be given anew. Rows of a step stay: see `continued`.
+MAY_CHANGE = {
+    "output",
+    "steps",
+    "segment_length",
+    "batch_size",
+    "sequence_parallel",
+    "sequence_parallel_strategy",
+    "fsdp",
+    "accumulate",
+    "eval_tokens",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "bf16",
+    "compile",
+    "gradient_checkpointing",
+    "timeout",
+}
+
+
+def continued(
+    options: TrainingOptions, record: dict[str, Any], data_processes: int
+) -> tuple[TrainingOptions, list[str]]:
+    """The options with which a run goes on from a checkpoint, and what has changed, in words.
+
+    A step keeps its number of sequences, whatever the number of processes: `batch_size` and `accumulate` follow.
+
+    Args:
+        options: of `run.json`, perhaps changed.
+        record: the options that the checkpoint was trained with, and `sequences_per_step`.
+        data_processes: processes, or groups of them with `sequence_parallel`, that read sequences of their own.
+
+    Raises:
+        ValueError: what was changed would be ignored, or the processes cannot share a step's sequences evenly.
+    """
+    for name, (before, now) in _changes(options, record).items():
+        if name not in MAY_CHANGE:
+            raise ValueError(
+                f"{options.output / FILE}: {name} was {before!r} in this run and cannot become {now!r}; "
+                "change it back, or start another run"
+            )
+    total = record["sequences_per_step"]
+    if options.batch_size * data_processes * options.accumulate != total:
+        each, rest = divmod(total, data_processes)
+        if rest:
+            raise ValueError(
+                f"a step of this run has {total} sequences, which {data_processes} processes cannot share evenly"
+            )
+        batch_size = next(size for size in range(min(options.batch_size, each), 0, -1) if each % size == 0)
+        options = replace(options, batch_size=batch_size, accumulate=each // batch_size)
+    changes = _changes(options, record)
+    changes.pop("output", None)
+    return options, [f"{name} {before} is now {now}" for name, (before, now) in changes.items()]
+
+
+def _changes(options: TrainingOptions, record: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What an option was and is, for those that differ, as in JSON."""
+    given = json.loads(options.to_json())
+    return {name: (record[name], given[name]) for name in given if name in record and record[name] != given[name]}
+
+
+def _check_type(name: str, annotation: Any, value: Any) -> None:
+    """Against `int`, `float`, `bool` or `str`, or None where the annotation has it."""
+    kinds: dict[Any, tuple[Any, str]] = {
+        int: (Integral, "a whole number"),
+        float: (Real, "a number"),
+        bool: (bool, "true or false"),
+        str: (str, "a string"),
+    }
+    kind = next((kind for kind in kinds if annotation in (kind, kind | None)), None)
+    if kind is None or (value is None and annotation != kind):
+        return
+    expected, words = kinds[kind]
+    if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{name} must be {words}, got {value!r}")
+    if kind in (int, float) and not -LIMIT <= cast(float, value) <= LIMIT:  # neither is NaN
+        raise ValueError(f"{name} must be finite and within 2^53, got {value}")

@@ -1,0 +1,119 @@
+"""SIGINT and SIGTERM during training: the first one asks for a checkpoint, a second one ends the process at once."""
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch.distributed as dist
+
+from .processes import LOST, is_started_by_torchrun
+
+SIGNALS = signal.SIGINT, signal.SIGTERM
+# torchrun sends a signal on to processes that the terminal has sent it to already.
+REPEATED = 3.0
+# Seconds until a process that waits for a lost one is ended, beside twice the time of a step.
+PATIENCE = 5.0
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has ended the run.
+
+    Attributes:
+        signal: its number; a command exits with 128 more.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.signal = signal.Signals(number)
+
+
+class StopRequest:
+    """Whether a signal has asked for the end.
+
+    Attributes:
+        signal: the number of the first signal, 0 while there is none.
+        is_deferred: wait for the end of a step, instead of raising `Interrupted` at once.
+        is_answered: the run is about to end, so that nobody needs to be ended by force.
+        step_seconds: how long a step takes.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.is_deferred = self.is_answered = False
+        self.step_seconds = 5.0
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within, a signal is noted and the run goes on."""
+        self.is_deferred = True
+        try:
+            yield
+        finally:
+            self.is_deferred = False
+
+    def handle(self, number: int, frame: FrameType | None = None) -> None:
+        """Answer a signal in the main thread."""
+        if not self.is_deferred:
+            self.is_answered = True
+            raise Interrupted(number)
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Handle SIGINT and SIGTERM; in a thread other than the main one, where Python allows no handlers, do nothing.
+
+    A thread reads the signals, because handlers wait while the main thread is in a collective that may never end.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    handlers = {number: signal.signal(number, request.handle) for number in SIGNALS}
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_watch, args=(reader, request), daemon=True)
+    thread.start()
+    try:
+        yield request
+    finally:
+        signal.set_wakeup_fd(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.close(writer)
+        thread.join()
+        os.close(reader)
+
+
+def _watch(reader: int, request: StopRequest) -> None:
+    """Note the first signal; end the process at the second, or if no step ends any more."""
+    first = 0.0
+    while True:
+        deadline = first + PATIENCE + 2 * request.step_seconds
+        is_limited = request.signal and not request.is_answered and dist.is_initialized()
+        timeout = max(deadline - time.monotonic(), 0) if is_limited else None
+        if not select.select([reader], [], [], timeout)[0]:
+            if not request.is_answered:
+                name = signal.Signals(request.signal).name
+                _end(request.signal, f"ended by {name}, as torchrun does when {LOST}")
+            continue
+        number = os.read(reader, 1)
+        if not number:  # the writer is closed
+            return
+        if number[0] not in SIGNALS:
+            continue
+        if not request.signal:
+            request.signal, first = number[0], time.monotonic()
+        elif not is_started_by_torchrun() or time.monotonic() - first > REPEATED:
+            _end(number[0], f"ended by a second {signal.Signals(number[0]).name}, without a checkpoint of this step")
+
+
+def _end(number: int, message: str) -> None:
+    print(f"lightning-attention: {message}", file=sys.stderr, flush=True)
+    os._exit(128 + number)
