@@ -10,16 +10,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from oracle import needs_two_gpus
-from rich.console import Console
 from safetensors.torch import load_file
 from tiny_model import make_config
+from training.runs import (
+    COMMAND,
+    MODEL,
+    ON_CPU,
+    arguments,
+    losses,
+    options,
+    quiet,
+    torchrun,
+    workers_after,
+    write_inputs,
+)
 from transformers import TrainingArguments
 
 from lightning_attention.inference import load
@@ -31,41 +41,12 @@ from lightning_attention.training.metrics import drop_after, plot_loss, read_met
 from lightning_attention.training.train import _arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-TEXT = "".join(f"{i} times {j} is {i * j}\n" for i in range(40) for j in range(40))
-MODEL = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-ON_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-COMMAND = [sys.executable, "-c", "from lightning_attention.cli import main; main()"]
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    (tmp_path / "data.txt").write_text(TEXT)
-    (tmp_path / "model.json").write_text(json.dumps(MODEL))
+    write_inputs(tmp_path)
     return tmp_path
-
-
-def options(files: Path, name: str = "run", **changes) -> TrainingOptions:
-    defaults = {"steps": 20, "save_every": 10, "eval_every": 10, "log_every": 5, "eval_tokens": 512}
-    sizes = {"sequence_length": 64, "batch_size": 2, "config": files / "model.json"}
-    return TrainingOptions(files / name, (files / "data.txt",), **defaults | sizes | changes)
-
-
-def arguments(files: Path, name: str = "run", **changes) -> list[str]:
-    """The same run as a command line."""
-    values = {"output": files / name, "data": files / "data.txt"} | vars(options(files, name, **changes))
-    values["data"] = files / "data.txt"
-    flags = {key: value for key, value in values.items() if value is not None and not isinstance(value, bool)}
-    del flags["size"]
-    switches = [f"--{key}" for key, value in values.items() if value is True]
-    return ["train", *(f"--{key.replace('_', '-')}={value}" for key, value in flags.items()), *switches]
-
-
-def quiet() -> Console:
-    return Console(quiet=True)
-
-
-def losses(output: Path) -> dict[int, float]:
-    return {record["step"]: record["loss"] for record in read_metrics(output / "metrics.jsonl") if "loss" in record}
 
 
 def test_a_run(files):
@@ -197,17 +178,6 @@ def test_a_full_disk_is_one_line(files):
     assert checkpoints(files / "run") == []
 
 
-def torchrun(processes: int, *command: str, restarts: int = 0, where: Mapping[str, str] = ON_CPU) -> subprocess.Popen:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.Popen(
-        [*launch, f"--max-restarts={restarts}", "-m", "lightning_attention.cli", *command],
-        env={**where, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize(
     ("processes", "changes"),
     [
@@ -291,16 +261,6 @@ def test_a_run_goes_on_with_another_number_of_processes(files, processes, sharin
     assert process.returncode == 0, output
     assert losses(files / "moved") == pytest.approx(losses(files / "whole"), rel=1e-3)
     load(files / "moved")
-
-
-def workers_after(checkpoint: Path, launcher: subprocess.Popen) -> list[int]:
-    """The processes that torchrun has started, once they have written a checkpoint."""
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists():
-        assert time.monotonic() < deadline
-        assert launcher.poll() is None
-        time.sleep(0.01)
-    return [int(child) for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found in /proc")

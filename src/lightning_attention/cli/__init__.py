@@ -12,7 +12,7 @@ def main() -> None:
         _run()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+    except (ValueError, TypeError, ArithmeticError, OSError, ImportError, NotImplementedError) as error:
         _fail(" ".join(str(error).split()) or type(error).__name__)
 
 

@@ -40,8 +40,9 @@ class RunFolder:
         """
         if self.has_run or checkpoints(self.path):
             raise ValueError(f"{self.path} holds a run already: resume it, or choose another output")
-        if (self.path / "config.json").exists():
-            raise ValueError(f"{self.path} holds a model: choose another output")
+        for name in ("config.json", METRICS, PICTURE):
+            if (self.path / name).exists():
+                raise ValueError(f"{self.path} holds {name} of something else: choose another output")
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -53,8 +54,8 @@ class RunFolder:
             ValueError: another process works in it.
             OSError: it cannot be created or written to.
         """
-        created = _missing(self.path)
-        had_corpus = (self.path / CORPUS).exists()
+        folders = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        created = [path for path in (self.path / LOCK, self.path / CORPUS) if not path.exists()] + folders
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / LOCK, blocking=False)
         try:
@@ -64,32 +65,28 @@ class RunFolder:
                 f"another process trains in {self.path}: wait for its end, or choose another output"
             ) from None
         except BaseException:
-            _remove_empty(created)
+            _remove(created)
             raise
-        self.is_started = self.has_run
         try:
             yield
         except BaseException:
             if not self.is_started:
-                if not had_corpus:
-                    shutil.rmtree(self.path / CORPUS, ignore_errors=True)
-                with suppress(OSError):
-                    (self.path / LOCK).unlink()
-                _remove_empty(created)
+                _remove(created)
             raise
         finally:
             lock.release()
 
 
-def _missing(folder: Path) -> list[Path]:
-    """Folders that have to be created for this one, the innermost first."""
-    return [path for path in (folder, *folder.parents) if not path.exists()]
-
-
-def _remove_empty(folders: list[Path]) -> None:
+def _remove(created: list[Path]) -> None:
+    """Files, what is in the folder of tokens, and folders in which nothing is left."""
     with suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
+        for path in created:
+            if path.name == CORPUS:
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink(missing_ok=True)
 
 
 def write_checksums(folder: Path) -> None:

@@ -1,0 +1,92 @@
+"""Real runs of a tiny model, in this process or as commands."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from lightning_attention.training import TrainingOptions
+from lightning_attention.training.metrics import read_metrics
+
+TEXT = "".join(f"{i} times {j} is {i * j}\n" for i in range(40) for j in range(40))
+MODEL = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+ON_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+COMMAND = [sys.executable, "-c", "from lightning_attention.cli import main; main()"]
+
+
+def write_inputs(folder: Path) -> None:
+    (folder / "data.txt").write_text(TEXT)
+    (folder / "model.json").write_text(json.dumps(MODEL))
+
+
+def options(files: Path, name: str = "run", **changes) -> TrainingOptions:
+    defaults = {"steps": 20, "save_every": 10, "eval_every": 10, "log_every": 5, "eval_tokens": 512}
+    sizes = {"sequence_length": 64, "batch_size": 2, "config": files / "model.json"}
+    return TrainingOptions(files / name, (files / "data.txt",), **defaults | sizes | changes)
+
+
+def arguments(files: Path, name: str = "run", **changes) -> list[str]:
+    """The same run as a command line."""
+    values = {"output": files / name, "data": files / "data.txt"} | vars(options(files, name, **changes))
+    values["data"] = files / "data.txt"
+    flags = {key: value for key, value in values.items() if value is not None and not isinstance(value, bool)}
+    del flags["size"]
+    switches = [f"--{key}" for key, value in values.items() if value is True]
+    return ["train", *(f"--{key.replace('_', '-')}={value}" for key, value in flags.items()), *switches]
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def losses(output: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_metrics(output / "metrics.jsonl") if "loss" in record}
+
+
+def command(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    """Run `lightning-attention` to its end."""
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], env=ON_CPU, capture_output=True, text=True, timeout=300, **options
+    )
+
+
+def start(*arguments: object, **options) -> subprocess.Popen[str]:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*COMMAND, *map(str, arguments)], **{"env": ON_CPU} | streams | options)
+
+
+def torchrun(processes: int, *command: str, restarts: int = 0, where: Mapping[str, str] = ON_CPU) -> subprocess.Popen:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.Popen(
+        [*launch, f"--max-restarts={restarts}", "-m", "lightning_attention.cli", *command],
+        env={**where, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Until a running command has written it."""
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def workers_after(checkpoint: Path, launcher: subprocess.Popen) -> list[int]:
+    """The processes that torchrun has started, once they have written a checkpoint."""
+    wait_for(checkpoint, launcher)
+    return [int(child) for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+
+
+def error_lines(stderr: str) -> list[str]:
+    """The lines that the command itself has written."""
+    assert "Traceback" not in stderr, stderr
+    return [line for line in stderr.splitlines() if line.startswith("lightning-attention:")]
