@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from signal import SIGINT
+from signal import SIGINT, default_int_handler, signal
 from typing import Any
-from xml.etree import ElementTree
 
 import torch
 
@@ -38,6 +37,7 @@ PARTS = {
     "large": ("31_elements", []),
 }
 NOTHING_COLLECTED = 5
+LOG = "GPU_SUITE_LOG"
 
 
 def described(commit: str | None) -> dict[str, Any]:
@@ -54,31 +54,65 @@ def described(commit: str | None) -> dict[str, Any]:
 
 @dataclass
 class Summary:
-    """Names of tests; of the skipped ones, how many cases of each, by reason."""
+    """Names of tests, and of the skipped ones how many cases of each, by reason.
+
+    A test that was started and has not ended is an error.
+    """
 
     passed: int = 0
     failed: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     skipped: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    parts: dict[str, dict[str, float]] = field(default_factory=dict)
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def add(self, report: Path) -> None:
-        for case in ElementTree.parse(report).iter("testcase"):
-            name = f"{case.get('classname')}::{case.get('name')}"
-            outcomes = {element.tag: element for element in case}
-            if "failure" in outcomes:
-                self.failed.append(name)
-            elif "error" in outcomes:
-                self.errors.append(name)
-            elif (skipped := outcomes.get("skipped")) is not None:
-                self.skipped[skipped.get("message", "")][name.split("[")[0]] += 1
-            else:
+    def add(self, log: Path) -> dict[str, float]:
+        """Count what the plug-in has recorded; return the seconds that each test took."""
+        seconds: dict[str, float] = {}
+        outcomes: dict[str, tuple[str, str]] = {}
+        for line in log.read_text().splitlines():
+            name, outcome, reason, duration = json.loads(line)
+            seconds[name] = seconds.get(name, 0.0) + duration
+            if outcomes.get(name, ("started",))[0] in ("started", "passed"):
+                outcomes[name] = outcome, reason
+        for name, (outcome, reason) in outcomes.items():
+            if outcome == "passed":
                 self.passed += 1
+            elif outcome == "skipped":
+                self.skipped[reason][name.split("[")[0]] += 1
+            elif outcome == "failed":
+                self.failed.append(name)
+            else:
+                self.errors.append(f"{name}: {outcome}")
+        return seconds
 
 
-def run(command: list[str], seconds: float) -> int:
-    """Run pytest, interrupted after so many seconds: it then still reports the tests that ended."""
-    process = subprocess.Popen(command, cwd=ROOT)
+# This file is also a plug-in of pytest, which records what happens as it happens: a run that is killed has results too.
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    record(nodeid, "started", "", 0.0)
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        outcome = "error" if report.outcome == "failed" and report.when != "call" else report.outcome
+        reason = report.longrepr[2].removeprefix("Skipped: ") if report.outcome == "skipped" else ""
+        record(report.nodeid, outcome, reason, report.duration)
+        if report.outcome == "failed":
+            print(f"\n{report.nodeid} ({report.when})\n{report.longreprtext[-3000:]}", flush=True)
+
+
+def record(*values: str | float) -> None:
+    if LOG in os.environ and "PYTEST_XDIST_WORKER" not in os.environ:
+        with open(os.environ[LOG], "a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def run(command: list[str], log: Path, seconds: float) -> int:
+    """Run pytest, interrupted after so many seconds. A kernel is compiled and a test computed in one thread each."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    changed = {LOG: str(log), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | changed)
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -98,21 +132,24 @@ def main() -> int:
     parser.add_argument("-m", dest="marker", default="gpu", help="as pytest's (default: gpu)")
     parser.add_argument("-k", dest="keyword", help="as pytest's")
     options, arguments = parser.parse_known_args()
+    signal(SIGINT, default_int_handler)  # or those started by a shell in the background would ignore it
     head = {"command": shlex.join(["python", *sys.argv]), "machine": described(options.commit)}
     summary, start = Summary(), time.monotonic()
     for name, (keyword, extra) in PARTS.items():
         print(f"== {name}, after {time.monotonic() - start:.0f} s", flush=True)
         keyword = f"({options.keyword}) and ({keyword})" if options.keyword else keyword
         began = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder, "report.xml")
-            selected = ["-m", options.marker, "-k", keyword, "-p", "no:benchmark", *extra, f"--junitxml={report}"]
-            selected += ["--durations=15"]
+        with tempfile.NamedTemporaryFile() as log:
+            selected = ["-m", options.marker, "-k", keyword, "-p", "gpu_suite", "-p", "no:benchmark", *extra]
             command = [sys.executable, "-m", "pytest", "-q", *selected, *arguments]
-            code = run(command, max(options.seconds - (began - start), 1))
-            if report.exists():
-                summary.add(report)
-        summary.parts[name] = {"seconds": round(time.monotonic() - began, 1), "exit_code": code}
+            code = run(command, Path(log.name), max(options.seconds - (began - start), 1))
+            durations = summary.add(Path(log.name))
+        slowest = dict(sorted(durations.items(), key=lambda item: -item[1])[:15])
+        summary.parts[name] = {
+            "seconds": round(time.monotonic() - began, 1),
+            "exit_code": code,
+            "slowest": {test: round(seconds, 1) for test, seconds in slowest.items()},
+        }
         if code not in (0, 1, NOTHING_COLLECTED):
             summary.errors.append(f"part {name}: pytest exited with {code}")
         results = head | {"seconds": round(time.monotonic() - start, 1)} | vars(summary)

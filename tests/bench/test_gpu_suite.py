@@ -1,6 +1,7 @@
 """The summary of the GPU tests, of a few tests that need none."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,8 +37,8 @@ def suite(tmp_path):
     tests, results = tmp_path / "test_few.py", tmp_path / "results.json"
     tests.write_text(TESTS)
 
-    def run(keyword: str) -> tuple[int, dict]:
-        arguments = ["--commit", "abc", "-m", "not gpu", "-k", keyword, "-n", "0", tests]
+    def run(keyword: str, *options: str) -> tuple[int, dict]:
+        arguments = [*options, "--commit", "abc", "-m", "not gpu", "-k", keyword, "-n", "0", tests]
         code = subprocess.run([sys.executable, SCRIPT, results, *arguments], capture_output=True).returncode
         return code, json.loads(results.read_text())
 
@@ -48,8 +49,8 @@ def test_every_outcome_is_counted(suite):
     code, found = suite("test")
     assert code == 1
     assert found["passed"] == 4
-    assert [name.split(".")[-1] for name in found["failed"]] == ["test_few::test_bad"]
-    assert [name.split(".")[-1] for name in found["errors"]] == ["test_few::test_error"]
+    assert [name.split("/")[-1] for name in found["failed"]] == ["test_few.py::test_bad"]
+    assert [name.split("/")[-1] for name in found["errors"]] == ["test_few.py::test_error: error"]
     assert list(found["skipped"]) == ["no such GPU"]
     assert list(found["skipped"]["no such GPU"].values()) == [2]
     assert {name: part["exit_code"] for name, part in found["parts"].items()} == {"parallel": 1, "nccl": 0, "large": 0}
@@ -59,3 +60,18 @@ def test_every_outcome_is_counted(suite):
 @pytest.mark.parametrize(("keyword", "exit_code"), [("good", 0), ("skipped", 1)])
 def test_a_suite_is_green_if_something_passed_and_nothing_failed(suite, keyword, exit_code):
     assert suite(keyword)[0] == exit_code
+
+
+@pytest.mark.slow
+def test_a_test_that_does_not_end_is_named(suite, tmp_path):
+    """Also where a shell has started the script in the background, without the signal that interrupts tests."""
+    (tmp_path / "test_few.py").write_text("import time\ndef test_first(): pass\ndef test_long(): time.sleep(600)\n")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        code, found = suite("test", "--seconds", "40")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code == 1
+    assert found["passed"] == 1
+    assert found["errors"][0].split("/")[-1] == "test_few.py::test_long: started"
+    assert "test_few.py::test_first" in str(found["parts"]["parallel"]["slowest"])
