@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from distributed.ranks import messages_by_way_of_the_host, over_nccl
 from tiny_model import make_model, tokens
 from torch import Tensor
@@ -37,6 +38,27 @@ def gradients_by_segments(
     return _gradients(
         model, segmented_loss(model, tokens(1, T), position_ids=position_ids, segment_length=segment_length)
     )
+
+
+def gradients_of_last_labels(group: Any, T: int, num_labels: int, segment_length: int | None) -> dict[str, Tensor]:
+    """This process's part of the gradients of a sequence of which only the last labels count, if any."""
+    model = make_model()
+    if dist.is_initialized():
+        model.model.set_sequence_parallel(SequenceParallel(group))
+    ids, parallel = tokens(1, T), model.model.sequence_parallel
+    labels = ids.masked_fill(torch.arange(T) < T - num_labels, -100)
+    if segment_length is not None:
+        return _gradients(model, segmented_loss(model, ids, labels, segment_length=segment_length))
+    held = slice(T) if parallel is None else parallel.slice(T)
+    inputs = {
+        "input_ids": ids,
+        "position_ids": positions(T, []),
+        "shift_labels": F.pad(labels[:, 1:], (0, 1), value=-100),
+    }
+    given = {name: x[:, held] for name, x in inputs.items()}
+    if parallel is not None:
+        given["cu_seqlens"] = torch.tensor([0, T])
+    return _gradients(model, model(**given, num_items_in_batch=num_labels).loss)
 
 
 def gradients_of_whole_on_a_gpu(T: int) -> dict[str, Tensor]:

@@ -27,6 +27,20 @@ def test_gradients_by_segments(ranks, T, starts, segment_length, members, strate
     assert_sum(parts, jobs.gradients_of_whole(T, starts), 1e-10)
 
 
+@pytest.mark.parametrize("segment_length", [None, 7], ids=["whole", "by segments"])
+@pytest.mark.parametrize("num_labels", [0, 1, 9])
+def test_ranks_without_labels_add_nothing(ranks, num_labels, segment_length):
+    """Where no rank has a label, loss and gradients are 0."""
+    parts = ranks(jobs.gradients_of_last_labels, 20, num_labels, segment_length)
+    expected = jobs.gradients_of_last_labels(None, 20, num_labels, None)
+    assert segment_length is not None or parts[0]["loss"] == 0
+    assert (expected["loss"] == 0) == (num_labels == 0)
+    if num_labels:
+        assert_sum(parts, expected, 1e-10)
+    else:
+        assert all(x.eq(0).all() for part in parts for x in part.values())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("strategy", ["all-gather", "ring"])
 def test_gradients_by_segments_on_a_gpu(ranks, strategy):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from .model import LightningModel, LightningPreTrainedModel
 
 # What `transformers.loss.ForCausalLMLoss` takes beside logits, labels and vocab_size.
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
+IGNORED = -100  # the label of a token that is not to be predicted
 
 
 @dataclass
@@ -73,13 +74,15 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
                 is left out of the loss.
             logits_to_keep: which logits to compute; 0 is all. A number: those of the last so many tokens. Indices:
                 `[M]`, or `[B, M]` for every batch row. A bool mask `[B, T]`: logits are then `[tokens, vocab_size]`.
-            kwargs: `num_items_in_batch`, by which the loss is divided instead of the number of labels; `shift_labels`,
-                labels that are shifted already; `ignore_index` instead of -100; and what `LightningModel` takes.
+            kwargs: `num_items_in_batch`, by which the sum of losses is divided instead of the number of labels; 0
+                counts as 1; `shift_labels`, labels that are shifted already, which a rank of sequence parallelism
+                gives; `ignore_index` instead of -100; and what `LightningModel` takes.
             others: as for `LightningModel`.
 
         Returns:
             Logits `[B, T, vocab_size]`, the mean loss in nats a token where labels are given, the cache, and the states
-            after these tokens where those before were given.
+            after these tokens where those before were given. Where all labels are ignored, the loss and its gradients
+            are 0.
 
         Raises:
             TypeError, ValueError: as `LightningModel`; ValueError also for labels with only some of the logits.
@@ -88,6 +91,8 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
         has_labels = labels is not None or for_loss.get("shift_labels") is not None
         if has_labels and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need all logits: leave logits_to_keep out")
+        if has_labels and self.model.sequence_parallel is not None and for_loss.get("shift_labels") is None:
+            raise ValueError("with sequence parallelism give shift_labels: the next rank holds the last token's label")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -106,7 +111,9 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
         logits = self.lm_head(_kept(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if has_labels:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **_divided(labels, **for_loss)
+            )
         returned: dict[str, Any] = {CACHE: outputs.cache}
         return LightningOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, states=outputs.states, **returned
@@ -150,6 +157,25 @@ class LightningForQuestionAnswering(GenericForQuestionAnswering, LightningPreTra
     """First and last token of an answer."""
 
     accepts_loss_kwargs = False
+
+
+def _divided(
+    labels: Tensor | None,
+    *,
+    num_items_in_batch: int | Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    ignore_index: int = IGNORED,
+) -> dict[str, Any]:
+    """Arguments of the loss function, with a number of labels to divide by that is not 0."""
+    count = num_items_in_batch
+    if count is None:
+        predicted = cast(Tensor, labels)[..., 1:] if shift_labels is None else shift_labels
+        count = (predicted != ignore_index).sum()
+    return {
+        "num_items_in_batch": count + (count == 0),
+        "shift_labels": shift_labels,
+        "ignore_index": ignore_index,
+    }
 
 
 def _kept(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:

@@ -18,9 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from ..distributed.parallel import SequenceParallel
 from ..models import LightningForCausalLM
+from ..models.heads import IGNORED
 from ..ops.problem import state_dtype
-
-IGNORED = -100
 
 
 def segmented_loss(
@@ -50,13 +49,13 @@ def segmented_loss(
         labels: `[B, T]`, as for the model, by default `input_ids`; -100 is left out of the loss.
         segment_length: tokens of a row in a segment; the last one may be shorter.
         position_ids: `[B, T]`, by default from 0; a document starts where they are 0, within a segment or not.
-        num_items_in_batch: divide the sum of losses by it, instead of by the number of labels.
+        num_items_in_batch: divide the sum of losses by it, instead of by the number of labels; 0 counts as 1.
         truncate_every: cut the gradient at the end of every so many segments. Not exact: what a token does to later
             parts is left out. By default it is not cut.
         offload_states: keep the states between segments in the memory of the host, pinned.
 
     Returns:
-        The mean loss in nats a token, a scalar.
+        The mean loss in nats a token, a scalar. Where all labels are ignored, the loss and its gradients are 0.
 
     Raises:
         TypeError: the tokens of the model may reach each other otherwise than through states, or it is in DataParallel.
@@ -120,10 +119,8 @@ class _Row:
         return -(-self.input_ids.shape[1] // self.segment_length)
 
     def num_labels(self) -> int:
-        """At least 1. The first label of a row is predicted by no token."""
-        if self.labels is None:
-            return max(self.input_ids[:, 1:].numel(), 1)
-        return max(int((self.labels[:, 1:] != IGNORED).sum()), 1)
+        """Labels that are not ignored. The first one of a batch row is predicted by no token."""
+        return self.input_ids[:, 1:].numel() if self.labels is None else int((self.labels[:, 1:] != IGNORED).sum())
 
     def segment(self, index: int) -> dict[str, Tensor]:
         """Inputs of the model, with the token to predict for every token: of this rank, if a segment is shared."""
