@@ -17,8 +17,8 @@ class MetricsCallback(TrainerCallback):
     """Appends every log to `metrics.jsonl` and shows it, with the tokens a second since the last one.
 
     Args:
-        file: JSON lines: `step`, `tokens` seen, `seconds` of this process, and what the Trainer logged; numbers that
-            are not finite are null.
+        file: JSON lines: `step`, `tokens` that all processes have read, `seconds` of this process, and what the
+            Trainer logged; numbers that are not finite are null.
         tokens_per_step: of all processes together.
         console: where to show progress.
     """
@@ -59,7 +59,7 @@ class MetricsCallback(TrainerCallback):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         now = time.monotonic()
-        record = {"step": state.global_step, "tokens": state.global_step * self.tokens_per_step}
+        record = {"step": state.global_step, "tokens": state.num_input_tokens_seen}
         record |= {"seconds": round(now - self.started, 3), **logs}
         if "loss" in logs:
             steps = state.global_step - self.marked_step

@@ -31,6 +31,10 @@ class TrainingOptions:
 
     Paths are `str` or `os.PathLike`, and kept as `Path`s.
 
+    A step reads `batch_size * accumulate` sequences for each data process (a process, or `sequence_parallel` of them).
+    Epochs are shuffled by `seed` and joined end to end, so every step is full: the next epoch fills a step in which one
+    ends. Which sequences a step reads, and the mean over its tokens as loss, do not depend on how processes share it.
+
     Attributes:
         output: folder for checkpoints, tokens, metrics and plot; must not hold a run already.
         data: files and folders of text, or one of them; empty for Python's standard library.

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from ..distributed.parallel import SequenceParallel
 from ..models import LightningForCausalLM
+from ..models.heads import IGNORED
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,6 @@ class Ranks:
         )
         return cls(mesh.get_local_rank("data"), mesh.size(0), SequenceParallel(mesh.get_group("sequence"), strategy))
 
-    def share_batches(self, loader: Any) -> Any:
-        """Have the loader of accelerate give all processes of a group the same batches."""
-        loader.batch_sampler.num_processes, loader.batch_sampler.process_index = self.data_size, self.data_rank
-        return loader
-
     def collate(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """This process's slice of the rows of a `PackedDataset`, one after the other as one row.
 
@@ -58,7 +53,7 @@ class Ranks:
         """
         whole = one_row(rows)
         length = whole["input_ids"].shape[1]
-        whole["shift_labels"] = whole["labels"] = F.pad(whole["labels"][:, 1:], (0, 1), value=-100)
+        whole["shift_labels"] = whole["labels"] = F.pad(whole["labels"][:, 1:], (0, 1), value=IGNORED)
         starts = (whole["position_ids"][0] == 0).nonzero()[:, 0]
         held = self.sequence_parallel.slice(length)
         sliced = {name: x[:, held] for name, x in whole.items()}
@@ -87,3 +82,12 @@ def shard(model: LightningForCausalLM, mesh: DeviceMesh) -> None:
     modules: list[nn.Module] = [*model.model.layers, model]
     for module in modules:
         fully_shard(module, mesh=mesh)
+
+
+def sum_over_processes(values: Sequence[float], device: torch.device) -> list[float]:
+    """Add up each of the values over all processes, in float64."""
+    if not dist.is_initialized():
+        return list(values)
+    totals = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(totals)
+    return totals.tolist()

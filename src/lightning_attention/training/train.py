@@ -5,15 +5,12 @@ import math
 import os
 import shlex
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers import (
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -26,17 +23,18 @@ from transformers import (
 
 from ..models import LightningConfig, LightningForCausalLM
 from ..models.checkpoint import checkpoint_step, checkpoints, last_checkpoint, load_model
-from .checkpoint import CheckpointingTrainer, check_checkpoint, read_record
+from .batches import has_labels
+from .checkpoint import check_checkpoint, read_record
 from .corpus import Corpus, PackedDataset
 from .documents import Sources, standard_library
 from .folder import CORPUS, METRICS, PICTURE, RunFolder, last_intact
 from .metrics import MetricsCallback, plot_loss
 from .options import TrainingOptions, continued
-from .parallel import Ranks, all_processes, one_row, shard
+from .parallel import Ranks, all_processes, shard
 from .processes import check_equal, explaining_lost_processes, is_restarted, on_first, rank, together
-from .segments import segmented_loss
 from .signals import Interrupted, StopRequest, stop_requests
 from .tokenizer import load_tokenizer
+from .trainer import PackedTrainer
 
 
 def train(options: TrainingOptions, *, resume: bool = False, console: Console | None = None) -> Path:
@@ -96,7 +94,7 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
         per_step = options.batch_size * _data_processes(options, arguments) * options.accumulate
         tokens_per_step = options.sequence_length * per_step
         metrics = folder.path / METRICS
-        trainer = _Trainer(
+        trainer = PackedTrainer(
             options.segment_length,
             ranks,
             stop=stop,
@@ -122,7 +120,7 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
         return last
 
 
-def _run(trainer: "_Trainer", checkpoint: Path | None, folder: Path, stop: StopRequest, console: Console) -> None:
+def _run(trainer: PackedTrainer, checkpoint: Path | None, folder: Path, stop: StopRequest, console: Console) -> None:
     """Make the steps that are left; say how to go on if something ends them."""
     go_on = f"lightning-attention train --resume --output {shlex.quote(str(folder))}"
     try:
@@ -160,47 +158,6 @@ class _Arguments(TrainingArguments):
         return min(super().n_gpu, 1)
 
 
-class _Trainer(CheckpointingTrainer):
-    """One that reads rows by segments, in training and evaluation, or shares them with other processes."""
-
-    def __init__(self, segment_length: int | None, ranks: Ranks | None, **options: Any):
-        collate = None
-        if ranks is not None:
-            collate = ranks.collate if segment_length is None else one_row
-        super().__init__(**options, data_collator=collate)
-        self.segment_length, self.ranks = segment_length, ranks
-        if isinstance(self.model, FSDPModule):  # autocast and compilation, but no DistributedDataParallel
-            prepare: Any = self.accelerator.prepare_model
-            self.model_wrapped = prepare(self.model, device_placement=False, evaluation_mode=True)
-
-    def get_train_dataloader(self) -> Any:
-        loader = super().get_train_dataloader()
-        return loader if self.ranks is None else self.ranks.share_batches(loader)
-
-    def get_eval_dataloader(self, *args: Any) -> Any:
-        loader = super().get_eval_dataloader(*args)
-        return loader if self.ranks is None else self.ranks.share_batches(loader)
-
-    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        read = model if self.segment_length is None else cast(Any, partial(self._by_segments, model))
-        loss = super().compute_loss(read, *args, **kwargs)
-        if self.ranks is None or torch.is_grad_enabled():
-            return loss
-        loss, outputs = loss  # in evaluation, where each process has the loss of its slice
-        return self.accelerator.reduce(loss, "mean"), outputs
-
-    def _by_segments(
-        self, model: Any, *, attention_mask: Tensor | None = None, num_items_in_batch: Any, **inputs: Any
-    ) -> dict[str, Tensor]:
-        """Rows are full, so a mask is of ones. Processes that share a row have each counted all of it."""
-        if self.ranks is not None:
-            num_items_in_batch = num_items_in_batch / self.ranks.sequence_parallel.size
-        loss = segmented_loss(
-            model, **inputs, segment_length=cast(int, self.segment_length), num_items_in_batch=num_items_in_batch
-        )
-        return {"loss": loss}
-
-
 def _ranks(options: TrainingOptions, arguments: TrainingArguments) -> Ranks | None:
     if options.fsdp and not dist.is_initialized():
         raise ValueError("fsdp needs the processes that torchrun starts")
@@ -236,7 +193,11 @@ def _datasets(corpus: Corpus, options: TrainingOptions) -> tuple[PackedDataset, 
         )
     length, eos = options.sequence_length, corpus.eos_token_id
     rows = PackedDataset(corpus.train_tokens(), length, eos)
-    return rows, PackedDataset(corpus.held_out_tokens(), length, eos, options.eval_tokens)
+    held_out = PackedDataset(corpus.held_out_tokens(), length, eos, options.eval_tokens)
+    for part, dataset in (("training", rows), ("held-out", held_out)):
+        if not has_labels(dataset):
+            raise ValueError(f"the {part} part has no token to predict: its documents hold one token each")
+    return rows, held_out
 
 
 def _configuration(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -> LightningConfig:
