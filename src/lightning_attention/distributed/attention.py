@@ -1,6 +1,7 @@
 """The public call: check, see what this rank holds, and put the pieces together."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,6 @@ from ..ops.api import LightningAttentionOutput, autocast
 from ..ops.api import lightning_attention as attend
 from ..ops.chunked import rates_of
 from ..ops.problem import (
-    DTYPES,
     Problem,
     check_backend,
     check_log_decay,
@@ -22,11 +22,13 @@ from ..ops.problem import (
     sequence_bounds,
 )
 from ..ops.transforms import refuse_transforms
+from .agreement import Agreement, device_types, is_member
 from .exchange import STRATEGIES, Exchange
 from .slices import Slice, slice_of
 from .states import add_incoming_, on_device_of, outgoing_state, power
 
 
+@torch.compiler.disable(reason="distributed.lightning_attention is not traced: ranks must make the same collectives")
 def lightning_attention(
     q: Tensor,
     k: Tensor,
@@ -41,6 +43,7 @@ def lightning_attention(
     lengths: Sequence[int] | None = None,
     strategy: str = "all-gather",
     backend: str = "auto",
+    check: bool = True,
 ) -> LightningAttentionOutput:
     """`lightning_attention` over tokens that are spread over the ranks of a process group, in the order of the ranks.
 
@@ -81,29 +84,40 @@ def lightning_attention(
 
     Source: LASP-2 (arXiv 2502.07563), here with a decay; ZeCO (arXiv 2507.01004).
     """
-    check_tensors(
-        {"q": q, "k": k, "v": v},
-        {"log_decay": log_decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens},
-    )
-    refuse_transforms("distributed.lightning_attention", q=q, k=k, v=v, initial_state=initial_state)
-    scale = checked_scale(scale)
-    check_output_final_state(output_final_state)
-    check_backend(backend)
-    rank = _rank_in(group)
-    q, k, v = autocast(q, k, v)
-    # Its values are read here, wherever it is; only shape and dtype remain to be checked.
-    seqlens = None if cu_seqlens is None else torch.empty_like(cu_seqlens, device=q.device)
-    problem = Problem.of_attention(q, k, v, log_decay, initial_state, seqlens)
-    check_log_decay(log_decay)
-    backend = library.choose_backend(backend, problem)
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
-    if lengths is None:
-        states = (k, v, initial_state) if torch.is_grad_enabled() else ()
-        has_gradient = any(x is not None and x.requires_grad for x in states)
-        lengths = _exchange_lengths(problem, cu_seqlens, initial_state, has_gradient, strategy, group)
-    else:
-        _check_lengths(lengths, q.shape[1], rank, dist.get_world_size(group))
+    with Agreement(group, q, enabled=check is not False) as agreement:
+        if not isinstance(check, bool):
+            raise TypeError(f"check must be True or False, got {type(check).__name__}")
+        check_tensors(
+            {"q": q, "k": k, "v": v},
+            {"log_decay": log_decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens},
+        )
+        refuse_transforms("distributed.lightning_attention", q=q, k=k, v=v, initial_state=initial_state)
+        scale = checked_scale(scale)
+        check_output_final_state(output_final_state)
+        check_backend(backend)
+        rank = _rank_in(group)
+        q, k, v = autocast(q, k, v)
+        # The host reads its values, wherever it is; only shape and dtype have to be checked.
+        seqlens = None if cu_seqlens is None else torch.empty_like(cu_seqlens, device=q.device)
+        problem = Problem.of_attention(q, k, v, log_decay, initial_state, seqlens)
+        if q.device.type not in (types := device_types(group)):
+            raise ValueError(f"q must be on a device that the backend of the group serves, {types}, got {q.device}")
+        backend = library.choose_backend(backend, problem)
+        if not isinstance(strategy, str):
+            raise TypeError(f"strategy must be a string, got {type(strategy).__name__}")
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
+        if lengths is not None:
+            lengths = _checked_lengths(lengths, problem.length, rank, dist.get_world_size(group))
+        elif not check:
+            raise ValueError("lengths must be given with check=False: no rank is asked for its length")
+        check_log_decay(log_decay.cpu() if check and log_decay is not None else log_decay)
+        if check:
+            cu_seqlens = None if cu_seqlens is None else cu_seqlens.cpu()
+            options = {"strategy": strategy, "scale": scale, "output_final_state": output_final_state}
+            terms = _terms(problem, k, v, log_decay, initial_state, cu_seqlens) | options | {"lengths": lengths}
+            lengths = agreement.settle(problem.length, terms)
+    assert lengths is not None
     bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens, sum(lengths))
     held = slice_of(rank, lengths, bounds)
     num_documents = 1 if bounds is None else problem.num_states
@@ -131,6 +145,32 @@ def lightning_attention(
     return LightningAttentionOutput(o, final)
 
 
+def _terms(
+    problem: Problem,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> dict[str, object]:
+    """Sizes and values that have to be equal on every rank."""
+    differentiable = (k, v, initial_state) if torch.is_grad_enabled() else ()
+    return {
+        "B": problem.batch_size,
+        "H": problem.num_heads,
+        "K": problem.key_dim,
+        "V": problem.value_dim,
+        "dtype": str(problem.dtype),
+        "device": problem.device.type,
+        "cu_seqlens given": cu_seqlens is not None,
+        "initial_state given": initial_state is not None,
+        "N": problem.num_states,
+        "a gradient for k, v or initial_state": any(x is not None and x.requires_grad for x in differentiable),
+        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.tolist(),
+        "log_decay": None if log_decay is None else [x + 0.0 for x in log_decay.tolist()],  # -0.0 is 0.0
+    }
+
+
 def _states_here(initial_state: Tensor, held: Slice, num_documents: int) -> Tensor:
     """The states of the documents here `[D, B, H, K, V]`; zero for one that began elsewhere."""
     states = initial_state.unflatten(0, (num_documents, -1 if num_documents else 1))
@@ -154,45 +194,20 @@ def _padded(states: Tensor, before: int, after: int) -> Tensor:
 def _rank_in(group: "dist.ProcessGroup | None") -> int:
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("group must be initialised: call torch.distributed.init_process_group first")
-    if (rank := dist.get_rank(group)) < 0:
+    if not is_member(group):
+        if not isinstance(group, (dist.ProcessGroup, type(dist.GroupMember.NON_GROUP_MEMBER))):
+            raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
         raise ValueError(f"group must contain this process, got one without rank {dist.get_rank()}")
-    return rank
+    return dist.get_rank(group)
 
 
-def _check_lengths(lengths: Sequence[int], length: int, rank: int, world_size: int) -> None:
+def _checked_lengths(lengths: object, length: int, rank: int, world_size: int) -> list[int]:
+    expected = f"the numbers of tokens of {world_size} ranks, {length} of rank {rank}"
+    if not isinstance(lengths, Sequence) or isinstance(lengths, (str, bytes)):
+        raise TypeError(f"lengths must be {expected}, got {type(lengths).__name__}")
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in lengths):
+        raise TypeError(f"lengths must be integers, {expected}, got {list(lengths)}")
+    lengths = [int(n) for n in lengths]
     if len(lengths) != world_size or min(lengths) < 0 or lengths[rank] != length:
-        expected = f"the numbers of tokens of {world_size} ranks, {length} of rank {rank}"
-        raise ValueError(f"lengths must be {expected}, got {list(lengths)}")
-
-
-def _exchange_lengths(
-    problem: Problem,
-    cu_seqlens: Tensor | None,
-    initial_state: Tensor | None,
-    has_gradient: bool,
-    strategy: str,
-    group: "dist.ProcessGroup | None",
-) -> list[int]:
-    """The tokens of every rank. On the rest they have to agree: others would wait forever for one that does not."""
-    common = {
-        "B": problem.batch_size,
-        "H": problem.num_heads,
-        "K": problem.key_dim,
-        "V": problem.value_dim,
-        "dtype": DTYPES.index(problem.dtype),
-        "N": problem.num_states,
-        "cu_seqlens given": cu_seqlens is not None,
-        "initial_state given": initial_state is not None,
-        "a gradient for k, v or initial_state": has_gradient,
-        "strategy": list(STRATEGIES).index(strategy),
-    }
-    mine = torch.tensor([problem.length, *common.values()], dtype=torch.int64, device=problem.device)
-    gathered = mine.new_empty(dist.get_world_size(group), len(mine))
-    dist.all_gather(list(gathered), mine, group=group)
-    lengths, *columns = gathered.T.tolist()
-    meaning = {"dtype": [str(dtype) for dtype in DTYPES], "strategy": list(STRATEGIES)}
-    for name, values in zip(common, columns, strict=True):
-        if len(set(values)) > 1:
-            values = [meaning[name][value] for value in values] if name in meaning else values
-            raise ValueError(f"{name} must be the same on every rank of the group, got {values}")
+        raise ValueError(f"lengths must be {expected}, got {lengths}")
     return lengths
