@@ -3,7 +3,6 @@
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -149,7 +148,10 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
 
 def attend_under(name: str, group: Any, arguments: dict[str, Any]) -> Any:
     """The call, under a transform that the name may say."""
-    call = partial(distributed.lightning_attention, group=group)
+
+    def call(**given: Any) -> Any:
+        return distributed.lightning_attention(**given, group=group)
+
     if name == "grad-transform":
         return torch.func.grad(lambda q: call(**arguments | {"q": q}).output.sum())(arguments["q"])
     if name == "vmap-transform":
@@ -186,7 +188,9 @@ def outcome(
     name, changes = (fault, (RAISED | DIFFERENT)[fault][0]) if isinstance(fault, str) else ("", fault)
     wrong = arguments | changes if rank in faulty else arguments
     text, seconds = complaint(lambda: attend_under(name if rank in faulty else "", group, wrong))
-    return text, seconds, *distributed.lightning_attention(**arguments, group=group)
+    output, final_state = distributed.lightning_attention(**arguments, group=group)
+    assert final_state is not None
+    return text, seconds, output, final_state
 
 
 def outcome_with_two_errors(group: Any) -> tuple[str, float, Tensor, Tensor]:
@@ -220,10 +224,15 @@ def collectives(group: Any, options: dict[str, Any]) -> int:
 
 def results_by_check(group: Any, check: bool, strategy: str) -> tuple[Tensor, ...]:
     """Outputs and gradients."""
-    arguments = arguments_of(dist.get_rank(group)) | {"check": check, "lengths": LENGTHS, "strategy": strategy}
+    arguments: dict[str, Any] = arguments_of(dist.get_rank(group)) | {
+        "check": check,
+        "lengths": LENGTHS,
+        "strategy": strategy,
+    }
     leaves = [arguments[name].requires_grad_() for name in ("q", "k", "v", "initial_state")]
-    outputs = distributed.lightning_attention(**arguments, group=group)
-    return *outputs, *torch.autograd.grad(sum(x.square().sum() for x in outputs), leaves)
+    output, final_state = distributed.lightning_attention(**arguments, group=group)
+    assert final_state is not None
+    return output, final_state, *torch.autograd.grad(output.square().sum() + final_state.square().sum(), leaves)
 
 
 def complaint_of_one_rank(group: Any) -> tuple[str, float]:

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from distributed import faults_of_models as faults
 from distributed import models as jobs
 from distributed.ranks import WORLD_SIZE
+from distributed.test_agreement import SECONDS, heard
 from oracle import needs_two_gpus
+from tiny_model import make_model
 from torch import Tensor
 
 CASES = [(24, [], 24), (41, [], 10), (41, [7, 10, 20, 21], 10), (33, [5, 16], 40), (13, [1, 2, 3], 3)]
@@ -70,3 +73,25 @@ def test_gradients_of_a_sharded_model(ranks, members):
     largest = max(x.norm() for x in expected.values())
     for name, exact in expected.items():
         assert (actual[name] - exact).norm() < 1e-5 * max(exact.norm(), largest / 100), name
+
+
+def assert_every_rank_complains(outcomes: list, name: str) -> None:
+    """Before the first layer, and the right forward pass after it gives what one process gets."""
+    _, message = (faults.RAISED | faults.DIFFERENT)[name]
+    own, of_others = (message, heard(message, 1)) if name in faults.RAISED else (f"ValueError: {message}",) * 2
+    for rank, (complaint, seconds, _) in enumerate(outcomes):
+        assert complaint.startswith(own if rank == 1 else of_others), rank
+        assert seconds < SECONDS
+    expected = make_model()(**faults.whole()).logits
+    torch.testing.assert_close(torch.cat([logits for *_, logits in outcomes], dim=1), expected)
+
+
+@pytest.mark.parametrize("name", [*faults.RAISED, *faults.DIFFERENT])
+def test_a_fault_of_one_rank_is_an_error_on_all(ranks, name):
+    assert_every_rank_complains(ranks(faults.outcome, name), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["argument-unknown", "log_decay"])
+def test_a_fault_of_one_compiled_model_is_an_error_on_all(ranks, name):
+    assert_every_rank_complains(ranks(faults.outcome_compiled, name), name)

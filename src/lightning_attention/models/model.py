@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
+from ..distributed.agreement import Agreement
 from ..distributed.parallel import SequenceParallel
 from ..nn import LRPE, GatedLightningAttention, SimpleGLU, SimpleRMSNorm
 from ..nn.attention import Decay, Slots
@@ -27,6 +28,7 @@ from .cache import CACHE, LightningCache, one_cache
 from .configuration import LightningConfig
 from .layout import Layout, layout_of
 from .remote_code import is_ours
+from .sequence_parallel import fails_on_every_rank, settle
 
 logger = logging.get_logger(__name__)
 
@@ -139,6 +141,7 @@ class LightningModel(LightningPreTrainedModel):
         self.norm = SimpleRMSNorm(config.norm_eps)
         self.gradient_checkpointing = False
         self.sequence_parallel: SequenceParallel | None = None
+        self.agreement: Agreement | None = None
         self.post_init()
 
     def set_sequence_parallel(self, sequence_parallel: SequenceParallel | None) -> None:
@@ -151,6 +154,7 @@ class LightningModel(LightningPreTrainedModel):
                 module.sequence_parallel = sequence_parallel
 
     @can_return_tuple
+    @fails_on_every_rank
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -237,6 +241,8 @@ class LightningModel(LightningPreTrainedModel):
             layout = layout_of(x, attention_mask, position_ids, seq_idx, cu_seqlens, cache, keeps_state=keeps_state)
         if states is not None:
             _check_states(states, len(self.layers), layout, position_ids, cache)
+        if self.agreement is not None:
+            settle(self, self.agreement, x, layout, states, checkpointing)
         if cache is None and use_cache and not layout.has_documents:
             cache = LightningCache(self.config.num_hidden_layers)
 
