@@ -77,6 +77,23 @@ def test_the_cache_follows_its_rows(model):
         torch.testing.assert_close(again, expected[[2, 0]], rtol=1e-4, atol=1e-4)
 
 
+def test_repeated_rows_go_on_where_they_were(model):
+    """Rows of unequal lengths, each as several beams in a row: a beam has the state and the position of its text."""
+    lengths, beams, following = [3, 9, 6], 2, tokens(6, 1, seed=9)
+    ids, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
+    for row, n in enumerate(lengths):
+        ids[row, 9 - n :], mask[row, 9 - n :] = tokens(n, seed=row), 1
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(beams)
+        logits = model(following, past_key_values=cache).logits
+        for beam in range(3 * beams):
+            row = beam // beams
+            text = torch.cat([tokens(1, lengths[row], seed=row), following[beam : beam + 1]], dim=1)
+            expected = model(text, use_cache=False).logits[:, -1:]
+            torch.testing.assert_close(logits[beam : beam + 1], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_what_the_state_cannot_do_is_refused(model):
     with pytest.raises(ValueError, match="assisted generation is not supported"):
         model.generate(tokens(1, 5), max_new_tokens=5, prompt_lookup_num_tokens=2)
