@@ -222,3 +222,21 @@ def assert_the_past_is_heard(attention, device: str, start: int, dtype: torch.dt
         for f, x in ((definition, inputs.to(torch.float64).on("cpu")), (attention, inputs), (plain, inputs))
     )
     assert error(actual, exact) <= 2 * error(baseline, exact) + torch.finfo(dtype).eps
+
+
+def assert_state_is_wide(backend: str, case: Case, dtype: torch.dtype) -> None:
+    """The final state is as near as keys that are rounded once, or float32 products, bring it: not rounded by chunk.
+
+    For a decay so gentle that the rounding of many chunks would add up.
+    """
+    inputs = make_inputs(case, dtype)
+    assert inputs.log_decay is not None
+    weights = torch.exp(inputs.log_decay.double() * torch.arange(case.T - 1, -1, -1)[:, None])[..., None]
+    decayed = inputs.k * weights
+    exact, rounded = (
+        torch.einsum("bthk,bthv->bhkv", k.double(), inputs.v.double()) for k in (decayed, decayed.to(dtype))
+    )
+    inputs = inputs.on(device_of(backend) if backend != "hopper" else "cuda")
+    _, state = attention(backend)(inputs.q, inputs.k, inputs.v, inputs.log_decay)
+    assert state.dtype == torch.float32
+    assert error(state.cpu(), exact) < (1e-4 if backend in ("chunked", "reference") else 2 * error(rounded, exact))

@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from oracle import (
     INTERPRETED,
     Case,
     assert_accurate,
+    assert_state_is_wide,
     attention,
     definition,
     device_of,
@@ -77,6 +80,19 @@ def test_matches_the_definition(backend, case, dtype):
     assert actual["o"].is_contiguous()
     assert actual["final_state"].dtype == inputs.d_final_state.dtype
     assert_accurate(actual, inputs)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        *product(("chunked", "reference"), (torch.bfloat16, torch.float16)),
+        pytest.param("triton", torch.float16, marks=pytest.mark.triton),
+        pytest.param("triton", torch.bfloat16, marks=pytest.mark.gpu),
+    ],
+    ids=str,
+)
+def test_the_state_is_float32_from_chunk_to_chunk(backend, dtype):
+    assert_state_is_wide(backend, Case(B=1, T=16 * C, H=2, slope=1e-4, state=False), dtype)
 
 
 sizes = st.integers(1, 12)

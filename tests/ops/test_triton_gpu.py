@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Case, assert_accurate, attention, error, make_inputs, run
+from oracle import Case, assert_accurate, assert_state_is_wide, attention, error, make_inputs, run
 
 from lightning_attention import (
     decay,
@@ -70,6 +70,14 @@ def test_long_sequences(backend, case, dtype):
     skip_unless_it_can(backend, case.K, case.V, dtype)
     inputs = make_inputs(case, dtype).on("cuda")
     assert_accurate(run(attention(backend), inputs), inputs, is_long=True)
+
+
+@on_backends
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_the_state_is_float32_from_chunk_to_chunk(backend, dtype):
+    """With so many heads that no sequence is cut into segments."""
+    skip_unless_it_can(backend, 64, 64, dtype)
+    assert_state_is_wide(backend, Case(B=1, T=2048, H=300, K=64, V=64, slope=1e-4, state=False), dtype)
 
 
 @on_backends
