@@ -206,6 +206,10 @@ def complaint_of_two(group: Any, changes: dict[str, Any]) -> str:
     return complaint(lambda: distributed.lightning_attention(**arguments, group=group))[0]
 
 
+def complaint_about_group(_: Any, group: Any) -> str:
+    return complaint(lambda: distributed.lightning_attention(**arguments_of(dist.get_rank()), group=group))[0]
+
+
 def collectives(group: Any, options: dict[str, Any]) -> int:
     """The number of gathers in a call with the ring, which has none of its own."""
     count, gather = 0, dist.ProcessGroup.allgather

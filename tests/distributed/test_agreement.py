@@ -84,6 +84,11 @@ def test_ranks_of_other_groups_are_not_asked(ranks, members):
     assert complaints == [f"ValueError: rank 1 raised {error}", error]
 
 
+def test_what_is_no_group_is_refused(ranks):
+    message = "TypeError: group must be a torch.distributed.ProcessGroup or None, got str"
+    assert ranks(faults.complaint_about_group, "world") == [message] * WORLD_SIZE
+
+
 @pytest.mark.parametrize(
     ("given", "count"),
     [({}, 1), ({"lengths": LENGTHS}, 1), ({"lengths": LENGTHS, "check": False}, 0)],

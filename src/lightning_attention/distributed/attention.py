@@ -55,6 +55,8 @@ def lightning_attention(
     Outputs and gradients are those of one process. Only the states `[B, H, K, V]` travel, and their gradients, while
     the slice alone is worked on. Every rank must make the call, and if gradients are needed its backward pass.
 
+    The ranks compare their calls before a state travels: an error on one rank, or a difference, raises on every rank.
+
     Args:
         q: queries of this rank's tokens `[B, n_r, H, K]`; otherwise as for one process, like all that follow.
         k: keys, the shape and dtype of q.
@@ -68,10 +70,11 @@ def lightning_attention(
         output_final_state: also return the states after the last tokens.
         cu_seqlens: `[N + 1]`, bounds of the sequences in the row of all ranks' tokens, the same on every rank, B = 1. A
             sequence may lie on any number of ranks. Read by the host, so best on a CPU, whatever the device of q.
-        lengths: the n_r of all ranks, given by every rank or none. None has them exchanged, and sizes and options
-            compared, in a small collective that the host waits for.
+        lengths: the n_r of all ranks, given by every rank or none; None has the check exchange them.
         strategy: how states travel, "all-gather" or "ring": see `exchange`, also for the bytes.
         backend: as for one process.
+        check: compare the calls of all ranks, in one small collective that the host waits for. False, on every rank,
+            compares nothing and needs `lengths`: an error on one rank then leaves the others waiting.
 
     Returns:
         `output` `[B, n_r, H, V]`. `final_state` `[N, H, K, V]` or None: a sequence's state on the rank where it ends,
@@ -79,8 +82,13 @@ def lightning_attention(
         ranks of their first and last tokens, and empty ones lie on the first rank whose slice reaches them.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as for one process; ValueError also for an unknown strategy, a
-            process that is not in the group, lengths that do not fit, and, without lengths, what differs between ranks.
+        ValueError, TypeError, NotImplementedError: as for one process, and on every rank what one of them raised;
+            ValueError also for an unknown strategy, a process that is not in the group, lengths that do not fit, and
+            what differs between ranks.
+        RuntimeError: another rank raised an error of any other type.
+
+    Example:
+        o = distributed.lightning_attention(q, k, v, log_decay).output  # within torchrun
 
     Source: LASP-2 (arXiv 2502.07563), here with a decay; ZeCO (arXiv 2507.01004).
     """

@@ -147,6 +147,8 @@ class LightningModel(LightningPreTrainedModel):
     def set_sequence_parallel(self, sequence_parallel: SequenceParallel | None) -> None:
         """From now on inputs are this rank's slice of one sequence of documents, with `position_ids`, and the
         `cu_seqlens` of the whole.
+
+        Every forward pass compares the ranks before the layers: an error or a difference raises on every rank.
         """
         self.sequence_parallel = sequence_parallel
         for module in self.modules():
