@@ -1,6 +1,8 @@
 """What is saved is what is loaded: every weight, whatever was done to the model before."""
 
 import copy
+import os
+import stat
 
 import pytest
 import torch
@@ -128,3 +130,16 @@ def test_decays_survive_meta_tensors(preset, tmp_path):
     for i, layer in enumerate(empty.model.layers):
         assert torch.equal(layer.attention.decay.log_decay, model.config.layer_log_decay(i))
     assert torch.equal(empty(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077], ids=oct)
+@pytest.mark.parametrize("shards", [1, 3], ids="{} files".format)
+def test_weights_have_the_mode_of_the_other_files(model, tmp_path, umask, shards):
+    before = os.umask(umask)
+    try:
+        model.save_pretrained(tmp_path, max_shard_size="5GB" if shards == 1 else "12KB")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert sum(name.endswith(".safetensors") for name in modes) >= shards
+    assert set(modes.values()) == {0o666 & ~umask}

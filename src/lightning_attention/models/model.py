@@ -5,8 +5,10 @@ Source: TransNormerLLM (arXiv 2307.14995), figure 1 and section 3.
 """
 
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 from transformers.utils.generic import can_return_tuple
 
 from ..distributed.agreement import Agreement
@@ -24,6 +26,7 @@ from ..distributed.parallel import SequenceParallel
 from ..nn import LRPE, GatedLightningAttention, SimpleGLU, SimpleRMSNorm
 from ..nn.attention import Decay, Slots
 from ..ops.problem import state_dtype
+from ..paths import to_path
 from .cache import CACHE, LightningCache, one_cache
 from .configuration import LightningConfig
 from .layout import Layout, layout_of
@@ -118,6 +121,7 @@ class LightningPreTrainedModel(PreTrainedModel):
             self.config.tie_word_embeddings = is_tied
             self._keys_to_ignore_on_save = list(self._tied_weights_keys or ()) if is_tied else None
         super().save_pretrained(save_directory, *args, **kwargs)
+        _share_mode(to_path(save_directory, "save_directory"))
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As transformers'.
@@ -128,6 +132,13 @@ class LightningPreTrainedModel(PreTrainedModel):
         if new_num_tokens is not None:
             self.config.check_token_ids(new_num_tokens)
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
+
+def _share_mode(folder: Path) -> None:
+    """Give weights the mode of the configuration beside them: safetensors lets nobody but their owner read them."""
+    config = folder / CONFIG_NAME
+    for weights in folder.glob("model*.safetensors") if config.is_file() else []:
+        weights.chmod(stat.S_IMODE(config.stat().st_mode))
 
 
 class LightningModel(LightningPreTrainedModel):
