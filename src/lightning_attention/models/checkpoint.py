@@ -1,16 +1,22 @@
 """Checkpoints on disk: finding them, and loading them without trusting them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, logging
 
 from ..paths import PathLike, to_path
+from .configuration import LightningConfig
 from .heads import LightningForCausalLM
 
 PREFIX = "checkpoint-"
+# What transformers and safetensors raise for files that are damaged, or hold something else.
+UNUSABLE = OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, SafetensorError
 
 
 def checkpoints(folder: PathLike) -> list[Path]:
@@ -49,17 +55,33 @@ def load_model(folder: PathLike, dtype: torch.dtype = torch.float32) -> Lightnin
     """
     folder = to_path(folder, "folder")
     try:
-        with torch.device("cpu"):  # whatever the default device is
+        model_type = LightningConfig.get_config_dict(folder)[0].get("model_type", LightningConfig.model_type)
+        if model_type != LightningConfig.model_type:  # which transformers would only warn of
+            raise ValueError(f"its model_type is {model_type!r}, not {LightningConfig.model_type!r}")
+        if (folder / GENERATION_CONFIG_NAME).exists():  # which transformers would ignore if it is damaged
+            GenerationConfig.from_pretrained(folder)
+        with torch.device("cpu"), _errors_only():  # whatever the default device is
             loaded: Any = LightningForCausalLM.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
             )
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except UNUSABLE as error:
         raise ValueError(f"{folder} is not a checkpoint: {error}") from error
     model, report = loaded
     wrong = [f"{kind.removesuffix('_keys')} {_name(keys)}" for kind, keys in report.items() if keys]
     if wrong:
         raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(wrong)}")
     return model
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Silence transformers' report of weights that do not fit: an error says so."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _name(keys: Iterable[str | tuple]) -> str:
