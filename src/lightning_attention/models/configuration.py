@@ -247,6 +247,8 @@ def _check_int(name: str, value: object, at_least: int | None = None) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if at_least is not None and value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
+    if value >= 2**63:
+        raise ValueError(f"{name} must be below 2**63")
 
 
 def _check_not_negative(name: str, value: object) -> None:

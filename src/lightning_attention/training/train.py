@@ -211,11 +211,17 @@ def _configuration(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast)
     if options.config is None:
         return LightningConfig.from_size(options.size, **from_tokenizer | changed)
     try:
-        given = json.loads(options.config.read_text())
+        if options.config.exists() and not options.config.is_file():
+            raise ValueError("it is not a file")
+        given = json.loads(options.config.read_text(encoding="utf-8"))
+        if not isinstance(given, dict):
+            raise ValueError("it is not a JSON object")
+        if given.get("model_type", LightningConfig.model_type) != LightningConfig.model_type:
+            raise ValueError(f"its model_type is {given['model_type']!r}, not {LightningConfig.model_type!r}")
         if unknown := sorted(set(given) - set(LightningConfig().to_dict())):
             raise ValueError(f"unknown option {', '.join(unknown)}")
         return LightningConfig.from_dict(given | from_tokenizer | changed)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{options.config} is not a model configuration: {error}") from error
 
 
