@@ -3,6 +3,8 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 from .paths import PathLike, to_path
@@ -44,6 +46,30 @@ def write(path: PathLike, content: str | bytes) -> None:
     """Replace a file by one with this content, see `replacing`."""
     with replacing(path, "wb" if isinstance(content, bytes) else "w") as file:
         file.write(content)
+
+
+@contextmanager
+def writable_folder(folder: PathLike) -> Iterator[Path]:
+    """Create a folder and try to write in it. After an error in the block, what was created and is empty is removed.
+
+    Raises:
+        OSError: it cannot be created, or nothing can be written in it.
+    """
+    folder, created = to_path(folder, "folder"), []
+    try:
+        try:
+            created = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write to this folder: {error.strerror}", str(folder)) from error
+        yield folder
+    except BaseException:
+        for path in created:
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def flush_folder(folder: PathLike) -> None:

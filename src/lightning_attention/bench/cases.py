@@ -73,6 +73,11 @@ class OpCase:
         """Of q, which k, v and the output equal."""
         return self._num_elements * self.dtype.itemsize
 
+    @property
+    def needed_bytes(self) -> int:
+        """Memory of q, k, v, the output, their gradients, and the float32 states, at least."""
+        return 8 * self.tensor_bytes + 4 * self.batch_size * self.num_heads * self.head_dim**2
+
     def minimal_bytes(self, direction: Pass) -> int:
         """That any implementation has to move: the floor of its time is this over the copy bandwidth."""
         return direction.tensors * self.tensor_bytes

@@ -8,7 +8,7 @@ import torch
 from ..inference import Engine, SamplingOptions
 from ..models import LightningForCausalLM
 from .cases import ServingCase
-from .decode_model import Model
+from .decode_model import Model, needed_bytes
 from .harness import Contest
 from .peers import OURS
 from .report import Column, Record, Table, dtype_name, rounded
@@ -24,7 +24,8 @@ def plan(cases: list[ServingCase], model: Model, size: str, device: torch.device
     def measured(bandwidth: float) -> Iterator[list[Record]]:
         return measure(cases, model(), size, WAYS, seconds=seconds)
 
-    return Plan("engine", cases, measured, _title, _TABLE)
+    needed = max(needed_bytes(size, case.max_requests) for case in cases)
+    return Plan("engine", cases, measured, _title, _TABLE, needed)
 
 
 def engine(model: LightningForCausalLM, case: ServingCase) -> Serve:

@@ -28,7 +28,7 @@ def plan(cases: list[StepCase], device: torch.device, *, seconds: float) -> Plan
     def measured(bandwidth: float) -> Iterator[list[Record]]:
         return measure(cases, peers, device, bandwidth=bandwidth, seconds=seconds)
 
-    return Plan("kernel", cases, measured, _title, _TABLE)
+    return Plan("kernel", cases, measured, _title, _TABLE, max(case.state_bytes for case in cases))
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from .harness import Call, Contest, free_bytes, peak_bytes, release
 from .peers import OURS, PEERS, Peer
 from .report import Column, Record, Table, dtype_name, rounded
 from .run import Plan
+from .scaling import num_parameters
 
 Model = Callable[[], LightningForCausalLM]
 
@@ -35,7 +36,15 @@ def plan(cases: list[ContextCase], model: Model, size: str, device: torch.device
     def measured(bandwidth: float) -> Iterator[list[Record]]:
         return measure(cases, model(), size, peers, seconds=seconds)
 
-    return Plan("model", cases, measured, _title, _TABLE)
+    needed = max(needed_bytes(size, case.batch_size) for case in cases)
+    return Plan("model", cases, measured, _title, _TABLE, needed)
+
+
+def needed_bytes(size: str, sequences: int) -> int:
+    """Memory of the weights of a model, of 2 bytes each, and of the states of sequences, at least."""
+    config = LightningConfig.from_size(size)
+    state = sum(prod(config.layer_state_shape(i)) for i in range(config.num_hidden_layers))
+    return 2 * num_parameters(config) + torch.float32.itemsize * sequences * state
 
 
 def measure(

@@ -24,7 +24,7 @@ def plan(kind: str, cases: list[OpCase], device: torch.device, *, softmax_up_to:
     def measured(bandwidth: float) -> Iterator[list[Record]]:
         return measure(cases, peers, device, bandwidth=bandwidth, softmax_up_to=softmax_up_to, seconds=seconds)
 
-    return Plan(kind, cases, measured, title, TABLE)
+    return Plan(kind, cases, measured, title, TABLE, max(case.needed_bytes for case in cases))
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from ..files import replacing
 from ..paths import PathLike, to_path
 from .report import Document, Record
 
@@ -81,7 +82,8 @@ def _plot(
     if all_axes[0].lines:
         all_axes[0].legend(fontsize=8)
     figure.suptitle(f"{title}, {document['machine']['device']}", fontsize=10)
-    figure.savefig(file, dpi=150)
+    with replacing(file, "wb") as content:
+        figure.savefig(content, dpi=150, format=file.suffix[1:] or "png")
 
 
 def _mebibytes(count: int | None) -> float | None:

@@ -1,13 +1,14 @@
 """What a run leaves: lines of a table, and a `.json` document."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import files
 from ..paths import PathLike, to_path
 
 Document = dict[str, Any]
@@ -63,19 +64,36 @@ def rounded(x: float) -> float:
 
 
 def start(path: PathLike, machine: dict[str, Any]) -> Document:
-    """The document to add a run to: the one at `path`, if it is of this device and commit, or a new one."""
+    """The document to add a run to: the one at `path`, if it is of this device and commit, or a new one.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: there is something else at `path`, which would be overwritten.
+    """
     path = to_path(path, "path")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a file: choose another folder")
     if path.exists():
-        found = json.loads(path.read_text())
-        if all(found["machine"][field] == machine[field] for field in ("device", "commit")):
+        found = _read(path)
+        if all(found["machine"].get(field) == machine[field] for field in ("device", "commit")):
             return {"machine": machine, "runs": found["runs"]}
     return {"machine": machine, "runs": {}}
+
+
+def _read(path: Path) -> Document:
+    """A document as `write` leaves it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    parts = [found.get("machine"), found.get("runs")] if isinstance(found, dict) else [None]
+    if not (found and all(isinstance(part, dict) for part in parts)):
+        raise ValueError(f"{path} holds no results of this benchmark, and is not overwritten: choose another folder")
+    return found
 
 
 def write(document: Document, path: PathLike) -> None:
     """All or nothing: a run that is cut off leaves the file as it was."""
     path = to_path(path, "path")
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(unfinished, path)
+    files.write(path, json.dumps(document, indent=1) + "\n")

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from ..files import writable_folder
 from ..paths import PathLike, to_path
 from . import report
-from .harness import copy_bandwidth
+from .harness import copy_bandwidth, free_bytes
 from .machine import machine
 from .report import Document, Record, Table
 
@@ -25,6 +26,7 @@ class Plan:
         measure: from the bandwidth of a copy, in bytes per second, the records of one case after the other.
         title: of a case, from it and the bandwidth.
         table: of the records.
+        needed_bytes: memory that the largest case takes at least.
     """
 
     kind: str
@@ -32,6 +34,7 @@ class Plan:
     measure: Callable[[float], Iterable[list[Record]]]
     title: Callable[[Any, float], str]
     table: Table
+    needed_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,28 +70,44 @@ def run(
 
     Returns:
         The files written.
+
+    Raises:
+        MemoryError: a case does not fit in memory. Nothing is measured.
+        OSError, ValueError: the folder cannot be written, or a file in it is none of a benchmark. Nothing is measured.
     """
     folder = to_path(output, "output")
     results, drawing = folder / f"{name}.json", folder / f"{name}.png"
-    document = report.start(results, machine(device))
-    bandwidth = copy_bandwidth(device)
-    echo(f"{document['machine']['device']}, copy {bandwidth / 1e9:.4g} GB/s, {dtype}")
     for plan in plans:
-        echo(f"{plan.kind}:")
-        echo(plan.table.heading())
-        records = []
-        document["runs"][plan.kind] = {
-            "command": command,
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "copy_bytes_per_second": round(bandwidth),
-            "results": records,
-        }
-        for case, of_case in zip(plan.cases, plan.measure(bandwidth), strict=True):
-            records.extend(of_case)
-            report.write(document, results)
-            for line in plan.table.lines(plan.title(case, bandwidth), of_case):
-                echo(line)
-    if picture.kind not in document["runs"]:
-        return [results]
-    picture.draw(document, drawing)
-    return [results, drawing]
+        _check_memory(plan, device)
+    document = report.start(results, machine(device))
+    if drawing.exists() and not drawing.is_file():
+        raise ValueError(f"{drawing} is not a file, and the plot cannot be written there")
+    with writable_folder(folder):
+        bandwidth = copy_bandwidth(device)
+        echo(f"{document['machine']['device']}, copy {bandwidth / 1e9:.4g} GB/s, {dtype}")
+        for plan in plans:
+            echo(f"{plan.kind}:")
+            echo(plan.table.heading())
+            records = []
+            document["runs"][plan.kind] = {
+                "command": command,
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "copy_bytes_per_second": round(bandwidth),
+                "results": records,
+            }
+            for case, of_case in zip(plan.cases, plan.measure(bandwidth), strict=True):
+                records.extend(of_case)
+                report.write(document, results)
+                for line in plan.table.lines(plan.title(case, bandwidth), of_case):
+                    echo(line)
+        if picture.kind not in document["runs"]:
+            return [results]
+        picture.draw(document, drawing)
+        return [results, drawing]
+
+
+def _check_memory(plan: Plan, device: torch.device) -> None:
+    free = free_bytes(device)
+    if free is not None and plan.needed_bytes > free:
+        gibibytes = f"{plan.needed_bytes / 2**30:.4g} GiB, and {free / 2**30:.4g} GiB are free"
+        raise MemoryError(f"the {plan.kind} benchmark needs at least {gibibytes}")

@@ -15,6 +15,7 @@ from .harness import peak_bytes, reason, release
 from .peers import OURS
 from .report import Column, Record, Table, rounded
 from .run import Plan
+from .scaling import num_parameters
 
 Model = Callable[[], torch.nn.Module]
 Loss = Callable[[torch.nn.Module, Tensor, TrainingCase], Tensor]
@@ -47,7 +48,14 @@ def plan(cases: list[TrainingCase], model: Model, size: str, device: torch.devic
     def measured(bandwidth: float) -> Iterator[list[Record]]:
         return measure(cases, model(), size, WAYS, device, dtype)
 
-    return Plan("train", cases, measured, _title, _TABLE)
+    return Plan("train", cases, measured, _title, _TABLE, max(_needed_bytes(size, case) for case in cases))
+
+
+def _needed_bytes(size: str, case: TrainingCase) -> int:
+    """Memory at least: float32 weights, gradients and two moments, ids, and a segment's input of every layer."""
+    config = LightningConfig.from_size(size)
+    activations = min(case.length, case.segment_length) * config.num_hidden_layers * config.hidden_size
+    return 16 * num_parameters(config) + torch.int64.itemsize * case.length + 2 * activations
 
 
 def measure(
