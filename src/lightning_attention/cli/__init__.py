@@ -1,35 +1,77 @@
 """The command line: `lightning-attention train | generate | info | bench`."""
 
+import os
 import sys
+from contextlib import suppress
+from io import TextIOWrapper
 
 from ..extras import require
 
+INTERRUPTED, BROKEN_PIPE, FAILED = 130, 1, 2
+
 
 def main() -> None:
-    """Run a command. What the user can mend is one line on stderr and exit code 2."""
+    """Run the command in `sys.argv`, and exit with its code.
+
+    An error is one line on standard error and code 2; with LIGHTNING_ATTENTION_TRACEBACK=1 in the environment its
+    traceback comes before that line. Ctrl-C is code 130. If the reader of standard output has left, as in `| head`,
+    nothing is said, and the code is 1.
+    """
+    code, failure = 0, None
     try:
+        _prepare_streams()
         require("cli", "typer", "rich")
-        _run()
+        from .app import run
+
+        code = run(sys.argv[1:])
     except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, TypeError, ArithmeticError, OSError, ImportError, NotImplementedError) as error:
-        _fail(" ".join(str(error).split()) or type(error).__name__)
-
-
-def _run() -> None:
-    from .app import app
-
-    try:
-        sys.exit(app(standalone_mode=False))
+        code = INTERRUPTED
+    except SystemExit as exit:
+        code = exit.code
     except Exception as error:
-        # A missing or unknown option. Depending on its version typer raises click's classes or its own copies of them.
-        if message := getattr(error, "format_message", None):
-            raise ValueError(message()) from error
-        if type(error).__name__ == "Abort":
-            raise KeyboardInterrupt from error
-        raise
+        failure = error
+    # What Python could not write at its exit would be a traceback there; it is also the cause of an error before.
+    failure = _flush_output() or failure
+    if isinstance(failure, BrokenPipeError):
+        code = BROKEN_PIPE
+    elif failure is not None:
+        from .errors import report
+
+        report(failure)
+        code = FAILED
+    sys.exit(code)
 
 
-def _fail(message: str) -> None:
-    print(f"lightning-attention: {message}", file=sys.stderr)
-    sys.exit(2)
+def _prepare_streams() -> None:
+    """Read and write UTF-8 in every locale. Open closed streams, or the next file takes their place and their output.
+
+    Raises:
+        OSError: standard output is closed.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        raise OSError("standard output is closed: send it to /dev/null if it is not wanted")
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=errors)
+
+
+def _flush_output() -> OSError | None:
+    """Write what is left for standard output; an error, if it cannot be written and is given up."""
+    if sys.stdout is None:
+        return None
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return error
+        return OSError(error.errno, error.strerror, "standard output")
+    return None

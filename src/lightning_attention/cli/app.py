@@ -1,17 +1,53 @@
 """The commands together."""
 
+from collections.abc import Sequence
+from typing import Annotated
+
 import typer
 
+from ..version import __version__
 from . import bench, generate, info, train
+from .options import Command, show_help_without_command
 
 app = typer.Typer(
     name="lightning-attention",
-    help="Language models with Lightning Attention: constant time per token, constant memory.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("train")(train.train)
-app.command("generate")(generate.generate)
-app.command("info")(info.info)
+app.command("train", cls=Command)(train.train)
+app.command("generate", cls=Command)(generate.generate)
+app.command("info", cls=Command)(info.info)
 app.add_typer(bench.app, name="bench")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command; errors are raised as they are.
+
+    Args:
+        arguments: of the command line, without the program.
+
+    Returns:
+        The exit code.
+    """
+    command = typer.main.get_command(app)
+    try:
+        # Not `command()`: that makes an interruption of EOFError, and writes to standard error on its own.
+        with command.make_context("lightning-attention", list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as exit:
+        return exit.exit_code
+    except typer.Abort as abort:
+        raise KeyboardInterrupt from abort
+    return 0
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    """Language models with Lightning Attention: constant time per token, constant memory."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+    show_help_without_command(context)

@@ -14,22 +14,25 @@ from rich.console import Console
 from typer import Option
 
 from ..extras import require
+from .options import Command, check_at_least, given_options, option_names, show_help_without_command
 
 if TYPE_CHECKING:
     from ..bench.run import Picture, Plan
 
-app = typer.Typer(help="Measure implementations side by side.", no_args_is_help=True)
+app = typer.Typer()
 
+MAX_GPUS = 100_000  # the model of a chain goes through its links one by one
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
-@app.callback()
-def bench() -> None:
+@app.callback(invoke_without_command=True)
+def bench(context: typer.Context) -> None:
     """Measure implementations side by side."""
+    show_help_without_command(context)
     require("bench", "matplotlib")
 
 
-@app.command("op")
+@app.command("op", cls=Command)
 def op(
     output: Annotated[
         Path,
@@ -90,20 +93,20 @@ def op(
     lengths = sorted(set(length or [512 << i for i in range(12 if on_gpu else 8)]), reverse=True)
     batch_size = or_default(batch_size, 1, 1)
     heads, head_dim = or_default(heads, 16, 8), or_default(head_dim, 128, 64)
-    if min([*lengths, batch_size, heads, head_dim]) < 1:
-        raise ValueError("lengths, --batch-size, --heads and --head-dim must be at least 1")
+    seconds = or_default(seconds, 0.2, 2.0)
+    check_at_least(1, length=lengths, batch_size=batch_size, heads=heads, head_dim=head_dim)
+    check_at_least(0, softmax_up_to=softmax_up_to, seconds=seconds)
     kinds = [only] if only else ["table", "sweep"] if on_gpu and not has_sizes else ["sweep"]
     cases = {
         "table": [OpCase(B, T, H, D, torch_dtype, documents) for B, T, H, D, documents in TABLE],
         "sweep": [OpCase(batch_size, length, heads, head_dim, torch_dtype) for length in lengths],
     }
     up_to = {"table": or_default(softmax_up_to, 1 << 15, 1 << 14), "sweep": or_default(softmax_up_to, 1 << 16, 1 << 14)}
-    seconds = or_default(seconds, 0.2, 2.0)
     plans = [plan(kind, cases[kind], torch_device, softmax_up_to=up_to[kind], seconds=seconds) for kind in kinds]
     _run("op", plans, Picture("sweep", plot_sweep), torch_device, torch_dtype, output)
 
 
-@app.command("decode")
+@app.command("decode", cls=Command)
 def decode(
     output: Annotated[
         Path,
@@ -160,16 +163,16 @@ def decode(
     lengths = sorted(set(length or [1024 << i for i in range(11 if on_gpu else 7)]))
     batch_size = 1 if batch_size is None else batch_size
     max_requests = 64 if max_requests is None else max_requests
-    if min([*lengths, batch_size, max_requests]) < 1:
-        raise ValueError("lengths, --batch-size and --max-requests must be at least 1")
-    size = size or ("385M" if on_gpu else "demo")
     seconds = (0.2 if on_gpu else 0.5) if seconds is None else seconds
+    check_at_least(1, length=lengths, batch_size=batch_size, max_requests=max_requests)
+    check_at_least(0, seconds=seconds)
+    size = _size(size, torch_device)
     kinds = [only] if only else ["kernel", "model", "engine"]
     plans = _decode_plans(kinds, lengths, batch_size, max_requests, size, torch_dtype, torch_device, seconds)
     _run("decode", plans, Picture("model", plot_model), torch_device, torch_dtype, output)
 
 
-@app.command("train")
+@app.command("train", cls=Command)
 def train(
     output: Annotated[Path, Option(help="Folder for train.json and train.png.")] = Path("benchmark"),
     length: Annotated[
@@ -199,18 +202,15 @@ def train(
     from ..bench.cases import TrainingCase
     from ..bench.plot import plot_training
     from ..bench.run import Picture
-    from ..models import SIZES
 
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, torch_device)
     on_gpu = torch_device.type == "cuda"
     lengths = sorted(set(length or [(65536 if on_gpu else 1024) << i for i in range(7 if on_gpu else 5)]))
     segment_length = (32768 if on_gpu else 512) if segment_length is None else segment_length
-    if min([*lengths, segment_length]) < 1:
-        raise ValueError("lengths and --segment-length must be at least 1")
-    size = size or ("385M" if on_gpu else "demo")
-    if size not in SIZES:
-        raise ValueError(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
+    check_at_least(2, length=lengths)
+    check_at_least(1, segment_length=segment_length)
+    size = _size(size, torch_device)
     cases = [TrainingCase(length, segment_length) for length in lengths]
     plan = bench_train.plan(
         cases,
@@ -222,13 +222,16 @@ def train(
     _run("train", [plan], Picture("train", plot_training), torch_device, torch_dtype, output)
 
 
-@app.command("scaling")
+@app.command("scaling", cls=Command)
 def scaling(
+    context: typer.Context,
     size: Annotated[str, Option(help="Of the model, as in train.")] = "1B",
     tokens: Annotated[
         list[int] | None, Option(help="On each GPU; repeat for more. By default 8192, 32768 and 131072.")
     ] = None,
-    gpus: Annotated[list[int] | None, Option(help="Repeat for more. By default 8, 32, 128, 256 and 1024.")] = None,
+    gpus: Annotated[
+        list[int] | None, Option(help="At most 100000; repeat for more. By default 8, 32, 128, 256 and 1024.")
+    ] = None,
     batch_size: Annotated[int, Option(help="Sequences that the tokens of a GPU are slices of.")] = 1,
     blocks: Annotated[int | None, Option(help="That a ring cuts a state into. By default as ours does.")] = None,
     node_size: Annotated[int, Option(help="GPUs of a node.")] = 8,
@@ -243,17 +246,24 @@ def scaling(
     from ..bench.scaling import BLOCKS, Cluster, Compute, Link, Model, check, predictions, scaled_tokens_per_second
     from ..models import LightningConfig
 
+    if published:
+        if extra := given_options(context) - {"published"}:
+            raise ValueError(f"--check has options of its own: leave out {option_names(extra)}")
+        print(*check(), sep="\n")
+        return
     tokens, gpus = tokens or [8192, 32768, 131072], gpus or [8, 32, 128, 256, 1024]
     blocks = BLOCKS if blocks is None else blocks
-    speed_is_good = speed is None or 0 < speed < inf
-    if min(*tokens, *gpus, batch_size, blocks, node_size) < 1 or not (0 < network_gigabits < inf and speed_is_good):
-        raise ValueError("all numbers must be above 0")
-    config = LightningConfig.from_size(size)
+    check_at_least(1, tokens=tokens, gpus=gpus, batch_size=batch_size, blocks=blocks, node_size=node_size)
+    if max(gpus) > MAX_GPUS:
+        raise ValueError(f"--gpus must be at most {MAX_GPUS}, got {max(gpus)}")
+    for name, value in (("--network-gigabits", network_gigabits), ("--speed", speed)):
+        if value is not None and not 0 < value < inf:
+            raise ValueError(f"{name} must be above 0, got {value}")
+    config = LightningConfig.from_size(_size(size, torch.device("cpu")))
     model = Model([config.layer_state_shape(i) for i in range(config.num_hidden_layers)], batch_size)
     cluster = Cluster(node_size, network=Link(network_gigabits * 1e9 / 8, Cluster.network.latency))
     compute = Compute(speed or scaled_tokens_per_second(config))
-    for line in check() if published else predictions(model, compute, cluster, blocks, tokens, gpus):
-        print(line)
+    print(*predictions(model, compute, cluster, blocks, tokens, gpus), sep="\n")
 
 
 def _decode_plans(
@@ -274,16 +284,22 @@ def _decode_plans(
         plans["kernel"] = decode_kernel.plan(steps, device, seconds=seconds)
     if kinds != ["kernel"]:
         from ..bench import decode_engine, decode_model
-        from ..models import SIZES
 
-        if size not in SIZES:
-            raise ValueError(f"--size must be one of {', '.join(SIZES)}, got {size!r}")
         model = cache(lambda: decode_model.random_model(size, dtype, device))
         contexts = [cases.ContextCase(batch_size, length) for length in lengths]
         plans["model"] = decode_model.plan(contexts, model, size, device, seconds=seconds)
         serving = [cases.ServingCase(*cases.REQUESTS[device.type], max_requests)]
         plans["engine"] = decode_engine.plan(serving, model, size, device, seconds=seconds)
     return [plans[kind] for kind in kinds]
+
+
+def _size(name: str | None, device: torch.device) -> str:
+    from ..models import SIZES
+
+    name = name or ("385M" if device.type == "cuda" else "demo")
+    if name not in SIZES:
+        raise ValueError(f"--size must be one of {', '.join(SIZES)}, got {name!r}")
+    return name
 
 
 def _device(name: str | None) -> torch.device:

@@ -1,0 +1,142 @@
+"""Commands in processes of their own, a few milliseconds each: forks of one that has imported everything.
+
+As a script it is that process: it reads a request a line, and answers with the exit code, None after a timeout.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Request:
+    """A command to run. Streams are paths to open, or None for a closed one."""
+
+    arguments: list[str]
+    folder: str
+    stdin: str | None = os.devnull
+    stdout: str | None = os.devnull
+    stderr: str | None = os.devnull
+    environment: dict[str, str] = field(default_factory=dict)
+    timeout: float = 30.0
+
+
+class Forks:
+    """A process whose forks run commands."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, __file__]
+        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, request: Request) -> int | None:
+        """Exit code of a command, minus the signal that ended it; None if it took too long."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        print(json.dumps(asdict(request)), file=self._server.stdin, flush=True)
+        return json.loads(self._server.stdout.readline())
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        with self._server:
+            self._server.wait(timeout=30)
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int | None
+    out: str
+    err: str
+
+
+def run_command(forks: Forks, arguments: list[str], folder: Path, scratch: Path, **options: Any) -> Result:
+    """Run a command in a folder, with what it writes to its streams in files of `scratch`."""
+    out, err = scratch / "stdout", scratch / "stderr"
+    for stream in (out, err):
+        stream.write_bytes(b"")
+    streams: dict[str, Any] = {"stdout": str(out), "stderr": str(err)}
+    code = forks.run(Request(arguments, str(folder), **streams | options))
+    return Result(code, *(stream.read_text(errors="backslashreplace") for stream in (out, err)))
+
+
+kept: list[Any] = []  # streams of this process, which would close the descriptors of a fork's streams
+
+
+def serve() -> None:
+    from lightning_attention.bench import decode_engine, decode_kernel, decode_model, op, plot, scaling, train  # noqa: F401
+    from lightning_attention.cli import app, errors, main  # noqa: F401
+    from lightning_attention.inference import batch  # noqa: F401
+    from lightning_attention.training import TrainingOptions  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        if pid := os.fork():
+            print(json.dumps(_wait(pid, request["timeout"])), flush=True)
+        else:
+            _become(request)
+            os._exit(_exit_code(main))  # taking the imported modules down would take a second
+
+
+def _exit_code(main: Callable[[], None]) -> int:
+    """The code of a process that runs `main`: of SystemExit, and what Python does at its end."""
+    code: object = 0
+    try:
+        main()
+    except SystemExit as exit:
+        code = exit.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        return 120
+    return code if isinstance(code, int) else 0 if code is None else 1
+
+
+def _become(request: dict[str, Any]) -> None:
+    """Turn this fork into the process of a command."""
+    kept.extend((sys.stdin, sys.stdout, sys.stderr))
+    os.setsid()
+    os.chdir(request["folder"])
+    os.environ.update(request["environment"])
+    names = {"stdin": os.O_RDONLY, "stdout": os.O_WRONLY | os.O_APPEND, "stderr": os.O_WRONLY | os.O_APPEND}
+    opened = {name: None if request[name] is None else os.open(request[name], flags) for name, flags in names.items()}
+    for descriptor, (name, source) in enumerate(opened.items()):
+        stream = None
+        if source is None:
+            os.close(descriptor)
+        else:
+            os.dup2(source, descriptor)
+            os.close(source)
+            encoding = request["environment"].get("PYTHONIOENCODING", "utf-8")
+            mode, errors = ("r", None) if name == "stdin" else ("w", "backslashreplace" if name == "stderr" else None)
+            stream = os.fdopen(descriptor, mode, encoding=encoding, errors=errors)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    sys.argv = ["lightning-attention", *request["arguments"]]
+
+
+def _wait(pid: int, timeout: float) -> int | None:
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.003)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,129 @@
+"""What a user does wrong is one line on standard error and code 2, and leaves every file as it was."""
+
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cli import faults
+from cli.forks import Forks, Result, run_command
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and files of /dev and /proc")
+
+# Values that every numeric option is tried with; the others are its own.
+COMMON = {"inf", "-inf", "many", "1e400", "--steps", "²", "-" + faults.BEYOND_64_BITS, "1.5"}
+
+
+class Workspace:
+    """A folder with the files of the invocations, and a process whose forks run commands in it."""
+
+    def __init__(self, root: Path):
+        self.forks, self.scratch, self.folder = Forks(), root / "scratch", root / "folder"
+        self.scratch.mkdir()
+        self.renew()
+
+    def renew(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir()
+        faults.files(self.folder)
+        self.before = self.state()
+
+    def run(self, *arguments: str, **options: object) -> Result:
+        return run_command(self.forks, list(arguments), self.folder, self.scratch, **options)
+
+    def state(self) -> dict[str, object]:
+        """Every path, with its kind and content."""
+        return {str(path.relative_to(self.folder)): _content(path) for path in self.folder.rglob("*")}
+
+    def changed(self) -> list[str]:
+        """Paths that a command has created, changed or removed; they are as they were after this call."""
+        after = self.state()
+        changed = sorted(path for path in self.before.keys() | after.keys() if self.before.get(path) != after.get(path))
+        if changed:
+            self.renew()
+        return changed
+
+
+def _content(path: Path) -> object:
+    kind = stat.S_IFMT(path.lstat().st_mode)
+    return kind, path.read_bytes() if stat.S_ISREG(kind) else path.readlink() if stat.S_ISLNK(kind) else None
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Iterator[Workspace]:
+    made = Workspace(tmp_path_factory.mktemp("faults"))
+    yield made
+    made.forks.close()
+
+
+def readable(arguments: tuple[str, ...]) -> str:
+    """The command, and what is wrong with it: its last arguments."""
+    words = [word for word in arguments[:2] if not word.startswith("-")]
+    return " ".join([*words, *(word[:40] for word in arguments[len(words) :][-2:])])
+
+
+def is_one_line(result: Result) -> bool:
+    return result.err.startswith("lightning-attention: ") and result.err.count("\n") == 1
+
+
+def marked(arguments: tuple[str, ...]):
+    marks = [pytest.mark.slow] if arguments[-1] in COMMON else []
+    if reason := faults.UNFINISHED.get(arguments[-2:]):
+        marks.append(pytest.mark.xfail(strict=False, reason=reason))
+    return pytest.param(arguments, id=readable(arguments), marks=marks)
+
+
+@pytest.mark.parametrize("arguments", [marked(arguments) for arguments in faults.faults()])
+def test_a_fault_is_one_line_and_changes_no_file(workspace, arguments):
+    result = workspace.run(*arguments)
+    assert workspace.changed() == []
+    assert (result.code, result.out) == (2, "")
+    assert is_one_line(result), result.err
+    assert "TRACEBACK" not in result.err, result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bench", "op", "--length", faults.HUGE], "--batch-size, --length, --heads, --head-dim"),
+        (["bench", "decode", "--only", "engine", "--max-requests", faults.HUGE], "--max-requests, --length, --size"),
+        (["bench", "train", "--length", faults.HUGE], "--segment-length, --length, --size"),
+        (["generate", "--checkpoint", "checkpoint", "--prompts", "prompts.jsonl", "--prefix-slots", faults.HUGE], "-s"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, list) else "",
+)
+def test_out_of_memory_names_what_to_lower(workspace, arguments, words):
+    result = workspace.run(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert is_one_line(result)
+    assert result.err.startswith("lightning-attention: out of memory: lower ")
+    assert words in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "--steps", "3", "--steps", "4"], "--steps is given 2 times"),
+        (["train", "--config", "deep.json"], "deep.json"),
+        (["train", "--config", "pipe"], "pipe"),
+        (["generate", "--checkpoint", "config-deep"], "config-deep"),
+        (["generate", "--checkpoint", "generation_config-binary"], "generation_config-binary"),
+        (["generate", "--checkpoint", "model-another-model"], "llama"),
+        (["bench", "op", "--seconds", "nan"], "--seconds"),
+        (["bench", "op", "--output", "text.txt"], "text.txt"),
+        (["bench", "op", "--output", "bench-deep"], "bench-deep/op.json"),
+        (["bench", "op", "--heads", "0"], "--heads must be at least 1, got 0"),
+        (["bench", "train", "--length", "1"], "--length must be at least 2, got 1"),
+        (["bench", "scaling", "--gpus", faults.HUGE], "--gpus"),
+        (["bench", "scaling", "--speed", "0"], "--speed"),
+        (["bench", "scaling", "--check", "--size", "1B"], "leave out --size"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
+)
+def test_a_fault_names_the_option_or_file(workspace, arguments, named):
+    result = workspace.run(*arguments)
+    assert result.code == 2
+    assert is_one_line(result)
+    assert named in result.err

@@ -1,0 +1,233 @@
+"""Exit codes and standard streams: closed, full, without a reader, in other locales; and `python -m`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cli.forks import Forks, Result, run_command
+from tiny_model import save_checkpoint
+
+from lightning_attention.cli import main
+from lightning_attention.version import __version__
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and files of /dev")
+
+FAULT = ["bench", "op", "--heads", "0"]
+COMMANDS = {
+    "help": ["--help"],
+    "no command": [],
+    "version": ["--version"],
+    "train help": ["train", "--help"],
+    "info": ["info"],
+    "scaling": ["bench", "scaling"],
+    "generate": ["generate", "--checkpoint", "checkpoint", "--prompt", "a", "--max-new-tokens", "2"],
+}
+each_command = pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root, forks = tmp_path_factory.mktemp("streams"), Forks()
+    save_checkpoint(root / "checkpoint")
+    (root / "scratch").mkdir()
+
+    def call(arguments: list[str], **options: object) -> Result:
+        return run_command(forks, arguments, root, root / "scratch", **options)
+
+    yield call
+    forks.close()
+
+
+def line_of(result: Result) -> str:
+    """The one line of an error."""
+    assert result.code == 2
+    assert result.err.startswith("lightning-attention: ")
+    assert result.err.count("\n") == 1
+    return result.err
+
+
+@each_command
+def test_a_command_that_works_has_code_0_and_says_no_error(run, arguments):
+    result = run(arguments)
+    assert (result.code, result.err) == (0, "")
+    assert result.out
+
+
+@pytest.mark.parametrize("arguments", [[], ["bench"]], ids=["alone", "bench alone"])
+def test_no_command_is_help(run, arguments):
+    result = run(arguments)
+    assert (result.code, result.err) == (0, "")
+    assert result.out.strip() == run([*arguments, "--help"]).out.strip()
+
+
+def test_version(run):
+    assert run(["--version"]) == Result(0, f"{__version__}\n", "")
+
+
+@each_command
+def test_a_closed_standard_output_is_an_error(run, arguments):
+    assert "standard output is closed" in line_of(run(arguments, stdout=None))
+
+
+@each_command
+def test_a_full_standard_output_is_an_error(run, arguments):
+    assert "No space left on device: 'standard output'" in line_of(run(arguments, stdout="/dev/full"))
+
+
+@pytest.mark.parametrize("stderr", [None, "/dev/full"], ids=["closed", "full"])
+def test_an_error_that_nobody_can_read_has_its_code(run, stderr):
+    result = run(FAULT, stderr=stderr)
+    assert (result.code, result.out, result.err) == (2, "", "")
+
+
+def test_an_output_file_does_not_take_the_place_of_a_closed_stream(run, tmp_path):
+    command = ["bench", "op", "--length", "8", "--heads", "1", "--head-dim", "4", "--seconds", "0", "--output"]
+    result = run([*command, str(tmp_path)], stdin=None, stderr=None)
+    assert result.code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"op.json", "op.png"}
+
+
+@each_command
+def test_a_reader_that_left_is_no_error(run, arguments):
+    reader, writer = os.pipe()
+    try:
+        os.close(reader)
+        result = run(arguments, stdout=f"/proc/{os.getpid()}/fd/{writer}")
+    finally:
+        os.close(writer)
+    assert (result.code, result.err) == (1, "")
+
+
+@pytest.mark.parametrize("variable", ["TERM=dumb", "COLUMNS=1", "COLUMNS=0", "COLUMNS=many", "FORCE_COLOR=1"])
+def test_a_terminal_does_not_change_an_error(run, variable):
+    name, value = variable.split("=")
+    environment = {name: value}
+    assert line_of(run(FAULT, environment=environment)) == "lightning-attention: --heads must be at least 1, got 0\n"
+    assert run(["--help"], environment=environment).code == 0
+
+
+def test_output_is_utf8_in_every_locale(run, tmp_path):
+    command = [
+        "bench",
+        "decode",
+        "--only",
+        "kernel",
+        "--device",
+        "cpu",
+        "--seconds",
+        "0",
+        "--output",
+        str(tmp_path / "ü"),
+    ]
+    result = run(command, environment={"PYTHONIOENCODING": "ascii"})
+    assert (result.code, result.err) == (0, "")
+    assert "µs" in result.out
+    assert "ü/decode.json" in result.out
+
+
+def test_a_name_that_is_no_text_is_shown(run, tmp_path):
+    (tmp_path / "\udcff").touch()
+    assert "\\udcff" in line_of(run(["bench", "op", "--output", str(tmp_path / "\udcff")]))
+
+
+@pytest.mark.parametrize("value", ["1", "0", ""])
+def test_a_traceback_is_shown_on_request_before_the_line(run, value):
+    result = run(FAULT, environment={"LIGHTNING_ATTENTION_TRACEBACK": value})
+    lines = result.err.splitlines()
+    assert result.code == 2
+    assert lines[-1] == "lightning-attention: --heads must be at least 1, got 0"
+    assert (lines[0] == "Traceback (most recent call last):") == (value == "1")
+    assert (len(lines) > 1) == (value == "1")
+
+
+def in_this_process(monkeypatch, capsys, failure: BaseException) -> tuple[object, str, str]:
+    """Exit code, standard output and standard error of a command that raises."""
+
+    def fails(*_, **__):
+        raise failure
+
+    monkeypatch.setattr("lightning_attention.cli.info.Console", fails)
+    monkeypatch.setattr(sys, "argv", ["lightning-attention", "info"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return stopped.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        RuntimeError("wrong\nshape"),
+        KeyError("name"),
+        RecursionError("too deep"),
+        OverflowError("too large"),
+        AssertionError(),
+        AttributeError("no such attribute"),
+        EOFError("cut off"),
+        StopIteration(),
+        ZeroDivisionError("division by zero"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_mistake_of_ours_is_one_line_too(monkeypatch, capsys, failure):
+    code, out, err = in_this_process(monkeypatch, capsys, failure)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"lightning-attention: unexpected {type(failure).__name__}")
+    assert "LIGHTNING_ATTENTION_TRACEBACK=1" in err
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        MemoryError("no memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+    ids=["python", "gpu", "cpu", "cublas", "system"],
+)
+def test_out_of_memory_is_one_line_of_a_user(monkeypatch, capsys, failure):
+    code, out, err = in_this_process(monkeypatch, capsys, failure)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("lightning-attention: out of memory")
+    assert "TRACEBACK" not in err
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [(KeyboardInterrupt(), 130), (SystemExit(130), 130), (SystemExit(143), 143), (SystemExit(1), 1)],
+    ids=["Ctrl-C", "exit 130", "exit 143", "exit 1"],
+)
+def test_an_exit_code_passes_through(monkeypatch, capsys, failure, code):
+    assert in_this_process(monkeypatch, capsys, failure) == (code, "", "")
+
+
+@pytest.mark.parametrize("module", ["lightning_attention", "lightning_attention.cli"])
+def test_python_m_is_the_command(module, tmp_path):
+    command = [sys.executable, "-m", module]
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    run = subprocess.run(
+        [*command, "bench", "scaling", "--size", "ü"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+    assert (run.returncode, run.stdout) == (2, b"")
+    assert run.stderr.decode().startswith("lightning-attention: --size must be one of")
+    assert run.stderr.count(b"\n") == 1
+
+
+@pytest.mark.slow
+def test_a_pipe_in_the_place_of_a_file_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for arguments in (["train", "--config", "pipe"], ["train", "--data", "pipe"], ["bench", "op", "--output", "pipe"]):
+        command = [sys.executable, "-m", "lightning_attention", *arguments]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
+        assert run.returncode == 2
+        assert run.stderr.startswith(b"lightning-attention: ")
+        assert [path.name for path in Path(tmp_path).iterdir()] == ["pipe"]
