@@ -1,10 +1,12 @@
 """A file is replaced whole or stays as it was."""
 
 import os
+from errno import ENOSPC
+from pathlib import Path
 
 import pytest
 
-from lightning_attention.files import replacing, write
+from lightning_attention.files import replacing, writable_folder, write
 
 
 @pytest.mark.parametrize("content", ["naïve 文", b"\0\xff"], ids=["text", "bytes"])
@@ -34,3 +36,45 @@ def test_an_error_leaves_the_old_content_and_nothing_else(tmp_path):
 def test_lines_of_a_file_are_written_as_they_are(tmp_path):
     write(tmp_path / "file", "a\r\nb\nc\r")
     assert (tmp_path / "file").read_bytes() == b"a\r\nb\nc\r"
+
+
+@pytest.mark.parametrize("named", [(), ("another file",)], ids=["no file named", "another file named"])
+def test_an_error_of_the_system_names_a_file(tmp_path, named):
+    with pytest.raises(OSError, match="No space left") as raised, replacing(tmp_path / "file"):
+        raise OSError(ENOSPC, "No space left on device", *named)
+    assert raised.value.filename == (named[0] if named else str(tmp_path / "file"))
+
+
+def use_folder(folder: Path, *, fails: bool, writes: bool = False) -> None:
+    with writable_folder(folder) as made:
+        assert made == folder
+        assert folder.is_dir()
+        if writes:
+            (folder / "file").touch()
+        if fails:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("writes", [False, True], ids=["empty", "with a file"])
+@pytest.mark.parametrize("existed", [False, True], ids=["new", "of the user"])
+def test_an_error_removes_only_a_new_and_empty_folder(tmp_path, existed, writes):
+    folder = tmp_path / "a" / "b"
+    if existed:
+        folder.mkdir(parents=True)
+    with pytest.raises(KeyboardInterrupt):
+        use_folder(folder, fails=True, writes=writes)
+    assert folder.exists() == (existed or writes)
+    assert folder.parent.exists() == (existed or writes)
+
+
+def test_a_folder_is_created_and_kept_without_an_error(tmp_path):
+    use_folder(tmp_path / "a" / "b", fails=False)
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["file", "file/a", 300 * "a"], ids=["a file", "in a file", "too long"])
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot write to this folder"):
+        use_folder(tmp_path / name, fails=False)
+    assert os.listdir(tmp_path) == ["file"]

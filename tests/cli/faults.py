@@ -20,6 +20,7 @@ SCALING = ["bench", "scaling"]
 # Faults that training, the data and the answers of a file do not refuse well yet, by their last two arguments.
 UNFINISHED: dict[tuple[str, ...], str] = {
     ("--seed", "-1"): "refused late, run.json is left",
+    ("--seed", str(2**32)): "refused late, run.json is left",
     ("--sequence-length", HUGE): "refused late, the corpus is left",
     ("--held-out", "1e-300"): "refused late, the corpus is left",
     ("--weight-decay", "-1"): "not refused",
@@ -134,6 +135,8 @@ def _checkpoints(folder: Path) -> None:
         path = copy(f"folder-{file}") / file
         path.unlink()
         path.mkdir()
+    (folder / "odd-run" / "checkpoint-²").mkdir(parents=True)
+    (folder / "odd-run" / "checkpoint-5").touch()
     path = copy("weights-huge-header") / "model.safetensors"
     path.write_bytes(b"\xff" * 7 + b"\x7f" + path.read_bytes()[8:])
 
@@ -175,7 +178,7 @@ def numbers() -> Iterator[list[str]]:
     yield from _numbers(TRAIN, "--save-every", "0", "-1")
     yield from _numbers(TRAIN, "--sequence-length", "0", "-1", "1", HUGE)
     yield from _numbers(TRAIN, "--segment-length", "0", "-1")
-    yield from _numbers(TRAIN, "--seed", "-1")
+    yield from _numbers(TRAIN, "--seed", "-1", str(2**32))
     yield from _numbers(TRAIN, "--held-out", "0", "1", "-1", "2", "1e-300", is_whole=False)
     yield from _numbers(TRAIN, "--learning-rate", "0", "-1", is_whole=False)
     yield from _numbers(TRAIN, "--warmup", "-0.1", "1.1", is_whole=False)
@@ -202,7 +205,7 @@ def numbers() -> Iterator[list[str]]:
         yield from _numbers(SCALING, f"--{name}", "0", "-1")
     yield from _with(SCALING, "--gpus", HUGE)
     for name in ("network-gigabits", "speed"):
-        yield from _numbers(SCALING, f"--{name}", "0", "-1", is_whole=False)
+        yield from _numbers(SCALING, f"--{name}", "0", "-1", "1e-320", "1e308", is_whole=False)
 
 
 def paths() -> Iterator[list[str]]:
@@ -219,7 +222,7 @@ def paths() -> Iterator[list[str]]:
     resumed = ["run-" + name for name in (*BAD_JSON, *BAD_RUNS)]
     yield from _with(["train", "--resume"], "--output", *missing, *UNWRITABLE, *resumed, "folder", "checkpoint", "pipe")
     for command in (GENERATE, LINES):
-        yield from _with(command, "--checkpoint", *missing, "folder", "bare", "pipe", "text.txt", "gpt2")
+        yield from _with(command, "--checkpoint", *missing, "folder", "bare", "pipe", "text.txt", "gpt2", "odd-run")
     for file in ("config", "tokenizer", "tokenizer_config", "generation_config", "weights"):
         yield from _with(GENERATE, "--checkpoint", *(f"{file}-{name}" for name in BAD_JSON))
     yield from _with(GENERATE, "--checkpoint", *(f"model-{name}" for name in BAD_MODELS), "weights-huge-header")

@@ -3,15 +3,19 @@
 As a script it is that process: it reads a request a line, and answers with the exit code, None after a timeout.
 """
 
+import gc
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ class Request:
     stderr: str | None = os.devnull
     environment: dict[str, str] = field(default_factory=dict)
     timeout: float = 30.0
+    max_file_bytes: int = resource.RLIM_INFINITY  # a write beyond fails, as on a full disk
 
 
 class Forks:
@@ -76,6 +81,9 @@ def serve() -> None:
     from lightning_attention.inference import batch  # noqa: F401
     from lightning_attention.training import TrainingOptions  # noqa: F401
 
+    with redirect_stdout(StringIO()):
+        app.run(["bench", "scaling"])  # what typer imports at its first command
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         if pid := os.fork():
@@ -109,6 +117,7 @@ def _become(request: dict[str, Any]) -> None:
     os.setsid()
     os.chdir(request["folder"])
     os.environ.update(request["environment"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, 2 * (request["max_file_bytes"],))
     names = {"stdin": os.O_RDONLY, "stdout": os.O_WRONLY | os.O_APPEND, "stderr": os.O_WRONLY | os.O_APPEND}
     opened = {name: None if request[name] is None else os.open(request[name], flags) for name, flags in names.items()}
     for descriptor, (name, source) in enumerate(opened.items()):

@@ -1,10 +1,10 @@
 """What a user does wrong is one line on standard error and code 2, and leaves every file as it was."""
 
 import shutil
-import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from stat import S_ISDIR
 
 import pytest
 from cli import faults
@@ -34,8 +34,12 @@ class Workspace:
         return run_command(self.forks, list(arguments), self.folder, self.scratch, **options)
 
     def state(self) -> dict[str, object]:
-        """Every path, with its kind and content."""
-        return {str(path.relative_to(self.folder)): _content(path) for path in self.folder.rglob("*")}
+        """Every path, with its kind, size and time of change."""
+        stats = {str(path.relative_to(self.folder)): path.lstat() for path in self.folder.rglob("*")}
+        return {
+            path: (stat.st_mode, None if S_ISDIR(stat.st_mode) else (stat.st_size, stat.st_mtime_ns))
+            for path, stat in stats.items()
+        }
 
     def changed(self) -> list[str]:
         """Paths that a command has created, changed or removed; they are as they were after this call."""
@@ -44,11 +48,6 @@ class Workspace:
         if changed:
             self.renew()
         return changed
-
-
-def _content(path: Path) -> object:
-    kind = stat.S_IFMT(path.lstat().st_mode)
-    return kind, path.read_bytes() if stat.S_ISREG(kind) else path.readlink() if stat.S_ISLNK(kind) else None
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +126,14 @@ def test_a_fault_names_the_option_or_file(workspace, arguments, named):
     assert result.code == 2
     assert is_one_line(result)
     assert named in result.err
+
+
+@pytest.mark.parametrize("name", ["op.json", "op.png"])
+def test_a_full_disk_names_the_file_and_keeps_what_was_there(workspace, name):
+    limit = 100 if name == "op.json" else 10_000  # which lets the results through, and not the plot
+    result = workspace.run(*faults.OP, max_file_bytes=limit, stdout="/dev/null")
+    left = workspace.changed()
+    assert result.code == 2
+    assert is_one_line(result)
+    assert f"new/{name}" in result.err
+    assert left == ([] if name == "op.json" else ["new", "new/op.json"])

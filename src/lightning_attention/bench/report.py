@@ -29,7 +29,7 @@ class Column:
 
     def cell(self, record: Record) -> str:
         value = self.value(record)
-        return f"{'' if value is None else f'{value:{self.form}}{self.unit}':>{self.width}}"
+        return f" {'' if value is None else f'{value:{self.form}}{self.unit}':>{self.width - 1}}"
 
 
 @dataclass(frozen=True)

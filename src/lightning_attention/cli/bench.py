@@ -4,7 +4,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from functools import cache
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,7 +68,8 @@ def op(
         ),
     ] = None,
     seconds: Annotated[
-        float | None, Option(help="To spend on each measurement, about. By default 0.2 on a GPU, 2 on a CPU.")
+        float | None,
+        Option(help="To spend on each measurement, about; 0: the fewest runs. By default 0.2 on a GPU, 2 on a CPU."),
     ] = None,
 ) -> None:
     """The operator, forward and backward, beside other implementations and scaled_dot_product_attention."""
@@ -141,7 +141,10 @@ def decode(
     ] = None,
     device: Annotated[str | None, Option(help="cpu or cuda. By default cuda where PyTorch sees a GPU.")] = None,
     seconds: Annotated[
-        float | None, Option(help="To spend on each measurement, about. By default 0.2 on a GPU, 0.5 on a CPU.")
+        float | None,
+        Option(
+            help="To spend on each measurement, about; 0 for the fewest runs. By default 0.2 on a GPU, 0.5 on a CPU."
+        ),
     ] = None,
 ) -> None:
     """Decoding: the operator, a model beside softmax attention with a KV cache, and many requests beside one by one."""
@@ -208,8 +211,9 @@ def train(
     on_gpu = torch_device.type == "cuda"
     lengths = sorted(set(length or [(65536 if on_gpu else 1024) << i for i in range(7 if on_gpu else 5)]))
     segment_length = (32768 if on_gpu else 512) if segment_length is None else segment_length
+    if (least := min([*lengths, segment_length])) < 1:
+        raise ValueError(f"lengths and --segment-length must be at least 1, got {least}")
     check_at_least(2, length=lengths)
-    check_at_least(1, segment_length=segment_length)
     size = _size(size, torch_device)
     cases = [TrainingCase(length, segment_length) for length in lengths]
     plan = bench_train.plan(
@@ -257,8 +261,8 @@ def scaling(
     if max(gpus) > MAX_GPUS:
         raise ValueError(f"--gpus must be at most {MAX_GPUS}, got {max(gpus)}")
     for name, value in (("--network-gigabits", network_gigabits), ("--speed", speed)):
-        if value is not None and not 0 < value < inf:
-            raise ValueError(f"{name} must be above 0, got {value}")
+        if value is not None and not 1e-6 <= value <= 1e12:
+            raise ValueError(f"{name} must be between 1e-6 and 1e12, got {value}")
     config = LightningConfig.from_size(_size(size, torch.device("cpu")))
     model = Model([config.layer_state_shape(i) for i in range(config.num_hidden_layers)], batch_size)
     cluster = Cluster(node_size, network=Link(network_gigabits * 1e9 / 8, Cluster.network.latency))

@@ -21,7 +21,9 @@ UNUSABLE = OSError, ValueError, TypeError, KeyError, AttributeError, IndexError,
 
 def checkpoints(folder: PathLike) -> list[Path]:
     """Complete checkpoints of a training run, oldest first."""
-    found = [path for path in to_path(folder, "folder").glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    found = [
+        path for path in to_path(folder, "folder").glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()
+    ]
     return sorted(found, key=checkpoint_step)
 
 
