@@ -86,6 +86,14 @@ def workers_after(checkpoint: Path, launcher: subprocess.Popen) -> list[int]:
     return [int(child) for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
 
 
+def wait_for_end(process: int, seconds: float) -> None:
+    """Of a process that is not a child of this one."""
+    deadline = time.monotonic() + seconds
+    while Path(f"/proc/{process}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def error_lines(stderr: str) -> list[str]:
     """The lines that the command itself has written."""
     assert "Traceback" not in stderr, stderr

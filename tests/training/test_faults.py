@@ -31,6 +31,7 @@ from training.runs import (
     start,
     torchrun,
     wait_for,
+    wait_for_end,
     workers_after,
     write_inputs,
 )
@@ -493,13 +494,9 @@ def test_a_file_that_one_process_lacks_is_one_line(files):
 @pytest.mark.parametrize("sharing", [{}, {"sequence_parallel": 2}], ids=["sequences", "tokens"])
 def test_a_stopped_process_ends_the_others_after_the_timeout(files, sharing):
     process = torchrun(2, *arguments(files, steps=10_000, save_every=20, timeout=5.0, **sharing))
-    stopped = workers_after(files / "run" / "checkpoint-20", process)[-1]
+    waiting, stopped = workers_after(files / "run" / "checkpoint-20", process)
     os.kill(stopped, signal.SIGSTOP)
-    began = time.monotonic()
-    while process.poll() is None and time.monotonic() - began < 60:
-        time.sleep(0.1)
-        if time.monotonic() - began > 12:
-            break
+    wait_for_end(waiting, 30)
     os.kill(stopped, signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert re.search("^lightning-attention: no answer within --timeout", output, re.MULTILINE), output

@@ -27,6 +27,7 @@ from training.runs import (
     options,
     quiet,
     torchrun,
+    wait_for_end,
     workers_after,
     write_inputs,
 )
@@ -297,10 +298,7 @@ def test_sigterm_ends_a_process_that_waits_for_another(files):
     os.kill(stopped, signal.SIGSTOP)
     time.sleep(1)
     os.kill(waiting, signal.SIGTERM)
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{waiting}").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for_end(waiting, 20)
     os.kill(stopped, signal.SIGKILL)
     output, _ = process.communicate()
     ours = output.split("torch/distributed/elastic")[0]

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 TRACEBACK = "LIGHTNING_ATTENTION_TRACEBACK"
 # What the library raises for what a user can mend; any other exception is a mistake of ours.
-EXPECTED = ValueError, TypeError, OSError, ImportError, NotImplementedError, MemoryError
+EXPECTED = ValueError, TypeError, FloatingPointError, OSError, ImportError, NotImplementedError, MemoryError
 # Words of PyTorch's allocators and of CUDA's libraries, which raise RuntimeError.
 NO_MEMORY = (
     "out of memory",

@@ -92,7 +92,7 @@ def train(
 
     from ..training import Interrupted, TrainingOptions
     from ..training import train as run
-    from ..training.processes import SharedError, rank
+    from ..training.processes import SharedError, leave_processes, rank
 
     disable_progress_bar()
     sources = {name: context.get_parameter_source(name) for name in context.params}
@@ -111,8 +111,12 @@ def train(
     try:
         run(options, resume=resume, console=Console(soft_wrap=True))
     except Interrupted as error:
+        leave_processes()
         sys.exit(128 + error.signal)
     except (SharedError, FloatingPointError):
-        if rank() > 0:  # the first process says it
-            sys.exit(2)
-        raise
+        is_first = rank() == 0
+        leave_processes()
+        if is_first:
+            raise
+        sys.exit(2)
+    leave_processes()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -30,8 +31,10 @@ class Ranks:
     sequence_parallel: SequenceParallel
 
     @classmethod
-    def of(cls, world_size: int, sequence_size: int, strategy: str, device_type: str) -> "Ranks":
+    def of(cls, world_size: int, sequence_size: int, strategy: str, timeout: float) -> "Ranks":
         """Neighbours in rank share a row, so that its states stay on one machine where they can.
+
+        They wait `timeout` seconds for one of them that does not answer.
 
         Raises:
             ValueError: the processes cannot be divided into groups of this size.
@@ -41,10 +44,9 @@ class Ranks:
                 f"sequence_parallel must divide the number of processes, which torchrun sets: {world_size}, "
                 f"got {sequence_size}"
             )
-        mesh = init_device_mesh(
-            device_type, (world_size // sequence_size, sequence_size), mesh_dim_names=("data", "sequence")
-        )
-        return cls(mesh.get_local_rank("data"), mesh.size(0), SequenceParallel(mesh.get_group("sequence"), strategy))
+        group, _ = dist.new_subgroups(sequence_size, timeout=timedelta(seconds=timeout))
+        data_rank, data_size = dist.get_rank() // sequence_size, world_size // sequence_size
+        return cls(data_rank, data_size, SequenceParallel(group, strategy))
 
     def collate(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """This process's slice of the rows of a `PackedDataset`, one after the other as one row.

@@ -7,7 +7,9 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
+from accelerate import PartialState
 
 T = TypeVar("T")
 
@@ -21,6 +23,23 @@ LONG = timedelta(days=30)
 
 class SharedError(ValueError):
     """What is wrong on one process, raised on all of them."""
+
+
+def join_processes(timeout: float) -> None:
+    """Form the group of the processes that torchrun has started, if it has.
+
+    TrainingArguments would do it, but on a CPU without the timeout.
+
+    Args:
+        timeout: seconds that they wait for one of them that does not answer.
+    """
+    PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(seconds=timeout))
+
+
+def leave_processes() -> None:
+    """Leave the group in order, so that no process ends while another is still talking to it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:

@@ -1,7 +1,6 @@
 """A run: from text to a checkpoint."""
 
 import json
-import math
 import os
 import shlex
 from contextlib import ExitStack
@@ -31,7 +30,7 @@ from .folder import CORPUS, METRICS, PICTURE, RunFolder, last_intact
 from .metrics import MetricsCallback, plot_loss
 from .options import TrainingOptions, continued
 from .parallel import Ranks, all_processes, shard
-from .processes import check_equal, explaining_lost_processes, is_restarted, on_first, rank, together
+from .processes import check_equal, explaining_lost_processes, is_restarted, join_processes, on_first, rank, together
 from .signals import Interrupted, StopRequest, stop_requests
 from .tokenizer import load_tokenizer
 from .trainer import PackedTrainer
@@ -62,7 +61,8 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
         FloatingPointError: the loss, its gradient or a weight is not finite; neither stepped nor saved.
         KeyboardInterrupt: a signal has stopped the run; it is an `Interrupted`, which knows the signal.
     """
-    arguments = _arguments(options)  # sets up the process group
+    join_processes(options.timeout)
+    arguments = _arguments(options)
     console = Console(quiet=True) if rank() > 0 else console or Console()
     folder = RunFolder(options.output)
     with ExitStack() as stack:
@@ -164,7 +164,7 @@ def _ranks(options: TrainingOptions, arguments: TrainingArguments) -> Ranks | No
     if options.sequence_parallel == 1:
         return None
     return Ranks.of(
-        arguments.world_size, options.sequence_parallel, options.sequence_parallel_strategy, arguments.device.type
+        arguments.world_size, options.sequence_parallel, options.sequence_parallel_strategy, options.timeout
     )
 
 
@@ -273,7 +273,6 @@ def _arguments(options: TrainingOptions) -> TrainingArguments:
         prediction_loss_only=True,
         remove_unused_columns=False,
         disable_tqdm=True,
-        ddp_timeout=math.ceil(options.timeout),
         report_to="none",
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False if "RANK" in os.environ else None,
