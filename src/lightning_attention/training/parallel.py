@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,7 @@ class Ranks:
                 f"sequence_parallel must divide the number of processes, which torchrun sets: {world_size}, "
                 f"got {sequence_size}"
             )
-        group, _ = dist.new_subgroups(sequence_size, timeout=timedelta(seconds=timeout))
+        group: Any = dist.new_subgroups(sequence_size, timeout=timedelta(seconds=timeout))[0]
         data_rank, data_size = dist.get_rank() // sequence_size, world_size // sequence_size
         return cls(data_rank, data_size, SequenceParallel(group, strategy))
 
