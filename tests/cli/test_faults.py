@@ -69,7 +69,7 @@ def is_one_line(result: Result) -> bool:
 
 def marked(arguments: tuple[str, ...]):
     marks = [pytest.mark.slow] if arguments[-1] in COMMON else []
-    if reason := faults.UNFINISHED.get(arguments[-2:]):
+    if reason := faults.UNFINISHED.get((arguments[0], *arguments[-2:])):
         marks.append(pytest.mark.xfail(strict=False, reason=reason))
     return pytest.param(arguments, id=readable(arguments), marks=marks)
 
@@ -137,3 +137,12 @@ def test_a_full_disk_names_the_file_and_keeps_what_was_there(workspace, name):
     assert is_one_line(result)
     assert f"new/{name}" in result.err
     assert left == ([] if name == "op.json" else ["new", "new/op.json"])
+
+
+@pytest.mark.parametrize("command", [faults.TRAIN, faults.OP], ids=["train", "bench op"])
+def test_a_name_that_looks_like_markup_is_shown_as_it_is(workspace, command):
+    name = "a[b]:dog:[red]"
+    result = workspace.run(*command[: command.index("new")], name)
+    assert {path.split("/")[0] for path in workspace.changed()} == {name}
+    assert (result.code, result.err) == (0, "")
+    assert f" {name}/" in result.out

@@ -332,7 +332,7 @@ def _run(
 ) -> None:
     from ..bench.run import run
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False, emoji=False)
     written = run(
         name,
         plans,
@@ -341,7 +341,7 @@ def _run(
         dtype=dtype,
         command=shlex.join(["lightning-attention", *sys.argv[1:]]),
         output=output,
-        echo=lambda line: console.print(line, highlight=False, markup=False),
+        echo=lambda line: console.print(line, highlight=False),
     )
     for path in written:
         console.print(f"wrote {path}")

@@ -15,7 +15,7 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "tokenizers", "safe
 
 def info() -> None:
     """Show versions, devices, and which backends can run here; for those that cannot, why."""
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False, emoji=False)
     table = Table("package", "version", box=None)
     table.add_row("lightning-attention", _version("lightning-attention"))
     table.add_row("python", platform.python_version())

@@ -109,7 +109,7 @@ def train(
         values["data"] = tuple(data or ())
         options = TrainingOptions(**{field.name: values[field.name] for field in fields(TrainingOptions)})
     try:
-        run(options, resume=resume, console=Console(soft_wrap=True))
+        run(options, resume=resume, console=Console(soft_wrap=True, markup=False, emoji=False))
     except Interrupted as error:
         leave_processes()
         sys.exit(128 + error.signal)

@@ -132,7 +132,8 @@ class TrainingOptions:
                 raise ValueError(f"{name} must be {range_}, got {getattr(self, name)}")
 
     def save(self) -> None:
-        """Write `run.json`, whole."""
+        """Write `run.json`, whole, in a folder that is created if need be."""
+        self.output.mkdir(parents=True, exist_ok=True)
         files.write(self.output / FILE, self.to_json())
 
     def to_json(self) -> str:

@@ -63,7 +63,7 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
     """
     join_processes(options.timeout)
     arguments = _arguments(options)
-    console = Console(quiet=True) if rank() > 0 else console or Console()
+    console = Console(quiet=True) if rank() > 0 else console or Console(markup=False, emoji=False)
     folder = RunFolder(options.output)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_requests())
