@@ -12,8 +12,11 @@ from cli.forks import Forks, Result, run_command
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and files of /dev and /proc")
 
-# Values that every numeric option is tried with; the others are its own.
-COMMON = {"inf", "-inf", "many", "1e400", "--steps", "²", "-" + faults.BEYOND_64_BITS, "1.5"}
+# The table is long: `make test` runs the values that are an option's own, `make test-slow` those that are tried with
+# every option, and what a folder of a checkpoint or an output may be.
+COMMON = {"inf", "-inf", "1.5", "-" + faults.BEYOND_64_BITS, faults.BEYOND_64_BITS, *faults.NO_NUMBERS}
+COMMON |= {f"{file}-{name}" for file in ("tokenizer", "tokenizer_config", "weights") for name in faults.BAD_JSON}
+COMMON |= {f"bench-{name}" for name in faults.BAD_JSON if name != "deep"} | {*faults.UNWRITABLE[2:], "-x", "gpt2"}
 
 
 class Workspace:
@@ -105,6 +108,9 @@ def test_out_of_memory_names_what_to_lower(workspace, arguments, words):
     ("arguments", "named"),
     [
         (["train", "--steps", "3", "--steps", "4"], "--steps is given 2 times"),
+        (["train", "--steps", faults.BEYOND_64_BITS], "--steps must be an integer of 64 bits"),
+        (["train", "--warmup", "1e400"], "--warmup must be a finite number, got inf"),
+        (["train", "--data", ""], "--data must not be empty"),
         (["train", "--config", "deep.json"], "deep.json"),
         (["train", "--config", "pipe"], "pipe"),
         (["generate", "--checkpoint", "config-deep"], "config-deep"),
