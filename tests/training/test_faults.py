@@ -355,7 +355,7 @@ def test_a_full_disk_at_resume_leaves_what_there_was(copied):
 # Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(files, number):
     """The run goes on as one that was left alone."""
     changes = {"steps": 60, "save_every": 20, "log_every": 10}
@@ -381,6 +381,16 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(files, number):
     weights, expected = (load(files / name)[0].state_dict() for name in ("run", "whole"))
     for name, weight in expected.items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_whose_reader_has_left_goes_on(files):
+    process = start(*arguments(files, log_every=1, steps=30))
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(120) == 0, process.stderr.read()
+    assert losses(files / "run").keys() == set(range(1, 31))
+    process.stderr.close()
 
 
 def test_a_signal_before_the_first_step_leaves_nothing_behind(files):

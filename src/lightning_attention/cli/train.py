@@ -1,5 +1,6 @@
 """`lightning-attention train`: a language model from the user's own text."""
 
+import os
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,6 +13,14 @@ from typer import Option
 DATA, MODEL, RUN = "Data", "Model", "Run"
 # What may differ from machine to machine on which a run goes on.
 SHARING = "sequence_parallel", "sequence_parallel_strategy", "fsdp", "timeout"
+
+
+class _Console(Console):
+    """A console whose reader may leave while the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def train(
@@ -109,7 +118,7 @@ def train(
         values["data"] = tuple(data or ())
         options = TrainingOptions(**{field.name: values[field.name] for field in fields(TrainingOptions)})
     try:
-        run(options, resume=resume, console=Console(soft_wrap=True, markup=False, emoji=False))
+        run(options, resume=resume, console=_Console(soft_wrap=True, markup=False, emoji=False))
     except Interrupted as error:
         leave_processes()
         sys.exit(128 + error.signal)

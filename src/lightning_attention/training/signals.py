@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during training: the first one asks for a checkpoint, a second one ends the process at once."""
+"""Signals that end a training run: the first one asks for a checkpoint, a second one ends the process at once."""
 
 import os
 import select
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from .processes import LOST, is_started_by_torchrun
 
-SIGNALS = signal.SIGINT, signal.SIGTERM
+SIGNALS = signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
 # torchrun sends a signal on to processes that the terminal has sent it to already.
 REPEATED = 3.0
 # Seconds until a process that waits for a lost one is ended, beside twice the time of a step.
@@ -66,7 +66,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Handle SIGINT and SIGTERM; in a thread other than the main one, where Python allows no handlers, do nothing.
+    """Handle signals that are not ignored, as SIGHUP is under nohup; none in a thread other than the main one.
 
     A thread reads the signals, because handlers wait while the main thread is in a collective that may never end.
     """
@@ -76,7 +76,8 @@ def stop_requests() -> Iterator[StopRequest]:
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    handlers = {number: signal.signal(number, request.handle) for number in SIGNALS}
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, request.handle) for number in heeded}
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     thread = threading.Thread(target=_watch, args=(reader, request), daemon=True)
     thread.start()

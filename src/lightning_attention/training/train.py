@@ -43,7 +43,7 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
     `metrics.jsonl`, `loss.png`, and after the first step `run.json`; a failure before that leaves nothing behind.
     Several processes, started by torchrun, share every step.
 
-    SIGINT and SIGTERM save a checkpoint after the step that is being made; a second one ends the process at once.
+    SIGINT, SIGTERM and SIGHUP save a checkpoint after the current step; a second one ends the process at once.
 
     Args:
         options: see there.
