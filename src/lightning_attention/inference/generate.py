@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast, TextIteratorStreamer
 
 from ..models import LightningForCausalLM
 from ..models.checkpoint import last_checkpoint, load_model
-from ..models.tokenization import begin_with_bos, bos_ids
+from ..models.tokenization import begin_with_bos, bos_ids, encode_texts, well_formed
 from ..paths import PathLike, to_path
 from .sampling import SamplingOptions
 
@@ -39,10 +39,11 @@ def load(checkpoint: PathLike, *, bf16: bool = False) -> tuple[LightningForCausa
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
-    """The tokens of a prompt, as training begins a document: `tokenizer(prompt).input_ids`.
+    """The tokens of a prompt, as training begins a document: the BOS token, if there is one, and the text.
 
-    As in every Hugging Face tokenizer, the name of a special token within the prompt stands for that token. In training
-    data it is text, which `tokenizer(prompt, split_special_tokens=True)` gives.
+    What spells a special token within the prompt is text, as in training data. Special tokens are put into a prompt by
+    their ids: `[*encode(tokenizer, question), tokenizer.eos_token_id]`. Hugging Face's `tokenizer(prompt)` reads the
+    spelling as the token.
 
     Args:
         tokenizer: of a checkpoint, as `load` returns it.
@@ -50,17 +51,18 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
 
     Raises:
         TypeError: the prompt is not a string.
-        ValueError: the prompt is empty and the tokenizer adds no BOS token, or the tokenizer leaves out the BOS token
-            that training documents begin with.
+        ValueError: the prompt is empty and the tokenizer has no BOS token, the tokenizer cannot encode the prompt, or
+            the tokenizer does not put the BOS token before a text.
     """
     if not isinstance(prompt, str):
         raise TypeError(f"prompt must be a string, got {type(prompt).__name__}")
-    ids, begin = tokenizer(prompt).input_ids, bos_ids(tokenizer)
-    if ids[: len(begin)] != begin:
+    begin = bos_ids(tokenizer)
+    if tokenizer("").input_ids[: len(begin)] != begin:
         raise ValueError(
             f"the tokenizer does not begin a text with its BOS token {tokenizer.bos_token}, as training documents "
             "begin: take the tokenizer that lightning_attention.inference.load returns"
         )
+    ids = begin + encode_texts(tokenizer, [well_formed(prompt)])[0].ids
     if not ids:
         raise ValueError("the prompt is empty, and the tokenizer has no token for the beginning of a document")
     return ids

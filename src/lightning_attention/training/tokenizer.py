@@ -1,5 +1,8 @@
 """Tokenizers: bytes by default, or any tokenizer.json."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -11,6 +14,19 @@ INPUTS = ["input_ids", "attention_mask"]
 # lm-eval would replace by 2048.
 UNLIMITED = 10**21
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+# Names under which vocabularies have these tokens, where no tokenizer_config.json says so; the first found is taken.
+ENDS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    EOS,
+    "<eos>",
+    "[EOS]",
+    "<｜end▁of▁sentence｜>",
+    "<|im_end|>",
+    "<|eot_id|>",
+)
+PADS = (PAD, "<pad>", "[PAD]", "<|padding|>")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -23,39 +39,67 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return framed
 
 
-def load_tokenizer(name: PathLike) -> PreTrainedTokenizerFast:
-    """`"bytes"`, or the path of a tokenizer.json, or of a folder that a tokenizer was saved in.
+def load_tokenizer(
+    name: PathLike, eos_token: str | None = None, report: Callable[[str], None] = lambda line: None
+) -> PreTrainedTokenizerFast:
+    """Load `"bytes"`, the path of a tokenizer.json, or of a folder that a tokenizer was saved in.
 
-    A tokenizer without an end-of-document or padding token is given them. `tokenizer(text)` is then the beginning of a
-    training document: the BOS token, if there is one besides the EOS token, and the text. A tokenizer.json that lies
-    alone names no BOS token: it is the one that its post-processor puts before a text.
+    A tokenizer whose files name no end-of-document (EOS) or padding token has the one that its vocabulary holds under a
+    usual name (`ENDS`, `PADS`), or else is given a new one. `tokenizer(text)` is the beginning of a training document:
+    the BOS token, if there is one, and the text, neither truncated nor padded. A tokenizer.json alone names no BOS
+    token: it is the one that its post-processor puts before a text.
+
+    Args:
+        name: "bytes" or the path.
+        eos_token: the token of the vocabulary that ends a document, instead of the tokenizer's own.
+        report: called with a line for every special token that was chosen or added.
 
     Raises:
         TypeError: `name` is no path.
-        ValueError: there is no such file, or it is no tokenizer.
+        ValueError: there is no such file, it is no tokenizer, or `eos_token` is not in its vocabulary.
+
+        tokenizer = load_tokenizer("gpt2/tokenizer.json", eos_token="<|endoftext|>")
     """
-    if name == "bytes":
-        return byte_tokenizer()
-    path = to_path(name, "tokenizer")
-    if path.is_dir():
-        path = path / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"tokenizer must be 'bytes' or a tokenizer.json, there is no file {name}")
+    tokenizer = byte_tokenizer() if name == "bytes" else _read(to_path(name, "tokenizer"), report)
+    if eos_token is not None:
+        vocabulary = tokenizer.get_vocab()
+        if eos_token not in vocabulary:
+            special = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+            candidates = [token for token in vocabulary if token in special or token in ENDS] or ["none"]
+            raise ValueError(
+                f"eos_token {eos_token!r} is not in the vocabulary of the tokenizer {name}; candidates: "
+                f"{', '.join(sorted(candidates))}"
+            )
+        tokenizer.add_special_tokens({"eos_token": eos_token})
+    for kind, token, names, new in (("eos_token", "EOS", ENDS, EOS), ("pad_token", "padding", PADS, PAD)):
+        if getattr(tokenizer, kind) is None:
+            vocabulary = tokenizer.get_vocab()
+            chosen = next((known for known in names if known in vocabulary), new)
+            tokenizer.add_special_tokens({kind: chosen})
+            how = "found in the vocabulary" if chosen in vocabulary else "added to the vocabulary"
+            report(f"the tokenizer names no {token} token: {chosen} {how}")
+    begin_with_bos(tokenizer)
+    return tokenizer
+
+
+def _read(path: Path, report: Callable[[str], None]) -> PreTrainedTokenizerFast:
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"tokenizer must be 'bytes' or a tokenizer.json, there is no file {path}")
     try:
-        if (path.parent / "tokenizer_config.json").is_file():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent)
+        backend = Tokenizer.from_file(str(file))
+        backend.no_truncation()
+        backend.no_padding()  # or transformers takes its padding token, and adds it if need be
+        if (file.parent / "tokenizer_config.json").is_file():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent)
         else:
-            backend = Tokenizer.from_file(str(path))
             tokenizer = _with_special_tokens(backend, bos_token=_added_before_a_text(backend))
     except Exception as error:  # tokenizers raises bare Exceptions
-        raise ValueError(f"{path} is not a tokenizer: {error}") from error
-    if tokenizer.eos_token is None:
-        tokenizer.add_special_tokens({"eos_token": EOS})
-    if tokenizer.pad_token is None:
-        tokenizer.add_special_tokens({"pad_token": PAD})
+        raise ValueError(f"{file} is not a tokenizer: {error}") from error
+    if added := sorted(tokenizer.get_vocab().keys() - backend.get_vocab().keys()):
+        report(f"tokens added to the vocabulary of the tokenizer: {', '.join(added)}")
     tokenizer.padding_side, tokenizer.model_input_names = "left", INPUTS
     tokenizer.model_max_length = UNLIMITED
-    begin_with_bos(tokenizer)
     return tokenizer
 
 
