@@ -1,0 +1,180 @@
+"""Documents of one file: text, JSON lines or parquet, compressed or not, read piece by piece."""
+
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..extras import require
+from ..models.tokenization import well_formed
+
+PIECE = 1 << 18  # characters read at a time, so that no text file has to fit in memory
+BLOCK = 1 << 16  # bytes decompressed at a time
+ROWS = 256  # of a parquet file, read at a time
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "compression.zstd"}
+LINES = ".jsonl", ".ndjson"
+
+
+def documents(file: Path, text_field: str) -> Iterator[Iterator[str]]:
+    """Each document as its pieces, in the order of the file.
+
+    A `.jsonl` or `.ndjson` holds a document a line, a `.parquet` a document a row, anything else is one document. Lines
+    of JSON may end in LF, CRLF or CR; in text they stay as they are. A byte order mark is no part of the text.
+
+    Raises:
+        ValueError: the file is not UTF-8, is damaged, or a line or row has no text in `text_field`.
+        ImportError: a package that reads the format is missing.
+    """
+    suffix, _ = _suffixes(file)
+    if suffix == ".parquet":
+        yield from _rows(file, text_field)
+    elif suffix in LINES:
+        yield from _lines(file, text_field)
+    else:
+        yield _pieces(file)
+
+
+def is_text(file: Path, text_field: str) -> bool:
+    """True if the file, decompressed, is UTF-8 text without NUL, or if it is a parquet file.
+
+    Raises:
+        ValueError: a compressed or parquet file is damaged, or a parquet file has no such column.
+        ImportError: a package that reads the format is missing.
+    """
+    if _suffixes(file)[0] == ".parquet":
+        with _parquet(file, text_field):
+            return True
+    try:
+        return all("\0" not in piece for piece in _pieces(file))
+    except NotUtf8Error:
+        return False
+
+
+class NotUtf8Error(ValueError):
+    """A file is not UTF-8 text."""
+
+
+def _suffixes(file: Path) -> tuple[str, str]:
+    """The suffix that tells the format, and that of the compression or an empty one, in small letters."""
+    name = Path(file.name.lower())
+    return (Path(name.stem).suffix, name.suffix) if name.suffix in COMPRESSED else (name.suffix, "")
+
+
+def _pieces(file: Path) -> Iterator[str]:
+    with _text(file, newline="") as text:
+        while piece := text.read(PIECE):
+            yield piece
+
+
+def _lines(file: Path, text_field: str) -> Iterator[Iterator[str]]:
+    with _text(file, newline=None) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                # Numbers of any length are of no interest; Python limits the digits of an int.
+                text = json.loads(line, parse_int=float)[text_field]
+            except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+                text = None
+            if not isinstance(text, str):
+                raise ValueError(f"{file}, line {number}: not a JSON object with a text in {text_field!r}")
+            yield iter([well_formed(text)])
+
+
+def _rows(file: Path, text_field: str) -> Iterator[Iterator[str]]:
+    number = 0
+    with _parquet(file, text_field) as table:
+        for batch in table.iter_batches(batch_size=ROWS, columns=[text_field]):
+            for text in batch.column(0).to_pylist():
+                number += 1
+                if not isinstance(text, str):
+                    raise ValueError(f"{file}, row {number}: no text in {text_field!r}")
+                yield iter([text])
+
+
+@contextmanager
+def _text(file: Path, newline: str | None) -> Iterator[io.TextIOWrapper]:
+    with (
+        _named_errors(file),
+        _bytes(file) as content,
+        io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline) as text,
+    ):
+        yield text
+
+
+@contextmanager
+def _parquet(file: Path, text_field: str) -> Iterator[Any]:
+    with _named_errors(file):
+        require("data", "pyarrow")
+        with import_module("pyarrow.parquet").ParquetFile(file) as table:
+            if text_field not in (names := table.schema_arrow.names):
+                raise ValueError(f"{file} has no column {text_field!r}, but {', '.join(map(repr, names))}")
+            yield table
+
+
+def _bytes(file: Path) -> Any:
+    compression = _suffixes(file)[1]
+    if not compression:
+        return file.open("rb")
+    try:
+        return import_module(COMPRESSED[compression]).open(file, "rb")
+    except ModuleNotFoundError:
+        if compression != ".zst":
+            raise
+    require("data", "zstandard")  # Python 3.14 has a module of its own
+    return io.BufferedReader(_Chunks(_zstd_chunks(file)))
+
+
+@contextmanager
+def _named_errors(file: Path) -> Iterator[None]:
+    """Errors that say which file is at fault."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise NotUtf8Error(f"{file} is not UTF-8 text") from error
+    except ImportError as error:
+        raise ImportError(f"{file}: {error}", name=error.name) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, not of a decompressor
+            error.filename = error.filename or str(file)
+        elif str(file) not in str(error):
+            raise ValueError(f"{file} is damaged, or not what its name says: {error}") from error
+        raise
+
+
+def _zstd_chunks(file: Path) -> Iterator[bytes]:
+    """Content of all frames. zstandard's own reader takes a file that was cut off for a whole one."""
+    zstandard = import_module("zstandard")
+    with file.open("rb") as compressed:
+        frame = None
+        while data := compressed.read(BLOCK):
+            while data:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                yield frame.decompress(data)
+                data = frame.unused_data
+                if frame.eof:
+                    frame = None
+        if frame is not None:
+            raise EOFError("it ends within a frame")
+
+
+class _Chunks(io.RawIOBase):
+    """A file of the bytes of an iterator."""
+
+    def __init__(self, chunks: Iterator[bytes]):
+        self.chunks, self.rest = chunks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.rest and (chunk := next(self.chunks, None)) is not None:
+            self.rest = memoryview(chunk)
+        count = min(len(buffer), len(self.rest))
+        buffer[:count], self.rest = self.rest[:count], self.rest[count:]
+        return count
