@@ -11,7 +11,7 @@ from transformers import logging
 
 from lightning_attention.inference import SamplingOptions, load, stream
 from lightning_attention.models import LightningCache, LightningForCausalLM
-from lightning_attention.training import Corpus, PackedDataset, TrainingOptions, evaluate, train
+from lightning_attention.training import Corpus, TrainingOptions, evaluate, train
 
 OUTPUT = Path("demo")
 OPTIONS = TrainingOptions(
@@ -40,7 +40,7 @@ def main() -> None:
     model, tokenizer = load(checkpoint)
 
     corpus = Corpus.open(OUTPUT / "corpus")
-    rows = PackedDataset(corpus.held_out_tokens(), LENGTHS[0], corpus.eos_token_id, 1 << 17)
+    rows = corpus.held_out_set(LENGTHS[0], max_tokens=1 << 17)
     result = evaluate(model, rows, corpus.unigram(), BYTES)
     console.rule(f"held-out loss over {result.num_tokens:,} bytes")
     table = Table("predicted by", "nats per byte", box=None)

@@ -100,7 +100,8 @@ def test_a_model_and_an_engine_under_a_default_device(default_device):
 
 def test_a_packed_dataset_under_a_default_device(default_device):
     """Batches are those of a CPU default, and can be read by worker processes: they stay on the CPU."""
-    row = PackedDataset(np.array([5, 6, 2, 7, 8, 9, 2, 4] * 2), sequence_length=8, eos_token_id=2)[1]
+    starts = np.array([0, 3, 7, 11, 15])
+    row = PackedDataset(np.array([5, 6, 2, 7, 8, 9, 2, 4] * 2), sequence_length=8, document_starts=starts)[1]
     assert {x.device.type for x in row.values()} == {"cpu"}
     assert row["position_ids"].tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
     assert row["labels"].tolist() == [-100, 6, 2, -100, 8, 9, 2, -100]

@@ -18,7 +18,9 @@ from lightning_attention.training.parallel import one_row
 EOS = 2
 GREEDY = SamplingOptions(max_new_tokens=6, temperature=0)
 SAMPLED = SamplingOptions(max_new_tokens=6, seed=3, top_k=5, top_p=0.9, repetition_penalty=1.2)
-STREAM = np.concatenate([np.append(tokens(n, seed=n).numpy(), EOS) for n in (5, 9, 4, 12, 7)]).astype(np.uint16)
+LENGTHS = 5, 9, 4, 12, 7
+STREAM = np.concatenate([np.append(tokens(n, seed=n).numpy(), EOS) for n in LENGTHS]).astype(np.uint16)
+STARTS = np.cumsum((0, *LENGTHS))[:-1] + np.arange(5)
 MODEL = make_model(eos_token_id=None).eval()
 PROMPTS, BATCH = [tokens(n, seed=1).tolist() for n in (3, 9, 6)], tokens(2, 5, seed=4)
 UNIGRAM = torch.full((VOCAB,), 1 / VOCAB).log()
@@ -45,7 +47,7 @@ def on_meta() -> Iterator[Callable[[Callable[[], Any]], Any]]:
 
 
 def rows() -> list[dict[str, Tensor]]:
-    dataset = PackedDataset(STREAM, 10, EOS)
+    dataset = PackedDataset(STREAM, 10, STARTS)
     return [dataset[i] for i in range(len(dataset))]
 
 
@@ -74,11 +76,11 @@ def gradients() -> list[Tensor]:
 CALLS: dict[str, Callable[[], Any]] = {
     "PackedDataset": rows,
     "one_row": lambda: one_row(rows()),
-    "loss_of": lambda: PackedDataset(STREAM, 10, EOS).loss_of(UNIGRAM),
+    "loss_of": lambda: PackedDataset(STREAM, 10, STARTS).loss_of(UNIGRAM),
     "Engine, greedy": lambda: served(GREEDY),
     "Engine, sampled": lambda: served(SAMPLED, prefill_tokens=4, max_requests=2),
     "StatePool": pooled,
-    "evaluate": lambda: astuple(evaluate(MODEL, PackedDataset(STREAM, 10, EOS), UNIGRAM, VOCAB)),
+    "evaluate": lambda: astuple(evaluate(MODEL, PackedDataset(STREAM, 10, STARTS), UNIGRAM, VOCAB)),
     "segmented_loss": gradients,
     "generate": lambda: MODEL.generate(BATCH, max_new_tokens=5, do_sample=False),
 }

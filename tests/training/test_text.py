@@ -1,7 +1,12 @@
-"""From files to rows of tokens."""
+"""From documents to sequences of tokens."""
 
 import json
 import math
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_attention.training import Corpus, PackedDataset, byte_tokenizer
-from lightning_attention.training import corpus as corpus_module
-from lightning_attention.training.documents import Sources, standard_library
+from lightning_attention.training import Corpus, PackedDataset, byte_tokenizer, encoding
+from lightning_attention.training.documents import Sources
 
 BOS, EOS = 256, 257
 
@@ -25,78 +29,18 @@ def write(folder: Path, **files: str) -> Path:
 
 
 def documents(corpus: Corpus) -> list[bytes]:
+    """The text of each, by the bounds that are stored."""
     tokens = [*corpus.train_tokens().tolist(), *corpus.held_out_tokens().tolist()]
-    found, current = [], None
-    for token in tokens:
-        if token == BOS:
-            assert current is None
-            current = []
-        elif token == EOS:
-            found.append(bytes(current))
-            current = None
-        else:
-            current.append(token)
-    assert current is None
-    return found
-
-
-def test_files_and_folders(tmp_path):
-    folder = write(tmp_path / "data", a_txt="one", b_py="two", c_jsonl='{"text": "three"}\n\n{"text": "four"}\n')
-    (folder / "binary").write_bytes(b"\x00\x01")
-    (folder / "latin").write_bytes("é".encode("latin-1"))
-    write(folder / "tests", test_py="six")
-    (folder / ".git").mkdir()
-    (folder / ".git" / "HEAD").write_text("no text of the user's")
-    alone = write(tmp_path / "more", d_txt="five") / "d.txt"
-    sources = Sources.find([folder, alone])
-    assert sorted("".join(pieces) for pieces in sources.documents()) == ["five", "four", "one", "six", "three", "two"]
-    assert sources.skipped == 2
-    assert len(Sources.find([folder, alone], without=["tests"]).files) == len(sources.files) - 1
-    assert Sources.find([folder, alone], seed=1).files != sources.files
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("missing", None, "there is no file or folder"),
-        ("latin.txt", "é".encode("latin-1"), "is not UTF-8 text"),
-        ("zero.txt", b"a\x00b", "is not UTF-8 text"),
-        ("folder", "folder", "no text files found"),
-    ],
-)
-def test_paths_of_no_use(tmp_path, name, content, message):
-    path = tmp_path / name
-    if content == "folder":
-        path.mkdir()
-    elif content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        Sources.find([path])
-
-
-@pytest.mark.parametrize("line", ["not json", '{"body": "x"}', '{"text": 3}', '["text"]', "3"])
-def test_a_bad_line_is_named(tmp_path, line):
-    (tmp_path / "data.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
-    sources = Sources.find([tmp_path / "data.jsonl"])
-    with pytest.raises(ValueError, match=r"data.jsonl, line 2: not a JSON object with a text in 'text'"):
-        [list(pieces) for pieces in sources.documents()]
-
-
-def test_another_field_and_broken_surrogates(tmp_path):
-    (tmp_path / "data.jsonl").write_text(json.dumps({"body": "a\ud800b"}) + "\n")
-    sources = Sources.find([tmp_path / "data.jsonl"], text_field="body")
-    assert ["".join(pieces) for pieces in sources.documents()] == ["a\ufffdb"]
-
-
-def test_the_standard_library_is_text():
-    assert len(Sources.find([standard_library()]).files) > 100
+    bounds = [*corpus.document_starts().tolist(), len(tokens)]
+    framed = [tokens[start:stop] for start, stop in pairwise(bounds)]
+    assert all(document[0] == BOS and document[-1] == EOS for document in framed)
+    return [bytes(document[1:-1]) for document in framed]
 
 
 @pytest.mark.parametrize("batch", [1, 10, 1 << 22])
 def test_the_corpus_is_the_documents(tmp_path, monkeypatch, batch):
-    """However they are cut into pieces and batches; what looks like a special token is text."""
-    monkeypatch.setattr("lightning_attention.training.documents.PIECE", 7)
-    monkeypatch.setattr(corpus_module, "BATCH", batch)
+    """However they are cut into batches; what looks like a special token is text."""
+    monkeypatch.setattr(encoding, "BATCH", batch)
     texts = ["a" * 50, "héllo wörld <|eos|> ", "x", "\r\n\n", "€" * 30]
     folder = write(tmp_path / "data", **{f"f{i}_txt": text for i, text in enumerate(texts)}, empty_txt="")
     corpus = Corpus.prepare(tmp_path / "corpus", Sources.find([folder]), byte_tokenizer(), 0.3)
@@ -120,44 +64,141 @@ def test_one_long_document_is_cut(tmp_path):
     assert documents(corpus) == [b"x" * 1000]
 
 
-def test_tokens_are_kept_until_the_files_change(tmp_path, monkeypatch):
+def test_tokens_are_kept_until_the_files_change(tmp_path):
     folder = write(tmp_path / "data", a_txt="some text")
-    arguments = tmp_path / "corpus", byte_tokenizer(), 0.5
+    read: list[int] = []
 
-    def prepare(**options):
-        where, tokenizer, held_out = arguments
-        return Corpus.prepare(where, Sources.find([folder], **options), tokenizer, held_out)
+    def prepare() -> Corpus:
+        sources = Sources.find([folder])
+        return Corpus.prepare(tmp_path / "corpus", sources, byte_tokenizer(), 0.5, progress=read.append)
 
-    calls = []
-    tokenize = corpus_module._tokenize
-    monkeypatch.setattr(corpus_module, "_tokenize", lambda *args: calls.append(1) or tokenize(*args))
     first = prepare()
-    assert prepare() == first
-    assert Corpus.open(tmp_path / "corpus") == first
-    assert len(calls) == 1
+    assert prepare() == first == Corpus.open(tmp_path / "corpus")
+    assert read == [len("some text")]
     (folder / "a.txt").write_text("other text")
     assert documents(prepare()) == [b"other text"]
-    assert len(calls) == 2
+    assert len(read) == 2
 
 
-def test_an_unfinished_corpus_is_not_used(tmp_path, monkeypatch):
+def test_an_unfinished_corpus_is_not_used(tmp_path):
     folder = write(tmp_path / "data", a_txt="some text", b_txt="more")
-
-    def stop(*args):
-        yield [1, 2, 3], 0
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(corpus_module, "_tokenize", stop)
-        with pytest.raises(KeyboardInterrupt):
-            Corpus.prepare(tmp_path / "corpus", Sources.find([folder]), byte_tokenizer(), 0.5)
-    assert not (tmp_path / "corpus").exists()
     (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "tokens.bin").write_bytes(b"12345678")  # what a kill may leave
+    for name in ("tokens.bin", "tokens.bin.123.unfinished"):  # what a kill may leave
+        (tmp_path / "corpus" / name).write_bytes(b"12345678")
     with pytest.raises(ValueError, match="no tokenized corpus"):
         Corpus.open(tmp_path / "corpus")
     corpus = Corpus.prepare(tmp_path / "corpus", Sources.find([folder]), byte_tokenizer(), 0.5)
     assert sorted(documents(corpus)) == [b"more", b"some text"]
+    assert sorted(os.listdir(tmp_path / "corpus")) == ["corpus.json", "documents.bin", "tokens.bin"]
+
+
+@pytest.mark.parametrize("kept", ["nothing", "folder", "parent", "corpus"])
+def test_a_failed_preparation_leaves_what_was_there(tmp_path, kept):
+    """Folders of the user's stay, and a corpus that was there stays as it was; what was made is removed."""
+    data = write(tmp_path / "data", a_txt="some text")
+    folder = tmp_path / "run" / "corpus"
+    if kept != "nothing":
+        (folder.parent if kept == "parent" else folder).mkdir(parents=True)
+    if kept == "corpus":
+        Corpus.prepare(folder, Sources.find([data]), byte_tokenizer(), 0.5)
+
+    def everything() -> dict[Path, bytes]:
+        return {path: path.read_bytes() if path.is_file() else b"" for path in tmp_path.rglob("*") if path != bad}
+
+    bad = write(tmp_path / "data", b_jsonl='{"text": "fine"}\nnot JSON') / "b.jsonl"
+    before = everything()
+    with pytest.raises(ValueError, match="line 2"):
+        Corpus.prepare(folder, Sources.find([data]), byte_tokenizer(), 0.5)
+    assert everything() == before
+
+    def stop(characters: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Corpus.prepare(folder, Sources.find([data / "a.txt"]), byte_tokenizer(), 0.4, progress=stop)
+    assert everything() == before
+
+
+def overwrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def edited(content: bytes) -> bytes:
+    changed = json.loads(content)
+    changed["corpus"]["num_train"] -= 1
+    return json.dumps(changed).encode()
+
+
+def flipped(content: bytes) -> bytes:
+    return bytes([*content[:-5], content[-5] ^ 1, *content[-4:]])
+
+
+def older(folder: Path) -> None:
+    """As version 1 had it."""
+    about = json.loads((folder / "corpus.json").read_text())["corpus"]
+    (folder / "corpus.json").write_text(json.dumps(about, indent=1))
+
+
+# What was done to a corpus, and the error.
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "tokens missing": (lambda folder: (folder / "tokens.bin").unlink(), "tokens.bin is missing: restore it"),
+    "tokens truncated": (overwrite("tokens.bin", lambda x: x[:-2]), r"tokens.bin has 24 bytes, 26 were written: rest"),
+    "tokens empty": (overwrite("tokens.bin", lambda x: b""), "tokens.bin has 0 bytes, 26 were written: restore it"),
+    "tokens longer": (overwrite("tokens.bin", lambda x: x + x), "tokens.bin has 52 bytes, 26 were written"),
+    "tokens zero": (overwrite("tokens.bin", lambda x: bytes(len(x))), "tokens.bin is damaged near byte 0: restore it"),
+    "tokens flipped": (overwrite("tokens.bin", flipped), "tokens.bin is damaged near byte 0: restore it"),
+    "ids out of vocabulary": (overwrite("tokens.bin", lambda x: b"\xff" * len(x)), "tokens.bin is damaged near byte 0"),
+    "another dtype": (
+        overwrite("tokens.bin", lambda x: np.frombuffer(x, "<u2").astype("<u4").tobytes()),
+        "tokens.bin has 52 bytes, 26 were written",
+    ),
+    "bounds missing": (lambda folder: (folder / "documents.bin").unlink(), "documents.bin is missing: restore it"),
+    "bounds truncated": (overwrite("documents.bin", lambda x: x[:8]), "documents.bin has 8 bytes, 16 were written"),
+    "bounds flipped": (overwrite("documents.bin", flipped), "documents.bin is damaged near byte 0: restore it"),
+    "description missing": (lambda folder: (folder / "corpus.json").unlink(), "no tokenized corpus in .*corpus$"),
+    "description truncated": (overwrite("corpus.json", lambda x: x[:-9]), "corpus.json is damaged: restore it"),
+    "description empty": (overwrite("corpus.json", lambda x: b""), "corpus.json is damaged: restore it"),
+    "description zero": (overwrite("corpus.json", lambda x: bytes(len(x))), "corpus.json is damaged: restore it"),
+    "description not UTF-8": (overwrite("corpus.json", lambda x: b"\xff" + x), "corpus.json is damaged: restore it"),
+    "description a list": (overwrite("corpus.json", lambda x: b"[]"), "corpus.json is damaged: restore it"),
+    "description an object": (overwrite("corpus.json", lambda x: b"{}"), "corpus.json is damaged: restore it"),
+    "description nested": (overwrite("corpus.json", lambda x: b"[" * 100_000), "corpus.json is damaged: restore it"),
+    "description edited": (overwrite("corpus.json", edited), "corpus.json is damaged: restore it"),
+    "format 1": (older, r"corpus.json is of another version of this library \(format 1, not 2\): go on with that"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_corpus_is_one_error_and_can_be_made_again(tmp_path, damage, message):
+    sources = Sources.find([write(tmp_path / "data", a_txt="some", b_txt="texts")])
+    intact = Corpus.prepare(tmp_path / "corpus", sources, byte_tokenizer(), 0.5)
+    damage(tmp_path / "corpus")
+    with pytest.raises(ValueError, match=message) as raised:
+        Corpus.open(tmp_path / "corpus")
+    assert "\n" not in str(raised.value)
+    again = Corpus.prepare(tmp_path / "corpus", sources, byte_tokenizer(), 0.5)
+    assert again == intact == Corpus.open(tmp_path / "corpus")
+    assert sorted(documents(again)) == [b"some", b"texts"]
+
+
+def test_a_large_file_is_verified_in_blocks(tmp_path, monkeypatch):
+    """The first, the last, and some evenly spread in between; all of a file that has few."""
+    (tmp_path / "data.txt").write_text("x" * 1000)
+    monkeypatch.setattr("lightning_attention.training.corpus.BLOCK", 100)
+    Corpus.prepare(tmp_path / "whole", Sources.find([tmp_path / "data.txt"]), byte_tokenizer(), 0.5)
+    for limit, seen in ((21, set(range(21))), (3, {0, 10, 20})):
+        monkeypatch.setattr("lightning_attention.training.corpus.VERIFIED_BLOCKS", limit)
+        missed = set()
+        for block in range(21):
+            shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+            shutil.copytree(tmp_path / "whole", tmp_path / "copy")
+            with (tmp_path / "copy" / "tokens.bin").open("r+b") as file:
+                file.seek(100 * block + 3)
+                file.write(b"\x55")
+            with suppress(ValueError):
+                Corpus.open(tmp_path / "copy")
+                missed.add(block)
+        assert missed == set(range(21)) - seen
 
 
 def test_no_text(tmp_path):
@@ -174,38 +215,55 @@ def test_unigram(tmp_path):
     counts = np.bincount(corpus.train_tokens(), minlength=259) + 1
     np.testing.assert_allclose(frequencies.numpy(), counts / counts.sum())
     assert frequencies.sum().item() == pytest.approx(1)
-    rows = PackedDataset(corpus.held_out_tokens(), 5, EOS)
+    rows = corpus.held_out_set(5)
     expected = -np.mean([math.log(frequencies[token]) for token in corpus.held_out_tokens()])
     assert rows.loss_of(corpus.unigram()) == pytest.approx(expected)
 
 
-lengths = st.lists(st.integers(1, 30), min_size=1, max_size=12)
-
-
-@given(lengths, st.integers(2, 20))
-def test_rows_hold_every_token_and_positions_restart(lengths, sequence_length):
-    stream = np.concatenate([np.array([1] * (n - 1) + [EOS], dtype=np.uint16) for n in lengths])
-    stream = np.concatenate([stream, np.ones(sequence_length, dtype=np.uint16)])
-    rows = PackedDataset(stream, sequence_length, EOS)
-    position = 0
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(2, 20))
+def test_sequences_hold_every_token_and_positions_restart(lengths, sequence_length):
+    """With each document, whatever its tokens are."""
+    starts = np.cumsum([0, *lengths])
+    stream = np.arange(sum(lengths) + sequence_length, dtype=np.uint16) % 7
+    rows = PackedDataset(stream, sequence_length, starts)
     for index in range(len(rows)):
         row = rows[index]
-        assert row["input_ids"].tolist() == stream[index * sequence_length :][:sequence_length].tolist()
-        position = 0
+        first = index * sequence_length
+        assert row["input_ids"].tolist() == stream[first : first + sequence_length].tolist()
         for t in range(sequence_length):
-            assert row["position_ids"][t] == position
-            assert row["labels"][t] == (-100 if position == 0 else row["input_ids"][t])
-            position = 0 if row["input_ids"][t] == EOS else position + 1
+            begin = max(first, *(int(start) for start in starts if start <= first + t))
+            assert row["position_ids"][t] == first + t - begin
+            assert row["labels"][t] == (-100 if first + t == begin else row["input_ids"][t])
     assert len(rows) == len(stream) // sequence_length
 
 
+def test_the_parts_of_a_corpus_as_sequences(tmp_path):
+    lines = "\n".join(json.dumps({"text": "x" * (1 + i % 5)}) for i in range(200))
+    (tmp_path / "data.jsonl").write_text(lines)
+    corpus = Corpus.prepare(tmp_path / "corpus", Sources.find([tmp_path / "data.jsonl"]), byte_tokenizer(), 0.3)
+    for rows, tokens in (
+        (corpus.training_set(16), corpus.train_tokens()),
+        (corpus.held_out_set(16), corpus.held_out_tokens()),
+        (corpus.held_out_set(16, max_tokens=70), corpus.held_out_tokens()[:64]),
+    ):
+        items = [rows[i] for i in range(len(rows))]
+        ids = torch.cat([item["input_ids"] for item in items])
+        assert ids.tolist() == tokens[: len(tokens) // 16 * 16].tolist()
+        for item in items:
+            begins = (item["input_ids"] == BOS) | (torch.arange(16) == 0)
+            assert torch.equal(item["position_ids"] == 0, begins)
+
+
 def test_rows_that_cannot_be():
-    tokens = np.zeros(10, dtype=np.uint16)
+    tokens, starts = np.zeros(10, dtype=np.uint16), np.array([0])
     with pytest.raises(ValueError, match="sequence_length must be at least 2, got 1"):
-        PackedDataset(tokens, 1, EOS)
+        PackedDataset(tokens, 1, starts)
     with pytest.raises(ValueError, match="there are 10 tokens, fewer than one sequence of 11"):
-        PackedDataset(tokens, 11, EOS)
-    rows = PackedDataset(tokens, 4, EOS, max_tokens=6)
+        PackedDataset(tokens, 11, starts)
+    for wrong in (EOS, starts.astype(np.uint64), [0]):  # a token id is what it once was
+        with pytest.raises(TypeError, match="document_starts must be a NumPy array of int64, got"):
+            PackedDataset(tokens, 4, wrong)  # pyright: ignore[reportArgumentType]
+    rows = PackedDataset(tokens, 4, starts, max_tokens=6)
     assert len(rows) == 1
     with pytest.raises(IndexError):
         rows[1]

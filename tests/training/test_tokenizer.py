@@ -1,7 +1,10 @@
 """A tokenizer begins a text as training begins a document."""
 
 import json
+from collections.abc import Callable
+from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lightning_attention.inference import encode
-from lightning_attention.models.tokenization import begin_with_bos
+from lightning_attention.models.tokenization import begin_with_bos, vocab_size
 from lightning_attention.training import Corpus, byte_tokenizer, load_tokenizer
 from lightning_attention.training.documents import Sources
 
@@ -57,7 +60,7 @@ TOKENIZERS = {
     ),
     "BOS named, not added": (TRIMMED, {"bos_token": "<s>", "eos_token": "</s>"}, "<s>"),
     "BOS named, another added": (BERT, {"bos_token": "<s>", "eos_token": "</s>"}, "<s>"),
-    "BOS is EOS": (TRIMMED, {"bos_token": "</s>", "eos_token": "</s>"}, None),
+    "BOS is EOS": (TRIMMED, {"bos_token": "</s>", "eos_token": "</s>"}, "</s>"),
     "no BOS, EOS added": (T5, {"eos_token": "</s>"}, None),
     "no BOS, CLS and SEP added": (BERT, {"cls_token": "[CLS]", "sep_token": "[SEP]"}, None),
     "CLS added by a file alone": (BERT, None, "[CLS]"),
@@ -142,13 +145,180 @@ def test_byte_level_offsets_stay(tmp_path):
     assert [text for a, b in offsets if (text := "some text"[a:b])] == ["some", "text"]
 
 
-def test_documents_are_neither_truncated_nor_padded(tmp_path):
-    tokenizer = learned()
+@pytest.mark.parametrize("special_tokens", [None, {"bos_token": "<s>", "eos_token": "</s>"}], ids=["alone", "folder"])
+def test_nothing_is_truncated_or_padded(tmp_path, special_tokens):
+    """Neither documents nor prompts, and the tokenizer that a checkpoint holds does neither."""
+    folder = saved(tmp_path / "given", LLAMA, special_tokens)
+    file = folder if special_tokens is None else folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
     tokenizer.enable_truncation(2)
-    tokenizer.enable_padding(length=64)
+    tokenizer.enable_padding(length=64, pad_id=3, pad_token="[SEP]")
+    tokenizer.save(str(file))
+    loaded = load_tokenizer(folder)
+    loaded.save_pretrained(tmp_path / "saved")
+    content = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
+    assert (content["truncation"], content["padding"]) == (None, None)
+    expected = [0, *learned().encode(TEXTS[1]).ids]
+    for again in (loaded, load_tokenizer(tmp_path / "saved"), AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert document(tmp_path / f"{id(again)}", again, TEXTS[1]) == expected
+        assert encode(again, TEXTS[1]) == again(TEXTS[1]).input_ids == again.backend_tokenizer.encode(TEXTS[1]).ids
+        assert encode(again, TEXTS[1]) == expected
+
+
+# Vocabularies in which special tokens lie, as other pieces do.
+PIECES = ["<unk>", "<s>", "</s>", "<pad>", *"▁abcst</>p", "ab", "▁ab", "#", "##", "##a", "##b", "<s>ab"]
+
+
+def unigram(byte_fallback: bool = False) -> Tokenizer:
+    pieces = [*PIECES, *(f"<0x{byte:02X}>" for byte in range(256) if byte_fallback)]
+    scores = [(piece, 0.0 if i < 4 else -float(i)) for i, piece in enumerate(pieces)]
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=byte_fallback))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return tokenizer
+
+
+def words(model: Any) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+VOCABULARY = {piece: i for i, piece in enumerate(PIECES)}
+MERGED = VOCABULARY | {"</": 50, "</s": 51, "<s": 52}  # from characters to special tokens
+MERGES = [("<", "/"), ("</", "s"), ("</s", ">"), ("<", "s"), ("<s", ">"), ("a", "b"), ("<s>", "ab")]
+
+SPECIAL_PIECES: dict[str, Callable[[], Tokenizer]] = {
+    "Unigram": unigram,
+    "Unigram, byte fallback": lambda: unigram(byte_fallback=True),
+    "WordLevel": lambda: words(models.WordLevel(VOCABULARY, unk_token="<unk>")),
+    "WordPiece": lambda: words(models.WordPiece(VOCABULARY, unk_token="<unk>")),
+    "BPE": lambda: words(models.BPE(MERGED, MERGES, unk_token="<unk>")),
+    "BPE, words whole": lambda: words(models.BPE(MERGED, MERGES, unk_token="<unk>", ignore_merges=True)),
+}
+
+
+# Every text of up to three of these parts.
+PARTS = ["</s>", "<s>", "<pad>", "ab", "a", "b", " ", "<", "s"]
+SPELLINGS = ["ab" + "".join(parts) for count in range(4) for parts in product(PARTS, repeat=count)]
+
+
+@pytest.mark.parametrize("is_added", [True, False], ids=["special tokens", "pieces only"])
+@pytest.mark.parametrize("make", SPECIAL_PIECES.values(), ids=SPECIAL_PIECES)
+def test_no_text_spells_a_special_token(tmp_path, make, is_added):
+    """Neither a document nor a prompt, which have the same tokens; other text has the tokens that it had."""
+    given_tokenizer = make()
+    if is_added:
+        given_tokenizer.add_special_tokens(["<s>", "</s>", "<pad>", "<unk>"])
+    ids = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=given_tokenizer, **ids).save_pretrained(tmp_path / "given")
+    tokenizer = load_tokenizer(tmp_path / "given")
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in SPELLINGS))
+    corpus = Corpus.prepare(tmp_path / "corpus", Sources.find(tmp_path / "data.jsonl"), tokenizer, 0.5)
+    tokens = [*corpus.train_tokens().tolist(), *corpus.held_out_tokens().tolist()]
+    bounds = [*corpus.document_starts().tolist(), len(tokens)]
+    plain = make()
+    for text, (start, stop) in zip(SPELLINGS, pairwise(bounds), strict=True):
+        bos, *ids, eos = tokens[start:stop]
+        assert encode(tokenizer, text) == [bos, *ids]
+        assert (bos, eos) == (1, 2)
+        assert not {1, 2, 3} & {*ids}
+        if "<" not in text:
+            assert ids == plain.encode(text).ids
+
+
+def test_text_is_read_with_the_special_tokens_of_the_moment():
+    tokenizer = byte_tokenizer()
+    assert encode(tokenizer, "<mark>") == [BOS, *b"<mark>"]
+    tokenizer.add_tokens(["<mark>"])
+    assert encode(tokenizer, "<mark>") == [BOS, 259]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<mark>"]})
+    assert encode(tokenizer, "<mark>") == [BOS, *b"<mark>"]
+    assert encode(tokenizer, "a\ud800b") == [BOS, *"a\ufffdb".encode()]
+
+
+def test_a_special_token_of_one_character_is_text(tmp_path):
+    """It is all that the character can be written with."""
+    tokenizer = Tokenizer(models.BPE({"a": 0, "!": 1, "\n": 2}, []))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    loaded = load_tokenizer(tmp_path / "tokenizer.json")
-    assert document(tmp_path / "x", loaded, TEXTS[1]) == learned().encode(TEXTS[1]).ids
+    loaded = load_tokenizer(tmp_path, eos_token="\n")
+    assert loaded.eos_token_id == 2
+    assert encode(loaded, "a!\na") == document(tmp_path / "corpus", loaded, "a!\na") == [0, 1, 2, 0]
+
+
+def test_text_that_a_tokenizer_has_no_token_for_is_an_error(tmp_path):
+    words(models.WordLevel({"a": 0, "</s>": 1}, unk_token="none")).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert encode(tokenizer, "a a") == [0, 0]
+    with pytest.raises(ValueError, match="the tokenizer cannot encode a text"):
+        encode(tokenizer, "a b")
+    with pytest.raises(ValueError, match="the tokenizer cannot encode a text"):
+        document(tmp_path / "x", tokenizer, "a b")
+
+
+def bpe(*vocabulary: str) -> Tokenizer:
+    return Tokenizer(models.BPE({token: i for i, token in enumerate(["a", "b", *vocabulary])}, []))
+
+
+# The vocabulary, the EOS token asked for, the EOS and padding tokens, and what is reported.
+CHOICES: dict[str, tuple[list[str], str | None, str, str, list[str]]] = {
+    "GPT-2": (["<|endoftext|>"], None, "<|endoftext|>", "<|pad|>", ["EOS found", "padding added"]),
+    "Llama 2": (["</s>", "<pad>"], None, "</s>", "<pad>", ["EOS found", "padding found"]),
+    "Qwen": (["<|im_end|>", "<|endoftext|>"], None, "<|endoftext|>", "<|pad|>", ["EOS found", "padding added"]),
+    "Qwen, chat": (["<|im_end|>", "<|endoftext|>"], "<|im_end|>", "<|im_end|>", "<|pad|>", ["padding added"]),
+    "nothing": ([], None, "<|eos|>", "<|pad|>", ["EOS added", "padding added"]),
+    "any token": (["<end>"], "<end>", "<end>", "<|pad|>", ["padding added"]),
+}
+
+
+@pytest.mark.parametrize(("vocabulary", "asked", "eos", "pad", "reported"), CHOICES.values(), ids=CHOICES)
+def test_the_eos_token_is_that_of_the_vocabulary(tmp_path, vocabulary, asked, eos, pad, reported):
+    bpe(*vocabulary).save(str(tmp_path / "tokenizer.json"))
+    lines: list[str] = []
+    tokenizer = load_tokenizer(tmp_path, asked, lines.append)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == (eos, pad)
+    for line, (kind, what) in zip(lines, map(str.split, reported), strict=True):
+        token = eos if kind == "EOS" else pad
+        how = "found in" if what == "found" else "added to"
+        assert line == f"the tokenizer names no {kind} token: {token} {how} the vocabulary"
+    assert len(tokenizer) == 2 + len(vocabulary) + sum("added" in line for line in lines)
+    assert document(tmp_path / "x", tokenizer, "ab") == [0, 1]
+    tokenizer.save_pretrained(tmp_path / "saved")
+    lines.clear()
+    again = load_tokenizer(tmp_path / "saved", report=lines.append)
+    assert (again.eos_token_id, again.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert lines == []
+
+
+def test_tokens_of_a_configuration_that_are_added_are_reported(tmp_path):
+    saved(tmp_path / "given", None, {"bos_token": "<begin>", "eos_token": "</s>", "pad_token": "</s>"})
+    learned().save(str(tmp_path / "given" / "tokenizer.json"))
+    lines: list[str] = []
+    load_tokenizer(tmp_path / "given", report=lines.append)
+    assert lines == ["tokens added to the vocabulary of the tokenizer: <begin>"]
+
+
+def test_an_eos_token_must_be_in_the_vocabulary(tmp_path):
+    tokenizer = bpe("<|im_end|>", "piece", "<|endoftext|>")
+    tokenizer.add_special_tokens(["<mark>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    message = r"eos_token '<eot>' is not in the vocabulary .*: <mark>, <\|endoftext\|>, <\|im_end\|>$"
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path, "<eot>")
+    with pytest.raises(ValueError, match=r"candidates: <\|bos\|>, <\|eos\|>, <\|pad\|>$"):
+        load_tokenizer("bytes", "</s>")
+    assert load_tokenizer("bytes", "<|pad|>").eos_token_id == PAD
+
+
+def test_ids_with_holes_fit_the_model(tmp_path):
+    """The vocabulary of a model is the largest id, plus one, whatever the number of tokens."""
+    tokenizer = words(models.WordLevel({"a": 3, "b": 70_000, "</s>": 9, "[PAD]": 12}, unk_token="b"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    assert (len(loaded), vocab_size(loaded)) == (4, 70_001)
+    assert document(tmp_path / "x", loaded, "a b a") == encode(loaded, "a b a") == [3, 70_000, 3]
+    corpus = Corpus.open(tmp_path / "x" / "corpus")
+    assert corpus.vocab_size == 70_001
+    assert corpus.unigram().shape == (70_001,)
 
 
 def test_a_prompt_that_cannot_be(tmp_path):

@@ -31,7 +31,8 @@ EOS = 41
 
 def dataset(num_sequences: int, length: int = 4) -> PackedDataset:
     """Sequence i holds the token i throughout."""
-    return PackedDataset(np.repeat(np.arange(num_sequences, dtype=np.uint16), length), length, eos_token_id=60_000)
+    text = np.repeat(np.arange(num_sequences, dtype=np.uint16), length)
+    return PackedDataset(text, length, document_starts=np.array([0]))
 
 
 def indices(batch: list[dict[str, Tensor]]) -> list[int]:
@@ -180,7 +181,8 @@ def trainer(
 def packed(*documents: int, length: int = 16) -> PackedDataset:
     """Documents of so many tokens."""
     text = [*(token for size in documents for token in [*tokens(size - 1).tolist(), EOS])]
-    return PackedDataset(np.array(text, dtype=np.uint16), length, EOS)
+    starts = np.cumsum([0, *documents[:-1]])
+    return PackedDataset(np.array(text, dtype=np.uint16), length, starts)
 
 
 HELD_OUT = packed(1, 1, 1, 2, 30, 1, 1, 1, 20, 5, 50)  # 7 sequences, with unlike numbers of labels

@@ -372,7 +372,7 @@ def test_evaluation_counts_symbols_only():
     torch.manual_seed(0)
     model = LightningForCausalLM(make_config()).eval()
     tokens = np.array([40, 3, 4, 41, 40, 5, 6, 7, 8, 9], dtype=np.uint16)
-    rows = PackedDataset(tokens, 5, eos_token_id=41)
+    rows = PackedDataset(tokens, 5, document_starts=np.array([0, 4]))
     unigram = torch.arange(1.0, 51).log()
     result = evaluate(model, rows, unigram, num_symbols=40, batch_size=1)
     with torch.no_grad():

@@ -31,14 +31,19 @@ def train(
     data: Annotated[
         list[Path] | None,
         Option(
-            help="File or folder: text, code, .jsonl. Repeat for more. By default Python's standard library.",
+            help="File or folder: text, code, .jsonl, .parquet, also .gz or .zst. Repeat for more. By default Python's "
+            "standard library.",
             rich_help_panel=DATA,
         ),
     ] = None,
     text_field: Annotated[
-        str, Option(help="Field of a .jsonl line that holds its text.", rich_help_panel=DATA)
+        str, Option(help="Field of a .jsonl line, or column of a .parquet, that holds the text.", rich_help_panel=DATA)
     ] = "text",
     tokenizer: Annotated[str, Option(help="'bytes', or the path of a tokenizer.json.", rich_help_panel=DATA)] = "bytes",
+    eos_token: Annotated[
+        str | None,
+        Option(help="Token of its vocabulary that ends a document. By default its own.", rich_help_panel=DATA),
+    ] = None,
     sequence_length: Annotated[int, Option(help="Tokens in a row.", rich_help_panel=DATA)] = 1024,
     segment_length: Annotated[
         int | None,

@@ -1,16 +1,15 @@
-"""Tokens on disk: one file, memory-mapped, so that a corpus may be larger than memory."""
+"""Tokens on disk: memory-mapped files, so that a corpus may be larger than memory."""
 
-import copy
 import hashlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -18,29 +17,37 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from ..models.tokenization import bos_ids
+from ..files import replacing
+from ..models.tokenization import bos_ids, vocab_size
 from ..paths import PathLike, to_path
 from .documents import Sources
+from .encoding import Tokens, tokenize
 
-FORMAT = 1
-BATCH = 1 << 22  # characters tokenized at a time
+FORMAT = 2
+OFFSET = np.dtype("<i8")
+COUNTED = 1 << 22  # tokens counted at a time
+BLOCK = 1 << 22  # bytes that have a checksum of their own
+VERIFIED_BLOCKS = 1024  # that `Corpus.open` reads of a file, so that it takes seconds for a corpus of any size
+REMEDY = "restore it from a copy, or start a new run, which tokenizes its data again"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized corpus in a folder: `tokens.bin`, and `corpus.json` which is written last.
+    """A tokenized corpus in a folder. The last part of the tokens is held out.
 
-    A document is `[bos] tokens eos`. The last part of the file is held out.
+    A document is `[bos] text eos`, with BOS if the tokenizer has one. The folder holds `tokens.bin`, all token ids;
+    `documents.bin`, where each document begins, as int64; and `corpus.json`, which is written last. Token ids are
+    uint16, or uint32 if the vocabulary is larger than that; both files are little-endian.
 
     Attributes:
-        folder: where it lies; `str` or `os.PathLike`, kept as a `Path`.
-        fingerprint: of everything that the tokens depend on.
-        vocab_size: number of tokens of the tokenizer.
+        folder: `str` or `os.PathLike`, kept as a `Path`.
+        fingerprint: hash of everything that the tokens depend on.
+        vocab_size: largest token id of the tokenizer, plus one.
         eos_token_id: the token that ends a document.
-        num_documents: of both parts.
+        num_documents: documents of both parts.
         num_train: tokens to train on.
         num_held_out: tokens after those.
-        skipped_files: files found that are not text.
+        skipped_files: files and folders that `Sources.find` has skipped.
     """
 
     folder: Path
@@ -64,7 +71,9 @@ class Corpus:
         held_out_fraction: float = 0.05,
         progress: Callable[[int], None] = lambda characters: None,
     ) -> "Corpus":
-        """The corpus in `folder`, tokenized now unless it was already, from the same files.
+        """Tokenize the sources into `folder`, unless an intact corpus of the same files is there.
+
+        After an error the folder is as it was before, or not there if it was not.
 
         Args:
             folder: created if need be.
@@ -74,88 +83,125 @@ class Corpus:
             progress: called with the characters read so far.
 
         Raises:
-            ValueError: the documents hold no text, the fraction is out of range, or the tokenizer has no eos token.
+            ValueError: the documents hold no text or are damaged, the fraction is out of range, or the tokenizer has no
+                EOS token.
+            OSError: a file cannot be read or written.
+
+            corpus = Corpus.prepare("corpus", Sources.find("texts"), load_tokenizer("tokenizer.json"))
         """
         folder = to_path(folder, "folder")
         if not 0 < held_out_fraction < 1:
             raise ValueError(f"held_out_fraction must be between 0 and 1, got {held_out_fraction}")
-        vocabulary, eos_token_id = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id
-        if not isinstance(eos_token_id, int):
+        if not isinstance(tokenizer.eos_token_id, int):
             raise ValueError("the tokenizer has no end-of-document token")
-        frame = [bos_ids(tokenizer), eos_token_id]
-        content = [FORMAT, sources.describe(), sources.text_field, vocabulary, frame, held_out_fraction]
-        fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-        if (folder / "corpus.json").is_file():
+        fingerprint = _fingerprint(sources, tokenizer, held_out_fraction)
+        with suppress(ValueError):
             corpus = cls.open(folder)
             if corpus.fingerprint == fingerprint:
                 return corpus
-        is_new = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        dtype = _dtype(len(tokenizer))
-        unfinished = folder / "tokens.unfinished"
-        num_tokens = num_documents = 0
-        try:
-            with unfinished.open("wb") as file:
-                for tokens, ends in _tokenize(sources, tokenizer, progress):
-                    file.write(np.array(tokens, dtype=dtype).tobytes())
-                    num_tokens += len(tokens)
-                    num_documents += ends
-            if num_documents == 0:
-                raise ValueError("the data holds no text")
-        except BaseException:
-            if is_new:
-                shutil.rmtree(folder)
-            raise
-        os.replace(unfinished, folder / "tokens.bin")
-        stream = np.memmap(folder / "tokens.bin", dtype=dtype, mode="r")
-        num_train = _cut(stream, eos_token_id, held_out_fraction)
-        corpus = cls(
-            folder=folder,
-            fingerprint=fingerprint,
-            vocab_size=len(tokenizer),
-            eos_token_id=eos_token_id,
-            num_documents=num_documents,
-            num_train=num_train,
-            num_held_out=num_tokens - num_train,
-            skipped_files=sources.skipped,
-        )
-        description = {name: value for name, value in asdict(corpus).items() if name != "folder"}
-        (folder / "corpus.unfinished").write_text(json.dumps(description, indent=1))
-        os.replace(folder / "corpus.unfinished", folder / "corpus.json")
+        size = vocab_size(tokenizer)
+        with _created(folder):
+            for left in folder.glob("*.unfinished"):
+                left.unlink()
+            with (
+                replacing(folder / "corpus.json") as description,
+                replacing(folder / "documents.bin", "wb") as documents,
+                replacing(folder / "tokens.bin", "wb") as tokens,
+            ):
+                num_documents, num_tokens = _write(tokenize(sources, tokenizer, progress), tokens, documents, size)
+                num_train = _cut(np.memmap(documents.name, OFFSET, "r"), num_tokens, held_out_fraction)
+                corpus = cls(
+                    folder=folder,
+                    fingerprint=fingerprint,
+                    vocab_size=size,
+                    eos_token_id=tokenizer.eos_token_id,
+                    num_documents=num_documents,
+                    num_train=num_train,
+                    num_held_out=num_tokens - num_train,
+                    skipped_files=sum(sources.skipped.values()),
+                )
+                checksums = {"tokens.bin": _checksums(tokens.name), "documents.bin": _checksums(documents.name)}
+                about = {name: value for name, value in asdict(corpus).items() if name != "folder"}
+                content: dict[str, Any] = {"format": FORMAT, "corpus": about, "checksums": checksums}
+                json.dump(content | {"checksum": _hash(content)}, description)
         return corpus
 
     @classmethod
     def open(cls, folder: PathLike) -> "Corpus":
-        """A corpus that was prepared before.
+        """Open a corpus that was prepared before, and verify it.
+
+        Verified are the sizes of the files, all of `corpus.json`, and the checksums of the token ids and document
+        bounds: of all of a file up to 4 GiB, of 1024 evenly spread blocks of 4 MiB of a larger one.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no corpus, a file is damaged, or the corpus is of another version of this library.
+            OSError: a file cannot be read.
         """
         folder = to_path(folder, "folder")
+        file = folder / "corpus.json"
         try:
-            return cls(folder=folder, **json.loads((folder / "corpus.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
+            content = json.loads(file.read_bytes())
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(f"no tokenized corpus in {folder}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is damaged: {REMEDY}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{file} is damaged: {REMEDY}")
+        if (found := content.get("format", "fingerprint" in content)) not in (FORMAT, False):
+            raise ValueError(
+                f"{file} is of another version of this library (format {int(found)}, not {FORMAT}): go on with that "
+                "version, or start a new run, which tokenizes its data again"
+            )
+        if content.pop("checksum", None) != _hash(content):
+            raise ValueError(f"{file} is damaged: {REMEDY}")
+        corpus = cls(folder=folder, **content["corpus"])
+        for file, size in corpus._sizes().items():
+            _verify(file, size, content["checksums"][file.name])
+        return corpus
 
     def train_tokens(self) -> np.ndarray:
-        return self._stream()[: self.num_train]
+        return self._tokens()[: self.num_train]
 
     def held_out_tokens(self) -> np.ndarray:
-        return self._stream()[self.num_train :]
+        return self._tokens()[self.num_train :]
+
+    def document_starts(self) -> np.ndarray:
+        """Where each document begins, as an index into all tokens; memory-mapped, `[num_documents]` int64."""
+        return np.memmap(self.folder / "documents.bin", OFFSET, "r")
+
+    def training_set(self, sequence_length: int) -> "PackedDataset":
+        """The training part as sequences, see `PackedDataset`."""
+        return PackedDataset(self.train_tokens(), sequence_length, self.document_starts())
+
+    def held_out_set(self, sequence_length: int, max_tokens: int | None = None) -> "PackedDataset":
+        """The held-out part as sequences, see `PackedDataset`."""
+        limit = self.num_held_out if max_tokens is None else max(max_tokens, sequence_length)
+        starts = self.document_starts()
+        first, last = np.searchsorted(starts, [self.num_train, self.num_train + limit])
+        starts = starts[first:last] - self.num_train
+        return PackedDataset(self.held_out_tokens(), sequence_length, starts, max_tokens)
 
     def unigram(self) -> Tensor:
         """Natural logarithm of the frequency of every token in the training part, one added to each count."""
         counts, tokens = np.ones(self.vocab_size, dtype=np.int64), self.train_tokens()
-        for start in range(0, len(tokens), BATCH):
-            counts += np.bincount(tokens[start : start + BATCH], minlength=self.vocab_size)
+        for start in range(0, len(tokens), COUNTED):
+            counts += np.bincount(tokens[start : start + COUNTED], minlength=self.vocab_size)
         return torch.from_numpy(counts / counts.sum()).log()
 
-    def _stream(self) -> np.ndarray:
-        return np.memmap(self.folder / "tokens.bin", dtype=_dtype(self.vocab_size), mode="r")
+    def _tokens(self) -> np.ndarray:
+        return np.memmap(self.folder / "tokens.bin", _dtype(self.vocab_size), "r")
+
+    def _sizes(self) -> dict[Path, int]:
+        """Bytes of each file."""
+        num_tokens = self.num_train + self.num_held_out
+        return {
+            self.folder / "tokens.bin": num_tokens * _dtype(self.vocab_size).itemsize,
+            self.folder / "documents.bin": self.num_documents * OFFSET.itemsize,
+        }
 
 
 class PackedDataset(Dataset):
-    """Rows of `sequence_length` tokens, document after document, cut wherever a row ends.
+    """Sequences of `sequence_length` tokens, document after document, cut wherever a sequence ends.
 
     An item holds `input_ids`, `labels` and `position_ids`, `[T]` int64. Positions restart with every document, by which
     the model keeps documents apart; the first token of a document is no label, nothing of its own stands before it.
@@ -163,20 +209,28 @@ class PackedDataset(Dataset):
     Args:
         tokens: memory-mapped, or any array.
         sequence_length: T, at least 2.
-        eos_token_id: the token that ends a document.
+        document_starts: where documents begin, as indices into `tokens`, ascending.
         max_tokens: use no more than so many.
 
     Raises:
-        ValueError: T is out of range, or there are fewer tokens than one row.
+        ValueError: T is out of range, or there are fewer tokens than one sequence.
+        TypeError: `document_starts` is no array of int64.
+
+        dataset = PackedDataset(np.array([256, 97, 257, 256, 98, 257]), 6, np.array([0, 3]))
+        dataset[0]["position_ids"]  # 0 1 2 0 1 2
     """
 
-    def __init__(self, tokens: np.ndarray, sequence_length: int, eos_token_id: int, max_tokens: int | None = None):
+    def __init__(
+        self, tokens: np.ndarray, sequence_length: int, document_starts: np.ndarray, max_tokens: int | None = None
+    ):
         if sequence_length < 2:
             raise ValueError(f"sequence_length must be at least 2, got {sequence_length}")
         if len(tokens) < sequence_length:
             raise ValueError(f"there are {len(tokens)} tokens, fewer than one sequence of {sequence_length}")
+        if getattr(document_starts, "dtype", None) != OFFSET:
+            raise TypeError(f"document_starts must be a NumPy array of int64, got {type(document_starts).__name__}")
         self.tokens = tokens if max_tokens is None else tokens[: max(max_tokens, sequence_length)]
-        self.sequence_length, self.eos_token_id = sequence_length, eos_token_id
+        self.sequence_length, self.document_starts = sequence_length, document_starts
 
     def __len__(self) -> int:
         return len(self.tokens) // self.sequence_length
@@ -189,70 +243,92 @@ class PackedDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        start = index * self.sequence_length
-        tokens = torch.from_numpy(self.tokens[start : start + self.sequence_length].astype(np.int64))
-        at = torch.arange(self.sequence_length, device=tokens.device)
-        starts = torch.zeros_like(at)
-        starts[1:] = torch.where(tokens[:-1] == self.eos_token_id, at[1:], 0)
-        starts = starts.cummax(dim=0).values
-        positions = at - starts
+        start, stop = index * self.sequence_length, (index + 1) * self.sequence_length
+        tokens = torch.from_numpy(self.tokens[start:stop].astype(np.int64))
+        first, last = np.searchsorted(self.document_starts, [start, stop])
+        positions = np.arange(self.sequence_length)
+        starts = np.zeros_like(positions)
+        at = self.document_starts[first:last] - start
+        starts[at] = at
+        positions = torch.from_numpy(positions - np.maximum.accumulate(starts))
         return {"input_ids": tokens, "labels": tokens.masked_fill(positions == 0, -100), "position_ids": positions}
 
 
-def _dtype(vocab_size: int) -> type[np.unsignedinteger]:
-    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+def _fingerprint(sources: Sources, tokenizer: PreTrainedTokenizerFast, held_out_fraction: float) -> str:
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    frame = [bos_ids(tokenizer), tokenizer.eos_token_id, sorted(tokenizer.all_special_tokens)]
+    return _hash([FORMAT, sources.describe(), sources.text_field, vocabulary, frame, held_out_fraction])
 
 
-def _tokenize(
-    sources: Sources, tokenizer: PreTrainedTokenizerFast, progress: Callable[[int], None]
-) -> Iterator[tuple[list[int], int]]:
-    """Tokens in order, and how many documents end among them."""
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
-    backend.encode_special_tokens = True  # what looks like a special token in a text is text
-    backend.no_truncation()
-    backend.no_padding()
-    before, after = bos_ids(tokenizer), [x for x in (tokenizer.eos_token_id,) if isinstance(x, int)]
-    read = 0
-    for batch in _batches(sources):
-        tokens: list[int] = []
-        encodings = backend.encode_batch([piece.text for piece in batch], add_special_tokens=False)
-        for piece, encoding in zip(batch, encodings, strict=True):
-            tokens += chain(before if piece.starts else [], encoding.ids, after if piece.ends else [])
-        yield tokens, sum(piece.ends for piece in batch)
-        read += sum(len(piece.text) for piece in batch)
-        progress(read)
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-class _Piece(NamedTuple):
-    text: str
-    starts: bool
-    ends: bool
+def _dtype(size: int) -> np.dtype:
+    return np.dtype("<u2" if size <= 1 << 16 else "<u4")
 
 
-def _batches(sources: Sources) -> Iterator[list[_Piece]]:
-    batch, waiting = [], 0
-    for document in sources.documents():
-        pieces = filter(None, document)
-        text, starts = next(pieces, None), True
-        while text is not None:
-            following = next(pieces, None)
-            batch.append(_Piece(text, starts, following is None))
-            waiting += len(text)
-            text, starts = following, False
-            if waiting >= BATCH:
-                yield batch
-                batch, waiting = [], 0
-    if batch:
-        yield batch
-
-
-def _cut(stream: np.ndarray, eos_token_id: int, held_out_fraction: float) -> int:
+def _cut(document_starts: np.ndarray, num_tokens: int, held_out_fraction: float) -> int:
     """Where the held-out part starts: at a document, if one starts not too far before."""
-    cut = len(stream) - math.ceil(len(stream) * held_out_fraction)
-    earliest = len(stream) - math.ceil(len(stream) * min(2 * held_out_fraction, 1.0))
-    for stop in range(cut, earliest, -BATCH):
-        start = max(stop - BATCH, earliest)
-        ends = np.flatnonzero(stream[start:stop] == eos_token_id)
-        if len(ends):
-            return start + int(ends[-1]) + 1
-    return cut
+    cut = num_tokens - math.ceil(num_tokens * held_out_fraction)
+    earliest = num_tokens - math.ceil(num_tokens * min(2 * held_out_fraction, 1.0))
+    start = int(document_starts[np.searchsorted(document_starts, cut, side="right") - 1])
+    return start if start >= max(earliest, 1) else cut
+
+
+@contextmanager
+def _created(folder: Path) -> Iterator[None]:
+    """Create a folder, and remove it and those above it after an error, unless they were there."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # the disk is full, say
+            error.filename = str(folder)
+        with suppress(OSError):
+            for path in new:
+                path.rmdir()
+        raise
+
+
+def _write(parts: Iterable[Tokens], tokens: IO[bytes], documents: IO[bytes], size: int) -> tuple[int, int]:
+    """Write token ids and document bounds, and count documents and tokens."""
+    num_documents = num_tokens = 0
+    starts = True
+    for ids, ends in parts:
+        if starts:
+            documents.write(OFFSET.type(num_tokens).tobytes())
+            num_documents += 1
+        tokens.write(np.asarray(ids, dtype=_dtype(size)).tobytes())
+        num_tokens += len(ids)
+        starts = ends
+    if num_documents == 0:
+        raise ValueError("the data holds no text")
+    tokens.flush()
+    documents.flush()
+    return num_documents, num_tokens
+
+
+def _checksums(path: PathLike, blocks: Iterable[int] | None = None) -> list[int]:
+    """CRC-32 of blocks of a file, by default of all."""
+    with open(path, "rb") as content:
+        checksums = []
+        for block in range(math.ceil(os.path.getsize(path) / BLOCK)) if blocks is None else blocks:
+            content.seek(block * BLOCK)
+            checksums.append(zlib.crc32(content.read(BLOCK)))
+        return checksums
+
+
+def _verify(file: Path, size: int, checksums: list[int]) -> None:
+    """Raise a ValueError that names the file if it is not as it was written."""
+    try:
+        found = file.stat().st_size
+    except FileNotFoundError as error:
+        raise ValueError(f"{file} is missing: {REMEDY}") from error
+    if found != size:
+        raise ValueError(f"{file} has {found:,} bytes, {size:,} were written: {REMEDY}")
+    blocks = np.linspace(0, len(checksums) - 1, min(len(checksums), VERIFIED_BLOCKS)).astype(int).tolist()
+    for block, checksum in zip(blocks, _checksums(file, blocks), strict=True):
+        if checksum != checksums[block]:
+            raise ValueError(f"{file} is damaged near byte {block * BLOCK:,}: {REMEDY}")

@@ -38,8 +38,9 @@ class TrainingOptions:
     Attributes:
         output: folder for checkpoints, tokens, metrics and plot; must not hold a run already.
         data: files and folders of text, or one of them; empty for Python's standard library.
-        text_field: the field of a `.jsonl` line that holds its text.
+        text_field: the field of a `.jsonl` line, or the column of a `.parquet`, that holds the text.
         tokenizer: "bytes", or the path of a tokenizer.json.
+        eos_token: the token of its vocabulary that ends a document; None is the tokenizer's own, see `load_tokenizer`.
         size: a name in `models.SIZES`.
         config: a JSON file of `LightningConfig` options, instead of a size.
         decay_preset: see `decay.log_decay`; None is the preset of the configuration.
@@ -74,6 +75,7 @@ class TrainingOptions:
     data: tuple[Path, ...] = ()
     text_field: str = "text"
     tokenizer: str = "bytes"
+    eos_token: str | None = None
     size: str = "demo"
     config: Path | None = None
     decay_preset: str | None = None

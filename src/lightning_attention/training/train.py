@@ -22,6 +22,7 @@ from transformers import (
 
 from ..models import LightningConfig, LightningForCausalLM
 from ..models.checkpoint import checkpoint_step, checkpoints, last_checkpoint, load_model
+from ..models.tokenization import vocab_size
 from .batches import has_labels
 from .checkpoint import check_checkpoint, read_record
 from .corpus import Corpus, PackedDataset
@@ -78,7 +79,7 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
             console.print(f"resuming from {checkpoint}")
             options = together(lambda: _continued(options, checkpoint, arguments, console))
             arguments = _arguments(options)
-        tokenizer = together(lambda: load_tokenizer(str(checkpoint or options.tokenizer)))
+        tokenizer = together(lambda: _tokenizer(options, checkpoint, console))
         config = None if checkpoint else together(lambda: _configuration(options, tokenizer))
         if is_new:
             on_first(lambda: _prepare_corpus(options, folder.path / CORPUS, tokenizer, console))
@@ -185,15 +186,24 @@ def _continued(
     return options
 
 
+def _tokenizer(options: TrainingOptions, checkpoint: Path | None, console: Console) -> PreTrainedTokenizerFast:
+    if checkpoint is not None:
+        return load_tokenizer(checkpoint)
+
+    def report(line: str) -> None:
+        console.print(line, markup=False, emoji=False, highlight=False)
+
+    return load_tokenizer(options.tokenizer, options.eos_token, report)
+
+
 def _datasets(corpus: Corpus, options: TrainingOptions) -> tuple[PackedDataset, PackedDataset]:
     if corpus.num_held_out < options.sequence_length:
         raise ValueError(
             f"the held-out part has {corpus.num_held_out} tokens, fewer than one sequence of "
             f"{options.sequence_length}: give more data, a larger held_out, or a shorter sequence_length"
         )
-    length, eos = options.sequence_length, corpus.eos_token_id
-    rows = PackedDataset(corpus.train_tokens(), length, eos)
-    held_out = PackedDataset(corpus.held_out_tokens(), length, eos, options.eval_tokens)
+    rows = corpus.training_set(options.sequence_length)
+    held_out = corpus.held_out_set(options.sequence_length, options.eval_tokens)
     for part, dataset in (("training", rows), ("held-out", held_out)):
         if not has_labels(dataset):
             raise ValueError(f"the {part} part has no token to predict: its documents hold one token each")
@@ -202,7 +212,7 @@ def _datasets(corpus: Corpus, options: TrainingOptions) -> tuple[PackedDataset, 
 
 def _configuration(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -> LightningConfig:
     from_tokenizer = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": vocab_size(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -233,15 +243,15 @@ def _prepare_corpus(
     else:
         sources = Sources.find([standard_library()], seed=options.seed, without=("test", "tests"))
     with console.status("tokenizing") as status:
-        corpus = Corpus.prepare(
+        Corpus.prepare(
             folder,
             sources,
             tokenizer,
             options.held_out,
             progress=lambda characters: status.update(f"tokenizing: {characters / 1e6:,.0f} million characters"),
         )
-    if corpus.skipped_files:
-        console.print(f"skipped {corpus.skipped_files:,} files that are not UTF-8 text")
+    if skipped := sources.describe_skipped():
+        console.print(skipped, highlight=False)
 
 
 def _arguments(options: TrainingOptions) -> TrainingArguments:
