@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -10,7 +12,7 @@ from transformers.generation.logits_process import (
 )
 
 from lightning_attention.inference import SamplingOptions
-from lightning_attention.inference.sampling import Sampler, choose
+from lightning_attention.inference.sampling import Sampler, choose, choose_each
 
 VOCAB = 12
 CPU = torch.device("cpu")
@@ -73,3 +75,79 @@ def test_what_has_been_chosen_is_avoided():
 
 def test_the_options_are_those_of_generate():
     GenerationConfig(**SamplingOptions(top_k=3, top_p=0.5).for_generate()).validate()
+
+
+TINY = {"1e-300": 1e-300, "the least float": 5e-324, "1e-40": 1e-40}
+
+
+@pytest.mark.parametrize("temperature", TINY.values(), ids=TINY)
+@pytest.mark.parametrize("others", [{}, {"top_p": 0.5, "top_k": 4}, {"repetition_penalty": 1.3}], ids=str)
+def test_a_tiny_temperature_is_greedy(temperature, others):
+    logits = 1e3 * torch.randn(50, VOCAB, generator=torch.Generator().manual_seed(0))
+    logits[:, 3] = float("-inf")
+    greedy, sampled = (
+        [Sampler(SamplingOptions(temperature=x, **others), [1], VOCAB, CPU) for _ in logits] for x in (0, temperature)
+    )
+    assert choose(logits, sampled) == choose(logits, greedy)
+
+
+EXTREME = {
+    "a huge temperature": {"temperature": 1e300},
+    "a tiny top_p": {"top_p": 1e-320},
+    "top_k above the vocabulary": {"top_k": 10**400},
+    "a tiny penalty": {"repetition_penalty": 1e-320},
+    "a huge penalty": {"repetition_penalty": 1e308},
+}
+
+
+@pytest.mark.parametrize("options", EXTREME.values(), ids=EXTREME)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_excluded_token_is_never_chosen(options, dtype):
+    logits = torch.randn(200, VOCAB, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[:, [0, VOCAB - 1]] = float("-inf")
+    tokens = choose(logits, [Sampler(SamplingOptions(**options, seed=i), [1, 2], VOCAB, CPU) for i in range(200)])
+    assert set(tokens) <= set(range(1, VOCAB - 1))
+    assert len(set(tokens)) > 1
+
+
+BROKEN = {
+    "a NaN": lambda row: row.index_fill(0, torch.tensor([5]), float("nan")),
+    "all NaN": lambda row: torch.full_like(row, float("nan")),
+    "inf": lambda row: row.index_fill(0, torch.tensor([5]), float("inf")),
+    "all -inf": lambda row: torch.full_like(row, float("-inf")),
+}
+
+
+@pytest.mark.parametrize("break_", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize("options", OPTIONS + [SamplingOptions(temperature=0)], ids=str)
+def test_logits_that_are_not_finite_are_an_error_of_their_row(break_, options):
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(2))
+    samplers = [[Sampler(replace(options, seed=i), [2], VOCAB, CPU) for i in range(3)] for _ in range(2)]
+    expected = choose(logits, samplers[0])
+    logits[1] = break_(logits[1])
+    assert choose_each(logits, samplers[1]) == [expected[0], None, expected[2]]
+    with pytest.raises(ValueError, match="logits are NaN or infinite"):
+        choose(logits, samplers[1])
+
+
+REFUSED = {
+    "temperature inf": ({"temperature": float("inf")}, "temperature must be finite, got inf"),
+    "temperature nan": ({"temperature": float("nan")}, "temperature must be finite, got nan"),
+    "temperature 10^400": ({"temperature": 10**400}, "temperature must be finite, got 1000"),
+    "temperature below 0": ({"temperature": -1e-9}, "temperature must be at least 0"),
+    "top_p nan": ({"top_p": float("nan")}, "top_p must be finite"),
+    "penalty inf": ({"repetition_penalty": float("inf")}, "repetition_penalty must be finite"),
+    "penalty 10^400": ({"repetition_penalty": 10**400}, "repetition_penalty must be finite"),
+    "penalty 0": ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
+    "max_new_tokens 10^400": ({"max_new_tokens": 10**400}, r"max_new_tokens must be below 2\^63"),
+    "seed 10^400": ({"seed": 10**400}, r"seed must be at least -2\^63 and below 2\^64"),
+    "seed -10^400": ({"seed": -(10**400)}, r"seed must be at least -2\^63 and below 2\^64"),
+    "bool": ({"top_k": True}, "top_k must be a whole number, got True"),
+    "text": ({"top_k": "3"}, "top_k must be a whole number, got '3'"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingOptions(**options)

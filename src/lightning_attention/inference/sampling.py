@@ -1,11 +1,28 @@
 """How the next token is chosen."""
 
+import logging
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..models import LightningForCausalLM
+
+log = logging.getLogger(__name__)
+
+NOT_FINITE = "the model's logits are NaN or infinite: its weights hold such values, or its numbers overflow"
+
+# Options of a generation_config that do not change which tokens are chosen, or that the caller decides.
+NOT_APPLIED = {"bos_token_id", "do_sample", "eos_token_id", "max_length", "pad_token_id", "return_dict_in_generate"}
+NOT_APPLIED |= {"transformers_version", "use_cache"}
+# Options of a generation_config that do not change which tokens are chosen, or that the caller decides.
+NOT_APPLIED = {"bos_token_id", "do_sample", "eos_token_id", "max_length", "pad_token_id", "return_dict_in_generate"}
+NOT_APPLIED |= {"transformers_version", "use_cache"}
+# Positive numbers of float32.
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -13,12 +30,15 @@ class SamplingOptions:
     """How the next token is chosen.
 
     Attributes:
-        max_new_tokens: tokens to write, at most.
+        max_new_tokens: tokens to generate, at most.
         temperature: 0 takes the likeliest token.
         top_k: sample from the k likeliest; 0 is all.
         top_p: sample from the likeliest of this total probability.
         repetition_penalty: above 1 avoids what was there already.
         seed: makes sampling repeatable.
+
+    Raises:
+        ValueError: an option is out of its range, or not a number.
     """
 
     max_new_tokens: int = 256
@@ -35,8 +55,14 @@ class SamplingOptions:
         for name in ("temperature", "top_p", "repetition_penalty"):
             if type(value := getattr(self, name)) not in (int, float):
                 raise ValueError(f"{name} must be a number, got {value!r}")
+            if not _is_finite(value):
+                raise ValueError(f"{name} must be finite, got {value}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.max_new_tokens >= 1 << 63:
+            raise ValueError(f"max_new_tokens must be below 2^63, got {self.max_new_tokens}")
+        if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 64:
+            raise ValueError(f"seed must be at least -2^63 and below 2^64, got {self.seed}")
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
         if self.top_k < 0:
@@ -55,10 +81,36 @@ class SamplingOptions:
         return common | {"do_sample": True} | sampling
 
 
+def stop_token_ids(model: LightningForCausalLM) -> frozenset[int]:
+    """Tokens that end a text: `eos_token_id` of the model's generation_config, or else of its configuration."""
+    for config in (model.generation_config, model.config):
+        ids = None if config is None else config.eos_token_id
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else map(int, ids))
+    return frozenset()
+
+
+def warn_of_ignored_options(model: LightningForCausalLM) -> None:
+    """Log which options of the model's generation_config generate() would apply and this library does not."""
+    config = model.generation_config
+    given = {} if config is None else config.to_diff_dict()
+    replaced = {field.name for field in fields(SamplingOptions)} | NOT_APPLIED
+    ignored = sorted(name for name in given if name not in replaced and not name.startswith(("_", "output_")))
+    if ignored:
+        log.warning("options of the model's generation_config that are not applied: %s", ", ".join(ignored))
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        return False
+
+
 class Sampler:
     """Chooses the tokens of one sequence; `choose` does it for many at once.
 
-    Random numbers are each sequence's own, so that what it writes does not depend on which others it is decoded with.
+    Random numbers belong to the sequence, so that its tokens do not depend on the others in a batch.
 
     Args:
         options: of the sequence.
@@ -84,20 +136,34 @@ class Sampler:
 
 
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """The next token of every row of `logits` `[B, vocab_size]`.
+    """Choose the next token of every batch row of `logits` `[B, vocab_size]`.
 
-    In the order of transformers' generate(): repetition penalty, temperature, top k, top p.
+    Options apply in the order of transformers' generate(): repetition penalty, temperature, top k, top p.
+
+    Raises:
+        ValueError: logits are NaN or infinite.
     """
-    logits = _penalized(logits.float(), samplers)
+    tokens = [token for token in choose_each(logits, samplers) if token is not None]
+    if len(tokens) < len(samplers):
+        raise ValueError(NOT_FINITE)
+    return tokens
+
+
+def choose_each(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | None]:
+    """Choose as `choose` does; None for a batch row with NaN or infinite logits. -inf only excludes a token."""
+    logits = logits.float()
+    # The largest logit is NaN if any of them is.
+    is_usable = logits.amax(dim=-1).isfinite()
+    logits = _penalized(logits, samplers)
     tokens = logits.argmax(dim=-1)
     rows = [row for row, sampler in enumerate(samplers) if sampler.options.temperature > 0]
     if rows:
         drawing = [samplers[row] for row in rows]
         index = torch.tensor(rows, device=logits.device)
         tokens[index] = _draw(logits[index], drawing)
-    chosen = tokens.tolist()
+    chosen = [None if token < 0 else token for token in tokens.where(is_usable, -1).tolist()]
     for token, sampler in zip(chosen, samplers, strict=True):
-        if sampler.seen is not None:
+        if token is not None and sampler.seen is not None:
             sampler.seen[token] = True
     return chosen
 
@@ -111,16 +177,19 @@ def _penalized(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     seen = torch.stack([seen for row in rows if (seen := samplers[row].seen) is not None])
     penalty = _column([samplers[row].options.repetition_penalty for row in rows], logits)
     x = logits[index]
-    return logits.index_copy(0, index, torch.where(seen, torch.where(x > 0, x / penalty, x * penalty), x))
+    penalized = torch.where(x > 0, x / penalty, x * penalty).clamp(-LARGEST, LARGEST)
+    return logits.index_copy(0, index, torch.where(seen & x.isfinite(), penalized, x))
 
 
 def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     options = [sampler.options for sampler in samplers]
+    # The likeliest token has logit 0, whatever the temperature: nothing overflows.
+    logits = logits - logits.amax(dim=-1, keepdim=True)
     logits = logits / _column([x.temperature for x in options], logits)
     if any(x.top_k or x.top_p < 1 for x in options):
         ranked, order = logits.sort(dim=-1, descending=True)
         rank = torch.arange(logits.shape[1], device=logits.device)
-        top_k = _column([x.top_k or logits.shape[1] for x in options], logits)
+        top_k = _column([min(x.top_k or logits.shape[1], logits.shape[1]) for x in options], logits)
         ranked = ranked.masked_fill(rank >= top_k, float("-inf"))
         probabilities = ranked.softmax(dim=-1)
         above = probabilities.cumsum(dim=-1) - probabilities  # of all that are likelier
@@ -130,8 +199,10 @@ def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
         logits = torch.empty_like(logits).scatter(1, order, ranked)
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
     threshold = _column([sampler.random() for sampler in samplers], cumulative) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_max(logits.shape[1] - 1)
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+    """One option per batch row, `[B, 1]`; never 0 or infinite where it does not fit the dtype."""
+    column = torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+    return column.clamp(SMALLEST, LARGEST).to(like.dtype)
