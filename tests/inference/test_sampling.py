@@ -119,7 +119,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("break_", BROKEN.values(), ids=BROKEN)
-@pytest.mark.parametrize("options", OPTIONS + [SamplingOptions(temperature=0)], ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, SamplingOptions(temperature=0)], ids=str)
 def test_logits_that_are_not_finite_are_an_error_of_their_row(break_, options):
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(2))
     samplers = [[Sampler(replace(options, seed=i), [2], VOCAB, CPU) for i in range(3)] for _ in range(2)]
