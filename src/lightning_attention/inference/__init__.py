@@ -4,8 +4,9 @@ from ..extras import require
 
 require("models", "transformers", "safetensors", "tokenizers")
 
-from .engine import Completion, Engine, FinishReason, Output  # noqa: E402
+from .engine import Engine  # noqa: E402
 from .generate import encode, load, stream  # noqa: E402
+from .outputs import Completion, FinishReason, Output  # noqa: E402
 from .pool import PoolExhaustedError, StatePool  # noqa: E402
 from .sampling import SamplingOptions  # noqa: E402
 

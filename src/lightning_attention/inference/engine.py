@@ -1,12 +1,12 @@
 """Many requests at once: continuous batching over a pool of states that never grow."""
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple
+from threading import Lock, RLock
 
 import torch
 
@@ -14,50 +14,40 @@ from ..models import LightningForCausalLM
 from ..nn import Slots
 from ..ops.problem import state_dtype
 from .decoder import Decoder
+from .outputs import Completion, FinishReason, Output
 from .pool import StatePool
-from .prefixes import History, PrefixCache
-from .sampling import Sampler, SamplingOptions, choose
+from .prefixes import History, NewTokens, PrefixCache
+from .sampling import NOT_FINITE, Sampler, SamplingOptions, choose_each, warn_of_ignored_options
+from .sampling import stop_token_ids as default_stop_token_ids
 
 log = logging.getLogger(__name__)
 
 
-class FinishReason(StrEnum):
-    STOP = "stop"  # a stop token, or `is_finished`
-    LENGTH = "length"  # max_new_tokens
-    CANCELLED = "cancelled"
-    FAILED = "failed"  # `is_finished` raised; the exception is logged
+IsFinished = Callable[[Sequence[int]], bool]
+OnError = Callable[[BaseException], None]
 
 
-class Output(NamedTuple):
-    """What a step has done for a request: one token more, or its end, or both."""
-
-    request: int
-    token: int | None
-    finish_reason: FinishReason | None
-
-
-class Completion(NamedTuple):
-    """What a request has become: its new tokens, a stop token included."""
-
-    tokens: list[int]
-    finish_reason: FinishReason
-
-
-@dataclass
+@dataclass(eq=False)
 class _Request:
-    id: int
     history: History  # prompt and new tokens
     prompt_length: int
     options: SamplingOptions
     sampler: Sampler
     stop_token_ids: frozenset[int]
-    is_finished: Callable[[list[int]], bool] | None
+    is_finished: IsFinished | None
+    on_error: OnError | None
+    new_tokens: NewTokens = field(init=False)
+    id: int = -1
     slot: int = -1
     num_read: int = 0  # tokens whose state is in the slot
+    is_cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        self.new_tokens = NewTokens(self.history, self.prompt_length)
 
     @property
-    def new_tokens(self) -> list[int]:
-        return self.history.tokens[self.prompt_length :]
+    def is_writing(self) -> bool:
+        return self.num_read >= self.prompt_length
 
 
 @dataclass
@@ -80,6 +70,10 @@ class Engine:
     packed, at most `prefill_tokens` at a time: a prompt of any length is read in fixed memory. Greedy answers are those
     of transformers' `generate()`. The states after every `prefix_block` tokens of a prompt, and after a finished
     request, are kept while there is room, and a prompt that begins the same way goes on from there.
+
+    One thread steps; any thread submits and cancels. An exception ends the requests whose states it may have spoiled
+    as failed and is logged; all others go on. One that is not an `Exception`, such as KeyboardInterrupt, is raised
+    again after that, and what the step has done until then is returned by the next.
 
         engine = Engine(model)
         request = engine.submit(token_ids, SamplingOptions(max_new_tokens=100, temperature=0))
@@ -117,6 +111,7 @@ class Engine:
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        warn_of_ignored_options(model)
         self.model = model.eval()
         self.max_requests, self.prefill_tokens, self.prefix_block = max_requests, prefill_tokens, prefix_block
         self.pool = StatePool(
@@ -128,14 +123,16 @@ class Engine:
         self.prefixes = PrefixCache(prefix_slots)
         self._decoder = Decoder(model, self.pool, max_requests)
         self._next_id = 0
-        self._waiting: deque[_Request] = deque()
-        self._reading: list[_Request] = []
-        self._writing: list[_Request] = []
-        self._cancelled: list[int] = []
+        self._waiting: OrderedDict[int, _Request] = OrderedDict()
+        self._running: dict[int, _Request] = {}  # those with a slot
+        self._cancelled: list[_Request] = []  # until the next step
+        self._outputs: list[Output] = []  # that no step has returned yet
+        self._lock = RLock()  # of all the above; never held while a model runs
+        self._is_stepping = Lock()
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._reading or self._writing or self._cancelled)
+        return bool(self._waiting or self._running or self._outputs)
 
     def submit(
         self,
@@ -143,15 +140,19 @@ class Engine:
         options: SamplingOptions | None = None,
         *,
         stop_token_ids: Iterable[int] | None = None,
-        is_finished: Callable[[list[int]], bool] | None = None,
+        is_finished: IsFinished | None = None,
+        on_error: OnError | None = None,
     ) -> int:
         """Take a request; it starts with the next step.
 
         Args:
             prompt: token ids, at least one.
             options: how its tokens are chosen, and how many.
-            stop_token_ids: end it; by default the model's `eos_token_id`.
-            is_finished: called with all new tokens after each; true ends the request.
+            stop_token_ids: end it; by default the `eos_token_id` of the model's generation_config, or else of its
+                configuration.
+            is_finished: called with all new tokens after each; true ends the request. The sequence is a view, which
+                does not copy them.
+            on_error: called with the exception if the request ends as failed.
 
         Returns:
             The number by which outputs name the request.
@@ -159,6 +160,68 @@ class Engine:
         Raises:
             ValueError: a token is not in the vocabulary, or there is none. Nothing else is touched.
         """
+        return self._enqueue(self._request(prompt, options, stop_token_ids, is_finished, on_error))
+
+    def cancel(self, request: int) -> bool:
+        """End a request; the next step says so. False if it had ended, or never was."""
+        with self._lock:
+            found = self._waiting.get(request) or self._running.get(request)
+            if found is None or found.is_cancelled:
+                return False
+            found.is_cancelled = True
+            self._cancelled.append(found)
+            return True
+
+    def step(self) -> list[Output]:
+        """A token for every request that is writing, and some of the prompts of those that are not yet.
+
+        Raises:
+            RuntimeError: another step is running, in another thread or around an `is_finished` that calls this.
+        """
+        with self._alone():
+            return self._step()
+
+    def run(self, prompts: Sequence[Sequence[int]], options: SamplingOptions | None = None) -> list[Completion]:
+        """Answers to prompts that share their options, all at once.
+
+        Requests that were there before go on meanwhile, and the next step returns their outputs. After an exception
+        those of this call are gone.
+
+        Raises:
+            ValueError: as `submit`, before anything is done.
+            RuntimeError: as `step`.
+        """
+        requests = [self._request(prompt, options) for prompt in prompts]
+        tokens: list[list[int]] = [[] for _ in requests]
+        reasons: dict[int, FinishReason] = {}
+        others: list[Output] = []
+        with self._alone():
+            numbers = {self._enqueue(request): i for i, request in enumerate(requests)}
+            try:
+                while len(reasons) < len(requests):
+                    for output in self._step():
+                        if (i := numbers.get(output.request)) is None:
+                            others.append(output)
+                            continue
+                        if output.token is not None:
+                            tokens[i].append(output.token)
+                        if output.finish_reason is not None:
+                            reasons[i] = output.finish_reason
+            finally:
+                for request in requests:
+                    self._end(request, FinishReason.CANCELLED)
+                with self._lock:
+                    self._outputs = others + [output for output in self._outputs if output.request not in numbers]
+        return [Completion(tokens[i], reasons[i]) for i in range(len(requests))]
+
+    def _request(
+        self,
+        prompt: Sequence[int],
+        options: SamplingOptions | None,
+        stop_token_ids: Iterable[int] | None = None,
+        is_finished: IsFinished | None = None,
+        on_error: OnError | None = None,
+    ) -> _Request:
         options = options or SamplingOptions()
         tokens, vocab_size = list(prompt), self.model.config.vocab_size
         if not tokens:
@@ -167,86 +230,93 @@ class Engine:
             raise ValueError("prompt must be token ids")
         if min(tokens) < 0 or max(tokens) >= vocab_size:
             raise ValueError(f"prompt must be token ids in [0, {vocab_size}), got {min(tokens)} to {max(tokens)}")
-        if stop_token_ids is None:
-            eos = self.model.config.eos_token_id
-            stop_token_ids = [] if eos is None else [eos] if isinstance(eos, int) else eos
-        request = _Request(
-            self._next_id,
-            History(self.prefix_block, tokens),
-            len(tokens),
-            options,
-            Sampler(options, tokens, vocab_size, self.model.device),
-            frozenset(stop_token_ids),
-            is_finished,
-        )
-        self._next_id += 1
-        self._waiting.append(request)
+        stop = default_stop_token_ids(self.model) if stop_token_ids is None else frozenset(stop_token_ids)
+        sampler = Sampler(options, tokens, vocab_size, self.model.device)
+        history = History(self.prefix_block, tokens)
+        return _Request(history, len(tokens), options, sampler, stop, is_finished, on_error)
+
+    def _enqueue(self, request: _Request) -> int:
+        with self._lock:
+            request.id, self._next_id = self._next_id, self._next_id + 1
+            self._waiting[request.id] = request
         return request.id
 
-    def cancel(self, request: int) -> bool:
-        """End a request; the next step says so. False if it had ended, or never was."""
-        for requests in (self._waiting, self._reading, self._writing):
-            for found in requests:
-                if found.id == request:
-                    requests.remove(found)
-                    if found.slot >= 0:
-                        self.pool.free(found.slot)
-                    self._cancelled.append(request)
-                    return True
-        return False
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._is_stepping.acquire(blocking=False):
+            raise RuntimeError("a step of this engine is running already: let one thread do all of them")
+        try:
+            yield
+        finally:
+            self._is_stepping.release()
 
-    def step(self) -> list[Output]:
-        """A token for every request that is writing, and some of the prompts of those that are not yet."""
-        outputs = [Output(request, None, FinishReason.CANCELLED) for request in self._cancelled]
-        self._cancelled.clear()
-        outputs += self._write()
+    def _step(self) -> list[Output]:
+        with self._lock:
+            cancelled, self._cancelled = self._cancelled, []
+        for request in cancelled:
+            self._end(request, FinishReason.CANCELLED)
+        self._write()
         self._admit()
-        return outputs + self._read()
+        self._read()
+        with self._lock:
+            outputs, self._outputs = self._outputs, []
+        return outputs
 
-    def run(self, prompts: Sequence[Sequence[int]], options: SamplingOptions | None = None) -> list[Completion]:
-        """Answers to prompts that share their options, all at once; for an engine that has nothing else to do."""
-        numbers = {self.submit(prompt, options): i for i, prompt in enumerate(prompts)}
-        tokens: list[list[int]] = [[] for _ in prompts]
-        reasons: list[FinishReason] = [FinishReason.CANCELLED for _ in prompts]
-        while self.has_work:
-            for output in self.step():
-                i = numbers[output.request]
-                if output.token is not None:
-                    tokens[i].append(output.token)
-                if output.finish_reason is not None:
-                    reasons[i] = output.finish_reason
-        return [Completion(*pair) for pair in zip(tokens, reasons, strict=True)]
+    @contextmanager
+    def _changing(self, requests: Iterable[_Request]) -> Iterator[list[_Request]]:
+        """Change the states of requests. An exception ends as failed those that are still in the list.
 
-    def _write(self) -> list[Output]:
-        if not self._writing:
-            return []
-        logits = self._decoder(
-            [request.history.tokens[-1] for request in self._writing],
-            [request.num_read for request in self._writing],
-            [request.slot for request in self._writing],
-        )
-        for request in self._writing:
-            request.num_read += 1
-        writing, self._writing = self._writing, []
-        return self._choose(logits, writing)
+        Half of a step may be in their states by then, so that they cannot go on. Slots that nobody has are freed.
+        """
+        in_flight = list(requests)
+        try:
+            yield in_flight
+        except BaseException as error:
+            for request in in_flight:
+                self._end(request, FinishReason.FAILED)
+            used = {request.slot for request in self._running.values()}
+            self.pool.free_all_but(used.union(self.prefixes.slots))
+            for request in in_flight:
+                _report(request, error)
+            if not isinstance(error, Exception):
+                raise
+
+    def _write(self) -> None:
+        writing = [request for request in self._running.values() if request.is_writing]
+        if not writing:
+            return
+        with self._changing(writing) as in_flight:
+            logits = self._decoder(
+                [request.history.tokens[-1] for request in writing],
+                [request.num_read for request in writing],
+                [request.slot for request in writing],
+            )
+            for request in writing:
+                request.num_read += 1
+            self._choose(logits, writing, in_flight)
 
     def _admit(self) -> None:
         """Give slots to those who wait, with the state of the longest beginning that is known."""
-        fresh = []
-        while self._waiting and len(self._reading) + len(self._writing) < self.max_requests:
-            request = self._waiting.popleft()
-            request.slot = self.pool.allocate()
-            if found := self.prefixes.find(request.history):
-                self.pool.copy(found.slot, request.slot)
-                request.num_read = found.length
-            else:
-                fresh.append(request.slot)
-            self._reading.append(request)
-        self.pool.zero(fresh)
+        while len(self._running) < self.max_requests:
+            with self._lock:
+                request = next(iter(self._waiting.values()), None)
+            if request is None:
+                return
+            with self._changing([request]) as in_flight:
+                request.slot = self.pool.allocate()
+                if found := self.prefixes.find(request.history):
+                    self.pool.copy(found.slot, request.slot)
+                    request.num_read = found.length
+                else:
+                    self.pool.zero([request.slot])
+                with self._lock:
+                    self._running[request.id] = self._waiting.pop(request.id)
+                in_flight.clear()
 
-    def _read(self) -> list[Output]:
+    def _read(self) -> None:
+        reading = [request for request in self._running.values() if not request.is_writing]
         pieces, left, room = [], self.prefill_tokens, self.prefixes.capacity
-        for request in self._reading:
+        for request in reading:
             stop = min(request.prompt_length, request.num_read + left)
             saved_at = self._whole_blocks(request, stop)[-room:] if room else []
             pieces.append(_Piece(request, stop, saved_at))
@@ -254,21 +324,20 @@ class Engine:
             if left == 0:
                 break
         if not pieces:
-            return []
-        saved = self._slots_for_prefixes(sum(len(piece.saved_at) for piece in pieces))
-        hidden_states = self._prefill(pieces, saved)
-        done = [row for row, piece in enumerate(pieces) if piece.stop == piece.request.prompt_length]
-        for piece in pieces:
-            piece.request.num_read = piece.stop
-            for length in piece.saved_at:
-                self._free(self.prefixes.put(piece.request.history, length, saved.pop(0)))
-        if not done:
-            return []
-        readers = [pieces[row].request for row in done]
-        self._reading = self._reading[len(done) :]  # pieces are in order, and only the last may be unfinished
-        with torch.no_grad():
-            logits = self.model.lm_head(hidden_states[torch.tensor(done, device=hidden_states.device)])
-        return self._choose(logits, readers)
+            return
+        with self._changing(piece.request for piece in pieces) as in_flight:
+            saved = self._slots_for_prefixes(sum(len(piece.saved_at) for piece in pieces))
+            hidden_states = self._prefill(pieces, saved)
+            for piece in pieces:
+                piece.request.num_read = piece.stop
+                for length in piece.saved_at:
+                    self._free(self.prefixes.put(piece.request.history, length, saved.pop(0)))
+            done = [row for row, piece in enumerate(pieces) if piece.request.is_writing]
+            in_flight[:] = readers = [pieces[row].request for row in done]
+            if readers:
+                with torch.no_grad():
+                    logits = self.model.lm_head(hidden_states[torch.tensor(done, device=hidden_states.device)])
+                self._choose(logits, readers, in_flight)
 
     def _prefill(self, pieces: list[_Piece], saved: list[int]) -> torch.Tensor:
         """The hidden states after the pieces, `[N, W]`; states advance, and those asked for are saved."""
@@ -299,32 +368,59 @@ class Engine:
             self._free(self.prefixes.make_room(count))
         return [self.pool.allocate() for _ in range(count)]
 
-    def _choose(self, logits: torch.Tensor, requests: list[_Request]) -> list[Output]:
-        """The next token of each; those that go on are writing."""
-        outputs = []
-        tokens = choose(logits, [request.sampler for request in requests])
+    def _choose(self, logits: torch.Tensor, requests: list[_Request], in_flight: list[_Request]) -> None:
+        """The next token of each, and its end if it is; an exception of one request's own ends that request alone."""
+        tokens = choose_each(logits, [request.sampler for request in requests])
         for token, request in zip(tokens, requests, strict=True):
-            request.history.extend([token])
-            reason = self._finish_reason(request, token)
-            if reason is None:
-                self._writing.append(request)
+            request.history.extend([] if token is None else [token])
+        interruption: BaseException | None = None
+        for token, request in zip(tokens, requests, strict=True):
+            failure: BaseException | None = None
+            try:
+                reason = self._finish_reason(request, token)
+            except BaseException as error:
+                reason, failure = FinishReason.FAILED, error
+            if reason is not None:
+                self._end(request, reason, token)
             else:
-                self._free(self.prefixes.put(request.history, request.num_read, request.slot))
-            outputs.append(Output(request.id, token, reason))
-        return outputs
+                with self._lock:
+                    self._outputs.append(Output(request.id, token, None))
+            in_flight.remove(request)
+            if failure is not None:
+                _report(request, failure)
+                if not isinstance(failure, Exception):
+                    interruption = interruption or failure
+        if interruption is not None:
+            raise interruption
 
-    def _finish_reason(self, request: _Request, token: int) -> FinishReason | None:
+    def _finish_reason(self, request: _Request, token: int | None) -> FinishReason | None:
+        if token is None:
+            raise ValueError(NOT_FINITE)
+        if request.is_cancelled:
+            return FinishReason.CANCELLED
         if token in request.stop_token_ids:
             return FinishReason.STOP
-        if request.is_finished:
-            try:
-                if request.is_finished(request.new_tokens):
-                    return FinishReason.STOP
-            except Exception:
-                log.exception("is_finished of request %d", request.id)
-                return FinishReason.FAILED
-        is_full = len(request.history.tokens) - request.prompt_length >= request.options.max_new_tokens
-        return FinishReason.LENGTH if is_full else None
+        if request.is_finished is not None and request.is_finished(request.new_tokens):
+            return FinishReason.STOP
+        if request.is_cancelled:  # by its own `is_finished`
+            return FinishReason.CANCELLED
+        return FinishReason.LENGTH if len(request.new_tokens) >= request.options.max_new_tokens else None
+
+    def _end(self, request: _Request, reason: FinishReason, token: int | None = None) -> None:
+        """End a request if it has not ended yet. A state that may begin another prompt goes to the prefix cache."""
+        with self._lock:
+            if request.id not in self._waiting and request.id not in self._running:
+                return
+            if request.is_cancelled and reason is not FinishReason.FAILED:
+                reason = FinishReason.CANCELLED
+            self._outputs.append(Output(request.id, token, reason))
+            self._waiting.pop(request.id, None)
+            self._running.pop(request.id, None)
+        if request.slot >= 0:
+            is_kept = reason in (FinishReason.STOP, FinishReason.LENGTH)
+            self._free(
+                self.prefixes.put(request.history, request.num_read, request.slot) if is_kept else [request.slot]
+            )
 
     def _free(self, slots: list[int]) -> None:
         for slot in slots:
@@ -332,3 +428,12 @@ class Engine:
 
     def _tensor(self, values: Sequence) -> torch.Tensor:
         return torch.tensor(values, device=self.model.device)
+
+
+def _report(request: _Request, error: BaseException) -> None:
+    log.error("request %d failed", request.id, exc_info=error)
+    if request.on_error is not None:
+        try:
+            request.on_error(error)
+        except Exception:
+            log.exception("on_error of request %d", request.id)

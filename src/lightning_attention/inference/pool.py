@@ -1,7 +1,7 @@
 """Fixed memory for the states of many sequences."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import prod
 
 import torch
@@ -83,6 +83,12 @@ class StatePool:
         self._check(slot)
         self._is_used[slot] = False
         self._free.append(slot)
+
+    def free_all_but(self, kept: Collection[int]) -> None:
+        """Free every slot that is in use and not among `kept`."""
+        for slot in range(self.num_slots):
+            if self._is_used[slot] and slot not in kept:
+                self.free(slot)
 
     def zero(self, slots: Sequence[int]) -> None:
         """The state before the first token."""

@@ -2,9 +2,9 @@
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 Key = tuple[bytes, tuple[int, ...]]
 
@@ -34,6 +34,30 @@ class History:
         return self._digests[blocks], tuple(self.tokens[blocks * self.block : length])
 
 
+class NewTokens(Sequence[int]):
+    """The new tokens of a request, without a copy: a view that grows with every step. Slices are lists."""
+
+    def __init__(self, history: History, start: int):
+        self._tokens, self._start = history.tokens, start
+
+    def __len__(self) -> int:
+        return len(self._tokens) - self._start
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        chosen = range(self._start, len(self._tokens))[index]
+        return [self._tokens[i] for i in chosen] if isinstance(chosen, range) else self._tokens[chosen]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, (list, NewTokens)) and list(self) == list(other)
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
 class Found(NamedTuple):
     """The state after the first `length` tokens is in `slot`."""
 
@@ -55,6 +79,11 @@ class PrefixCache:
 
     def __len__(self) -> int:
         return len(self._slots)
+
+    @property
+    def slots(self) -> list[int]:
+        """All slots that hold a state of the cache."""
+        return list(self._slots.values())
 
     def find(self, history: History) -> Found | None:
         """The longest beginning whose state is here and that leaves at least one token to read."""
