@@ -1,17 +1,17 @@
 """From a checkpoint to a stream of text."""
 
 from collections.abc import Iterator
-from threading import Thread
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast, TextIteratorStreamer
+from transformers import PreTrainedTokenizerFast
 
-from ..models import LightningForCausalLM
+from ..models import LightningCache, LightningForCausalLM
 from ..models.checkpoint import last_checkpoint, load_model
 from ..models.tokenization import begin_with_bos, bos_ids, encode_texts, well_formed
 from ..paths import PathLike, to_path
-from .sampling import SamplingOptions
+from .sampling import Sampler, SamplingOptions, choose, stop_token_ids, warn_of_ignored_options
+from .text import Detokenizer
 
 
 def load(checkpoint: PathLike, *, bf16: bool = False) -> tuple[LightningForCausalLM, PreTrainedTokenizerFast]:
@@ -71,7 +71,14 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
 def stream(
     model: LightningForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, options: SamplingOptions
 ) -> Iterator[str]:
-    """The continuation of a prompt, piece by piece as it is written.
+    """Generate the continuation of a prompt, piece by piece.
+
+    The pieces together are `tokenizer.decode(new_tokens, skip_special_tokens=True)`. A token is computed when the next
+    piece is asked for, so that nothing goes on after the reader has left. Sampling has its own random numbers: with a
+    seed they are those of a request to the `Engine`, and the process's are not touched.
+
+        for text in stream(model, tokenizer, "Once upon a time", SamplingOptions(seed=0)):
+            print(text, end="", flush=True)
 
     Args:
         model: as `load` returns it.
@@ -80,26 +87,29 @@ def stream(
         options: how tokens are chosen.
 
     Raises:
-        ValueError: the prompt is empty and the tokenizer has no such token.
+        ValueError: the prompt is empty and the tokenizer has no such token; or the model's logits are not finite.
     """
-    ids = encode(tokenizer, prompt)
-    if options.seed is not None:
-        torch.manual_seed(options.seed)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    inputs = torch.tensor([ids], device=model.device)
-    failure: list[BaseException] = []
-    untyped: Any = model  # transformers types generate() for a protocol that its own models do not satisfy
+    warn_of_ignored_options(model)
+    return _pieces(model, Detokenizer(tokenizer), encode(tokenizer, prompt), options)
 
-    def work() -> None:
-        try:
-            untyped.generate(inputs, streamer=streamer, **options.for_generate())
-        except BaseException as error:
-            failure.append(error)
-            streamer.end()
 
-    thread = Thread(target=work, daemon=True)
-    thread.start()
-    yield from streamer
-    thread.join()
-    if failure:
-        raise failure[0]
+def _pieces(
+    model: LightningForCausalLM, detokenizer: Detokenizer, prompt: list[int], options: SamplingOptions
+) -> Iterator[str]:
+    sampler = Sampler(options, prompt, model.config.vocab_size, model.device)
+    cache, stop, tokens = LightningCache(model.config.num_hidden_layers), stop_token_ids(model), prompt
+    for _ in range(options.max_new_tokens):
+        token = choose(_next_logits(model, tokens, cache), [sampler])[0]
+        if piece := detokenizer.add(token):
+            yield piece
+        if token in stop:
+            break
+        tokens = [token]
+    if rest := detokenizer.rest():
+        yield rest
+
+
+@torch.no_grad()
+def _next_logits(model: LightningForCausalLM, tokens: list[int], cache: LightningCache) -> torch.Tensor:
+    inputs = torch.tensor([tokens], device=model.device)
+    return model(inputs, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
