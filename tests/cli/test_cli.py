@@ -89,7 +89,7 @@ def test_generate_answers_a_file(monkeypatch, capsys, checkpoint, tmp_path):
     )
     assert code == 0
     code, out, err = run(monkeypatch, capsys, *arguments, "--prompts", prompts, "--output", output)
-    assert (code, out) == (0, "")
+    assert (code, out) == (1, "")
     assert "1 of 2 lines could not be answered" in err
     answers = [json.loads(line) for line in output.read_text().splitlines()]
     by_index = {answer["index"]: answer for answer in answers}

@@ -1,11 +1,12 @@
 import json
+from copy import deepcopy
 
 import pytest
 import torch
 from tiny_model import make_config
 
 from lightning_attention.inference import Engine, SamplingOptions
-from lightning_attention.inference.batch import answer_lines
+from lightning_attention.inference.batch import answer_lines, to_json
 from lightning_attention.models import LightningForCausalLM
 from lightning_attention.training import byte_tokenizer
 
@@ -20,9 +21,9 @@ def model() -> LightningForCausalLM:
     return LightningForCausalLM(make_config(vocab_size=len(TOKENIZER), **ids)).double().eval()
 
 
-def answers(model, *lines: str | dict, options: SamplingOptions = GREEDY) -> list[dict]:
+def answers(model, *lines: str | bytes | dict, options: SamplingOptions = GREEDY) -> list[dict]:
     """In the order of the lines."""
-    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    texts = [json.dumps(line) if isinstance(line, dict) else line for line in lines]
     engine = Engine(model, max_requests=2)
     found = list(answer_lines(engine, TOKENIZER, iter(texts), options))
     assert engine.pool.num_free == 2
@@ -31,7 +32,7 @@ def answers(model, *lines: str | dict, options: SamplingOptions = GREEDY) -> lis
 
 def written(model, prompt: str, count: int) -> str:
     ids = model.generate(torch.tensor([[256, *prompt.encode()]]), max_new_tokens=count, do_sample=False)
-    return TOKENIZER.decode(ids[0, 1 + len(prompt.encode()) :], skip_special_tokens=True)
+    return str(TOKENIZER.decode(ids[0, 1 + len(prompt.encode()) :], skip_special_tokens=True))
 
 
 def test_answers_are_what_the_model_writes(model):
@@ -69,6 +70,10 @@ def test_an_answer_ends_before_the_text_that_stops_it(model):
     assert none["text"] == whole
 
 
+def nested(depth: int) -> str:
+    return '{"prompt": "a", "x": ' + "[" * depth + "]" * depth + "}"
+
+
 BAD = {
     "not JSON": ("{", "Expecting property name"),
     "no object": ("[1]", "a line must be a JSON object with a text prompt"),
@@ -77,6 +82,27 @@ BAD = {
     "text for a number": ({"prompt": "a", "top_p": "all"}, "top_p must be a number, got 'all'"),
     "part of a token": ({"prompt": "a", "max_new_tokens": 2.5}, "max_new_tokens must be a whole number, got 2.5"),
     "stop": ({"prompt": "a", "stop": [""]}, "stop must be a text or a list of texts, got ['']"),
+    "a lone surrogate in the prompt": ('{"prompt": "a\\ud800"}', "prompt holds a lone surrogate"),
+    "a lone surrogate in a stop": ('{"prompt": "a", "stop": ["\\udfff"]}', "stop holds a lone surrogate"),
+    "a lone surrogate in a name": ('{"\\udc00": 1, "prompt": 3}', "a line must be a JSON object with a text prompt"),
+    "half a pair unescaped": ('{"prompt": "\udc80"}', "prompt holds a lone surrogate"),
+    "temperature 10^400": ({"prompt": "a", "temperature": 10**400}, "temperature must be finite"),
+    "seed 10^400": ({"prompt": "a", "seed": 10**400}, "seed must be at least"),
+    "max_new_tokens 10^400": ({"prompt": "a", "max_new_tokens": 10**400}, "max_new_tokens must be below 2^63"),
+    "a number of 5000 digits": ('{"prompt": "a", "x": 1' + "0" * 5000 + "}", "Exceeds the limit"),
+    "NaN": ('{"prompt": "a", "x": NaN}', "NaN is not a number of JSON"),
+    "infinity": ('{"prompt": "a", "temperature": -Infinity}', "-Infinity is not a number of JSON"),
+    "1e999": ('{"prompt": "a", "x": 1e999}', "1e999 is not a number of JSON, or too large"),
+    "a name twice": ('{"prompt": "a", "prompt": "b"}', "'prompt' is there twice"),
+    "a nested name twice": ('{"prompt": "a", "x": {"y": 1, "y": 1}}', "'y' is there twice"),
+    "lists 100 deep": (nested(100), "nested more than 100 levels deep"),
+    "lists 50,000 deep": (nested(50_000), "nested more than 100 levels deep"),
+    "objects 50,000 deep": ('{"a":' * 50_000, "nested more than 100 levels deep"),
+    "bytes that are not UTF-8": (b'{"prompt": "a\xff"}', "'utf-8' codec can't decode byte 0xff"),
+    "UTF-16": ('{"prompt": "a"}'.encode("utf-16-le").replace(b"\n", b""), "Expecting"),
+    "zeros": (b"\0" * 9, "Expecting value"),
+    "two objects": ('{"prompt": "a"}{"prompt": "b"}', "Extra data"),
+    "an empty prompt list": ({"prompt": []}, "a line must be a JSON object with a text prompt"),
 }
 
 
@@ -87,6 +113,39 @@ def test_a_bad_line_does_not_touch_the_others(model, line, message):
     assert bad["index"] == 1
     assert also_good["index"] == 3
     assert [good["text"], also_good["text"]] == [written(model, "a", 12), written(model, "b", 12)]
+    assert json.loads(to_json(bad).decode("utf-8")) == bad
+
+
+GOOD = {
+    "a byte order mark": b'\xef\xbb\xbf{"prompt": "a"}\r\n',
+    "UTF-8": '{"prompt": "a", "é": "\u2028"}'.encode(),
+    "a surrogate pair": '{"prompt": "a", "x": "\\ud83d\\ude00"}',
+    "a lone surrogate in an echo": '{"prompt": "a", "x\\ud800": ["\\udfff"]}',
+    "large numbers": '{"prompt": "a", "id": 1' + "0" * 400 + ', "top_k": 1' + "0" * 400 + "}",
+    "lists 98 deep": nested(98),
+    "names of answers": '{"prompt": "a", "index": 7, "text": "b", "tokens": 0, "finish_reason": "c", "error": "d"}',
+}
+
+
+@pytest.mark.parametrize("line", GOOD.values(), ids=GOOD)
+def test_an_odd_line_is_answered(model, line):
+    other, answer = answers(model, {"prompt": "b"}, line)
+    results = {"index": 1, "text": written(model, "a", 12), "tokens": 12, "finish_reason": "length"}
+    given = json.loads(line if isinstance(line, str) else line.decode("utf-8-sig"))
+    given.pop("error", None)
+    assert answer == given | results
+    assert other["text"] == written(model, "b", 12)
+    encoded = to_json(answer)
+    assert json.loads(encoded.decode("utf-8")) == answer
+    assert encoded.count(b"\n") == 1
+
+
+def test_a_line_of_megabytes(model):
+    prompt = "to be or not " * 100_000
+    (answer,) = answers(model, {"prompt": "a", "id": prompt, "max_new_tokens": 2})
+    assert answer["id"] == prompt
+    (answer,) = answers(model, {"prompt": prompt[:60_000], "max_new_tokens": 2})
+    assert answer["text"] == written(model, prompt[:60_000], 2)
 
 
 def test_lines_are_read_as_they_are_needed(model):
@@ -101,3 +160,87 @@ def test_lines_are_read_as_they_are_needed(model):
     next(found)
     assert len(read) < 10
     assert len(list(found)) == 49
+
+
+def test_no_line_waits_for_the_next_one(model):
+    """A pipe whose writer sends a prompt when it has the answer to the one before."""
+    engine, arrived = Engine(model), []
+
+    def lines():
+        for i in range(3):
+            yield json.dumps({"prompt": "ab"[i % 2]})
+            while len(arrived) <= i:
+                assert engine.has_work
+                yield None
+
+    for answer in answer_lines(engine, TOKENIZER, lines(), GREEDY):
+        arrived.append(answer)
+    assert [answer["text"] for answer in arrived] == [written(model, prompt, 12) for prompt in "aba"]
+
+
+def test_a_failure_of_the_engine_is_the_error_of_its_lines(model, monkeypatch):
+    forward, calls = model.lm_head.forward, []
+
+    def failing(hidden_states):
+        calls.append(0)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("out of\n memory")
+        return forward(hidden_states)
+
+    monkeypatch.setattr(model.lm_head, "forward", failing)
+    found = answers(model, *({"prompt": prompt, "id": prompt} for prompt in "abcde"))
+    assert [answer.get("error") for answer in found] == ["out of memory"] * 2 + [None] * 3
+    assert [answer["id"] for answer in found] == [*"abcde"]
+    assert [answer["text"] for answer in found[2:]] == [written(model, prompt, 12) for prompt in "cde"]
+
+
+def test_known_answers_are_not_computed_again(model):
+    lines = [json.dumps({"prompt": prompt, "id": i}) for i, prompt in enumerate("abc")]
+    whole = {answer["index"]: answer for answer in answers(model, *lines)}
+    for known in ({}, {1: whole[1]}, {0: whole[0], 2: whole[2]}, whole):
+        found = list(answer_lines(Engine(model), TOKENIZER, lines, GREEDY, known))
+        assert {answer["index"]: answer for answer in found} | known == whole
+        assert len(found) + len(known) == 3
+
+
+OTHER = {
+    "another prompt": ({1: {"index": 1, "prompt": "x", "text": ""}}, "line 2 of the prompts is not the one"),
+    "another option": ({0: {"index": 0, "prompt": "a", "seed": 3, "text": ""}}, "line 1 of the prompts is not"),
+    "no such line": ({5: {"index": 5, "prompt": "a", "text": ""}}, "there is an answer to line 6, but no such line"),
+    "a bad line": ({2: {"index": 2, "prompt": "a", "text": ""}}, "line 3 of the prompts is not the one"),
+}
+
+
+@pytest.mark.parametrize(("known", "message"), OTHER.values(), ids=OTHER)
+def test_answers_to_other_prompts_are_refused(model, known, message):
+    engine = Engine(model)
+    with pytest.raises(ValueError, match=message):
+        list(answer_lines(engine, TOKENIZER, ['{"prompt": "a"}', '{"prompt": "b"}', "{"], GREEDY, known))
+    while engine.has_work:
+        engine.step()
+    assert engine.pool.num_free == engine.pool.num_slots
+
+
+def test_whoever_leaves_early_leaves_nothing_in_the_engine(model):
+    engine = Engine(model, max_requests=2)
+    found = answer_lines(engine, TOKENIZER, ['{"prompt": "a"}'] * 9, GREEDY)
+    next(found)
+    found.close()
+    while engine.has_work:
+        engine.step()
+    assert engine.pool.num_free == 2
+    assert len(list(answer_lines(engine, TOKENIZER, ['{"prompt": "a"}'] * 3, GREEDY))) == 3
+
+
+def test_a_stop_text_may_be_a_special_token(model):
+    special = deepcopy(model)
+    ids = special.generate(torch.tensor([[256, 97]]), max_new_tokens=12, do_sample=False)[0, 2:].tolist()
+    head = special.lm_head.weight.data
+    head[[258, ids[3]]] = head[[ids[3], 258]]  # the special token comes where this one came
+    at = ids.index(ids[3])
+    before = str(TOKENIZER.decode(ids[:at]))
+    for stop in ("<|pad|>", before + "<|pad|>"):
+        (answer,) = answers(special, {"prompt": "a", "stop": ["not there", stop]})
+        assert answer["text"] == (before if stop == "<|pad|>" else "")
+        assert (answer["tokens"], answer["finish_reason"]) == (at + 1, "stop")
+    assert answers(special, {"prompt": "a"})[0]["tokens"] == 12

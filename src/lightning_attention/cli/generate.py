@@ -1,13 +1,19 @@
 """`lightning-attention generate`: text from a trained model."""
 
-import json
+import logging
+import os
+import stat
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import IO, Annotated, Any
 
-from typer import Option
+from typer import Exit, Option
+
+SIGPIPE = 141  # the exit code of a program whose reader has left
+INTERRUPTED = 130
+LINES_FAILED = 1
 
 
 def generate(
@@ -16,18 +22,23 @@ def generate(
     prompts: Annotated[
         Path | None,
         Option(
-            help="A .jsonl file instead: lines with a text `prompt`, and options of their own (max_new_tokens, "
-            "temperature, ..., and stop: a text or texts that end the answer). Answered many at a time."
+            help="A .jsonl file or pipe instead, - for standard input: lines with a text `prompt`, and options of "
+            "their own (max_new_tokens, temperature, ..., and stop: a text or texts that end the answer). Answered "
+            "many at a time; a line that cannot be answered gets an `error`, and the exit code is then 1."
         ),
     ] = None,
     output: Annotated[
-        Path | None, Option(help="With --prompts, a .jsonl file for the answers. By default standard output.")
+        Path | None,
+        Option(
+            help="With --prompts, a .jsonl file for the answers, by default standard output. Answers that are in the "
+            "file already are kept, so that the same command continues after an interruption."
+        ),
     ] = None,
     max_requests: Annotated[int, Option(help="With --prompts, how many are answered at a time.")] = 64,
     prefix_slots: Annotated[
         int, Option(help="With --prompts, states to keep so that a beginning they have in common is read once.")
     ] = 16,
-    max_new_tokens: Annotated[int, Option(help="Tokens to write, at most.")] = 256,
+    max_new_tokens: Annotated[int, Option(help="Tokens to generate, at most.")] = 256,
     temperature: Annotated[float, Option(help="0 takes the likeliest token every time.")] = 1.0,
     top_k: Annotated[int, Option(help="Sample from the k likeliest tokens; 0 is all.")] = 0,
     top_p: Annotated[float, Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
@@ -35,55 +46,166 @@ def generate(
     seed: Annotated[int | None, Option(help="Makes sampling repeatable.")] = None,
     bf16: Annotated[bool, Option("--bf16", help="Run in bfloat16.")] = False,
 ) -> None:
-    """Write text token by token, in constant memory, however long it gets."""
+    """Generate text token by token, in constant memory, however long it gets."""
     from transformers.utils.logging import disable_progress_bar
 
-    from ..inference import Engine, SamplingOptions, load, stream
-    from ..inference.batch import answer_lines
+    from ..inference import SamplingOptions
 
     disable_progress_bar()
     options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-    if prompts is None:
-        if output is not None:
-            raise ValueError("--output goes with --prompts")
-        model, tokenizer = load(checkpoint, bf16=bf16)
-        text_so_far = sys.stdin.read() if prompt is None else prompt
-        sys.stdout.write(text_so_far)
-        for text in stream(model, tokenizer, text_so_far, options):
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
-        return
-    if prompt is not None:
+    if prompts is None and output is not None:
+        raise ValueError("--output goes with --prompts")
+    if prompt is not None and prompts is not None:
         raise ValueError("give --prompt or --prompts, not both")
-    if output is not None and output.exists() and output.samefile(prompts):
-        raise ValueError("--output would overwrite --prompts")
-    with prompts.open() as lines:
-        count = sum(1 for line in lines if line.strip())
+    with _ending_quietly("interrupted" if output is None else f"interrupted: the same command continues {output}"):
+        if prompts is None:
+            _continue_prompt(checkpoint, bf16, prompt, options)
+        else:
+            _answer_prompts(checkpoint, bf16, prompts, output, max_requests, prefix_slots, options)
+
+
+def _continue_prompt(checkpoint: Path, bf16: bool, prompt: str | None, options: Any) -> None:
+    from ..inference import load, stream
+
     model, tokenizer = load(checkpoint, bf16=bf16)
-    engine = Engine(model, max_requests=max_requests, prefix_slots=prefix_slots)
-    with prompts.open() as lines, _written_to(output) as file:
-        failed = 0
-        for answer in _with_progress(answer_lines(engine, tokenizer, lines, options), count):
-            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
-            file.flush()
-            failed += "error" in answer
+    text = _standard_input() if prompt is None else _argument(prompt)
+    pieces = stream(model, tokenizer, text, options)
+    first = next(pieces, "")  # before anything is written: it may fail
+    _write(text + first)
+    for piece in pieces:
+        _write(piece)
+    _write("\n")
+
+
+def _answer_prompts(
+    checkpoint: Path,
+    bf16: bool,
+    prompts: Path,
+    output: Path | None,
+    max_requests: int,
+    prefix_slots: int,
+    options: Any,
+) -> None:
+    from ..inference import Engine, load
+    from ..inference.answers import arriving_lines, check_writable, read_answers, write_answers
+    from ..inference.batch import answer_lines, to_json
+
+    # Another thing than a file, such as a pipe, is written as it is.
+    is_special = output is not None and output.exists() and not (output.is_file() or output.is_dir())
+    kept = None if is_special else output
+    answered = {}
+    if kept is not None:
+        if kept.exists() and prompts.exists() and kept.samefile(prompts):
+            raise ValueError("--output would overwrite --prompts")
+        check_writable(kept)
+        answered = read_answers(kept)
+    with _opened(prompts) as lines:
+        total = _number_of_lines(lines)
+        model, tokenizer = load(checkpoint, bf16=bf16)
+        engine = Engine(model, max_requests=max_requests, prefix_slots=prefix_slots)
+        if kept is not None:
+            write_answers(kept, answered)
+        written, failed = len(answered), 0
+        left = None if total is None else total - written
+        arriving = arriving_lines(lines, can_wait=lambda: not engine.has_work)
+        answers = answer_lines(engine, tokenizer, arriving, options, answered)
+        with _without_engine_log(), _appending(output) as file:
+            for answer in _with_progress(answers, left):
+                file.write(to_json(answer))
+                file.flush()
+                written, failed = written + 1, failed + ("error" in answer)
     if failed:
-        print(f"{failed} of {count} lines could not be answered: their `error` says why", file=sys.stderr)
+        print(f"{failed} of {written} lines could not be answered: their `error` says why", file=sys.stderr)
+        raise Exit(LINES_FAILED)
 
 
 @contextmanager
-def _written_to(path: Path | None) -> Iterator[TextIO]:
-    if path is None:
-        yield sys.stdout
+def _ending_quietly(line: str) -> Iterator[None]:
+    """End with an exit code after Ctrl-C, which gets a line on standard error, or when the reader has left."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"lightning-attention: {line}", file=sys.stderr)
+        raise Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        with suppress(OSError):  # not a file of the system
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes it
+        raise Exit(SIGPIPE) from None
+
+
+def _standard_input() -> str:
+    content = _bytes_of(sys.stdin).read()
+    try:
+        return content if isinstance(content, str) else content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8: {error}") from error
+
+
+def _argument(text: str) -> str:
+    """An argument as UTF-8, as which Python has not read it in every locale."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"--prompt is not UTF-8: {error}") from error
+
+
+def _write(text: str) -> None:
+    file = _bytes_of(sys.stdout)
+    file.write(text if file is sys.stdout else text.encode("utf-8"))
+    file.flush()
+
+
+def _bytes_of(stream: Any) -> IO[Any]:
+    """The bytes below a text stream, whose encoding the locale has chosen; or the stream where there are none."""
+    return getattr(stream, "buffer", stream)
+
+
+@contextmanager
+def _opened(prompts: Path) -> Iterator[IO[Any]]:
+    if prompts == Path("-"):
+        yield _bytes_of(sys.stdin)
     else:
-        with path.open("w") as file:
+        with prompts.open("rb") as file:
             yield file
 
 
-def _with_progress(answers: Iterator[dict], count: int) -> Iterator[dict]:
-    """The same, with a bar on standard error."""
+def _number_of_lines(file: IO[Any]) -> int | None:
+    """Lines that are not blank; None for a pipe, which can be read only once."""
+    try:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return None
+    except OSError:  # not a file of the system
+        return None
+    start = file.tell()
+    count = sum(1 for line in file if line.strip())
+    file.seek(start)
+    return count
+
+
+@contextmanager
+def _appending(output: Path | None) -> Iterator[IO[bytes]]:
+    if output is None:
+        yield _bytes_of(sys.stdout)
+    else:
+        with output.open("ab") as file:
+            yield file
+
+
+@contextmanager
+def _without_engine_log() -> Iterator[None]:
+    """An answer's `error` says what the engine would log with a traceback."""
+    logger = logging.getLogger("lightning_attention.inference.engine")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _with_progress(answers: Iterable[dict], total: int | None) -> Iterator[dict]:
+    """The answers, with a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import track
 
-    yield from track(answers, "answering", total=count, console=Console(stderr=True))
+    console = Console(stderr=True)
+    yield from track(answers, "answering", total=total, console=console, disable=not console.is_terminal)

@@ -1,112 +1,192 @@
 """A file of prompts, answered many at a time."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields, replace
+import math
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from .engine import Engine, FinishReason
+from .engine import Engine
 from .generate import encode
+from .outputs import FinishReason
 from .sampling import SamplingOptions
+from .text import GeneratedText
 
 Answer = dict[str, Any]
 
 OPTIONS = {option.name for option in fields(SamplingOptions)}
+# What an answer adds to its line, in place of what the line may hold by these names.
+ADDED = {"index", "text", "tokens", "finish_reason", "error"}
+MAX_DEPTH = 100  # of the objects and lists in a line: few JSON readers take more than some hundreds
 
 
 def answer_lines(
-    engine: Engine, tokenizer: PreTrainedTokenizerFast, lines: Iterable[str], options: SamplingOptions
-) -> Iterator[Answer]:
-    """The answers to prompts, each as soon as it is there.
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerFast,
+    lines: Iterable[str | bytes | None],
+    options: SamplingOptions,
+    answered: Mapping[int, Answer] | None = None,
+) -> Generator[Answer, None, None]:
+    """Answers to prompts, each as soon as it is there.
 
     Args:
         engine: with nothing else to do.
-        tokenizer: of its model.
-        lines: JSON objects with a text `prompt`; where they wish, with options of `SamplingOptions`, and with `stop`, a
-            text or a list of texts that end the answer. Blank lines are skipped. They are read as they are needed.
+        tokenizer: the model's.
+        lines: JSON objects with a text `prompt`, as text or UTF-8. They may have options of `SamplingOptions`, and
+            `stop`, a text or a list of texts that end the answer. Blank lines are skipped. They are read as they are
+            needed; None stands for a line that is not there yet, while the engine has work.
         options: for what a line leaves open.
+        answered: answers that are known, by index; their lines are skipped.
 
     Yields:
         What the line held, and `index`, its number from 0; `text`, without the prompt and what stopped it; `tokens`,
-        how many were written; and `finish_reason`. A line that cannot be answered has `error` instead.
+        how many were generated; and `finish_reason`. A line that cannot be answered has `error` instead.
+
+    Raises:
+        ValueError: `answered` holds an answer to another line than the one of its index.
     """
-    open_answers: dict[int, _Open] = {}
-    numbered = enumerate(lines)
-    more = True
-    while more or engine.has_work:
-        while more and len(open_answers) < 2 * engine.max_requests:
-            index, line = next(numbered, (None, ""))
-            if index is None:
-                more = False
-            elif line.strip():
+    running: dict[int, _Line] = {}
+    known = dict(answered or {})
+    source, index, is_read = iter(lines), -1, False
+    try:
+        while running or not is_read:
+            while not is_read and len(running) < 2 * engine.max_requests:
                 try:
-                    answer = _Open.of_line(line, index, tokenizer, options)
-                    open_answers[answer.submit(engine)] = answer
-                except (ValueError, TypeError) as error:
-                    yield _failed(line, index, error)
-        for output in engine.step():
-            answer = open_answers[output.request]
-            if output.token is not None:
-                answer.tokens.append(output.token)
-            if output.finish_reason is not None:
-                yield open_answers.pop(output.request).finished(output.finish_reason)
+                    text = next(source)
+                except StopIteration:
+                    is_read = True
+                    break
+                if text is None:
+                    break
+                index += 1
+                if not text.strip():
+                    continue
+                line = _Line(text, index, tokenizer)
+                if index in known:
+                    line.check_is_answered_by(known.pop(index))
+                    continue
+                try:
+                    running[line.submit(engine, options)] = line
+                except Exception as error:
+                    yield line.failed(error)
+            for output in engine.step():
+                line = running.get(output.request)
+                if line is None:
+                    continue
+                if output.token is not None:
+                    line.take(output.token)
+                if output.finish_reason is not None:
+                    yield running.pop(output.request).answer(output.finish_reason)
+        if known:
+            raise ValueError(f"there is an answer to line {min(known) + 1}, but no such line among the prompts")
+    finally:
+        for request in running:
+            engine.cancel(request)
 
 
-@dataclass
-class _Open:
-    """A line that is being answered."""
+def to_json(answer: Answer) -> bytes:
+    """A line of UTF-8. A lone surrogate, which UTF-8 cannot hold, stays the escape that it was."""
+    return json.dumps(answer, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
 
-    given: dict[str, Any]
-    index: int
-    tokenizer: PreTrainedTokenizerFast
-    prompt: list[int]
-    options: SamplingOptions
-    stop: list[str]
-    tokens: list[int] = field(default_factory=list)
 
-    @classmethod
-    def of_line(cls, line: str, index: int, tokenizer: PreTrainedTokenizerFast, options: SamplingOptions) -> "_Open":
-        given = json.loads(line)
-        if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
+class _Line:
+    """A line and its answer."""
+
+    def __init__(self, line: str | bytes, index: int, tokenizer: PreTrainedTokenizerFast):
+        self.index, self._tokenizer = index, tokenizer
+        self._given: dict[str, Any] = {}
+        self._unreadable: Exception | None = None
+        self._failure: BaseException | None = None
+        self._num_tokens = 0
+        try:
+            self._given = _object_of(line)
+        except (ValueError, RecursionError) as error:
+            self._unreadable = error
+
+    def submit(self, engine: Engine, options: SamplingOptions) -> int:
+        if self._unreadable is not None:
+            raise self._unreadable
+        prompt, stop = self._given.get("prompt"), self._given.get("stop", [])
+        if not isinstance(prompt, str):
             raise ValueError("a line must be a JSON object with a text prompt")
-        wishes = {name: value for name, value in given.items() if name in OPTIONS}
-        stop = given.get("stop", [])
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop must be a text or a list of texts, got {stop!r}")
-        return cls(given, index, tokenizer, encode(tokenizer, given["prompt"]), replace(options, **wishes), stop)
+        for name, text in (("prompt", prompt), *(("stop", text) for text in stop)):
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"{name} holds a lone surrogate, which is no character")
+        options = replace(options, **{name: value for name, value in self._given.items() if name in OPTIONS})
+        self._text = GeneratedText(self._tokenizer, stop)
+        return engine.submit(
+            encode(self._tokenizer, prompt),
+            options,
+            is_finished=(lambda tokens: self._text.add(tokens[-1])) if stop else None,
+            on_error=self._fail,
+        )
 
-    def submit(self, engine: Engine) -> int:
-        return engine.submit(self.prompt, self.options, is_finished=self._stop_test())
+    def take(self, token: int) -> None:
+        self._num_tokens += 1
+        if self._text.num_tokens < self._num_tokens:
+            self._text.add(token)
 
-    def finished(self, reason: FinishReason) -> Answer:
-        text = self._text(self.tokens)
-        text = text[: min((at for stop in self.stop if (at := text.find(stop)) >= 0), default=len(text))]
-        return self.given | {
-            "index": self.index,
-            "text": text,
-            "tokens": len(self.tokens),
-            "finish_reason": str(reason),
-        }
+    def _fail(self, error: BaseException) -> None:
+        self._failure = error
 
-    def _stop_test(self) -> Callable[[list[int]], bool] | None:
-        if not self.stop:
-            return None
-        # A token is at least a byte, so the last tokens hold every text that the newest could have completed.
-        window = max(len(stop.encode()) for stop in self.stop) + 8
-        return lambda tokens: any(stop in self._text(tokens[-window:]) for stop in self.stop)
+    def answer(self, reason: FinishReason) -> Answer:
+        if self._failure is not None:
+            return self.failed(self._failure)
+        text, is_stopped = self._text.finish()
+        reason = FinishReason.STOP if is_stopped else reason
+        return self._echo() | {"text": text, "tokens": self._num_tokens, "finish_reason": str(reason)}
 
-    def _text(self, tokens: list[int]) -> str:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text
+    def failed(self, error: BaseException) -> Answer:
+        return self._echo() | {"error": " ".join(str(error).split()) or type(error).__name__}
+
+    def check_is_answered_by(self, answer: Answer) -> None:
+        """Raises ValueError if the answer is to another line."""
+        if self._unreadable is not None or _without_added(answer) != _without_added(self._given):
+            raise ValueError(f"line {self.index + 1} of the prompts is not the one that was answered before")
+
+    def _echo(self) -> Answer:
+        return {"index": self.index} | _without_added(self._given)
 
 
-def _failed(line: str, index: int, error: Exception) -> Answer:
+def _without_added(answer: Answer) -> Answer:
+    return {name: value for name, value in answer.items() if name not in ADDED}
+
+
+def _object_of(line: str | bytes) -> dict[str, Any]:
+    """The object in a line; ValueError if it is not JSON as everyone reads it, or nested too deeply."""
+    text = line if isinstance(line, str) else line.decode("utf-8")
     try:
-        given = json.loads(line)
-    except ValueError:
-        given = None
-    return (given if isinstance(given, dict) else {}) | {"index": index, "error": " ".join(str(error).split())}
+        given = json.loads(
+            text.removeprefix("\ufeff"), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
+        )
+    except RecursionError:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep") from None
+    if not isinstance(given, dict):
+        raise ValueError("a line must be a JSON object with a text prompt")
+    level, depth = [given], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+        children = (list(x.values()) if isinstance(x, dict) else x for x in level)
+        level = [child for values in children for child in values if isinstance(child, (dict, list))]
+    return given
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"{twice!r} is there twice")
+    return found
+
+
+def _finite(number: str) -> float:
+    if not math.isfinite(value := float(number)):
+        raise ValueError(f"{number} is not a number of JSON, or too large")
+    return value
