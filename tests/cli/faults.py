@@ -17,24 +17,6 @@ DECODE = ["bench", "decode", "--seconds", "0.001", "--output", "new"]
 BENCH_TRAIN = ["bench", "train", "--length", "32", "--segment-length", "16", "--output", "new"]
 SCALING = ["bench", "scaling"]
 
-# Faults that training, the data and the answers of a file do not refuse well yet, by command and last two arguments.
-UNFINISHED: dict[tuple[str, ...], str] = {
-    ("train", "--seed", "-1"): "refused late, run.json is left",
-    ("train", "--seed", str(2**32)): "refused late, run.json is left",
-    ("train", "--sequence-length", HUGE): "refused late, the corpus is left",
-    ("train", "--held-out", "1e-300"): "refused late, the corpus is left",
-    ("train", "--weight-decay", "-1"): "not refused",
-    ("train", "--data", "short.txt"): "refused late, the corpus is left",
-    ("train", "--data", "deep.jsonl"): "RecursionError",
-    ("train", "--data", "deep-value.jsonl"): "RecursionError",
-    ("train", "--config", "huge-size.json"): "refused late, run.json is left",
-    ("train", "--config", "huge-mlp.json"): "refused late, run.json is left",
-    ("train", "--output", "run-deep"): "RecursionError",
-    ("train", "--output", "run-deep-value"): "RecursionError",
-    ("generate", "--output", "text.txt"): "generate overwrites it",
-    ("generate", "--output", "checkpoint/config.json"): "generate overwrites it",
-}
-
 MODEL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 DEEP = 60_000 * "[" + 60_000 * "]"
 BAD_JSON = {

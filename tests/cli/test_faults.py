@@ -72,8 +72,6 @@ def is_one_line(result: Result) -> bool:
 
 def marked(arguments: tuple[str, ...]):
     marks = [pytest.mark.slow] if arguments[-1] in COMMON else []
-    if reason := faults.UNFINISHED.get((arguments[0], *arguments[-2:])):
-        marks.append(pytest.mark.xfail(strict=False, reason=reason))
     return pytest.param(arguments, id=readable(arguments), marks=marks)
 
 

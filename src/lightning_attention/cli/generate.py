@@ -5,13 +5,12 @@ import os
 import stat
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Annotated, Any
 
 from typer import Exit, Option
 
-SIGPIPE = 141  # the exit code of a program whose reader has left
 INTERRUPTED = 130
 LINES_FAILED = 1
 
@@ -57,7 +56,7 @@ def generate(
         raise ValueError("--output goes with --prompts")
     if prompt is not None and prompts is not None:
         raise ValueError("give --prompt or --prompts, not both")
-    with _ending_quietly("interrupted" if output is None else f"interrupted: the same command continues {output}"):
+    with _saying_how_to_go_on("interrupted" if output is None else f"interrupted: the same command continues {output}"):
         if prompts is None:
             _continue_prompt(checkpoint, bf16, prompt, options)
         else:
@@ -120,17 +119,13 @@ def _answer_prompts(
 
 
 @contextmanager
-def _ending_quietly(line: str) -> Iterator[None]:
-    """End with an exit code after Ctrl-C, which gets a line on standard error, or when the reader has left."""
+def _saying_how_to_go_on(line: str) -> Iterator[None]:
+    """Write a line to standard error at Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:
         print(f"lightning-attention: {line}", file=sys.stderr)
         raise Exit(INTERRUPTED) from None
-    except BrokenPipeError:
-        with suppress(OSError):  # not a file of the system
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes it
-        raise Exit(SIGPIPE) from None
 
 
 def _standard_input() -> str:
