@@ -125,6 +125,8 @@ def train(
     try:
         run(options, resume=resume, console=_Console(soft_wrap=True, markup=False, emoji=False))
     except Interrupted as error:
+        if rank() == 0:
+            print(f"lightning-attention: {error}", file=sys.stderr)
         leave_processes()
         sys.exit(128 + error.signal)
     except (SharedError, FloatingPointError):

@@ -22,14 +22,14 @@ PATIENCE = 5.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has ended the run.
+    """A signal has ended the run; the message says when, and how to go on.
 
     Attributes:
         signal: its number; a command exits with 128 more.
     """
 
-    def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+    def __init__(self, number: int, when: str = "before a step was made"):
+        super().__init__(f"stopped by {signal.Signals(number).name} {when}")
         self.signal = signal.Signals(number)
 
 

@@ -113,7 +113,7 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
             f"{corpus.num_train:,} tokens of {corpus.num_documents:,} documents, {tokens_per_step:,} tokens a step"
         )
         if not checkpoint or checkpoint_step(checkpoint) < options.steps:  # the Trainer would take one step more
-            _run(trainer, checkpoint, folder.path, stop, console)
+            _run(trainer, checkpoint, folder.path, stop)
         last = last_checkpoint(folder.path)
         if rank() == 0:
             plot_loss(metrics, folder.path / PICTURE, {"token frequencies": held_out.loss_of(corpus.unigram())})
@@ -121,7 +121,7 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
         return last
 
 
-def _run(trainer: PackedTrainer, checkpoint: Path | None, folder: Path, stop: StopRequest, console: Console) -> None:
+def _run(trainer: PackedTrainer, checkpoint: Path | None, folder: Path, stop: StopRequest) -> None:
     """Make the steps that are left; say how to go on if something ends them."""
     go_on = f"lightning-attention train --resume --output {shlex.quote(str(folder))}"
     try:
@@ -133,9 +133,7 @@ def _run(trainer: PackedTrainer, checkpoint: Path | None, folder: Path, stop: St
         raise FloatingPointError(f"{error}; {saved}; try a lower learning rate, or look for damaged data") from None
     step = trainer.state.global_step
     if stop.is_answered and step < trainer.state.max_steps:
-        interrupted = Interrupted(stop.signal)
-        console.print(f"{interrupted} after step {step}, which is saved; to go on: {go_on}", markup=False)
-        raise interrupted
+        raise Interrupted(stop.signal, f"after step {step}, which is saved; to go on: {go_on}")
 
 
 class _Start(TrainerCallback):
