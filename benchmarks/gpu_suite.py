@@ -112,7 +112,8 @@ def run(command: list[str], log: Path, seconds: float) -> int:
     """Run pytest, interrupted after so many seconds. A kernel is compiled and a test computed in one thread each."""
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     changed = {LOG: str(log), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | changed)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment | changed)
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:

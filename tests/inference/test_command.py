@@ -51,7 +51,8 @@ def read_lines(path: Path) -> dict[int, dict]:
 def run(monkeypatch, capsys, checkpoint):
     def run(*arguments: object, stdin: bytes | str = b"", checkpoint: Path = checkpoint) -> tuple[int, str, str]:
         """Exit code, standard output and standard error."""
-        given = ["generate", "--checkpoint", checkpoint, *GREEDY, *arguments]
+        defaults = ["--max-new-tokens", 5, *([] if "--temperature" in arguments else ["--temperature", 0])]
+        given = ["generate", "--checkpoint", checkpoint, *defaults, *arguments]
         monkeypatch.setattr(sys, "argv", ["lightning-attention", *map(str, given)])
         text = io.StringIO(stdin) if isinstance(stdin, str) else io.TextIOWrapper(io.BytesIO(stdin), "ascii")
         monkeypatch.setattr(sys, "stdin", text)
@@ -229,7 +230,7 @@ BAD_INPUT = {
     "an argument that is no text": (["--prompt", "a\udcff"], b"", "--prompt is not UTF-8"),
     "standard input that is no text": ([], b"a\xff", "standard input is not UTF-8"),
     "prompts that are a folder": (["--prompts", "."], b"", "Is a directory"),
-    "temperature inf": (["--prompt", "a", "--temperature", "inf"], b"", "temperature must be finite"),
+    "temperature inf": (["--prompt", "a", "--temperature", "inf"], b"", "--temperature must be a finite number"),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_model import save_checkpoint
 
-from lightning_attention.inference import Engine, SamplingOptions, load, stream
+from lightning_attention.inference import Engine, SamplingOptions, encode, load, stream
 
 PAD = 258
 GREEDY = SamplingOptions(max_new_tokens=40, temperature=0)
@@ -35,11 +35,16 @@ def text_of(loaded: Any, prompt: str, options: SamplingOptions) -> str:
     return "".join(stream(loaded[0], loaded[1], prompt, options))
 
 
-@pytest.mark.parametrize("prompt", ["to be", "", "<|pad|>a<|pad|>"], ids=["text", "empty", "with padding tokens"])
+@pytest.mark.parametrize(
+    "prompt", ["to be", "", "<|pad|>a<|pad|>", "banana"], ids=["text", "empty", "padding's name", "padding tokens"]
+)
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_greedy_text_is_that_of_generate(loaded: Any, prompt, penalty):
+def test_greedy_text_is_that_of_generate(loaded: Any, monkeypatch, prompt, penalty):
     model, tokenizer = loaded
-    ids = torch.tensor([tokenizer(prompt).input_ids])
+    if prompt == "banana":
+        for config in (model.config, model.generation_config):
+            monkeypatch.setattr(config, "pad_token_id", ord("a"))
+    ids = torch.tensor([encode(tokenizer, prompt)])
     expected = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, repetition_penalty=penalty
     )[0, ids.shape[1] :]
