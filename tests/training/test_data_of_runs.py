@@ -222,6 +222,6 @@ def test_a_full_disk_while_tokenizing_leaves_nothing_behind(home, is_there):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
     )
     assert result.returncode == 2
-    assert f"File too large: '{home / 'run' / 'corpus'}'" in error_lines(result.stderr)[0]
+    assert f"File too large: '{home / 'run' / 'corpus' / 'tokens.bin'}'" in error_lines(result.stderr)[0]
     assert (home / "run").exists() == is_there
     assert not is_there or not os.listdir(home / "run")
