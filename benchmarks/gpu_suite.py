@@ -2,8 +2,9 @@
 
 python benchmarks/gpu_suite.py results.json [--commit COMMIT] [pytest arguments]
 
-Three parts: most tests in parallel with pytest-xdist, tests over NCCL, which use several GPUs, and tests of more than
-2^31 elements, which need a GPU's memory. Exits with 1 if a test failed, a part broke off or nothing passed.
+Four parts: most tests in parallel with pytest-xdist, tests over NCCL, which use several GPUs, tests of more than 2^31
+elements, which need a GPU's memory, and tests under compute-sanitizer, which take longest. Exits with 1 if a test
+failed, a part broke off or nothing passed.
 """
 
 import argparse
@@ -32,9 +33,10 @@ PROCESSES = min(14 * max(torch.cuda.device_count(), 1), os.cpu_count() or 1)
 XDIST = ["-n", str(PROCESSES), "--dist", "worksteal"] if find_spec("xdist") else []
 # pytest's -k expression and more of its arguments.
 PARTS = {
-    "parallel": ("not (nccl or a_gpu_each or 31_elements)", XDIST),
+    "parallel": ("not (nccl or a_gpu_each or 31_elements or out_of_bounds)", XDIST),
     "nccl": ("nccl or a_gpu_each", []),
     "large": ("31_elements", []),
+    "sanitizer": ("out_of_bounds", XDIST),
 }
 NOTHING_COLLECTED = 5
 LOG = "GPU_SUITE_LOG"

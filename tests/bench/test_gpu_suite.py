@@ -53,7 +53,12 @@ def test_every_outcome_is_counted(suite):
     assert [name.split("/")[-1] for name in found["errors"]] == ["test_few.py::test_error: error"]
     assert list(found["skipped"]) == ["no such GPU"]
     assert list(found["skipped"]["no such GPU"].values()) == [2]
-    assert {name: part["exit_code"] for name, part in found["parts"].items()} == {"parallel": 1, "nccl": 0, "large": 0}
+    assert {name: part["exit_code"] for name, part in found["parts"].items()} == {
+        "parallel": 1,
+        "nccl": 0,
+        "large": 0,
+        "sanitizer": 5,
+    }
     assert found["machine"]["commit"] == "abc"
 
 
