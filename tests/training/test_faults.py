@@ -179,6 +179,7 @@ def test_a_new_run_does_not_mix_with_what_is_in_its_folder(files, name):
     assert contents(files) == before
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time_works_in_a_folder(files):
     """The second gets a line and changes nothing; the first goes on."""
     process = start(*arguments(files, steps=100_000, save_every=5, eval_every=100_000))
@@ -356,7 +357,14 @@ def test_a_full_disk_at_resume_leaves_what_there_was(copied):
 # Signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, id="SIGINT"),
+        pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, id="SIGHUP", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(files, number):
     """The run goes on as one that was left alone."""
     changes = {"steps": 60, "save_every": 20, "log_every": 10}

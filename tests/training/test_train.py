@@ -182,10 +182,16 @@ def test_a_full_disk_is_one_line(files):
 @pytest.mark.parametrize(
     ("processes", "changes"),
     [
-        (2, {"batch_size": 1, "segment_length": 17}),
+        pytest.param(2, {"batch_size": 1, "segment_length": 17}, marks=pytest.mark.slow),
         (2, {"sequence_parallel": 2, "segment_length": 17}),
-        (4, {"sequence_parallel": 2, "batch_size": 1, "sequence_parallel_strategy": "ring"}),
-        (4, {"sequence_parallel": 2, "batch_size": 1, "fsdp": True, "segment_length": 17}),
+        pytest.param(
+            4,
+            {"sequence_parallel": 2, "batch_size": 1, "sequence_parallel_strategy": "ring"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            4, {"sequence_parallel": 2, "batch_size": 1, "fsdp": True, "segment_length": 17}, marks=pytest.mark.slow
+        ),
     ],
     ids=["rows by segments", "tokens by segments", "rows and tokens", "the model too"],
 )
@@ -237,6 +243,7 @@ def test_two_processes_with_a_gpu_each(files, changes):
     load(files / "two")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "sharing", "later"),
     [
@@ -264,6 +271,7 @@ def test_a_run_goes_on_with_another_number_of_processes(files, processes, sharin
     load(files / "moved")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found in /proc")
 def test_a_lost_process_is_restarted_with_all_others(files):
     """They go on from the last checkpoint, and the losses join those of an undisturbed run."""
@@ -290,6 +298,7 @@ def test_a_lost_process_ends_the_others_in_a_line(files):
     load(files / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found in /proc")
 def test_sigterm_ends_a_process_that_waits_for_another(files):
     """Forever, were it not for the signal: the other one is stopped."""
