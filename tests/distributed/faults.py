@@ -240,7 +240,7 @@ def results_by_check(group: Any, check: bool, strategy: str) -> tuple[Tensor, ..
 
 
 def complaint_of_one_rank(group: Any) -> tuple[str, float]:
-    """Of a call without checks that the other ranks do not make."""
+    """Make a call without checks that the other ranks do not make."""
     arguments = arguments_of(dist.get_rank(group)) | {"check": False, "strategy": "tree", "lengths": LENGTHS}
     if dist.get_rank(group) == 1:
         return complaint(lambda: distributed.lightning_attention(**arguments, group=group))

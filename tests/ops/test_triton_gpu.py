@@ -75,7 +75,7 @@ def test_long_sequences(backend, case, dtype):
 @on_backends
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 def test_the_state_is_float32_from_chunk_to_chunk(backend, dtype):
-    """With so many heads that no sequence is cut into segments."""
+    """There are so many heads that no sequence is cut into segments."""
     skip_unless_it_can(backend, 64, 64, dtype)
     assert_state_is_wide(backend, Case(B=1, T=2048, H=300, K=64, V=64, slope=1e-4, state=False), dtype)
 

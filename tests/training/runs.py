@@ -31,7 +31,7 @@ def options(files: Path, name: str = "run", **changes) -> TrainingOptions:
 
 
 def arguments(files: Path, name: str = "run", **changes) -> list[str]:
-    """The same run as a command line."""
+    """Spell the run of `options` as a command line."""
     values = {"output": files / name, "data": files / "data.txt"} | vars(options(files, name, **changes))
     values["data"] = files / "data.txt"
     flags = {key: value for key, value in values.items() if value is not None and not isinstance(value, bool)}
@@ -87,7 +87,7 @@ def workers_after(checkpoint: Path, launcher: subprocess.Popen) -> list[int]:
 
 
 def wait_for_end(process: int, seconds: float) -> None:
-    """Of a process that is not a child of this one."""
+    """Wait for the end of a process that is not a child of this one."""
     deadline = time.monotonic() + seconds
     while Path(f"/proc/{process}").exists():
         assert time.monotonic() < deadline

@@ -59,7 +59,7 @@ def unigram(split: bool) -> Tokenizer:
 
 
 def threes() -> Tokenizer:
-    """Of a run of one letter, tokens depend on where it begins."""
+    """Tokens of a run of one letter depend on where the run begins."""
     pieces = [("<unk>", 0.0), ("</s>", 0.0), ("<s>", 0.0), ("▁", -9.0), ("a", -9.0), ("aaa", -1.0)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)

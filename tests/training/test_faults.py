@@ -483,7 +483,7 @@ def test_processes_compare_their_options(files, change, message):
 
 @pytest.mark.slow
 def test_a_file_that_one_process_lacks_is_one_line(files):
-    """The same command in folders that hold other things."""
+    """Both start one command, in folders that hold different files."""
     for folder in ("first", "second"):
         (files / folder).mkdir()
         write_inputs(files / folder)
