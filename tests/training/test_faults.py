@@ -41,6 +41,7 @@ from lightning_attention.inference import load
 from lightning_attention.models.checkpoint import checkpoints
 from lightning_attention.training import Interrupted, TrainingOptions, train
 from lightning_attention.training.metrics import MetricsCallback, read_metrics
+from lightning_attention.training.signals import stop_requests
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -410,7 +411,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_behind(files):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143, errors
-    assert error_lines(errors) == ["lightning-attention: stopped by SIGTERM before a step was made"]
+    assert error_lines(errors) == ["lightning-attention: stopped by SIGTERM outside of the training loop"]
     assert sorted(files.rglob("*")) == before
 
 
@@ -427,6 +428,18 @@ def test_a_second_signal_ends_the_process_at_once(files):
     _, errors = process.communicate(timeout=5)
     assert process.returncode == 130
     assert error_lines(errors) == ["lightning-attention: ended by a second SIGINT, without a checkpoint of this step"]
+
+
+def test_a_signal_that_another_process_has_answered_already_is_no_second_one():
+    """torchrun signals its processes in turn: one may learn of the signal from another before it gets its own."""
+    with stop_requests() as request, request.deferred():
+        request.answered = signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while not request.signal:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert request.signal == signal.SIGTERM
 
 
 def test_a_run_in_another_thread_leaves_signals_alone(files):

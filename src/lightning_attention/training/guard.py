@@ -54,7 +54,7 @@ class GuardedTrainer(Trainer):
                 f"gradient {float(total):g}"
             )
         if signal:
-            self.stop.signal, self.stop.is_answered = int(signal), True
+            self.stop.answered = int(signal)
             self.control.should_log = self.control.should_save = self.control.should_training_stop = True
         now = time.monotonic()
         self.stop.step_seconds, self._step_began = now - self._step_began, now

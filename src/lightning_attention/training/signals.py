@@ -28,7 +28,7 @@ class Interrupted(KeyboardInterrupt):
         signal: its number; a command exits with 128 more.
     """
 
-    def __init__(self, number: int, when: str = "before a step was made"):
+    def __init__(self, number: int, when: str = "outside of the training loop"):
         super().__init__(f"stopped by {signal.Signals(number).name} {when}")
         self.signal = signal.Signals(number)
 
@@ -37,15 +37,15 @@ class StopRequest:
     """Whether a signal has asked for the end.
 
     Attributes:
-        signal: the number of the first signal, 0 while there is none.
+        signal: the number of the first signal that this process got, 0 while there is none.
+        answered: the number of the signal for which the run is about to end, of this process or another; 0 if none.
         is_deferred: wait for the end of a step, instead of raising `Interrupted` at once.
-        is_answered: the run is about to end, so that nobody needs to be ended by force.
         step_seconds: how long a step takes.
     """
 
     def __init__(self) -> None:
-        self.signal = 0
-        self.is_deferred = self.is_answered = False
+        self.signal = self.answered = 0
+        self.is_deferred = False
         self.step_seconds = 5.0
 
     @contextmanager
@@ -59,8 +59,8 @@ class StopRequest:
 
     def handle(self, number: int, frame: FrameType | None = None) -> None:
         """Answer a signal in the main thread."""
-        if not self.is_deferred:
-            self.is_answered = True
+        if not (self.is_deferred or self.answered):
+            self.answered = number
             raise Interrupted(number)
 
 
@@ -97,10 +97,10 @@ def _watch(reader: int, request: StopRequest) -> None:
     first = 0.0
     while True:
         deadline = first + PATIENCE + 2 * request.step_seconds
-        is_limited = request.signal and not request.is_answered and dist.is_initialized()
+        is_limited = request.signal and not request.answered and dist.is_initialized()
         timeout = max(deadline - time.monotonic(), 0) if is_limited else None
         if not select.select([reader], [], [], timeout)[0]:
-            if not request.is_answered:
+            if not request.answered:
                 name = signal.Signals(request.signal).name
                 _end(request.signal, f"ended by {name}, as torchrun does when {LOST}")
             continue

@@ -132,8 +132,8 @@ def _run(trainer: PackedTrainer, checkpoint: Path | None, folder: Path, stop: St
         saved = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was saved before"
         raise FloatingPointError(f"{error}; {saved}; try a lower learning rate, or look for damaged data") from None
     step = trainer.state.global_step
-    if stop.is_answered and step < trainer.state.max_steps:
-        raise Interrupted(stop.signal, f"after step {step}, which is saved; to go on: {go_on}")
+    if stop.answered and step < trainer.state.max_steps:
+        raise Interrupted(stop.answered, f"after step {step}, which is saved; to go on: {go_on}")
 
 
 class _Start(TrainerCallback):
