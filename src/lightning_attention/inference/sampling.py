@@ -18,9 +18,6 @@ NOT_FINITE = "the model's logits are NaN or infinite: its weights hold such valu
 # Options of a generation_config that do not change which tokens are chosen, or that the caller decides.
 NOT_APPLIED = {"bos_token_id", "do_sample", "eos_token_id", "max_length", "pad_token_id", "return_dict_in_generate"}
 NOT_APPLIED |= {"transformers_version", "use_cache"}
-# Options of a generation_config that do not change which tokens are chosen, or that the caller decides.
-NOT_APPLIED = {"bos_token_id", "do_sample", "eos_token_id", "max_length", "pad_token_id", "return_dict_in_generate"}
-NOT_APPLIED |= {"transformers_version", "use_cache"}
 # Positive numbers of float32.
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
