@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from typer import Option
 
+from .options import given_options, option_names
+
 DATA, MODEL, RUN = "Data", "Model", "Run"
 # What may differ from machine to machine on which a run goes on.
 SHARING = "sequence_parallel", "sequence_parallel_strategy", "fsdp", "timeout"
@@ -109,12 +111,10 @@ def train(
     from ..training.processes import SharedError, leave_processes, rank
 
     disable_progress_bar()
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    given = given_options(context)
     if resume:
         if extra := given - {"resume", "output", *SHARING}:
-            names = ", ".join("--" + name.replace("_", "-") for name in sorted(extra))
-            raise ValueError(f"--resume goes on with the options the run has; leave out {names}")
+            raise ValueError(f"--resume goes on with the options the run has; leave out {option_names(sorted(extra))}")
         options = TrainingOptions.load(output)
         options = replace(options, **{name: values[name] for name in SHARING if name in given})
     else:

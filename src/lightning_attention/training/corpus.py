@@ -5,8 +5,8 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from ..files import replacing
+from ..files import replacing, writable_folder
 from ..models.tokenization import bos_ids, vocab_size
 from ..paths import PathLike, to_path
 from .documents import Sources
@@ -100,7 +100,7 @@ class Corpus:
             if corpus.fingerprint == fingerprint:
                 return corpus
         size = vocab_size(tokenizer)
-        with _created(folder):
+        with writable_folder(folder):
             for left in folder.glob("*.unfinished"):
                 left.unlink()
             with (
@@ -274,22 +274,6 @@ def _cut(document_starts: np.ndarray, num_tokens: int, held_out_fraction: float)
     earliest = num_tokens - math.ceil(num_tokens * min(2 * held_out_fraction, 1.0))
     start = int(document_starts[np.searchsorted(document_starts, cut, side="right") - 1])
     return start if start >= max(earliest, 1) else cut
-
-
-@contextmanager
-def _created(folder: Path) -> Iterator[None]:
-    """Create a folder, and remove it and those above it after an error, unless they were there."""
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException as error:
-        if isinstance(error, OSError) and error.filename is None:  # the disk is full, say
-            error.filename = str(folder)
-        with suppress(OSError):
-            for path in new:
-                path.rmdir()
-        raise
 
 
 def _write(parts: Iterable[Tokens], tokens: IO[bytes], documents: IO[bytes], size: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..files import writable_folder
 from ..models.checkpoint import checkpoints
 from .options import FILE
 
@@ -54,39 +55,33 @@ class RunFolder:
             ValueError: another process works in it.
             OSError: it cannot be created or written to.
         """
-        folders = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        created = [path for path in (self.path / LOCK, self.path / CORPUS) if not path.exists()] + folders
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / LOCK, blocking=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ValueError(
-                f"another process trains in {self.path}: wait for its end, or choose another output"
-            ) from None
-        except BaseException:
-            _remove(created)
-            raise
-        try:
-            yield
-        except BaseException:
-            if not self.is_started:
-                _remove(created)
-            raise
-        finally:
-            lock.release()
+        created = [path for path in (self.path / LOCK, self.path / CORPUS) if not path.exists()]
+        with writable_folder(self.path):
+            lock = FileLock(self.path / LOCK, blocking=False)
+            try:
+                lock.acquire()
+            except Timeout:
+                message = f"another process trains in {self.path}: wait for its end, or choose another output"
+                raise ValueError(message) from None
+            try:
+                for left in self.path.glob("*.unfinished"):  # by a run that was killed
+                    left.unlink()
+                yield
+            except BaseException:
+                if not self.is_started:
+                    _remove(created)
+                raise
+            finally:
+                lock.release()
 
 
-def _remove(created: list[Path]) -> None:
-    """Files, what is in the folder of tokens, and folders in which nothing is left."""
-    with suppress(OSError):
-        for path in created:
-            if path.name == CORPUS:
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.is_dir():
-                path.rmdir()
-            else:
-                path.unlink(missing_ok=True)
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
 
 
 def write_checksums(folder: Path) -> None:
