@@ -222,7 +222,7 @@ def test_unigram(tmp_path):
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(2, 20))
 def test_sequences_hold_every_token_and_positions_restart(lengths, sequence_length):
-    """With each document, whatever its tokens are."""
+    """Positions begin anew with each document, whatever its tokens are."""
     starts = np.cumsum([0, *lengths])
     stream = np.arange(sum(lengths) + sequence_length, dtype=np.uint16) % 7
     rows = PackedDataset(stream, sequence_length, starts)

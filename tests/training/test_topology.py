@@ -314,7 +314,7 @@ def test_losses_in_bfloat16_do_not_depend_on_the_processes(small):
 
 @pytest.mark.parametrize("batch_size", [3, 20], ids=["below the data", "above the data"])
 def test_tokens_are_those_read(tmp_path, batch_size):
-    """Of 7 sequences; where a step reads 20, it reads each of them more than once."""
+    """There are 7 sequences: a step of 20 reads each of them more than once."""
     sequences = Noted(HELD_OUT)
     run = trainer(LightningForCausalLM(make_config()), tmp_path, sequences, steps=4, batch_size=batch_size)
     sequences.read.clear()
