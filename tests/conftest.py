@@ -29,6 +29,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Keep bytes out of test names: a compressor writes the time, and the workers of pytest-xdist must agree."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_runtest_setup() -> None:
     torch.manual_seed(0)  # the same numbers for a test alone and among others
     library._replays.clear()  # some tests cut the work otherwise, which no argument tells

@@ -229,7 +229,7 @@ def test_what_is_no_regular_file_is_refused_and_never_opened(tmp_path, monkeypat
         ("missing", None, "there is no file or folder .*missing: it does not exist"),
         ("dangling", Path("nowhere"), "there is no file or folder .*dangling: it is a dangling link"),
         ("latin.txt", "é".encode("latin-1"), "latin.txt is not UTF-8 text"),
-        ("latin.jsonl.gz", gzip.compress("é".encode("latin-1")), "latin.jsonl.gz is not UTF-8 text"),
+        ("latin.jsonl.gz", gzip.compress("é".encode("latin-1"), mtime=0), "latin.jsonl.gz is not UTF-8 text"),
         ("utf16.txt", "text".encode("utf-16"), "utf16.txt is not UTF-8 text"),
         ("zero.txt", b"a\x00b", "zero.txt is not UTF-8 text"),
         ("folder", "folder", "no text files found"),
