@@ -13,9 +13,8 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and (count := torch.cuda.de
 
 from oracle import HAS_GPU, INTERPRETED
 
-from lightning_attention.ops import library
-
-CAN_INTERPRET = INTERPRETED and find_spec("triton") is not None
+HAS_TRITON = find_spec("triton") is not None
+CAN_INTERPRET = INTERPRETED and HAS_TRITON
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,4 +35,7 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 def pytest_runtest_setup() -> None:
     torch.manual_seed(0)  # the same numbers for a test alone and among others
-    library._replays.clear()  # some tests cut the work otherwise, which no argument tells
+    if HAS_TRITON:
+        from lightning_attention.ops.gpu import plan
+
+        plan.clear()  # some tests cut sequences otherwise, which no metadata tells

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_attention import distributed
-from lightning_attention.distributed import exchange, states
-from lightning_attention.ops import chunked
+from lightning_attention.distributed import exchange
+from lightning_attention.ops import chunked, states
 
 WORLD_SIZE = 4
 TIMEOUT_SECONDS = 180  # for many that start at once, and on a GPU compile

@@ -13,7 +13,7 @@ from lightning_attention.inference import engine as engine_module
 from lightning_attention.inference.decoder import Decoder
 from lightning_attention.inference.pool import StatePool
 from lightning_attention.models import LightningForCausalLM
-from lightning_attention.ops import hopper
+from lightning_attention.ops.backends import BACKENDS
 
 GREEDY = SamplingOptions(max_new_tokens=6, temperature=0)
 
@@ -263,6 +263,6 @@ def test_ten_thousand_requests_leave_nothing_behind():
 
 def test_on_hopper_a_step_of_many_rows_is_a_graph_as_one_of_few(monkeypatch):
     """There the operator's own kernels are others where there is much to do, but not those of decoding."""
-    monkeypatch.setattr(hopper, "unsupported_reasons", lambda problem: [])
+    monkeypatch.setattr(BACKENDS["hopper"], "unsupported_reasons", lambda problem: [])
     decoder = Decoder(MODEL, StatePool(make_config(), 4), max_rows=1 << 16)
-    assert decoder._runs_on_triton(torch.empty(4, 16, 128, 128, device="meta"))
+    assert decoder._supports_cuda_graphs(torch.empty(4, 16, 128, 128, device="meta"))

@@ -5,6 +5,7 @@ of a box, when it is waited for. Copies into shared memory are done at once, as 
 everything that is only fast are left out.
 """
 
+import inspect
 import sys
 import threading
 import time
@@ -238,7 +239,8 @@ class Kernel:
     """`kernel[(programs,)](...)`, one program after the other."""
 
     def __init__(self, function: Callable, language: Any):
-        self.function, self.language = function, language
+        self.function, self.language, self.__name__ = function, language, function.__name__
+        self.arg_names = list(inspect.signature(function).parameters)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable:
         def launch(*arguments: Any, **options: Any) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_attention import lightning_attention, lightning_attention_step
-from lightning_attention.ops import library
+from lightning_attention.ops.backends import BACKENDS
 
 
 def good() -> dict:
@@ -95,9 +95,7 @@ def test_step(backend, change, kind, message):
 
 
 def test_a_backend_that_cannot_says_why(monkeypatch):
-    monkeypatch.setattr(
-        library.BACKENDS["chunked"], "unsupported_reasons", lambda problem: ["reason one", "reason two"]
-    )
+    monkeypatch.setattr(BACKENDS["chunked"], "unsupported_reasons", lambda problem: ["reason one", "reason two"])
     with pytest.raises(NotImplementedError, match="backend 'chunked' cannot run this: reason one; reason two"):
         lightning_attention(**good(), backend="chunked")
     lightning_attention(**good())

@@ -1,7 +1,6 @@
 """The kernels for Hopper, on such a GPU or emulated: what they compute, and that no partition waits forever."""
 
 import json
-import weakref
 from pathlib import Path
 
 import pytest
@@ -25,9 +24,11 @@ from ops.gluon_emulator import emulated  # noqa: E402
 
 from lightning_attention import lightning_attention  # noqa: E402
 from lightning_attention.ops import hopper  # noqa: E402
+from lightning_attention.ops.backends import BACKENDS  # noqa: E402
+from lightning_attention.ops.gpu.plan import Plan  # noqa: E402
+from lightning_attention.ops.gpu.segments import Segments, ceil_div  # noqa: E402
 from lightning_attention.ops.hopper import config, gradients, kernels, launch, states  # noqa: E402
 from lightning_attention.ops.problem import Problem  # noqa: E402
-from lightning_attention.ops.triton.config import Segments, ceil_div  # noqa: E402
 
 pytestmark = pytest.mark.triton
 
@@ -48,7 +49,7 @@ CASES = [
 @pytest.fixture
 def kernels_run(monkeypatch):
     if INTERPRETED:
-        monkeypatch.setattr(hopper, "unsupported_reasons", lambda problem: [])
+        monkeypatch.setattr(BACKENDS["hopper"], "unsupported_reasons", lambda problem: [])
         monkeypatch.setattr(launch, "kernels", emulated(kernels))
         monkeypatch.setattr(launch, "gradients", emulated(gradients))
         monkeypatch.setattr(launch, "states", emulated(states))
@@ -61,11 +62,11 @@ def cut(monkeypatch, num_segments: int, *, is_accumulated: bool = False) -> None
 
     def segments(self) -> Segments:
         if num_segments == 2 and self.T > config.C:
-            return config.two_segments(self.T, self.sequence_length)
+            return config.two_segments(self.T, self.mean_sequence_length)
         length = max(ceil_div(self.T, num_segments * config.C), 1) * config.C
         return Segments(length, length, max(ceil_div(self.T, length), 1))
 
-    monkeypatch.setattr(launch._Scans, "cut", segments)
+    monkeypatch.setattr(launch.Scans, "cut", segments)
     monkeypatch.setattr(config, "MAX_SUMMED", 0 if is_accumulated else 100)
 
 
@@ -132,28 +133,22 @@ def test_only_its_own_rows_are_read(kernels_run, monkeypatch, case, num_segments
 
 @pytest.mark.parametrize("is_accumulated", [False, True], ids=["summed", "accumulated"])
 @pytest.mark.parametrize("V", [64, 128])
-def test_nothing_is_freed_before_all_are_launched(kernels_run, monkeypatch, V, is_accumulated):
-    """Kernels overlap: memory of a temporary tensor would be taken for another one while it is still read."""
+def test_the_first_launch_of_a_call_waits_for_the_previous_kernel(kernels_run, monkeypatch, V, is_accumulated):
+    """Later launches may overlap: a plan frees nothing before all are launched."""
     cut(monkeypatch, 3, is_accumulated=is_accumulated)
-    seen: list[weakref.ref] = []
-    start = launch.portable.launch
+    run, overlaps = Plan.run, []
 
-    def checked(kernel, programs, tensors, *rest, **options):
-        assert all(tensor() is not None for tensor in seen)
-        assert seen or not options.get("launch_pdl"), "the first of a call follows what others launched"
-        seen.extend(weakref.ref(tensor) for tensor in tensors if tensor is not None)
-        start(kernel, programs, tensors, *rest, **options)
+    def checked(plan: Plan, inputs: tuple) -> tuple:
+        overlaps.append([launch.options.get("launch_pdl", False) for launch in plan.launches])
+        return run(plan, inputs)
 
-    monkeypatch.setattr(launch.portable, "launch", checked)
-    inputs = make_inputs(Case(B=1, T=180, H=2, K=64, V=V), torch.bfloat16).on(device_of("triton"))
-    q, k, v, do, states, d_states = (
-        torch.stack([x, x], -1)[..., 0]
-        for x in (inputs.q, inputs.k, inputs.v, inputs.v, inputs.d_final_state, inputs.d_final_state)
-    )
-    launch.forward(q, k, v, inputs.log_decay, states, None, 1.0, True)
-    count, seen[:] = len(seen), []
-    launch.backward(q, k, v, do, inputs.log_decay, states, d_states, None, 1.0)
-    assert min(count, len(seen)) > 12  # of states, and of scans
+    monkeypatch.setattr(Plan, "run", checked)
+    x = make_inputs(Case(B=1, T=180, H=2, K=64, V=V), torch.bfloat16).on(device_of("triton"))
+    launch.forward(x.q, x.k, x.v, x.log_decay, x.initial_state, None, 1.0, True)
+    launch.backward(x.q, x.k, x.v, x.do, x.log_decay, x.initial_state, x.d_final_state, None, 1.0)
+    assert [len(options) for options in overlaps] == [3, 6 + (V != 64)] if is_accumulated else [2, 4 + (V != 64)]
+    assert not any(options[0] for options in overlaps)
+    assert all(options[-1] for options in overlaps)
 
 
 @pytest.mark.parametrize("case", [Case(B=0, K=64, V=64), Case(lengths=(), K=128, V=128)], ids=str)

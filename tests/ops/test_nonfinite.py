@@ -8,7 +8,8 @@ from oracle import Case, attention, device_of, make_inputs, run
 
 from lightning_attention import lightning_attention
 from lightning_attention.ops.chunked import CHUNK_SIZE
-from lightning_attention.ops.triton import config, product_precision
+from lightning_attention.ops.gpu import product_precision
+from lightning_attention.ops.triton import config
 
 C = CHUNK_SIZE
 H, COLUMN = 1, 3  # where the value is

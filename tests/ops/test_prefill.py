@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from oracle import BACKENDS, Case, attention, device_of, dtype_of, error, make_inputs
 
 from lightning_attention import lightning_attention_prefill
+from lightning_attention.ops.gpu.segments import Segments
 from lightning_attention.ops.triton import config
 
 CASES = [
@@ -72,7 +73,7 @@ SEGMENTED = [
 @pytest.mark.parametrize(("case", "positions"), SEGMENTED, ids=[str(case) for case, _ in SEGMENTED])
 def test_positions_in_segments(monkeypatch, case, positions):
     """Inside a segment of 64 tokens, and where one ends; with the same outputs and launches as without them."""
-    monkeypatch.setattr(config, "segments", lambda *_: config.Segments(64, 64, 4))
+    monkeypatch.setattr(config, "segments", lambda *_: Segments(64, 64, 4))
     inputs = make_inputs(case, torch.float32).on(device_of("triton"))
     exact = make_inputs(case)
     launches = count_launches(monkeypatch)
@@ -89,15 +90,15 @@ def test_positions_in_segments(monkeypatch, case, positions):
 
 
 def count_launches(monkeypatch) -> list[int]:
-    from lightning_attention.ops.triton import launch
+    from lightning_attention.ops.gpu.plan import Planner
 
-    launches, launched = [], launch.launch
+    launches, launch = [], Planner.launch
 
-    def counted(kernel, programs, *arguments):
+    def counted(planner, kernel, programs, options, **arguments):
         launches.append(programs)
-        launched(kernel, programs, *arguments)
+        launch(planner, kernel, programs, options, **arguments)
 
-    monkeypatch.setattr(launch, "launch", counted)
+    monkeypatch.setattr(Planner, "launch", counted)
     return launches
 
 

@@ -131,15 +131,15 @@ def test_a_chain_longer_than_a_tree_may_be():
 @pytest.mark.triton
 def test_no_parents_out_of_bounds_are_read():
     """On a GPU nobody checks `last` and `parents`. Here, what lies past a row is that of the next one."""
-    from lightning_attention.ops.triton import launch
+    from lightning_attention.ops.triton import decoding
 
     inputs = make_inputs(Case(B=2, T=4, H=1), torch.float32).on(device_of("triton"))
     states = []
     for others in ([-1, -1, -1, -1], [-1, 0, 1, 2], [9, 9, 9, 9]):
         parents = torch.tensor([[-1, 0, 9, 0], others], device=inputs.q.device)
         state, last = inputs.state.clone(), torch.tensor([7, -1], device=parents.device)
-        launch.commit(inputs.k, inputs.v, inputs.log_decay, state, last, parents, None)
-        launch.verify(inputs.q, inputs.k, inputs.v, inputs.log_decay, state, parents, None, 1.0)
+        decoding.commit(inputs.k, inputs.v, inputs.log_decay, state, last, parents, None)
+        decoding.verify(inputs.q, inputs.k, inputs.v, inputs.log_decay, state, parents, None, 1.0)
         states.append(state)
     assert all(torch.equal(state, states[0]) for state in states)
 

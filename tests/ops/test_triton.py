@@ -17,6 +17,8 @@ from oracle import (
 
 from lightning_attention import lightning_attention
 from lightning_attention.ops import triton as backend
+from lightning_attention.ops.gpu import product_precision
+from lightning_attention.ops.gpu.segments import Segments, ceil_div
 from lightning_attention.ops.problem import Problem
 from lightning_attention.ops.triton import config
 
@@ -34,9 +36,9 @@ def segments(monkeypatch, request, intervals):
     """Three to ten segments of 64 or 192 tokens in a row of 600, each of one or three intervals."""
     monkeypatch.setattr(config, "MAX_SUMMED", request.param)
 
-    def cut(length: int, *_: int) -> config.Segments:
-        count = config.ceil_div(length, 64 * intervals)
-        return config.Segments(64 * intervals, 64, count) if count > 1 else config.Segments(max(length, 1), 1, 1)
+    def cut(length: int, *_: int) -> Segments:
+        count = ceil_div(length, 64 * intervals)
+        return Segments(64 * intervals, 64, count) if count > 1 else Segments(max(length, 1), 1, 1)
 
     monkeypatch.setattr(config, "segments", cut)
 
@@ -75,16 +77,17 @@ def test_what_a_segment_leaves_out_is_not_missed(segments):
 
 @kernels_run
 def test_both_directions_share_the_memory_of_states(segments, monkeypatch):
+    from lightning_attention.ops.gpu.plan import Planner
     from lightning_attention.ops.triton import kernels, launch
 
-    start, made = launch.launch, []
+    start, made = Planner.launch, []
 
-    def launched(kernel, programs, tensors, *rest, **options):
+    def launched(planner, kernel, programs, options, **arguments):
         if kernel is kernels.interval_state_kernel:
-            made.append(tensors[3])
-        start(kernel, programs, tensors, *rest, **options)
+            made.append(arguments["interval_states"])
+        start(planner, kernel, programs, options, **arguments)
 
-    monkeypatch.setattr(launch, "launch", launched)
+    monkeypatch.setattr(Planner, "launch", launched)
     x = make_inputs(Case(B=1, T=600, H=2, K=16, V=16), torch.float32).on(device_of("triton"))
     launch.backward(x.q, x.k, x.v, x.do, x.log_decay, None, None, None, 1.0)
     assert len(made) == 2
@@ -98,7 +101,7 @@ def test_a_state_after_a_short_interval(monkeypatch, reverse, slope):
     """Of three whole ones and one of 8 tokens: heads remember several, one, or a part of one."""
     from lightning_attention.ops.triton import launch
 
-    monkeypatch.setattr(config, "whole_row", lambda length, *_: config.Segments(256, 64, 2))
+    monkeypatch.setattr(config, "whole_sequence", lambda length, *_: Segments(256, 64, 2))
     x = make_inputs(Case(B=1, T=200, H=1, K=32, V=16), torch.float16).on(device_of("triton"))
     state = launch.write_state(x.k, x.v, torch.tensor([-slope], device=x.k.device), reverse=reverse)
     age = torch.arange(1, 201) if reverse else torch.arange(199, -1, -1)
@@ -127,54 +130,6 @@ def test_a_scale_of_zero():
     assert_accurate(result, inputs)
 
 
-class Recorder:
-    """A kernel, or what it is compiled to, that only notes its launches."""
-
-    def __init__(self, compiled=None):
-        self.compiled, self.launches = compiled, []
-
-    def __getitem__(self, grid):
-        def launch(*arguments, **options):
-            self.launches.append((grid, arguments))
-            return self.compiled
-
-        return launch
-
-
-STATES = {
-    "contiguous": (lambda x: x, 1),
-    "in bfloat16": (lambda x: x.bfloat16(), 1),
-    "every other slot": (lambda x: torch.cat([x, x], dim=1).view(4, *x.shape[1:])[::2], 1),
-    "transposed": (lambda x: x.mT.contiguous().mT, 3),
-    "odd rows": (lambda x: torch.nn.functional.pad(x, (0, 1))[..., :-1], 3),
-    "not aligned": (lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x), 3),
-}
-
-
-@pytest.fixture
-def kernel(monkeypatch):
-    pytest.importorskip("triton")
-    from lightning_attention.ops.triton import decoding, launch
-
-    kernel = Recorder(Recorder())
-    monkeypatch.setattr(launch, "_compiled", {})
-    monkeypatch.setattr(decoding, "step_kernel", kernel)
-    return kernel
-
-
-@pytest.mark.parametrize(("strided", "lookups"), STATES.values(), ids=STATES.keys())
-def test_usual_states_are_looked_up_once(kernel, strided, lookups):
-    """Three steps: the code compiled for the first is launched again only where it is right for the arguments."""
-    from lightning_attention.ops.triton import launch
-
-    inputs = make_inputs(Case(T=1), torch.float32)
-    state = strided(inputs.state)
-    for _ in range(3):
-        launch.step(inputs.q, inputs.k, inputs.v, inputs.log_decay, state, None, 1.0)
-    assert len(kernel.launches) == lookups
-    assert len(kernel.compiled.launches) == 3 - lookups
-
-
 PROBLEM = Problem(1, 100, 2, 64, 64, 1, torch.float32, torch.device("cpu"))
 REFUSED = [
     ({"dtype": torch.float64}, "float64 has no tensor cores"),
@@ -197,12 +152,12 @@ def test_the_precision_of_products():
     found = []
     for is_tf32 in (True, False):
         torch.set_float32_matmul_precision("high" if is_tf32 else "highest")
-        found.append(backend.product_precision(torch.float32))
+        found.append(product_precision(torch.float32))
     for setting in ("tf32", "ieee"):
         matmul.fp32_precision = setting
-        found.append(backend.product_precision(torch.float32))
+        found.append(product_precision(torch.float32))
     assert found == ["tf32", "ieee"] * 2
-    assert backend.product_precision(torch.bfloat16) == "ieee"
+    assert product_precision(torch.bfloat16) == "ieee"
 
 
 def test_the_default_on_a_cpu_is_not_an_interpreter(monkeypatch):
@@ -238,15 +193,15 @@ def test_number_of_segments(length, programs, count):
 
 
 @given(st.integers(0, 1 << 22), st.integers(0, 4096), st.integers(1, 200), st.integers(1, 2), st.integers(256, 4096))
-def test_intervals_of_a_whole_row(length, programs, multiprocessors, programs_per_sm, min_interval):
+def test_intervals_of_a_whole_sequence(length, programs, multiprocessors, programs_per_sm, min_interval):
     """They cover it, none of them is empty, and several fit the device and are long."""
-    row = config.whole_row(length, programs, multiprocessors, programs_per_sm, min_interval)
-    count = row.num_intervals
-    assert (count - 1) * row.interval < max(length, 1) <= row.length == count * row.interval
-    assert row.interval % 64 == 0
+    cut = config.whole_sequence(length, programs, multiprocessors, programs_per_sm, min_interval)
+    count = cut.num_intervals
+    assert (count - 1) * cut.interval < max(length, 1) <= cut.length == count * cut.interval
+    assert cut.interval % 64 == 0
     if count > 1:
         assert programs * count <= programs_per_sm * multiprocessors
-        assert row.interval >= min_interval
+        assert cut.interval >= min_interval
 
 
 SIZES = (1, 16, 40, 64, 96, 128, 192, 256)

@@ -13,6 +13,7 @@ from ops.machine_code import machine_code, signature_of  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from lightning_attention.ops.gpu import accumulate  # noqa: E402
 from lightning_attention.ops.triton import decoding, kernels  # noqa: E402
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter does not compile")
@@ -84,10 +85,9 @@ def test_interval_states(arch, head_dim):
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
 def test_accumulate(arch):
-    block, num_warps, num_stages = config.ACCUMULATED
-    constants = {"SIZE": 128 * 128, "BLOCK": block, "IN_FLOAT32": False, "NUM_STAGES": num_stages}
-    constants |= {"LET_NEXT_BEGIN": False, "BESIDE": False}
-    compiled = compile_kernel(kernels.accumulate_kernel, arch, "bf16", None, num_warps, **constants)
+    constants = {"SIZE": 128 * 128, "BLOCK": accumulate.BLOCK, "NUM_STAGES": accumulate.NUM_STAGES}
+    constants |= {"IN_FLOAT32": False, "TRIGGER_DEPENDENTS": False, "OVERLAP_PREVIOUS": False}
+    compiled = compile_kernel(accumulate.accumulate_kernel, arch, "bf16", None, accumulate.NUM_WARPS, **constants)
     check(compiled, arch, 128, products=False)
     assert "LDGSTS" in machine_code(compiled)[1]  # loaded ahead
 

@@ -22,7 +22,7 @@ from lightning_attention import (
     lightning_attention_step,
     lightning_attention_verify,
 )
-from lightning_attention.ops import library
+from lightning_attention.ops.backends import BACKENDS as ALL_BACKENDS
 from lightning_attention.ops.problem import Problem
 from lightning_attention.ops.triton import config, launch
 
@@ -346,8 +346,8 @@ def first_backend(problem: Problem) -> str:
     """The documented choice: the first backend that can run the problem and is not slow."""
     return next(
         name
-        for name, backend in library.BACKENDS.items()
-        if not backend.unsupported_reasons(problem) and not (hasattr(backend, "is_slow") and backend.is_slow(problem))
+        for name, backend in ALL_BACKENDS.items()
+        if not backend.unsupported_reasons(problem) and not backend.is_slow(problem)
     )
 
 

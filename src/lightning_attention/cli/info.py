@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..ops.library import BACKENDS
+from ..ops.backends import BACKENDS
 from ..ops.problem import Problem
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "tokenizers", "safetensors")

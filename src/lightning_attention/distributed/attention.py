@@ -8,10 +8,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import library
 from ..ops.api import LightningAttentionOutput, autocast
 from ..ops.api import lightning_attention as attend
-from ..ops.chunked import rates_of
+from ..ops.backends import choose_backend
+from ..ops.chunked import finite_log_decay
 from ..ops.problem import (
     Problem,
     check_backend,
@@ -110,7 +110,7 @@ def lightning_attention(
         problem = Problem.of_attention(q, k, v, log_decay, initial_state, seqlens)
         if q.device.type not in (types := device_types(group)):
             raise ValueError(f"q must be on a device that the backend of the group serves, {types}, got {q.device}")
-        backend = library.choose_backend(backend, problem)
+        backend = choose_backend(backend, problem)
         if not isinstance(strategy, str):
             raise TypeError(f"strategy must be a string, got {type(strategy).__name__}")
         if strategy not in STRATEGIES:
@@ -129,7 +129,7 @@ def lightning_attention(
     bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens, sum(lengths))
     held = slice_of(rank, lengths, bounds)
     num_documents = 1 if bounds is None else problem.num_states
-    rates = rates_of(q, log_decay)
+    rates = finite_log_decay(q, log_decay)
     exchange = Exchange(strategy, held, rates, group)
 
     initial = None if initial_state is None else _states_here(initial_state, held, num_documents)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..cuda_graph import record
 from ..models import LightningForCausalLM
 from ..nn import Slots
-from ..ops.library import choose_backend
+from ..ops.backends import BACKENDS, choose_backend
 from ..ops.problem import Problem
 from .pool import StatePool
 
@@ -17,7 +17,7 @@ from .pool import StatePool
 class Decoder:
     """Decoding steps of a model over the slots of a pool.
 
-    Where the kernels are Triton's a step is a CUDA graph, recorded at the first step of its size: the sizes are the
+    Where the backend supports it a step is a CUDA graph, recorded at the first step of its size: the sizes are the
     powers of two and `max_rows`, and what is left over is padding, which touches no state.
 
     Args:
@@ -29,7 +29,7 @@ class Decoder:
     def __init__(self, model: LightningForCausalLM, pool: StatePool, max_rows: int):
         self.model, self.pool, self.max_rows = model, pool, max_rows
         self._graphs: dict[int, _Graph] = {}
-        self._records = model.device.type == "cuda" and all(map(self._runs_on_triton, pool.states))
+        self._records = model.device.type == "cuda" and all(map(self._supports_cuda_graphs, pool.states))
 
     def __call__(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int]) -> Tensor:
         """Logits `[B, vocab_size]`, which the next step may overwrite; the states advance.
@@ -55,10 +55,10 @@ class Decoder:
         x = self.model.model.advance(tokens[:, None], positions[:, None], self.pool.states, Slots(slots))
         return self.model.lm_head(x)
 
-    def _runs_on_triton(self, states: Tensor) -> bool:
+    def _supports_cuda_graphs(self, states: Tensor) -> bool:
         num_slots, H, K, V = states.shape
         problem = Problem(self.max_rows, 1, H, K, V, num_slots, self.model.dtype, self.model.device)
-        return choose_backend("auto", problem) in ("hopper", "triton")  # whose decoding is the same
+        return BACKENDS[choose_backend("auto", problem)].supports_cuda_graphs
 
 
 class _Graph:

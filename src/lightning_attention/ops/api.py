@@ -1,4 +1,4 @@
-"""The public calls: document, check, choose a backend, call."""
+"""The public functions, all of one shape: autocast, check the problem, choose a backend, call the operator."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,19 +6,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import library
+from . import autograd, custom_ops
+from .backends import choose_backend
 from .problem import Problem, check_backend, check_output_final_state, check_tensors, checked_scale
+from .transforms import refuse_tangents
 
 
 class LightningAttentionOutput(NamedTuple):
-    """What `lightning_attention` returns."""
+    """Result of `lightning_attention`."""
 
     output: Tensor
     final_state: Tensor | None
 
 
 class PrefillOutput(NamedTuple):
-    """What `lightning_attention_prefill` returns."""
+    """Result of `lightning_attention_prefill`."""
 
     output: Tensor
     final_state: Tensor
@@ -58,15 +60,15 @@ def lightning_attention(
         k: keys, the shape and dtype of q.
         v: values `[B, T, H, V]`, the dtype of q. V may differ from K.
         log_decay: `[H]` float32, natural logarithm of the decay per token, <= 0; None is no decay. `decay.log_decay`
-            makes those of known checkpoints. Receives no gradient.
+            returns those of known checkpoints. Receives no gradient.
         scale: factor on every output.
         initial_state: `[N, H, K, V]` float32 (float64 for float64 inputs), the state before the first token; N is
             the number of sequences: B, or that of `cu_seqlens`.
         output_final_state: also return the state after the last token.
-        cu_seqlens: `[N + 1]` int32 or int64: sequence n is `[cu_seqlens[n], cu_seqlens[n + 1])` of the only row
-            (B = 1). Rises from 0 to T; empty sequences are legal and keep their initial state.
-        backend: "auto" takes the first of `library.BACKENDS` that can run the call and is not slow at it; a name
-            insists on that one.
+        cu_seqlens: `[N + 1]` int32 or int64: sequence n is `[cu_seqlens[n], cu_seqlens[n + 1])` of the only batch
+            row (B = 1). Rises from 0 to T; empty sequences are legal and keep their initial state.
+        backend: "auto" takes the first of `ops.backends.BACKENDS` that can run the call and is not slow at it; a name
+            takes that backend, or raises.
 
     Returns:
         `output` `[B, T, H, V]` in the dtype of q, and `final_state` `[N, H, K, V]` or None. Gradients flow from both
@@ -79,6 +81,12 @@ def lightning_attention(
         NotImplementedError: the named backend cannot run the call, and the message says why; or an input has a
             tangent of forward mode, a second derivative is asked for, or torch.vmap maps over cu_seqlens.
 
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 100, 2, 16)
+        >>> o, state = lightning_attention(q, k, v, decay.log_decay(2, preset="alibi"), output_final_state=True)
+        >>> o.shape, state.shape
+        (torch.Size([1, 100, 2, 16]), torch.Size([1, 2, 16, 16]))
+
     Source: Lightning Attention-2 (arXiv 2401.04658), algorithms 1 and 2.
     """
     check_tensors(
@@ -89,8 +97,14 @@ def lightning_attention(
     check_output_final_state(output_final_state)
     check_backend(backend)
     q, k, v = autocast(q, k, v)
-    outputs = library.attention(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend)
-    return LightningAttentionOutput(*outputs)
+    problem = Problem.of_attention(q, k, v, log_decay, initial_state, cu_seqlens)
+    chosen = choose_backend(backend, problem)
+    arguments = q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state
+    if autograd.is_needed(q, k, v, initial_state):
+        backward_backend = choose_backend(backend, problem._replace(is_backward=True))
+        return LightningAttentionOutput(*autograd.attention(*arguments, chosen, backward_backend))
+    o, final_state = custom_ops.forward(*arguments, chosen)
+    return LightningAttentionOutput(o, final_state if output_final_state else None)
 
 
 def lightning_attention_step(
@@ -106,18 +120,18 @@ def lightning_attention_step(
 ) -> Tensor:
     """Decoding: the next token, or the next few, of every sequence; updates `state` in place.
 
-    The same formula as `lightning_attention`, for inference: nothing is kept for a backward pass.
+    The formula is that of `lightning_attention`. For inference: nothing is kept for a backward pass.
 
     Args:
         q: queries `[B, H, K]` for one token or `[B, T, H, K]` for a few; dtypes as for `lightning_attention`.
         k: keys, the shape and dtype of q.
         v: values `[B, H, V]` or `[B, T, H, V]`, the dtype of q.
         log_decay: `[H]` float32, natural logarithm of the decay per token, <= 0; None is no decay.
-        state: `[N, H, K, V]` float32 (float64 for float64 inputs), updated in place; or bfloat16, in which it is then
-            only kept, with arithmetic in float32. Without `state_indices`, N = B.
+        state: `[N, H, K, V]` float32 (float64 for float64 inputs), updated in place; or bfloat16, for storage alone,
+            with arithmetic in float32. Without `state_indices`, N = B.
         scale: factor on every output.
-        state_indices: `[B]` int32 or int64, the slot of `state` that each row uses, each slot at most once. A row
-            with -1 is padding: it changes no state and its output is zero.
+        state_indices: `[B]` int32 or int64, the slot of `state` that each batch row uses, each slot at most once. A
+            batch row with -1 is padding: it changes no state and its output is zero.
         backend: as for `lightning_attention`.
 
     Returns:
@@ -127,6 +141,12 @@ def lightning_attention_step(
         ValueError, TypeError, NotImplementedError: as `lightning_attention`; ValueError also when a gradient would be
             needed, since none is kept.
 
+    Example:
+        >>> q = torch.randn(1, 2, 16)
+        >>> state = torch.zeros(1, 2, 16, 16)
+        >>> lightning_attention_step(q, q, q, state=state).shape
+        torch.Size([1, 2, 16])
+
     Source: Lightning Attention-2 (arXiv 2401.04658), equation 4.
     """
     check_tensors(
@@ -135,20 +155,11 @@ def lightning_attention_step(
     )
     scale = checked_scale(scale)
     check_backend(backend)
-    _refuse_gradients("lightning_attention_step", q, k, v, state)
-    if library.is_autocast_enabled(q.device.type):
-        q, k, v = autocast(q, k, v)
-    if not q.is_cuda:
-        return _step(q, k, v, log_decay, state, state_indices, scale, backend)
-    return library.recorded(_step, q, k, v, log_decay, state, state_indices, scale, backend)
-
-
-def _step(q, k, v, log_decay, state, state_indices, scale, backend):
-    if q.dim() not in (3, 4):
-        raise ValueError(f"q must be [B, H, K] or [B, T, H, K], got shape {tuple(q.shape)}")
+    _refuse_gradients("lightning_attention_step", q=q, k=k, v=v, state=state)
+    q, k, v = autocast(q, k, v)
     problem = Problem.of_step(q, k, v, log_decay, state, state_indices)
-    backend = library.choose_backend(backend, problem)
-    return library.step(q, k, v, log_decay, state, state_indices, scale, backend)
+    backend = choose_backend(backend, problem)
+    return custom_ops.step(q, k, v, log_decay, state, state_indices, scale, backend)
 
 
 def lightning_attention_verify(
@@ -163,9 +174,9 @@ def lightning_attention_verify(
     state_indices: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Speculative decoding: the outputs of T drafts of every sequence; the state stays as it is.
+    """Speculative decoding: the outputs of T drafts of every sequence; `state` is not changed.
 
-    Draft i comes after its ancestors, the d-th on its path from the state. Over the ancestors j of i, and i itself:
+    Draft i has depth d_i: it is number d_i on its path from the state. With j over its ancestors and itself:
 
         o_i = scale (λ^d_i Sᵀ q_i + Σ_j λ^(d_i - d_j) (q_i k_j) v_j)
 
@@ -178,14 +189,20 @@ def lightning_attention_verify(
         v: values `[B, T, H, V]`, the dtype of q.
         log_decay: `[H]` float32, natural logarithm of the decay per token, <= 0; None is no decay.
         state: `[N, H, K, V]` as for `lightning_attention_step`, before the drafts.
-        parents: `[B, T]` int32 or int64, of a tree: the index of the draft that each one follows, less than its own; -1
-            where it follows the state. None is a chain.
+        parents: `[B, T]` int32 or int64, a tree of drafts: the index of the draft that each draft follows, less than
+            its own; -1 if it follows the state. None is a chain.
         scale: factor on every output.
-        state_indices: `[B]` int32 or int64, as for `lightning_attention_step`; the output of a row with -1 is zero.
+        state_indices: `[B]` int32 or int64, as for `lightning_attention_step`; the output of a batch row with -1 is
+            zero.
         backend: as for `lightning_attention`.
 
     Returns:
-        `[B, T, H, V]` in the dtype of q.
+        The output `[B, T, H, V]` in the dtype of q.
+
+    Example:
+        >>> drafts = torch.randn(1, 4, 2, 16)
+        >>> lightning_attention_verify(drafts, drafts, drafts, state=torch.zeros(1, 2, 16, 16)).shape
+        torch.Size([1, 4, 2, 16])
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `lightning_attention_step`.
@@ -196,11 +213,11 @@ def lightning_attention_verify(
     )
     scale = checked_scale(scale)
     check_backend(backend)
-    _refuse_gradients("lightning_attention_verify", q, k, v, state)
+    _refuse_gradients("lightning_attention_verify", q=q, k=k, v=v, state=state)
     q, k, v = autocast(q, k, v)
     problem = Problem.of_drafts(q, k, v, log_decay, state, state_indices, parents, None)
-    backend = library.choose_backend(backend, problem)
-    return library.verify(q, k, v, log_decay, state, parents, state_indices, scale, backend)
+    backend = choose_backend(backend, problem)
+    return custom_ops.verify(q, k, v, log_decay, state, parents, state_indices, scale, backend)
 
 
 def lightning_attention_commit(
@@ -216,19 +233,23 @@ def lightning_attention_commit(
 ) -> None:
     """Speculative decoding: accept drafts; updates `state` in place.
 
-    The state is then, to the last bit where it is float32, that of decoding the accepted drafts one by one, and no
-    others, with `lightning_attention_step`.
+    The result is the state of `lightning_attention_step` over the accepted drafts, one by one; to the last bit if
+    the state is float32.
 
     Args:
         k: keys of the drafts `[B, T, H, K]`, as given to `lightning_attention_verify`.
         v: values `[B, T, H, V]`, likewise.
         log_decay: `[H]` float32, likewise.
         state: `[N, H, K, V]`, likewise; updated in place.
-        last: `[B]` int32 or int64, the last accepted draft of every row, with which its ancestors are; -1 for none.
-            Of a chain, the number of accepted drafts less one.
+        last: `[B]` int32 or int64, the last accepted draft of every batch row; its ancestors are accepted too. -1 is
+            none. In a chain, the number of accepted drafts less one.
         parents: `[B, T]`, as given to `lightning_attention_verify`.
-        state_indices: `[B]`, likewise; a row with -1 changes nothing.
+        state_indices: `[B]`, likewise; a batch row with -1 changes nothing.
         backend: as for `lightning_attention`.
+
+    Example:
+        >>> drafts, state = torch.randn(1, 4, 2, 16), torch.zeros(1, 2, 16, 16)
+        >>> lightning_attention_commit(drafts, drafts, state=state, last=torch.tensor([1]))
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `lightning_attention_step`.
@@ -238,11 +259,11 @@ def lightning_attention_commit(
         {"log_decay": log_decay, "parents": parents, "state_indices": state_indices},
     )
     check_backend(backend)
-    _refuse_gradients("lightning_attention_commit", k, v, state)
+    _refuse_gradients("lightning_attention_commit", k=k, v=v, state=state)
     k, v = autocast(k, v)
     problem = Problem.of_drafts(k, k, v, log_decay, state, state_indices, parents, last)
-    backend = library.choose_backend(backend, problem)
-    library.commit(k, v, log_decay, state, last, parents, state_indices, backend)
+    backend = choose_backend(backend, problem)
+    custom_ops.commit(k, v, log_decay, state, last, parents, state_indices, backend)
 
 
 def lightning_attention_prefill(
@@ -257,16 +278,20 @@ def lightning_attention_prefill(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> PrefillOutput:
-    """`lightning_attention` without gradients, and the states at some positions on the way, to go on from later.
+    """`lightning_attention` without gradients, with the states at given positions, to continue from later.
 
     Args:
         q, k, v, log_decay, scale, initial_state, cu_seqlens, backend: as for `lightning_attention`.
-        state_positions: `[M]` int32 or int64, numbers of tokens, rising from 1 to at most T; or a list, of which a
-            tensor is made. Where sequences are packed they are positions in the row: the state after p tokens is that
-            of the sequence that holds token p - 1.
+        state_positions: `[M]` int32 or int64, or a list: numbers of tokens, rising from 1 to at most T. With packed
+            sequences they count the tokens of the batch row: state p is that of the sequence that holds token p - 1.
 
     Returns:
         `output` `[B, T, H, V]`, `final_state` `[N, H, K, V]`, and `states` `[B, M, H, K, V]`.
+
+    Example:
+        >>> q = torch.randn(1, 100, 2, 16)
+        >>> lightning_attention_prefill(q, q, q, state_positions=[64, 100]).states.shape
+        torch.Size([1, 2, 2, 16, 16])
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `lightning_attention_step`.
@@ -279,25 +304,26 @@ def lightning_attention_prefill(
         check_tensors({"state_positions": state_positions}, {})
     scale = checked_scale(scale)
     check_backend(backend)
-    _refuse_gradients("lightning_attention_prefill", q, k, v, initial_state)
+    _refuse_gradients("lightning_attention_prefill", q=q, k=k, v=v, initial_state=initial_state)
     q, k, v = autocast(q, k, v)
     problem = Problem.of_prefill(q, k, v, log_decay, initial_state, cu_seqlens, state_positions)
     if not isinstance(state_positions, Tensor):
         state_positions = torch.tensor(list(state_positions), dtype=torch.int64, device=q.device)
-    backend = library.choose_backend(backend, problem)
-    outputs = library.prefill(q, k, v, log_decay, initial_state, cu_seqlens, scale, state_positions, backend)
+    backend = choose_backend(backend, problem)
+    outputs = custom_ops.prefill(q, k, v, log_decay, initial_state, cu_seqlens, scale, state_positions, backend)
     return PrefillOutput(*outputs)
 
 
-def _refuse_gradients(name: str, *inputs: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+def _refuse_gradients(name: str, **inputs: Tensor | None) -> None:
+    if autograd.need_gradients(*inputs.values()):
         raise ValueError(f"{name} keeps no gradient: call it under torch.no_grad()")
+    refuse_tangents(name, **inputs)
 
 
 def autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
-    """As for PyTorch's own matrix products: what is on the device being autocast is cast, float64 is not."""
-    device = inputs[0].device.type
-    if not library.is_autocast_enabled(device):
+    """Inputs as PyTorch's own matrix products get them: under autocast cast to its dtype, except float64."""
+    device_type = inputs[0].device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return inputs
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in inputs)

@@ -9,15 +9,37 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import pieces
-from .problem import Problem, check_log_decay, sequence_bounds, state_dtype
+from .prefill import prefill as prefill_by
+from .problem import Problem, sequence_bounds, state_dtype
+from .states import read_state_, write_state
 
 # Measured on 2 CPU cores at D = 64: 64 spends its time in calls, 256 in the C x C products; 128 is level with the best.
 CHUNK_SIZE = 128
 
 
+__all__ = [
+    "backward",
+    "commit",
+    "forward",
+    "is_slow",
+    "prefill",
+    "read_state_",
+    "step",
+    "supports_cuda_graphs",
+    "unsupported_reasons",
+    "verify",
+    "write_state",
+]
+
+supports_cuda_graphs = False
+
+
 def unsupported_reasons(problem: Problem) -> list[str]:
     return []
+
+
+def is_slow(problem: Problem) -> bool:
+    return False
 
 
 def forward(
@@ -46,7 +68,7 @@ def prefill(
     scale: float,
     state_positions: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return pieces.prefill(forward, q, k, v, log_decay, initial_state, cu_seqlens, scale, state_positions)
+    return prefill_by(forward, q, k, v, log_decay, initial_state, cu_seqlens, scale, state_positions)
 
 
 def backward(
@@ -95,7 +117,13 @@ def step(
     state_indices: Tensor | None,
     scale: float,
 ) -> Tensor:
-    if state_indices is None and state.dtype == state_dtype(q.dtype):
+    is_plain = state_indices is None and state.dtype == state_dtype(q.dtype)
+    if q.dim() == 3:
+        if is_plain:
+            return _step_token_(q, k, v, log_decay, state, scale)
+        q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+        return step(q, k, v, log_decay, state, state_indices, scale).squeeze(1)
+    if is_plain:
         return _step_(q, k, v, log_decay, state, scale)
     rows, slots, states = _taken(state, state_indices, state_dtype(q.dtype))
     o = torch.zeros_like(v, memory_format=torch.contiguous_format)
@@ -104,7 +132,7 @@ def step(
     return o
 
 
-def step_token(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float) -> Tensor:
+def _step_token_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float) -> Tensor:
     """The output `[B, H, V]`; `state` `[B, H, K, V]` is updated in place."""
     _advanced_(state, k, v, log_decay)
     H, K, V = state.shape[1:]
@@ -126,10 +154,10 @@ def verify(
     rows, _, states = _taken(state, state_indices, state_dtype(q.dtype))
     path = _paths(k, parents)[rows]
     depth = path.sum(dim=2)[:, None]  # [B, 1, T]
-    rates = rates_of(q, log_decay)[:, None]
-    between = torch.exp(rates[..., None] * (depth[..., None] - depth[:, :, None]).clamp_min(0)) * path[:, None]
+    log_decay = finite_log_decay(q, log_decay)[:, None]
+    between = torch.exp(log_decay[..., None] * (depth[..., None] - depth[:, :, None]).clamp_min(0)) * path[:, None]
     qs, ks, vs = (x[rows].transpose(1, 2).to(states.dtype) for x in (q, k, v))
-    read = torch.exp(rates * depth)[..., None]
+    read = torch.exp(log_decay * depth)[..., None]
     o = torch.zeros_like(v, memory_format=torch.contiguous_format)
     o[rows] = (scale * ((qs * read) @ states + ((qs @ ks.mT) * between) @ vs)).transpose(1, 2).to(v.dtype)
     return o
@@ -157,7 +185,7 @@ def commit(
 def _taken(
     state: Tensor, state_indices: Tensor | None, dtype: torch.dtype
 ) -> tuple[slice | Tensor, slice | Tensor, Tensor]:
-    """The rows that are no padding, their slots, and their states, in the dtype of the arithmetic."""
+    """Batch rows that are not padding, their slots, and their states in the dtype of the arithmetic."""
     if state_indices is None:
         return slice(None), slice(None), state.to(dtype)
     rows = (state_indices >= 0).nonzero()[:, 0]
@@ -166,7 +194,7 @@ def _taken(
 
 
 def _paths(k: Tensor, parents: Tensor | None) -> Tensor:
-    """`[B, T, T]`, true where j is an ancestor of i, or i itself."""
+    """Mask `[B, T, T]`: draft j is an ancestor of draft i, or i itself."""
     B, T = k.shape[:2]
     paths = torch.eye(T, dtype=torch.bool, device=k.device).repeat(B, 1, 1)
     if parents is None:
@@ -179,21 +207,21 @@ def _paths(k: Tensor, parents: Tensor | None) -> Tensor:
 
 
 def _advanced_(states: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
-    """`λ S + k vᵀ` for one token of every row, in place."""
+    """`λ S + k vᵀ` for one token of every batch row, in place."""
     if log_decay is not None:
         states.mul_(_cast(log_decay, states.dtype).exp().view(-1, 1, 1))
     return states.addcmul_(_cast(k, states.dtype).unsqueeze(-1), _cast(v, states.dtype).unsqueeze(-2))
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype)`, which takes as long as a view where there is nothing to do."""
+    """`x.to(dtype)`, which costs as much as a view even when there is nothing to do."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def _step_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float) -> Tensor:
     """The output; `state` `[B, H, K, V]` is updated in place."""
     if q.shape[1] == 1:
-        return step_token(q.squeeze(1), k.squeeze(1), v.squeeze(1), log_decay, state, scale).unsqueeze(1)
+        return _step_token_(q.squeeze(1), k.squeeze(1), v.squeeze(1), log_decay, state, scale).unsqueeze(1)
     states = state.contiguous()
     o = _scan_(_Sequences(q, None), q, k, v, log_decay, states.flatten(0, 1), scale)
     if states is not state:
@@ -204,8 +232,7 @@ def _step_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Ten
 def _scan_(
     sequences: "_Sequences", q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, states: Tensor, scale: float
 ) -> Tensor:
-    """The output; `states` `[N H, K, V]` is brought from before the first token to after the last."""
-    check_log_decay(log_decay)
+    """The output; `states` `[N H, K, V]` is updated in place, to the states after the last token."""
     decay = _Decay(q, log_decay)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     for chunk in sequences.chunks:
@@ -217,24 +244,24 @@ def _scan_(
     return o
 
 
-def rates_of(q: Tensor, log_decay: Tensor | None) -> Tensor:
+def finite_log_decay(q: Tensor, log_decay: Tensor | None) -> Tensor:
     """log λ `[H]`; finite, since -inf, which is λ = 0, times 0 would be NaN."""
     dtype = state_dtype(q.dtype)
-    rates = q.new_zeros(q.shape[2], dtype=dtype) if log_decay is None else log_decay.to(dtype)
-    return rates.clamp_min(torch.finfo(dtype).min)
+    log_decay = q.new_zeros(q.shape[2], dtype=dtype) if log_decay is None else log_decay.to(dtype)
+    return log_decay.clamp_min(torch.finfo(dtype).min)
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Where the tokens of one chunk lie: `[:, start:stop]`, or for packed sequences their columns `[N, C]`."""
+    """Positions of the tokens of one chunk: `[:, start:stop]`, or `[N, C]` for packed sequences."""
 
     tokens: slice | Tensor
-    lengths: int | Tensor  # of every sequence, or [N] where they differ
-    padding: Tensor | None  # [N, C], where they differ
+    lengths: int | Tensor  # one for all sequences, or [N]
+    padding: Tensor | None  # [N, C] if the lengths differ
     dtype: torch.dtype
 
     def load(self, x: Tensor) -> Tensor:
-        """As `[N H, C, D]`, zero in the padding; a view where it can be."""
+        """The chunk of x as `[N H, C, D]`, zero in the padding; a view if possible."""
         x = x[:, self.tokens] if isinstance(self.tokens, slice) else x[0, self.tokens]
         x = x.transpose(1, 2).to(self.dtype)
         if self.padding is not None:
@@ -252,7 +279,7 @@ class _Chunk:
 
 
 class _Sequences:
-    """Cuts all sequences into chunks in step: the c-th chunk of every sequence that has one.
+    """All sequences cut into chunks: chunk c of every sequence that has one is worked on at once.
 
     Packed sequences are taken in order of falling length, so that those still running are always the first ones.
     """
@@ -272,7 +299,7 @@ class _Sequences:
             self.chunks = [self._packed_chunk(starts, lengths, c) for c in range(0, longest, CHUNK_SIZE)]
 
     def states(self, initial: Tensor | None, key_dim: int, value_dim: int) -> Tensor:
-        """`[N H, K, V]`, to be updated in place."""
+        """Initial states `[N H, K, V]`, a copy to update in place."""
         shape = (self.count, self.num_heads, key_dim, value_dim)
         if initial is None:
             states = torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -283,7 +310,7 @@ class _Sequences:
         return states.flatten(0, 1)
 
     def in_given_order(self, states: Tensor) -> Tensor:
-        """`[N, H, K, V]`."""
+        """States `[N, H, K, V]` in the order of the sequences as given."""
         states = states.view(self.count, self.num_heads, *states.shape[1:])
         return states if self.order is None else states[self.order.argsort()]
 
@@ -303,12 +330,12 @@ class _Sequences:
 
 
 class _Decay:
-    """Multiplies by powers of λ. One table of λ^0 .. λ^C serves all, so no exponent is ever above 0."""
+    """Multiplication by powers of λ, from one table of λ^0 .. λ^C: no exponent is ever above 0."""
 
     def __init__(self, q: Tensor, log_decay: Tensor | None):
-        rates = rates_of(q, log_decay)
+        log_decay = finite_log_decay(q, log_decay)
         position = torch.arange(min(CHUNK_SIZE, q.shape[1]) + 1, device=q.device)
-        self.powers = torch.exp(rates[:, None] * position)
+        self.powers = torch.exp(log_decay[:, None] * position)
         self.inside = self.powers[:, (position[:-1, None] - position[:-1]).clamp_min(0)].tril()
 
     def mask_(self, scores: Tensor) -> Tensor:
@@ -318,11 +345,11 @@ class _Decay:
         return scores
 
     def read(self, x: Tensor) -> Tensor:
-        """`λ^(i+1)`: from the state before the chunk to row i."""
+        """`λ^(i+1) x`: decay from the state before the chunk to token i."""
         return (self._by_head(x) * self.powers[:, 1 : x.shape[1] + 1, None]).flatten(0, 1)
 
     def write(self, x: Tensor, chunk: _Chunk) -> Tensor:
-        """`λ^(m-1-j)`: from row j to the state after the m tokens of the chunk."""
+        """`λ^(m-1-j) x`: decay from token j to the state after the m tokens of the chunk."""
         if isinstance(chunk.lengths, int):
             powers = self.powers[:, : chunk.lengths].flip(1)
         else:
@@ -331,7 +358,7 @@ class _Decay:
         return (self._by_head(x) * powers[..., None]).flatten(0, 1)
 
     def carry_(self, state: Tensor, chunk: _Chunk) -> Tensor:
-        """`λ^m`: from the state before the chunk to the state after its m tokens, in place."""
+        """`λ^m x`, in place: decay from the state before the chunk to the state after its m tokens."""
         self._by_head(state).mul_(self.powers[:, chunk.lengths].movedim(0, -1)[..., None, None])
         return state
 

@@ -1,4 +1,4 @@
-"""What one call asks for: its sizes, dtype and device, checked once for every backend."""
+"""The checks of every call: shapes, dtypes and devices, which make a `Problem`, and on the CPU values."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_tensors(required: dict[str, object], optional: dict[str, object]) -> None:
-    """Refuse what is not a dense tensor, by the names of arguments; an optional one may be None."""
+    """Refuse arguments, by name, that are not dense tensors; optional ones may be None."""
     for name, x in required.items():
         if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_nested:
             raise _not_a_dense_tensor(name, "a dense tensor", x)
@@ -34,7 +34,7 @@ def _not_a_dense_tensor(name: str, expected: str, x: object) -> TypeError:
 
 
 def checked_scale(scale: object) -> float:
-    """A finite number, as float."""
+    """`scale` as a float; refuses what is not a finite number."""
     if type(scale) is not float:
         if isinstance(scale, bool) or not isinstance(scale, (int, float, Real, torch.SymInt, torch.SymFloat)):
             raise TypeError(f"scale must be a number, got {type(scale).__name__}")
@@ -55,7 +55,7 @@ def check_output_final_state(output_final_state: object) -> None:
 
 
 class Problem(NamedTuple):
-    """Sizes of one attention or decoding call; building one raises on inputs that do not fit together."""
+    """Sizes of one attention or decoding call. The constructors `of_...` refuse inputs that do not fit together."""
 
     batch_size: int
     length: int
@@ -87,10 +87,9 @@ class Problem(NamedTuple):
             if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
                 raise ValueError(f"cu_seqlens must be [N + 1], got shape {tuple(cu_seqlens.shape)}")
             if q.shape[0] != 1:
-                raise ValueError(f"cu_seqlens packs all sequences into one row: B must be 1, got {q.shape[0]}")
+                raise ValueError(f"cu_seqlens packs all sequences into one batch row: B must be 1, got {q.shape[0]}")
             _check_device("cu_seqlens", cu_seqlens, q)
-        num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        problem = cls._of(q, v, num_sequences)
+        problem = cls._of(q, v, None if cu_seqlens is None else cu_seqlens.shape[0] - 1)
         if initial_state is not None:
             problem._check_state("initial_state", initial_state, q)
         return problem
@@ -128,11 +127,12 @@ class Problem(NamedTuple):
         is_tree: bool = False,
     ) -> "Problem":
         """Decoding, with q, k, v as `[B, T, H, D]` or `[B, H, D]`."""
+        if q.dim() not in (3, 4):
+            raise ValueError(f"q must be [B, H, K] or [B, T, H, K], got shape {tuple(q.shape)}")
         _check_inputs(q, k, v, log_decay)
         if state.dim() != 4:
             raise ValueError(f"state must be [N, H, K, V], got shape {tuple(state.shape)}")
-        num_states = q.shape[0] if state_indices is None else state.shape[0]
-        problem = cls._of(q, v, num_states, is_tree)
+        problem = cls._of(q, v, None if state_indices is None else state.shape[0], is_tree)
         problem._check_state("state", state, q, stored=(torch.bfloat16,))
         if state_indices is not None:
             _check_indices("state_indices", state_indices, q, B=q.shape[0])
@@ -150,7 +150,7 @@ class Problem(NamedTuple):
         parents: Tensor | None,
         last: Tensor | None,
     ) -> "Problem":
-        """For speculative decoding."""
+        """Speculative decoding."""
         if q.dim() != 4:
             raise ValueError(f"drafts must be [B, T, H, D], got shape {tuple(q.shape)}")
         problem = cls.of_step(q, k, v, log_decay, state, state_indices, is_tree=parents is not None)
@@ -161,13 +161,19 @@ class Problem(NamedTuple):
         return problem
 
     @classmethod
-    def _of(cls, q: Tensor, v: Tensor, num_states: int, is_tree: bool = False) -> "Problem":
-        if q.dim() == 3:
-            batch_size, num_heads, key_dim = q.shape
-            length = 1
-        else:
-            batch_size, length, num_heads, key_dim = q.shape
-        return cls(batch_size, length, num_heads, key_dim, v.shape[-1], num_states, q.dtype, q.device, is_tree)
+    def _of(cls, q: Tensor, v: Tensor, num_states: int | None, is_tree: bool = False) -> "Problem":
+        batch_size, *length, num_heads, key_dim = q.shape
+        return cls(
+            batch_size,
+            length[0] if length else 1,
+            num_heads,
+            key_dim,
+            v.shape[-1],
+            batch_size if num_states is None else num_states,
+            q.dtype,
+            q.device,
+            is_tree,
+        )
 
     def _check_state(self, name: str, state: Tensor, q: Tensor, stored: tuple[torch.dtype, ...] = ()) -> None:
         expected = (self.num_states, self.num_heads, self.key_dim, self.value_dim)
@@ -188,7 +194,7 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> 
     shape, dtype = q.shape, q.dtype
     if k.shape != shape:
         raise ValueError(f"k must have the shape of q {tuple(shape)}, got {tuple(k.shape)}")
-    if v.dim() != len(shape) or v.shape[:-1] != shape[:-1]:
+    if v.shape != shape and (v.dim() != len(shape) or v.shape[:-1] != shape[:-1]):
         raise ValueError(f"v must be {[*shape[:-1], 'V']} to fit q, got shape {tuple(v.shape)}")
     num_heads = shape[-2]
     if num_heads == 0:
@@ -217,7 +223,7 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> 
 
 
 def _transposed_hint(q: Tensor, num_heads: int) -> str:
-    """The cause of a wrong number of heads, if q is head-first."""
+    """A hint at head-first inputs, a common cause of a wrong number of heads."""
     if q.dim() != 4 or q.shape[1] != num_heads or q.shape[2] == num_heads:
         return ""
     return f"; q of shape {tuple(q.shape)} looks like [B, H, T, D]: pass q, k and v as x.transpose(1, 2)"
@@ -246,8 +252,41 @@ def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
 
 
+def check_values(
+    length: int,
+    *,
+    log_decay: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state_positions: Tensor | None = None,
+    state_indices: Tensor | None = None,
+    num_slots: int = 0,
+    parents: Tensor | None = None,
+    last: Tensor | None = None,
+) -> None:
+    """Refuse values out of range, of tensors on the CPU; the host would have to wait for those on an accelerator.
+
+    Operators check values when they run: tensors that are traced or transformed have none yet.
+
+    Args:
+        length: tokens T of a batch row, or drafts.
+        num_slots: slots of the state pool that `state_indices` index.
+    """
+    if log_decay is not None:
+        check_log_decay(log_decay)
+    if cu_seqlens is not None and cu_seqlens.is_cpu:
+        sequence_bounds(cu_seqlens, length)
+    if state_positions is not None and state_positions.is_cpu:
+        check_state_positions(state_positions.tolist(), length)
+    if state_indices is not None:
+        _check_range("state_indices", state_indices, num_slots)
+    if last is not None:
+        _check_range("last", last, length)
+    if parents is not None:
+        _check_parents(parents, length)
+
+
 def check_log_decay(log_decay: Tensor | None) -> None:
-    """Refuse growth and NaN. Read where that is free: a tensor on an accelerator would have to be waited for."""
+    """Refuse growth and NaN."""
     if log_decay is None or not log_decay.is_cpu:
         return
     values = log_decay.tolist()  # in Python, where comparing a few numbers takes less than a call of PyTorch
@@ -268,30 +307,20 @@ def sequence_bounds(cu_seqlens: Tensor, length: int) -> list[int]:
     return bounds
 
 
-def check_state_indices(state_indices: Tensor | None, num_states: int) -> None:
-    """Refuse slots that are not there."""
-    if state_indices is not None:
-        _check_range("state_indices", state_indices, num_states)
-
-
-def check_drafts(parents: Tensor | None, last: Tensor | None, length: int) -> None:
-    """Refuse drafts that come before their parents, or are not there."""
-    if last is not None:
-        _check_range("last", last, length)
-    if parents is None or not parents.is_cpu:
+def _check_parents(parents: Tensor, length: int) -> None:
+    if not parents.is_cpu:
         return
     if not bool(((parents >= -1) & (parents < torch.arange(length, device=parents.device))).all()):
         raise ValueError(f"parents must be -1 or the index of an earlier draft, got {parents.tolist()}")
 
 
 def check_state_positions(state_positions: list[int], length: int) -> None:
-    """Refuse those that do not rise, or are not there."""
+    """Refuse positions that do not rise, or lie outside of the tokens."""
     if any(later <= earlier for earlier, later in pairwise([0, *state_positions])) or state_positions[-1:] > [length]:
         raise ValueError(f"state_positions must rise from 1 to at most T = {length}, got {state_positions}")
 
 
 def _check_range(name: str, indices: Tensor, size: int) -> None:
-    """Read where that is free, as for `check_log_decay`."""
     if indices.is_cpu and indices.numel():
         low, high = (int(bound) for bound in indices.aminmax())
         if low < -1 or high >= size:

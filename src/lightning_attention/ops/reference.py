@@ -1,4 +1,4 @@
-"""The definition: one token after another, and the same thing as one masked product.
+"""The definition: a recurrence over tokens, and its equivalent as one masked product.
 
 Slow on purpose. Every other implementation is measured against this one, in float64.
 """
@@ -8,12 +8,35 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import pieces
-from .problem import Problem, check_log_decay, sequence_bounds, state_dtype
+from .prefill import prefill as prefill_by
+from .problem import Problem, sequence_bounds, state_dtype
+from .states import read_state_, write_state
+
+__all__ = [
+    "backward",
+    "commit",
+    "forward",
+    "is_slow",
+    "prefill",
+    "quadratic",
+    "read_state_",
+    "recurrence",
+    "step",
+    "supports_cuda_graphs",
+    "unsupported_reasons",
+    "verify",
+    "write_state",
+]
+
+supports_cuda_graphs = False
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
     return []
+
+
+def is_slow(problem: Problem) -> bool:
+    return False
 
 
 def recurrence(
@@ -51,12 +74,11 @@ def forward(
     scale: float,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    check_log_decay(log_decay)
-    rows = _rows(q, cu_seqlens)
-    state = _initial_state(q, v, len(rows), initial_state).clone()
+    sequences = _sequences(q, cu_seqlens)
+    state = _initial_state(q, v, len(sequences), initial_state).clone()
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    for i, row in enumerate(rows):
-        o[row], state[i : i + 1] = recurrence(q[row], k[row], v[row], log_decay, scale, state[i : i + 1])
+    for i, at in enumerate(sequences):
+        o[at], state[i : i + 1] = recurrence(q[at], k[at], v[at], log_decay, scale, state[i : i + 1])
     return o, state if output_final_state else None
 
 
@@ -70,7 +92,7 @@ def prefill(
     scale: float,
     state_positions: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return pieces.prefill(forward, q, k, v, log_decay, initial_state, cu_seqlens, scale, state_positions)
+    return prefill_by(forward, q, k, v, log_decay, initial_state, cu_seqlens, scale, state_positions)
 
 
 def backward(
@@ -86,20 +108,20 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`dq_t = scale S_t do_t`; with `R_t = λ R_{t+1} + scale q_t do_tᵀ`: `dk_t = R_t v_t`, `dv_t = R_tᵀ k_t`."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    rows = _rows(q, cu_seqlens)
-    states = _initial_state(q, v, len(rows), initial_state)
-    d_states = _initial_state(q, v, len(rows), d_final_state).clone()
+    sequences = _sequences(q, cu_seqlens)
+    states = _initial_state(q, v, len(sequences), initial_state)
+    d_states = _initial_state(q, v, len(sequences), d_final_state).clone()
     decay = _decay(log_decay, states)
-    for i, row in enumerate(rows):
-        qs, ks, vs, dos = (x[row].to(states.dtype) for x in (q, k, v, do))
+    for i, at in enumerate(sequences):
+        qs, ks, vs, dos = (x[at].to(states.dtype) for x in (q, k, v, do))
         state, d_state = states[i : i + 1], d_states[i : i + 1]
         for t in range(qs.shape[1]):
             state = decay * state + ks[:, t, :, :, None] * vs[:, t, :, None, :]
-            dq[row][:, t] = scale * torch.einsum("bhkv,bhv->bhk", state, dos[:, t])
+            dq[at][:, t] = scale * torch.einsum("bhkv,bhv->bhk", state, dos[:, t])
         for t in reversed(range(qs.shape[1])):
             d_state = d_state + scale * qs[:, t, :, :, None] * dos[:, t, :, None, :]
-            dk[row][:, t] = torch.einsum("bhkv,bhv->bhk", d_state, vs[:, t])
-            dv[row][:, t] = torch.einsum("bhkv,bhk->bhv", d_state, ks[:, t])
+            dk[at][:, t] = torch.einsum("bhkv,bhv->bhk", d_state, vs[:, t])
+            dv[at][:, t] = torch.einsum("bhkv,bhk->bhv", d_state, ks[:, t])
             d_state = decay * d_state
         d_states[i : i + 1] = d_state
     return dq, dk, dv, d_states
@@ -114,6 +136,9 @@ def step(
     state_indices: Tensor | None,
     scale: float,
 ) -> Tensor:
+    if q.dim() == 3:
+        q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+        return step(q, k, v, log_decay, state, state_indices, scale).squeeze(1)
     o = torch.zeros_like(v, memory_format=torch.contiguous_format)
     for at, of in _slots(q, state_indices):
         o[at], state[of] = recurrence(q[at], k[at], v[at], log_decay, scale, state[of].to(state_dtype(q.dtype)))
@@ -132,7 +157,7 @@ def verify(
 ) -> Tensor:
     o = torch.zeros_like(v, memory_format=torch.contiguous_format)
     for at, of in _slots(q, state_indices):
-        # The state after a draft, with the one before all of them at the end, where -1 finds it.
+        # States after each draft; last the state before all drafts, which a parent of -1 finds.
         states = [*[state[of]] * q.shape[1], state[of].to(state_dtype(q.dtype))]
         for t, parent in enumerate(_parents(parents, at, q.shape[1])):
             draft = at, slice(t, t + 1)
@@ -159,7 +184,7 @@ def commit(
 
 
 def _slots(q: Tensor, state_indices: Tensor | None) -> list[tuple[slice, slice]]:
-    """The rows that are no padding, and the slots of their states."""
+    """Batch rows that are not padding, and the slots of their states."""
     slots = range(q.shape[0]) if state_indices is None else state_indices.tolist()
     return [(slice(row, row + 1), slice(slot, slot + 1)) for row, slot in enumerate(slots) if slot >= 0]
 
@@ -168,8 +193,8 @@ def _parents(parents: Tensor | None, row: slice, length: int) -> list[int]:
     return list(range(-1, length - 1)) if parents is None else parents[row][0].tolist()
 
 
-def _rows(q: Tensor, cu_seqlens: Tensor | None) -> list[tuple[slice, slice]]:
-    """Where each sequence lies in `[B, T]`."""
+def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> list[tuple[slice, slice]]:
+    """Index of each sequence in `[B, T]`."""
     if cu_seqlens is None:
         return [(slice(b, b + 1), slice(None)) for b in range(q.shape[0])]
     bounds = sequence_bounds(cu_seqlens, q.shape[1])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# The dimension of heads, counted from the last, of every argument that has heads.
+# Dimension of heads, counted from the last, of each argument that has heads.
 HEADS = {
     "q": -2,
     "k": -2,
@@ -21,17 +21,17 @@ HEADS = {
 
 
 def is_functional() -> bool:
-    """Whether a transform of torch.func is active."""
+    """True if a transform of torch.func is active."""
     return torch._C._are_functorch_transforms_active()
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func is active, or forward mode."""
+    """True if a transform of torch.func is active, or forward mode."""
     return is_functional() or forward_ad._current_level >= 0
 
 
 def refuse_tangents(function: str, **inputs: Any) -> None:
-    """Refuse forward mode, of which nothing would be seen but a tangent of zero."""
+    """Refuse forward mode, which would otherwise give a tangent of zero."""
     if forward_ad._current_level < 0:
         return
     for name, x in inputs.items():
@@ -47,38 +47,30 @@ def no_forward_mode(function: str, name: str) -> NotImplementedError:
 
 
 def refuse_transforms(function: str, **inputs: Any) -> None:
-    """Refuse torch.func altogether, and forward mode."""
+    """Refuse all transforms of torch.func, and forward mode."""
     if is_functional():
         raise NotImplementedError(f"{function} does not run under the transforms of torch.func: use autograd")
     refuse_tangents(function, **inputs)
 
 
-def refuse_forward_mode(operator: Any) -> None:
-    """Makes forward mode raise for an operator that has no gradient, at any level of nested transforms."""
-    names = [argument.name for argument in operator._schema.arguments]
-    function = f"lightning_attention_{_name(operator)}"
-
-    def below(*arguments: Any) -> Any:
-        refuse_tangents(function, **dict(zip(names, arguments, strict=True)))
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*arguments)
-
-    torch.library.impl(operator.name(), "Autograd", below)
-
-
 def register_vmap(operator: Any, output_heads: tuple[int, ...]) -> None:
-    """Maps an operator over a dimension, see `mapped_over_heads`."""
+    """Register the rule `mapped_over_heads` for an operator without a gradient."""
     names = [argument.name for argument in operator._schema.arguments]
     mapped_state = "state" if operator._schema.is_mutable else None
     function = f"lightning_attention_{_name(operator)}"
-    rule = mapped_over_heads(function, operator, names, output_heads, mapped_state)
+    mapped = mapped_over_heads(function, operator, names, output_heads, mapped_state)
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        refuse_tangents(function, **dict(zip(names, arguments, strict=True)))  # jvp around vmap
+        return mapped(info, in_dims, *arguments)
+
     torch.library.register_vmap(operator.name(), rule)
 
 
 def mapped_over_heads(
     function: str, call: Callable, names: Sequence[str], output_heads: tuple[int, ...], mutated: str | None = None
 ) -> Callable:
-    """A rule of `torch.vmap`: the mapped dimension is folded into the heads, which do not know of each other.
+    """A rule of `torch.vmap`: the mapped dimension is folded into the heads, which are independent.
 
     Args:
         function: the public name, for errors.
@@ -110,7 +102,7 @@ def mapped_over_heads(
             return None, None
         if isinstance(outputs, Tensor):
             return _unfold(outputs, output_heads[0], info.batch_size), 0
-        # The empty tensor in place of None has no heads.
+        # An empty tensor in place of None has no heads.
         pairs = [
             (_unfold(x, heads, info.batch_size), 0) if x.dim() > 1 else (x, None)
             for x, heads in zip(outputs, output_heads, strict=True)
@@ -121,13 +113,13 @@ def mapped_over_heads(
 
 
 def _fold(x: Tensor, dim: int | None, heads: int, size: int) -> Tensor:
-    """The mapped dimension, or `size` times the tensor, joined with the heads."""
+    """Join the mapped dimension with the heads; a tensor that is not mapped is repeated `size` times."""
     x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     return x.movedim(0, heads - 1).flatten(heads - 1, heads)
 
 
 def _unfold(x: Tensor, heads: int, size: int) -> Tensor:
-    """The mapped dimension back, as the first."""
+    """Split the mapped dimension from the heads, as the first dimension."""
     return x.unflatten(heads, (size, x.shape[heads] // size)).movedim(heads - 1, 0)
 
 

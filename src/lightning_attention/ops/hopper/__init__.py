@@ -1,7 +1,4 @@
-"""Kernels for Hopper GPUs (H100, H200), in Gluon, for bfloat16 and heads of 64 and 128.
-
-Decoding uses the portable kernels.
-"""
+"""Kernels for Hopper GPUs (H100, H200), in Gluon, for bfloat16 and heads of 64 and 128: forward and backward."""
 
 from collections.abc import Callable
 from functools import cache
@@ -10,19 +7,19 @@ from importlib.util import find_spec
 
 import torch
 
-from .. import triton as portable
 from ..problem import Problem
 from .config import HEAD_DIMS, MIN_ELEMENTS
+
+supports_cuda_graphs = True
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
     if reasons := _unsupported_device(problem.device):
         return reasons
-    reasons = portable.unsupported_reasons(problem)
     if problem.dtype == torch.float16:
-        reasons = [*reasons, "float16 scores and states could overflow here; the portable kernels scale them"]
+        reasons = ["float16 scores and states could overflow here; the portable kernels scale them"]
     elif problem.dtype != torch.bfloat16:
-        reasons = [*reasons, f"q, k and v must be bfloat16, got {problem.dtype}"]
+        reasons = [f"q, k and v must be bfloat16, got {problem.dtype}"]
     if problem.key_dim not in HEAD_DIMS or problem.value_dim not in HEAD_DIMS:
         sizes = f"K = {problem.key_dim} and V = {problem.value_dim}"
         reasons = [*reasons, f"head sizes must be 64 or 128, got {sizes}"]
@@ -30,21 +27,17 @@ def unsupported_reasons(problem: Problem) -> list[str]:
 
 
 def is_slow(problem: Problem) -> bool:
-    """Whether others are about as fast and cost the host less: forward, where there is little to do."""
+    """True if the portable kernels are preferable: small forward problems, where launch overhead dominates."""
     head_dim = max(problem.key_dim, problem.value_dim)
     elements = problem.batch_size * problem.length * problem.num_heads * head_dim
     return not problem.is_backward and elements < MIN_ELEMENTS[head_dim]
 
 
 def __getattr__(name: str) -> Callable:
-    """The rest of a backend, imported when first called."""
-    if name in ("forward", "backward"):
-        function = getattr(import_module(".launch", __name__), name)
-    elif name in ("prefill", "write_state", "read_state_", "step", "verify", "commit"):
-        function = getattr(portable, name)
-    else:
+    """Import `forward` and `backward` when they are first called: triton need not be installed."""
+    if name not in ("forward", "backward"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = function
+    function = globals()[name] = getattr(import_module(".launch", __name__), name)
     return function
 
 
@@ -64,7 +57,7 @@ def _reasons_of_device(device: torch.device) -> list[str]:
 
 
 def _has_gluon() -> bool:
-    """Whether the installed Triton, of whose Gluon much may change, has what the kernels take from it."""
+    """True if the installed Triton has the parts of Gluon that the kernels import."""
     if find_spec("triton") is None or find_spec("triton.experimental.gluon") is None:
         return False
     try:

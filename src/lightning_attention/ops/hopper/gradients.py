@@ -10,7 +10,8 @@ Of heads of 64 a single warpgroup makes both.
 
 from triton.language import constexpr
 
-from ..triton.parts import decay_over, load_rate
+from ..gpu.primitives import decay_over
+from ..gpu.primitives import load_log_decay as load_rate
 from .parts import (
     ACC,
     BARRIER,

@@ -12,7 +12,8 @@ chunk are stored by rows: TMA would overwrite those of the next sequence, and st
 
 from triton.language import constexpr
 
-from ..triton.parts import decay_over, load_rate
+from ..gpu.primitives import decay_over
+from ..gpu.primitives import load_log_decay as load_rate
 from .parts import (
     ACC,
     BARRIER,

@@ -1,203 +1,232 @@
-"""From tensors to launches: the calls of the portable backend, with the scans of this one."""
+"""Plans of the Hopper kernels, for tensors that `problem.py` has checked."""
 
-from functools import cache, lru_cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..triton import launch as portable
-from ..triton.config import Segments, ceil_div
-from ..triton.replay import with_scratch
+from ..gpu import scans
+from ..gpu.plan import Operand, strides
+from ..gpu.segments import Segments, ceil_div, num_multiprocessors
 from . import config, gradients, kernels, states
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor | None]:
-    boxes = _boxes(q), _boxes(k), _boxes(v)
-    return with_scratch(q.device, portable.forward, *boxes, *rest, scans=_Scans)
+class Scans(scans.Scans):
+    """Each program scans one segment of one head; for V of 128 it has two warpgroups, which share the inputs.
 
-
-def backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    boxes = _boxes(q), _boxes(k), _boxes(v), _boxes(do)
-    return with_scratch(q.device, portable.backward, *boxes, *rest, scans=_Gradients)
-
-
-class _Scans(portable.Scans):
-    """A program for a head; where V is 128, of two warpgroups that share what comes in.
-
-    A kernel may begin before the one launched before it has ended. So nothing that one reads or writes may be freed,
-    and its memory be taken for something else, before all are launched.
+    Forward is one scan. Backward is a scan for dq, and a kernel for dk and dv that starts when all programs of the
+    scan have: it uses what they leave idle.
     """
 
-    is_backward = False
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.planner.needs_alignment = self.planner.needs_scratch = True  # TMA and its descriptors
 
-    def __init__(self, *arguments: Any):
-        self._kept: list[Any] = []
-        super().__init__(*arguments)
-        self.is_accumulated = self.segments.num_intervals > config.MAX_SUMMED
+    @staticmethod
+    def can_read(x: Operand) -> bool:
+        """True for strides of TMA: of 16 bytes, with a contiguous last dimension."""
+        *outer, of_element = x.strides
+        return of_element == 1 and outer[1] < 1 << 24 and all(stride > 0 and stride % 8 == 0 for stride in outer)
+
+    @property
+    def max_summed(self) -> int:
+        return config.MAX_SUMMED
 
     def cut(self) -> Segments:
         return config.segments(
             self.T,
-            self.sequence_length,
+            self.mean_sequence_length,
             self.B * self.H,
             self.K,
             self.V,
-            portable.num_multiprocessors(self.device),
-            _bytes_per_second(self.device),
+            num_multiprocessors(self.planner.device),
+            _bytes_per_second(self.planner.device),
             is_backward=self.is_backward,
         )
 
     @property
-    def sequence_length(self) -> int:
-        """On average."""
+    def mean_sequence_length(self) -> int:
         return ceil_div(self.B * self.T, max(self.N, 1))
 
     @property
-    def has_prefix(self) -> bool:
-        """Whether the second of two segments makes the state before it, without a kernel for it."""
+    def makes_prefix(self) -> bool:
+        """True if the second of two segments makes the state before it, without a kernel for it."""
         return self.segments.count == 2
 
-    def interval_states(self, k: Tensor, v: Tensor, *, reverse: bool = False) -> Tensor | None:
-        return None if self.has_prefix else super().interval_states(k, v, reverse=reverse)
+    def interval_states(self, k: Operand, v: Operand, *, reverse: bool = False) -> Operand | None:
+        if self.segments.count <= 2:
+            return None
+        states, factors = self._added_by_segments(k, v, reverse=reverse)
+        if self.is_accumulated:
+            self.accumulate(states, factors, self.segments, trigger_dependents=self._overlaps)
+        return states
 
-    def _states_of(self, segments: Segments, k: Tensor, v: Tensor, *, reverse: bool) -> tuple[Tensor, Tensor]:
-        found = self.new_states(self.B, segments.num_intervals)
-        factors = torch.empty(found.shape[:3], dtype=found.dtype, device=self.device)
-        if programs := self.B * self.H * segments.num_intervals:
-            self._launch(
-                states.interval_state_kernel,
-                programs,
-                (k, v, self.log_decay, found, factors, self.cu_seqlens),
-                (self.B, *self._sizes()[:-1]),
-                (*k.stride()[:3], *v.stride()[:3]),
-                (self.K, self.V, reverse, config.STATE_STAGES[self.K, self.V]),
-                maxnreg=config.MAX_REGISTERS[self.V],
-                launch_pdl=reverse,
-            )
+    def _added_by_segments(self, k: Operand, v: Operand, *, reverse: bool) -> tuple[Operand, Operand]:
+        """What each segment but the last adds to the state, and the factors on the states before them."""
+        found = self.empty_states(self.B, self.segments.num_intervals)
+        factors = self.planner.empty(*found.shape[:3], dtype=found.dtype)
+        self.planner.launch(
+            states.interval_state_kernel,
+            self.B * self.H * self.segments.num_intervals,
+            self._options(self.V, overlap_previous=reverse),
+            k=k,
+            v=v,
+            log_decay=self.log_decay,
+            interval_states=found,
+            factors=factors,
+            cu_seqlens=self.cu_seqlens,
+            B=self.B,
+            T=self.T,
+            H=self.H,
+            N=self.N,
+            segment_length=self.segments.length,
+            **strides(k=k, v=v),
+            K=self.K,
+            V=self.V,
+            REVERSE=reverse,
+            STAGES=config.STATE_STAGES[self.K, self.V],
+        )
         return found, factors
-
-    def _accumulate(
-        self, segments: Segments, states: Tensor, factors: Tensor, *, early: bool = True, beside: bool = False
-    ) -> None:
-        is_gpu = states.is_cuda
-        self._kept.append((states, factors))
-        super()._accumulate(segments, states, factors, early=early and is_gpu, beside=beside and is_gpu)
 
     def scan(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        initial_state: Tensor | None,
-        interval_states: Tensor | None,
-        final_state: Tensor | None = None,
-        kept: tuple[Tensor, Tensor] | None = None,
+        q: Operand,
+        k: Operand,
+        v: Operand,
+        initial_state: Operand | None,
+        interval_states: Operand | None,
+        final_state: Operand | None = None,
         *,
         reverse: bool = False,
         transposed: bool = False,
-        beside: bool = False,
-    ) -> Tensor:
-        assert kept is None
-        o = torch.empty_like(v, memory_format=torch.contiguous_format)
+        overlap_previous: bool = False,
+    ) -> Operand:
+        """See the base class; with `overlap_previous` the scan starts before the previous kernel has ended."""
+        o = self.planner.empty(*v.shape, dtype=v.dtype)
         K, V = q.shape[3], v.shape[3]
-        if programs := self.B * self.H * self.segments.count:
-            self._launch(
-                kernels.scan_kernel,
-                programs,
-                (q, k, v, o, self.log_decay, initial_state, interval_states, final_state, self.cu_seqlens),
-                (self.scale_of(reverse), self.B, *self._sizes()),
-                (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-                (K, V, reverse, transposed, self.has_prefix, beside, config.SCAN_STAGES[K, V]),
-                maxnreg=config.MAX_REGISTERS[V],
-                launch_pdl=beside or interval_states is not None,
-            )
+        self.planner.launch(
+            kernels.scan_kernel,
+            self.B * self.H * self.segments.count,
+            self._options(V, overlap_previous=overlap_previous or interval_states is not None),
+            q=q,
+            k=k,
+            v=v,
+            o=o,
+            log_decay=self.log_decay,
+            initial_state=initial_state,
+            interval_states=interval_states,
+            final_state=final_state,
+            cu_seqlens=self.cu_seqlens,
+            scale=self.scale_of(reverse=reverse),
+            B=self.B,
+            T=self.T,
+            H=self.H,
+            N=self.N,
+            segment_length=self.segments.length,
+            summed=self.summed_tokens,
+            **strides(q=q, k=k, v=v),
+            K=K,
+            V=V,
+            REVERSE=reverse,
+            TRANSPOSED_STATES=transposed,
+            PREFIX=self.makes_prefix,
+            BESIDE=overlap_previous,
+            STAGES=config.SCAN_STAGES[K, V],
+        )
         return o
-
-    def _sizes(self) -> tuple[int, ...]:
-        length = self.segments.length
-        return self.T, self.H, self.N, length, length if self.is_accumulated else self.T
-
-    def _launch(self, kernel: Any, programs: int, tensors: tuple[Any, ...], *rest: Any, **options: Any) -> None:
-        self._kept.append(tensors)
-        portable.launch(kernel, programs, tensors, *rest, num_warps=4, **options)
-
-
-class _Gradients(_Scans):
-    """The kernels of dk and dv begin when all programs of that of dq have, and what one leaves idle the others use."""
-
-    is_backward = True
 
     def gradients(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        do: Tensor,
-        initial_state: Tensor | None,
-        d_final_state: Tensor | None,
-        d_initial_state: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        states, d_states = self._states_of_both(q, k, v, do) if self.segments.count > 2 else (None, None)
-        dq = self.scan(do, v, k, initial_state, states, transposed=True)
+        q: Operand,
+        k: Operand,
+        v: Operand,
+        do: Operand,
+        initial_state: Operand | None,
+        d_final_state: Operand | None,
+        d_initial_state: Operand | None,
+    ) -> tuple[Operand, Operand, Operand]:
+        before, after = self._states_of_both_directions(q, k, v, do) if self.segments.count > 2 else (None, None)
+        dq = self.scan(do, v, k, initial_state, before, transposed=True)
         if self.K == self.V:
-            dk, dv = self._key_value_gradients(q, k, v, do, d_final_state, d_states, d_initial_state)
+            dk, dv = self._key_value_gradients(q, k, v, do, d_final_state, after, d_initial_state)
         else:
-            dk = self.scan(v, do, q, d_final_state, d_states, reverse=True, transposed=True, beside=True)
-            dv = self.scan(k, q, do, d_final_state, d_states, d_initial_state, reverse=True, beside=True)
+            in_reverse = partial(self.scan, reverse=True, overlap_previous=True)
+            dk = in_reverse(v, do, q, d_final_state, after, transposed=True)
+            dv = in_reverse(k, q, do, d_final_state, after, d_initial_state)
         return dq, dk, dv
 
-    def _states_of_both(self, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, Tensor]:
-        """Of segments, for dq and, in reverse, for dk and dv."""
-        states, factors = self._states_of(self.segments, k, v, reverse=False)
-        d_states, d_factors = self._states_of(self.segments, q, do, reverse=True)
+    def _states_of_both_directions(self, q: Operand, k: Operand, v: Operand, do: Operand) -> tuple[Operand, Operand]:
+        """Interval states for dq, and in reverse for dk and dv."""
+        before, factors = self._added_by_segments(k, v, reverse=False)
+        after, d_factors = self._added_by_segments(q, do, reverse=True)
         if self.is_accumulated:
-            self._accumulate(self.segments, states, factors)
-            self._accumulate(self.segments, d_states, d_factors, beside=True)
-        return states, d_states
+            overlaps = self._overlaps
+            self.accumulate(before, factors, self.segments, trigger_dependents=overlaps)
+            self.accumulate(after, d_factors, self.segments, trigger_dependents=overlaps, overlap_previous=overlaps)
+        return before, after
 
     def _key_value_gradients(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        do: Tensor,
-        d_final_state: Tensor | None,
-        interval_states: Tensor | None,
-        d_initial_state: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        dk = torch.empty_like(k, memory_format=torch.contiguous_format)
-        dv = torch.empty_like(v, memory_format=torch.contiguous_format)
-        results = d_final_state, interval_states, d_initial_state
-        if programs := self.B * self.H * self.segments.count:
-            self._launch(
-                gradients.gradient_kernel,
-                programs,
-                (q, k, v, do, dk, dv, self.log_decay, *results, self.cu_seqlens),
-                (self.scale_of(reverse=True), self.B, *self._sizes()),
-                (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3]),
-                (self.K, self.has_prefix, config.GRADIENT_STAGES[self.K]),
-                maxnreg=config.MAX_REGISTERS[self.V],
-                launch_pdl=True,
-            )
+        q: Operand,
+        k: Operand,
+        v: Operand,
+        do: Operand,
+        d_final_state: Operand | None,
+        interval_states: Operand | None,
+        d_initial_state: Operand | None,
+    ) -> tuple[Operand, Operand]:
+        dk, dv = self.planner.empty(*k.shape, dtype=k.dtype), self.planner.empty(*v.shape, dtype=v.dtype)
+        self.planner.launch(
+            gradients.gradient_kernel,
+            self.B * self.H * self.segments.count,
+            self._options(self.V, overlap_previous=True),
+            q=q,
+            k=k,
+            v=v,
+            do=do,
+            dk=dk,
+            dv=dv,
+            log_decay=self.log_decay,
+            d_final_state=d_final_state,
+            interval_states=interval_states,
+            d_initial_state=d_initial_state,
+            cu_seqlens=self.cu_seqlens,
+            scale=self.scale_of(reverse=True),
+            B=self.B,
+            T=self.T,
+            H=self.H,
+            N=self.N,
+            segment_length=self.segments.length,
+            summed=self.summed_tokens,
+            **strides(q=q, k=k, v=v, do=do),
+            D=self.K,
+            PREFIX=self.makes_prefix,
+            STAGES=config.GRADIENT_STAGES[self.K],
+        )
         return dk, dv
+
+    @property
+    def _overlaps(self) -> bool:
+        """False where the kernels are emulated on a CPU."""
+        return self.planner.device.type == "cuda"
+
+    @staticmethod
+    def _options(V: int, *, overlap_previous: bool) -> dict[str, Any]:
+        return {"num_warps": 4, "maxnreg": config.MAX_REGISTERS[V], "launch_pdl": overlap_previous}
+
+
+def forward(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    return scans.forward(Scans, *arguments)
+
+
+def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    return scans.backward(Scans, *arguments)
 
 
 @cache
 def _bytes_per_second(device: torch.device) -> float:
-    """What a copy gets of the memory's bandwidth, both edges of its clock; an H200's if nobody knows it."""
+    """Bandwidth of a copy, reads and writes together, from the clock of the memory; an H200's if it is not known."""
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     kilohertz = getattr(properties, "memory_clock_rate", 0)
     return 0.86 * 2 * kilohertz * 1e3 * getattr(properties, "memory_bus_width", 0) / 8 or 4.2e12
-
-
-def _boxes(x: Tensor) -> Tensor:
-    """As TMA reads it, aligned to 16 bytes; anything else is copied."""
-    is_aligned = x.data_ptr() % 16 == 0 and _are_aligned(x.stride())
-    return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
-
-
-@lru_cache(4096)
-def _are_aligned(strides: tuple[int, ...]) -> bool:
-    *outer, of_element = strides
-    return of_element == 1 and all(stride > 0 and stride % 8 == 0 for stride in outer)

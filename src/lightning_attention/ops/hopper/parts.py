@@ -11,7 +11,10 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.language import constexpr
 from triton.language.extra import cuda
 
-from ..triton.parts import decay_over, load_rate, reach_of, sequence_of, sequences_in
+from ..gpu.primitives import decay_over, sequences_in
+from ..gpu.primitives import load_log_decay as load_rate
+from ..gpu.primitives import memory_length as reach_of
+from ..gpu.primitives import sequence_bounds as sequence_of
 from . import config
 
 # A type checker knows nothing of what a compiler does with these.

@@ -2,7 +2,8 @@
 
 from triton.language import constexpr
 
-from ..triton.parts import interval_bounds, load_rate
+from ..gpu.primitives import interval_bounds
+from ..gpu.primitives import load_log_decay as load_rate
 from .parts import (
     ACC,
     BARRIER,

@@ -10,6 +10,8 @@ import torch
 from ..problem import Problem
 from .config import MAX_HEAD_DIM, MAX_TREE
 
+supports_cuda_graphs = True
+
 
 def unsupported_reasons(problem: Problem) -> list[str]:
     reasons = _unsupported_device(problem.device)
@@ -25,24 +27,20 @@ def unsupported_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
+def is_slow(problem: Problem) -> bool:
+    return False
+
+
 def __getattr__(name: str) -> Callable:
-    """The rest of a backend, imported when first called: Triton is not installed everywhere, and takes its time."""
-    of_sequences = ("forward", "prefill", "backward", "write_state", "read_state_")
-    if name not in (*of_sequences, "step", "verify", "commit", "record"):
+    """Import the other functions of a backend when they are first called: triton need not be installed."""
+    if name in ("forward", "prefill", "backward", "write_state", "read_state_"):
+        module = ".launch"
+    elif name in ("step", "verify", "commit"):
+        module = ".decoding"
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = ".replay" if name == "record" else ".launch"
     function = globals()[name] = getattr(import_module(module, __name__), name)
     return function
-
-
-def runs_on(device: torch.device) -> bool:
-    return not _reasons_of_device(device)
-
-
-def product_precision(dtype: torch.dtype) -> str:
-    """Of products, which for float32 is that of PyTorch's own on a GPU, however it was set."""
-    is_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if is_tf32 else "ieee"
 
 
 @torch.compiler.assume_constant_result

@@ -1,12 +1,176 @@
-"""The kernels of decoding, in Triton: tokens that are there to stay, and drafts that may not be.
+"""Decoding in Triton: one or a few tokens of every sequence, and the drafts of speculative decoding.
 
-A program takes one row and head, and BV columns of the state, which it reads once. Names as in kernels.py; here C is
-the number of drafts, rounded up.
+A program takes one head of a batch row, and BV columns of its state, which it reads once. Names as in kernels.py;
+here C is the number of drafts, rounded up.
 """
 
 import triton.language as tl
+from torch import Tensor
 
-from .parts import decay_over, jit, load_rate, program_ids
+from ..gpu.plan import Operand, Planner, run, strides
+from ..gpu.primitives import decay_over, jit, load_log_decay, program_ids
+from ..gpu.segments import ceil_div
+from .config import MAX_TREE, step_tiles, verify_tiles
+from .launch import Scans, forward
+
+
+def step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    state_indices: Tensor | None,
+    scale: float,
+) -> Tensor:
+    (o,) = run(_plan_step, (q, k, v, log_decay, state, state_indices), scale)
+    return o
+
+
+def _plan_step(
+    planner: Planner,
+    q: Operand,
+    k: Operand,
+    v: Operand,
+    log_decay: Operand | None,
+    state: Operand,
+    state_indices: Operand | None,
+    scale: float,
+) -> tuple[Operand]:
+    o = planner.empty(*v.shape, dtype=v.dtype)
+    _advance(planner, q, k, v, o, log_decay, state, None, None, state_indices, scale)
+    return (o,)
+
+
+def commit(
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    last: Tensor,
+    parents: Tensor | None,
+    state_indices: Tensor | None,
+) -> None:
+    run(_plan_commit, (k, v, log_decay, state, last, parents, state_indices))
+
+
+def _plan_commit(
+    planner: Planner,
+    k: Operand,
+    v: Operand,
+    log_decay: Operand | None,
+    state: Operand,
+    last: Operand,
+    parents: Operand | None,
+    state_indices: Operand | None,
+) -> tuple[()]:
+    _advance(planner, k, k, v, None, log_decay, state, last, parents, state_indices, 1.0)
+    return ()
+
+
+def _advance(
+    planner: Planner,
+    q: Operand,
+    k: Operand,
+    v: Operand,
+    o: Operand | None,
+    log_decay: Operand | None,
+    state: Operand,
+    last: Operand | None,
+    parents: Operand | None,
+    state_indices: Operand | None,
+    scale: float,
+) -> None:
+    """Launch the kernel that decodes token after token; without `o`, only those on the path to `last`."""
+    q, k, v = Scans.readable(planner, q, k, v)
+    (B, *tokens, H, K), V = k.shape, v.shape[-1]
+    BK, BV = step_tiles(K, V)
+    planner.launch(
+        step_kernel,
+        ceil_div(V, BV) * H * B if 0 not in v.shape else 0,
+        {"num_warps": 4},
+        q=q,
+        k=k,
+        v=v,
+        o=o,
+        log_decay=planner.contiguous(log_decay),
+        state=state,
+        last=planner.contiguous(last),
+        parents=planner.contiguous(parents),
+        state_indices=planner.contiguous(state_indices),
+        scale=scale,
+        T=tokens[0] if tokens else 1,
+        H=H,
+        **strides(q=q, k=k, v=v),
+        **_state_strides(state),
+        K=K,
+        V=V,
+        BK=BK,
+        BV=BV,
+    )
+
+
+def verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    parents: Tensor | None,
+    state_indices: Tensor | None,
+    scale: float,
+) -> Tensor:
+    if q.shape[1] > MAX_TREE:  # a chain
+        states = (state if state_indices is None else state[state_indices.clamp_min(0)]).float()
+        o, _ = forward(q, k, v, log_decay, states, None, scale, False)
+        return o if state_indices is None else o.masked_fill_((state_indices < 0)[:, None, None, None], 0)
+    (o,) = run(_plan_verify, (q, k, v, log_decay, state, parents, state_indices), scale)
+    return o
+
+
+def _plan_verify(
+    planner: Planner,
+    q: Operand,
+    k: Operand,
+    v: Operand,
+    log_decay: Operand | None,
+    state: Operand,
+    parents: Operand | None,
+    state_indices: Operand | None,
+    scale: float,
+) -> tuple[Operand]:
+    q, k, v = Scans.readable(planner, q, k, v)
+    (B, T, H, K), V = q.shape, v.shape[3]
+    o = planner.empty(*v.shape, dtype=v.dtype)
+    C, BK, BV, num_warps = verify_tiles(K, V, max(T, 1))
+    planner.launch(
+        verify_kernel,
+        ceil_div(V, BV) * H * B if T else 0,
+        {"num_warps": num_warps},
+        q=q,
+        k=k,
+        v=v,
+        o=o,
+        log_decay=planner.contiguous(log_decay),
+        state=state,
+        parents=planner.contiguous(parents),
+        state_indices=planner.contiguous(state_indices),
+        scale=scale,
+        T=T,
+        H=H,
+        **strides(q=q, k=k, v=v),
+        **_state_strides(state),
+        K=K,
+        V=V,
+        C=C,
+        BK=BK,
+        BV=BV,
+    )
+    return (o,)
+
+
+def _state_strides(state: Operand) -> dict[str, int]:
+    return {f"stride_s{dim}": stride for dim, stride in zip("nhkv", state.strides, strict=True)}
 
 
 @jit(do_not_specialize=["scale", "T", "H"])
@@ -41,7 +205,7 @@ def step_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Token after token: `S ← λ S + k vᵀ`, `o = scale Sᵀ q`. Without q and o, only those that lead to `last`."""
+    """Token after token: `S ← λ S + k vᵀ`, `o = scale Sᵀ q`. With `last`, only tokens on the path to that draft."""
     i_v, i_h, _, i_b = program_ids(H, 1, V, BV)
     i_n = _slot(state_indices, i_b)
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
@@ -61,7 +225,7 @@ def step_kernel(
             i_last = tl.load(last + i_b).to(tl.int32)
             if parents is not None:
                 path = _path(parents + i_b * T, tl.minimum(i_last, T - 1))
-        b_decay = decay_over(load_rate(log_decay, i_h), 1)
+        b_decay = decay_over(load_log_decay(log_decay, i_h), 1)
         p_S = state + i_n * stride_sn + i_h * stride_sh
         p_S += o_k[:, None].to(tl.int64) * stride_sk + o_v[None, :].to(tl.int64) * stride_sv
         m_S = m_k[:, None] & m_v[None, :]
@@ -71,7 +235,7 @@ def step_kernel(
             b_v = tl.load(v + o_v, mask=m_v, other=0.0).to(tl.float32)
             k += stride_kt
             v += stride_vt
-            # Said outright, so that every variant of this kernel rounds alike.
+            # An explicit FMA: every variant of this kernel rounds alike.
             b_after = tl.fma(b_S, b_decay, b_k[:, None] * b_v[None, :])
             if last is None:
                 b_S = b_after
@@ -120,7 +284,7 @@ def verify_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """`o_i = scale (λ^d_i q_i S + Σ_j λ^(d_i-d_j) (q_i k_j) v_j)` over the path of draft i, which is its d_i-th."""
+    """`o_i = scale (λ^d_i q_i S + Σ_j λ^(d_i-d_j) (q_i k_j) v_j)` over the path of draft i, whose depth is d_i."""
     i_v, i_h, _, i_b = program_ids(H, 1, V, BV)
     i_n = _slot(state_indices, i_b)
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
@@ -141,11 +305,11 @@ def verify_kernel(
         b_S = tl.load(p_S, mask=m_k[:, None] & m_v[None, :], other=0.0).to(tl.float32)  # [BK, BV]
 
         b_path, b_depth = _paths(parents, i_b, T, C)
-        b_rate = load_rate(log_decay, i_h)
+        b_log_decay = load_log_decay(log_decay, i_h)
         is_on_path = (b_path[:, None] >> o_c[None, :].to(tl.int64)) & 1 != 0  # draft i, in rows, after j, in columns
-        b_between = tl.where(is_on_path, decay_over(b_rate, b_depth[:, None] - b_depth[None, :]), 0.0)
+        b_between = tl.where(is_on_path, decay_over(b_log_decay, b_depth[:, None] - b_depth[None, :]), 0.0)
         b_A = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_between  # [C, C]
-        b_o = tl.dot(b_q.to(tl.float32), b_S, input_precision="ieee") * decay_over(b_rate, b_depth)[:, None]
+        b_o = tl.dot(b_q.to(tl.float32), b_S, input_precision="ieee") * decay_over(b_log_decay, b_depth)[:, None]
         b_o = tl.dot(b_A, b_v.to(tl.float32), b_o, input_precision="ieee") * scale
         tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_o)
 
@@ -157,7 +321,7 @@ def _slot(state_indices, i_b):
 
 @jit
 def _path(p_parents, i):
-    """Draft i < T and its ancestors, as bits. Whatever the parents are, the way ends and stays within bounds."""
+    """Bits of draft i < T and its ancestors. Invalid parents end the path too, within bounds."""
     path = tl.zeros([], tl.int64)
     while i >= 0:
         path |= tl.full([], 1, tl.int64) << i
@@ -167,7 +331,7 @@ def _path(p_parents, i):
 
 @jit
 def _paths(parents, i_b, T, C: tl.constexpr):
-    """The same for every draft at once, and how many there are on its path."""
+    """Bits of the path of every draft, and its depth."""
     o_c = tl.arange(0, C)
     b_path = tl.full([C], 1, tl.int64) << o_c.to(tl.int64)
     if parents is None:

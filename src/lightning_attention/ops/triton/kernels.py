@@ -1,31 +1,32 @@
-"""The kernels of sequences, in Triton: one scan for outputs and all gradients, and states between their pieces.
+"""Kernels of sequences, in Triton: a scan for outputs and all gradients, and the states that segments start from.
 
 Every scan keeps the transposed state `Sᵀ` `[BV, BK]` in registers, where it is the left operand of `Sᵀ Qᵀ` without a
-trip through shared memory. Chunks are cut off where their sequence ends: nothing outside it is read.
+trip through shared memory. Chunks end where their sequence ends: nothing outside it is read.
 
-Names: `i_` index, `o_` offsets, `p_` pointer to the current chunk, `b_` block, `m_` mask. B rows, T tokens, H heads,
-N sequences, K and V head sizes, C tokens in a chunk, BK and BV tile sizes; BK covers K.
+Names: `i_` index, `o_` offsets, `p_` pointer to the current chunk, `b_` block, `m_` mask. B batch rows, T tokens, H
+heads, N sequences, K and V head sizes, C tokens of a chunk, BK and BV tile sizes; BK covers K.
 """
 
 import triton.language as tl
-from triton.language.extra import cuda
 
-from .parts import (
-    add_chunk,
-    backwards,
+from ..gpu.primitives import (
     decay_over,
     interval_bounds,
     jit,
-    load_rate,
-    load_rows,
+    load_log_decay,
+    memory_length,
+    program_ids,
+    sequence_bounds,
+    sequences_in,
+)
+from .parts import (
+    add_chunk,
+    backwards,
     load_state,
+    load_tokens,
     next_stop,
     positions_in,
-    program_ids,
-    reach_of,
     scale_to_float16,
-    sequence_of,
-    sequences_in,
     store_state,
 )
 
@@ -70,11 +71,11 @@ def scan_kernel(
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """`o = scale (λ^(i+1) q S + ((q kᵀ) ⊙ λ^(i-j)) v)` for one segment of one row and head, and BV of the columns.
+    """`o = scale (λ^(i+1) q S + ((q kᵀ) ⊙ λ^(i-j)) v)` for one segment of one head, and BV columns.
 
-    It starts from what the intervals among the last `summed` tokens add to the state. In reverse, time runs backwards
-    and the state decays after it is read rather than before. A segment may hold any number of packed sequences, and
-    parts of them. Forwards, the states after `state_positions` tokens are kept too.
+    The scan starts from the sum of the interval states among the last `summed` tokens. In reverse, time runs backwards
+    and the state decays after it is read, not before. A segment may hold any number of packed sequences, and parts of
+    them. Forwards, the states after `state_positions` tokens are stored too.
     """
     num_segments = tl.maximum(1, tl.cdiv(T, segment_length))
     i_v, i_h, i_s, i_b = program_ids(H, num_segments, V, BV)
@@ -90,11 +91,11 @@ def scan_kernel(
         o, stride_ot = backwards(o, stride_ot, T)
 
     dtype: tl.constexpr = q.dtype.element_ty
-    rate = load_rate(log_decay, i_h)
+    log_decay_h = load_log_decay(log_decay, i_h)
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     distance = o_c[None, :] - o_c[:, None]  # from key j, in rows, to query i, in columns
-    b_inside = tl.where(distance >= 0, decay_over(rate, distance) * scale, 0.0)  # [C, C]
-    b_read = decay_over(rate, o_c + 1 - REVERSE)
+    b_inside = tl.where(distance >= 0, decay_over(log_decay_h, distance) * scale, 0.0)  # [C, C]
+    b_read = decay_over(log_decay_h, o_c + 1 - REVERSE)
     state_scale = 1.0 / scale if REVERSE else 1.0
 
     first = i_s * segment_length
@@ -104,21 +105,23 @@ def scan_kernel(
     else:
         n_first, n_last = sequences_in(cu_seqlens, first, last, N, T, REVERSE)
     for n in range(n_first, n_last):
-        start, end, i_n = sequence_of(cu_seqlens, n, N, T, REVERSE)
+        start, end, i_n = sequence_bounds(cu_seqlens, n, N, T, REVERSE)
         lo, hi = tl.maximum(start, first), tl.minimum(end, last)
 
         b_S = tl.zeros([BV, BK], tl.float32)
         if interval_states is not None:
             num_intervals = (num_segments - 1) * (segment_length // interval)
-            reach = tl.minimum(reach_of(rate, T, dtype == tl.float32), summed)
-            for i in range(tl.maximum(start, first - reach) // interval, first // interval):
+            remembered = tl.minimum(memory_length(log_decay_h, T, dtype == tl.float32), summed)
+            for i in range(tl.maximum(start, first - remembered) // interval, first // interval):
                 p_S = interval_states + ((i_b * num_intervals + i) * H + i_h) * (K * V)
-                b_S = b_S * decay_over(rate, interval) + load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES)
+                b_S = b_S * decay_over(log_decay_h, interval) + load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES)
         if initial_state is not None:
             p_S = initial_state + (i_n * H + i_h) * (K * V)
-            b_S += load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES) * (decay_over(rate, lo - start) * state_scale)
+            b_S += load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES) * (
+                decay_over(log_decay_h, lo - start) * state_scale
+            )
 
-        # A single piece, unless states are to be kept on the way.
+        # A single part, unless states are to be stored on the way.
         m_first, m_last = 0, 0
         if states is not None:
             m_first, m_last = positions_in(state_positions, lo, hi, M)
@@ -132,12 +135,12 @@ def scan_kernel(
             p_o = o + lo.to(tl.int64) * stride_ot
             for t in tl.range(lo, stop, C, num_stages=NUM_STAGES):
                 m_c = o_c < stop - t
-                b_q = load_rows(p_q, stride_qt, o_c, o_k, m_c, K, BK)  # [C, BK]
-                b_k = load_rows(p_k, stride_kt, o_c, o_k, m_c, K, BK)  # [C, BK]
-                b_v = load_rows(p_v, stride_vt, o_c, o_v, m_c, V, BV)  # [C, BV]
+                b_q = load_tokens(p_q, stride_qt, o_c, o_k, m_c, K, BK)  # [C, BK]
+                b_k = load_tokens(p_k, stride_kt, o_c, o_k, m_c, K, BK)  # [C, BK]
+                b_v = load_tokens(p_v, stride_vt, o_c, o_v, m_c, V, BV)  # [C, BV]
 
                 b_A = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * b_inside  # [C, C]
-                if dtype == tl.float16:  # whose range states and scores may leave where outputs do not
+                if dtype == tl.float16:  # states and scores may leave its range where outputs do not
                     b_scaled, b_unit = scale_to_float16(b_S, 1)
                     b_o = tl.dot(b_scaled, tl.trans(b_q)) * b_read[None, :] * (b_unit * scale)  # [BV, C]
                     b_scaled, b_unit = scale_to_float16(b_A, 0)
@@ -145,7 +148,7 @@ def scan_kernel(
                 else:
                     b_o = tl.dot(b_S.to(dtype), tl.trans(b_q), input_precision=PRECISION) * (b_read * scale)[None, :]
                     b_o = tl.dot(tl.trans(b_v), b_A.to(dtype), b_o, input_precision=PRECISION)
-                b_S = add_chunk(b_S, b_k, b_v, rate, tl.minimum(C, stop - t), o_c, REVERSE, PRECISION)
+                b_S = add_chunk(b_S, b_k, b_v, log_decay_h, tl.minimum(C, stop - t), o_c, REVERSE, PRECISION)
 
                 m_o = m_c[:, None] & (o_v < V)[None, :]
                 tl.store(p_o + o_c[:, None] * stride_ot + o_v[None, :], tl.trans(b_o).to(dtype), mask=m_o)
@@ -192,10 +195,10 @@ def interval_state_kernel(
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """What an interval adds to the state of the sequence that goes on after it: `Σ_j λ^(end-1-j) k_j v_jᵀ`.
+    """What an interval adds to the state of the sequence that continues after it: `Σ_j λ^(end-1-j) k_j v_jᵀ`.
 
-    Of the state before the interval a factor is left, 0 where that sequence begins later. Only tokens that are not
-    forgotten when the next segment starts are read: few, where the head decays.
+    The factor on the state before the interval is its decay, or 0 if that sequence begins later. Tokens that are
+    negligible when the next segment starts are not read.
     """
     i_v, i_h, i_i, i_b = program_ids(H, num_intervals, V, BV)
     k += i_b * stride_kb + i_h * stride_kh
@@ -204,67 +207,27 @@ def interval_state_kernel(
         k, stride_kt = backwards(k, stride_kt, T)
         v, stride_vt = backwards(v, stride_vt, T)
 
-    rate = load_rate(log_decay, i_h)
+    log_decay_h = load_log_decay(log_decay, i_h)
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     is_float32: tl.constexpr = k.dtype.element_ty == tl.float32
-    lo, hi, factor = interval_bounds(i_i, rate, cu_seqlens, N, T, segment_length, interval, REVERSE, is_float32)
+    lo, hi, factor = interval_bounds(i_i, log_decay_h, cu_seqlens, N, T, segment_length, interval, REVERSE, is_float32)
 
     b_S = tl.zeros([BV, BK], tl.float32)
     p_k = k + lo.to(tl.int64) * stride_kt
     p_v = v + lo.to(tl.int64) * stride_vt
     for t in tl.range(lo, hi, C, num_stages=NUM_STAGES):
         m_c = o_c < hi - t
-        b_k = load_rows(p_k, stride_kt, o_c, o_k, m_c, K, BK)  # [C, BK]
-        b_v = load_rows(p_v, stride_vt, o_c, o_v, m_c, V, BV)  # [C, BV]
-        b_S = add_chunk(b_S, b_k, b_v, rate, tl.minimum(C, hi - t), o_c, REVERSE, PRECISION)
+        b_k = load_tokens(p_k, stride_kt, o_c, o_k, m_c, K, BK)  # [C, BK]
+        b_v = load_tokens(p_v, stride_vt, o_c, o_v, m_c, V, BV)  # [C, BV]
+        b_S = add_chunk(b_S, b_k, b_v, log_decay_h, tl.minimum(C, hi - t), o_c, REVERSE, PRECISION)
         p_k += C * stride_kt
         p_v += C * stride_vt
     i_state = (i_b * num_intervals + i_i) * H + i_h
-    tl.store(factors + i_state, factor)  # every tile of V the same
+    tl.store(factors + i_state, factor)  # all tiles of V write the same value
     store_state(interval_states + i_state * (K * V), b_S, o_k, o_v, True, K, V, False)
 
 
-@jit(do_not_specialize=["H", "num_intervals", "interval"])
-def accumulate_kernel(
-    interval_states,
-    factors,
-    log_decay,
-    H,
-    num_intervals,
-    interval,
-    SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    IN_FLOAT32: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-    LET_NEXT_BEGIN: tl.constexpr,
-    BESIDE: tl.constexpr,
-):
-    """From what every interval of a row adds to the state, in its place, the state after it.
-
-    Where a head remembers no more than an interval, that is the same; only the last one may be shorter. On Hopper GPUs
-    it may let the next kernel begin, and run BESIDE the kernel launched before it, and end after it.
-    """
-    if LET_NEXT_BEGIN:
-        cuda.gdc_launch_dependents()
-    i_x, i_h, _, i_b = program_ids(H, 1, SIZE, BLOCK)
-    begin = 0
-    if reach_of(load_rate(log_decay, i_h), interval + 1, IN_FLOAT32) <= interval:
-        begin = tl.maximum(num_intervals - 2, 0)
-    o_x = i_x * BLOCK + tl.arange(0, BLOCK)
-    p_S = interval_states + ((i_b * num_intervals + begin) * H + i_h) * SIZE + o_x
-    p_factor = factors + i_b * num_intervals * H + i_h
-    b_S = tl.zeros([BLOCK], tl.float32)
-    for i in tl.range(begin, num_intervals, num_stages=NUM_STAGES):
-        factor = tl.load(p_factor + i * H)
-        b_added = tl.load(p_S, mask=o_x < SIZE)
-        b_S = b_added + tl.where(factor > 0, factor * b_S, 0.0)
-        tl.store(p_S, b_S, mask=o_x < SIZE)
-        p_S += H.to(tl.int64) * SIZE
-    if BESIDE:
-        cuda.gdc_wait()
-
-
-@jit(do_not_specialize=["T", "H", "piece_length"])
+@jit(do_not_specialize=["T", "H", "tokens_per_program"])
 def read_kernel(
     q,
     o,
@@ -272,7 +235,7 @@ def read_kernel(
     state,
     T,
     H,
-    piece_length,
+    tokens_per_program,
     stride_qb,
     stride_qt,
     stride_qh,
@@ -289,38 +252,38 @@ def read_kernel(
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """`o = λ^(i+1) q S`, added to what is there or in its place, for one piece of one row and head, and BV columns.
+    """`o = λ^(i+1) q S`, or with ADD `o += ...`, for `tokens_per_program` tokens of one head, and BV columns.
 
-    In reverse it is `λ^(T-1-i)`. Tokens whose weight is 0 in float32 are not read, nor added to.
+    In reverse the weight is `λ^(T-1-i)`. Tokens whose weight is 0 in float32 are not read, and with ADD not written.
     """
-    i_v, i_h, i_p, i_b = program_ids(H, tl.cdiv(T, piece_length), V, BV)
+    i_v, i_h, i_p, i_b = program_ids(H, tl.cdiv(T, tokens_per_program), V, BV)
     q += i_b * stride_qb + i_h * stride_qh
     o += i_b * stride_ob + i_h * stride_oh
 
     dtype: tl.constexpr = q.dtype.element_ty
-    rate = load_rate(log_decay, i_h)
+    log_decay_h = load_log_decay(log_decay, i_h)
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     b_S = load_state(state + (i_b * H + i_h) * (K * V), o_k, o_v, K, V, False)  # [BV, BK]
     if dtype == tl.float16:
         b_operand, b_unit = scale_to_float16(b_S, 1)
     else:
         b_operand = b_S.to(dtype)
-    lo = i_p * piece_length
-    hi = tl.minimum(lo + piece_length, T)
+    lo = i_p * tokens_per_program
+    hi = tl.minimum(lo + tokens_per_program, T)
     p_q = q + lo.to(tl.int64) * stride_qt
     p_o = o + lo.to(tl.int64) * stride_ot
     for t in tl.range(lo, hi, C, num_stages=NUM_STAGES):
         m_c = o_c < hi - t
-        b_read = decay_over(rate, T - 1 - t - o_c if REVERSE else t + 1 + o_c)
+        b_read = decay_over(log_decay_h, T - 1 - t - o_c if REVERSE else t + 1 + o_c)
         m_q = m_c & (b_read > 0.0)
-        b_q = load_rows(p_q, stride_qt, o_c, o_k, m_q, K, BK)  # [C, BK]
+        b_q = load_tokens(p_q, stride_qt, o_c, o_k, m_q, K, BK)  # [C, BK]
         b_o = tl.dot(b_operand, tl.trans(b_q), input_precision=PRECISION) * b_read[None, :]  # [BV, C]
         if dtype == tl.float16:
             b_o *= b_unit
         b_o = tl.trans(b_o)
         if ADD:
             m_c = m_q
-            b_o += load_rows(p_o, stride_ot, o_c, o_v, m_c, V, BV)
+            b_o += load_tokens(p_o, stride_ot, o_c, o_v, m_c, V, BV)
         tl.store(p_o + o_c[:, None] * stride_ot + o_v[None, :], b_o.to(dtype), mask=m_c[:, None] & (o_v < V)[None, :])
         p_q += C * stride_qt
         p_o += C * stride_ot

@@ -1,0 +1,292 @@
+"""Plans: launches prepared once for inputs of given metadata, run again with other tensors."""
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from oracle import INTERPRETED, Case, device_of, make_inputs
+from torch import Tensor
+
+triton = pytest.importorskip("triton", "3.6")
+
+from ops.gluon_emulator import emulated  # noqa: E402
+
+from lightning_attention import lightning_attention, lightning_attention_step  # noqa: E402
+from lightning_attention.ops.backends import BACKENDS  # noqa: E402
+from lightning_attention.ops.gpu import accumulate, plan  # noqa: E402
+from lightning_attention.ops.gpu.segments import Segments, ceil_div  # noqa: E402
+from lightning_attention.ops.hopper import config as hopper_config  # noqa: E402
+from lightning_attention.ops.hopper import gradients, states  # noqa: E402
+from lightning_attention.ops.hopper import kernels as hopper_kernels  # noqa: E402
+from lightning_attention.ops.hopper import launch as hopper_launch  # noqa: E402
+from lightning_attention.ops.triton import config, decoding, kernels  # noqa: E402
+
+pytestmark = pytest.mark.triton
+on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+
+
+class Compiled:
+    """Code of a kernel that runs on a CPU: it takes addresses in place of the tensors that it was compiled for."""
+
+    def __init__(self, kernel: Any, arguments: tuple, options: dict[str, Any]):
+        self.kernel, self.options = kernel, options
+        self.arguments = [without_memory(x) if isinstance(x, Tensor) else x for x in arguments]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(*given: Any) -> None:
+            pairs = zip(given, self.arguments, strict=True)
+            arguments = [tensor_at(x, like) if isinstance(like, Tensor) else x for x, like in pairs]
+            self.kernel[grid](*arguments, **self.options)
+
+        return run
+
+
+class Compiler:
+    """A kernel that runs on a CPU, and counts how often it is compiled."""
+
+    def __init__(self, kernel: Any):
+        self.kernel, self.arg_names, self.__name__ = kernel, kernel.arg_names, kernel.__name__
+        self.count = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+        def run(*arguments: Any, **options: Any) -> Compiled:
+            self.count += 1
+            self.kernel[grid](*arguments, **options)
+            return Compiled(self.kernel, arguments, options)
+
+        return run
+
+
+def without_memory(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def tensor_at(address: int, like: Tensor) -> Tensor:
+    if not like.numel():
+        return torch.empty_like(like, device="cpu")
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
+    memory = (ctypes.c_char * (extent * like.itemsize)).from_address(address)
+    return torch.frombuffer(memory, dtype=like.dtype).as_strided(like.shape, like.stride())
+
+
+@pytest.fixture(params=["triton", "hopper"])
+def backend(monkeypatch, request):
+    """A backend of GPU kernels; on a CPU they run emulated, and count as compiled."""
+    name = request.param
+    if INTERPRETED:
+        for place, module in (("kernels", hopper_kernels), ("gradients", gradients), ("states", states)):
+            monkeypatch.setattr(hopper_launch, place, emulated(module))
+        emulations = hopper_launch.kernels, hopper_launch.gradients, hopper_launch.states
+        for module in (kernels, decoding, accumulate, *emulations):
+            for kernel in [name for name in vars(module) if name.endswith("_kernel")]:
+                monkeypatch.setattr(module, kernel, Compiler(getattr(module, kernel)))
+        monkeypatch.setattr(BACKENDS["hopper"], "unsupported_reasons", lambda problem: [])
+    elif name == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    return name
+
+
+CASES = [
+    Case(B=2, T=70, H=2, K=64, V=64),
+    Case(B=1, T=150, H=1, K=64, V=128, slope=None, state=False, scale=0.5),
+    Case(lengths=(3, 0, 64, 70), H=1, K=128, V=128, slope=0.1),
+]
+# Dtypes that both a GPU and the emulation multiply.
+DTYPES = {"triton": torch.float16, "hopper": torch.bfloat16}
+
+
+def arguments_of(backend: str, case: Case, seed: int = 0) -> dict[str, tuple]:
+    """Arguments of a backend's `forward` and `backward`."""
+    x = make_inputs(case, DTYPES[backend], seed).on(device_of("triton"))
+    d_state = x.d_final_state if case.state else None
+    forward = x.q, x.k, x.v, x.log_decay, x.initial_state, x.cu_seqlens, case.scale, True
+    return {"forward": forward, "backward": (*forward[:3], x.do, *forward[3:5], d_state, x.cu_seqlens, case.scale)}
+
+
+@pytest.mark.parametrize("num_segments", [1, 2, 3])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_plan_gives_the_same_bits_again(backend, monkeypatch, case, num_segments):
+    """The second call with the plan launches compiled code; its results are those of a plan of its own."""
+
+    def cut(length: int, *_: Any, **__: Any) -> Segments:
+        interval = ceil_div(length, num_segments * 64) * 64
+        return Segments(interval, interval, ceil_div(length, interval))
+
+    for module in (config, hopper_config):
+        monkeypatch.setattr(module, "segments", cut)
+        monkeypatch.setattr(module, "MAX_SUMMED", 2)
+    for name in ("forward", "backward"):
+        run = getattr(BACKENDS[backend], name)
+        inputs = [arguments_of(backend, case, seed)[name] for seed in (0, 1, 2)]
+        again = [run(*x) for x in inputs]
+        for results, arguments in zip(again, inputs, strict=True):
+            plan.clear()
+            for found, expected in zip(results, run(*arguments), strict=True):
+                assert found is expected is None or torch.equal(found, expected)
+
+
+STATES = {
+    "contiguous": lambda x: x,
+    "in bfloat16": lambda x: x.bfloat16(),
+    "every other slot": lambda x: torch.cat([x, x], dim=1).view(4, *x.shape[1:])[::2],
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "padded": lambda x: torch.nn.functional.pad(x, (0, 1))[..., :-1],
+    "not aligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", STATES.values(), ids=STATES.keys())
+@pytest.mark.parametrize("T", [None, 1, 3])
+@pytest.mark.parametrize("indices", [None, [1, -1]], ids=["all", "slots"])
+def test_a_step_again_has_the_same_bits(backend, indices, T, layout):
+    """Three steps of one plan, against steps of plans of their own; the state is updated in place."""
+    device = device_of("triton")
+    indices = None if indices is None else torch.tensor(indices, device=device)
+
+    def steps(*, with_new_plans: bool) -> list[Tensor]:
+        found = []
+        for seed in range(3):
+            x = make_inputs(Case(T=T or 1, K=64, V=64), DTYPES[backend], seed).on(device)
+            qkv = [x.q, x.k, x.v] if T else [y[:, 0].contiguous() for y in (x.q, x.k, x.v)]
+            state = layout(x.state)
+            if with_new_plans:
+                plan.clear()
+            o = lightning_attention_step(
+                *qkv, x.log_decay, state=state, state_indices=indices, scale=0.5, backend=backend
+            )
+            assert (o.shape, o.dtype) == (qkv[2].shape, qkv[2].dtype)
+            found += [o, state]
+        return found
+
+    for found, expected in zip(steps(with_new_plans=False), steps(with_new_plans=True), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU kernels are not counted")
+@pytest.mark.parametrize("is_aligned", [True, False], ids=["aligned", "not aligned"])
+def test_compiled_code_is_launched_for_aligned_addresses_alone(backend, is_aligned):
+    q, k, v, log_decay, *_ = arguments_of(backend, Case(B=2, T=1, H=2, K=64, V=64))["forward"]
+    k = STATES["contiguous" if is_aligned else "not aligned"](k)
+    state = torch.zeros(2, 2, 64, 64)
+    for _ in range(3):
+        lightning_attention_step(q, k, v, log_decay, state=state, backend=backend)
+    assert decoding.step_kernel.count == (1 if is_aligned else 3)
+
+
+CHANGES = {
+    "columns": lambda q, k, v, *rest: (q.mT.contiguous().mT, k, v, *rest),
+    "one tensor twice": lambda q, k, v, *rest: (q, q, v, *rest),
+    "odd addresses": lambda q, k, v, *rest: (q, torch.cat([k.new_zeros(1), k.flatten()])[1:].view_as(k), v, *rest),
+    "odd strides": lambda q, k, v, *rest: (q, k, torch.nn.functional.pad(v, (0, 1))[..., :-1], *rest),
+    "a decay with gaps": lambda q, k, v, log_decay, *rest: (q, k, v, log_decay.repeat_interleave(2)[::2], *rest),
+    "no tokens": lambda q, k, v, *rest: (q[:, :0], k[:, :0], v[:, :0], *rest),
+    "no batch rows": lambda q, k, v, log_decay, state, *rest: (q[:0], k[:0], v[:0], log_decay, state[:0], *rest),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_unusual_inputs_have_plans_of_their_own(backend, change):
+    """After a usual call of the same shapes, and twice in a row."""
+    forward = BACKENDS[backend].forward
+    arguments = arguments_of(backend, Case(T=3, K=64, V=64))["forward"][:5]
+    usual = forward(*arguments, None, 0.5, True)
+    changed = change(*arguments)
+    first, second = (forward(*changed, None, 0.5, True) for _ in range(2))
+    expected = forward(*[x.clone(memory_format=torch.contiguous_format) for x in changed], None, 0.5, True)
+    for x, y, z in zip(first, second, expected, strict=True):
+        assert torch.equal(x, z)
+        assert torch.equal(y, z)
+    for x, y in zip(usual, forward(*arguments, None, 0.5, True), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_plan_keeps_no_tensor(backend):
+    arguments = arguments_of(backend, CASES[0])["forward"]
+    results = BACKENDS[backend].forward(*arguments)
+    tensors = [weakref.ref(x) for x in (*arguments, *results) if isinstance(x, Tensor)]
+    del arguments, results
+    assert not any(x() is not None for x in tensors)
+
+
+def test_threads_share_plans(backend):
+    """Calls of several shapes from several threads, while plans are forgotten."""
+    inputs = [arguments_of(backend, Case(B=1, T=T, H=1, K=64, V=64), seed=T)["forward"] for T in range(1, 9)]
+    forward = BACKENDS[backend].forward
+    expected = [forward(*arguments)[0] for arguments in inputs]
+
+    def call(i: int) -> bool:
+        if i % 10 == 0:
+            plan.clear()
+        o = forward(*inputs[i % len(inputs)])[0]
+        return torch.equal(o, expected[i % len(inputs)])
+
+    # The emulation of a kernel for Hopper is one program at a time.
+    num_threads = 1 if INTERPRETED else 4
+    with ThreadPoolExecutor(num_threads) as pool:
+        assert all(pool.map(call, range(64)))
+
+
+def test_a_launch_names_every_argument_of_its_kernel():
+    planner = plan.Planner(torch.device("cpu"), 0)
+    x = planner.empty(4, dtype=torch.float32)
+    arguments = dict.fromkeys(("interval_states", "factors", "log_decay"), x)
+    with pytest.raises(TypeError, match=r"accumulate_kernel and its launch differ in arguments: BLOCK, .*, blocks"):
+        planner.launch(accumulate.accumulate_kernel, 1, {}, **arguments, blocks=3)
+
+
+def test_memory_for_descriptors_is_there_for_one_call():
+    """The allocator that the caller has set stays."""
+    from triton.runtime._allocation import _allocator
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        raise AssertionError
+
+    triton.set_allocator(allocate)
+    memory = plan.with_scratch(torch.device("cpu")).run(lambda size: _allocator.get()(size, 128, None), 1000)
+    assert (memory.numel(), memory.dtype) == (1000, torch.int8)
+    assert _allocator.get() is allocate
+
+
+@on_gpu
+def test_a_profiled_call_is_the_same(backend):
+    """Gradients too; the operators and the kernels are seen."""
+
+    def call(seed: int) -> list[Tensor]:
+        x = make_inputs(Case(B=1, T=200, H=2, K=64, V=64), torch.bfloat16, seed).on("cuda")
+        qkv = [y.requires_grad_() for y in (x.q, x.k, x.v)]
+        o, state = lightning_attention(*qkv, x.log_decay, output_final_state=True, backend=backend)
+        assert state is not None
+        return [o, state, *torch.autograd.grad([o, state], qkv, [x.do, x.d_final_state])]
+
+    for seed in range(3):
+        with torch.profiler.profile() as profile:
+            expected = call(seed)
+        for found, value in zip(call(seed), expected, strict=True):
+            assert torch.equal(found, value)
+        names = {event.key for event in profile.key_averages()}
+        assert {"lightning_attention::forward", "lightning_attention::backward"} <= names
+
+
+@on_gpu
+def test_a_plan_in_a_graph_and_on_another_stream(backend):
+    x = make_inputs(Case(B=1, T=200, H=2, K=64, V=64), torch.bfloat16).on("cuda")
+
+    def call() -> Tensor:
+        return lightning_attention(x.q, x.k, x.v, x.log_decay, backend=backend).output
+
+    expected = call()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        assert torch.equal(call(), expected)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = call()
+    x.q.mul_(2)
+    graph.replay()
+    assert torch.equal(o, call())
