@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from lightning_attention.bench.machine import machine
-from lightning_attention.ops import decay, hopper
+from benchmarks.machine import machine
+from lightning_attention import decay
+from lightning_attention.ops import hopper
 
 SHAPES = [(4, 32768, 32, 128), (4, 32768, 32, 64), (1, 8192, 64, 128), (1, 8192, 8, 128)]
 KERNELS = "scan_kernel|gradient_kernel|interval_state_kernel|accumulate_kernel"

@@ -25,8 +25,6 @@ from typing import Any
 
 import torch
 
-from lightning_attention.bench.machine import machine
-
 ROOT = Path(__file__).parents[1]
 # Compilation takes most of the time, but many processes wait for each other on a GPU. tests/conftest.py deals the GPUs.
 PROCESSES = min(14 * max(torch.cuda.device_count(), 1), os.cpu_count() or 1)
@@ -45,6 +43,8 @@ LOG = "GPU_SUITE_LOG"
 def described(commit: str | None) -> dict[str, Any]:
     """Describe GPUs, versions and commit. Where there is no .git, `is_dirty` is None."""
     status = subprocess.run(["git", "-C", ROOT, "status", "--porcelain"], capture_output=True, text=True)
+    from benchmarks.machine import machine
+
     found = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return found | {
         "transformers": version("transformers"),
@@ -112,7 +112,7 @@ def record(*values: str | float) -> None:
 
 def run(command: list[str], log: Path, seconds: float) -> int:
     """Run pytest, interrupted after so many seconds. A kernel is compiled and a test computed in one thread each."""
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     changed = {LOG: str(log), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment | changed)
@@ -143,7 +143,7 @@ def main() -> int:
         keyword = f"({options.keyword}) and ({keyword})" if options.keyword else keyword
         began = time.monotonic()
         with tempfile.NamedTemporaryFile() as log:
-            selected = ["-m", options.marker, "-k", keyword, "-p", "gpu_suite", "-p", "no:benchmark", *extra]
+            selected = ["-m", options.marker, "-k", keyword, "-p", "benchmarks.gpu_suite", "-p", "no:benchmark", *extra]
             command = [sys.executable, "-m", "pytest", "-q", *selected, *arguments]
             code = run(command, Path(log.name), max(options.seconds - (began - start), 1))
             durations = summary.add(Path(log.name))
@@ -162,4 +162,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # instead of this folder, whose modules would hide others of their names
     sys.exit(main())

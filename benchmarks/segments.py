@@ -12,10 +12,10 @@ from unittest.mock import patch
 
 import torch
 
-from lightning_attention.bench.cases import BACKWARD, FORWARD, OpCase, Pass
-from lightning_attention.bench.harness import Call, interleaved_times, release
-from lightning_attention.bench.machine import machine
-from lightning_attention.bench.peers import Inputs
+from benchmarks.cases import BACKWARD, FORWARD, OpCase, Pass
+from benchmarks.harness import Call, interleaved_times, release
+from benchmarks.machine import machine
+from benchmarks.peers import Inputs
 from lightning_attention.ops import hopper
 from lightning_attention.ops import triton as portable
 from lightning_attention.ops.hopper import launch

@@ -16,8 +16,8 @@ import torch
 from torch.autograd.profiler_util import Interval
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_attention.bench.harness import Call, captured, interleaved_times
-from lightning_attention.bench.machine import machine
+from benchmarks.harness import Call, captured, interleaved_times
+from benchmarks.machine import machine
 from lightning_attention.models import LightningConfig, LightningForCausalLM
 from lightning_attention.ops import hopper, library
 

@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 from tiny_model import make_config
 
-from lightning_attention.bench import report
-from lightning_attention.bench.plot import plot_sweep
-from lightning_attention.bench.run import Picture, run
+from benchmarks import report
+from benchmarks.plot import plot_sweep
+from benchmarks.run import Picture, run
 from lightning_attention.inference import load
 from lightning_attention.models import LightningForCausalLM
 from lightning_attention.models.checkpoint import checkpoint_step, checkpoints, last_checkpoint, load_model

@@ -12,10 +12,6 @@ TRAIN = ["train", "--data", "text.txt", "--config", "model.json", "--sequence-le
 TRAIN += ["--steps", "1", "--output", "new"]
 GENERATE = ["generate", "--checkpoint", "checkpoint", "--prompt", "a", "--max-new-tokens", "2"]
 LINES = ["generate", "--checkpoint", "checkpoint", "--prompts", "prompts.jsonl"]
-OP = ["bench", "op", "--length", "32", "--heads", "1", "--head-dim", "4", "--seconds", "0.001", "--output", "new"]
-DECODE = ["bench", "decode", "--seconds", "0.001", "--output", "new"]
-BENCH_TRAIN = ["bench", "train", "--length", "32", "--segment-length", "16", "--output", "new"]
-SCALING = ["bench", "scaling"]
 
 MODEL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 DEEP = 60_000 * "[" + 60_000 * "]"
@@ -84,11 +80,8 @@ def files(folder: Path) -> Path:
     for name, content in BAD_JSON.items():
         (folder / f"{name}.json").write_bytes(content)
         (folder / f"{name}.jsonl").write_bytes(content + b"\n")
-        for place in ("run", "bench"):
-            (folder / f"{place}-{name}").mkdir()
+        (folder / f"run-{name}").mkdir()
         (folder / f"run-{name}" / "run.json").write_bytes(content)
-        for result in ("op", "decode", "train"):
-            (folder / f"bench-{name}" / f"{result}.json").write_bytes(content)
     for name, options in BAD_MODELS.items():
         (folder / f"{name}.json").write_text(json.dumps(MODEL | options))
     for name, options in BAD_RUNS.items():
@@ -173,21 +166,6 @@ def numbers() -> Iterator[list[str]]:
     yield from _numbers(GENERATE, "--repetition-penalty", "-1", "0", is_whole=False)
     yield from _numbers(LINES, "--max-requests", "0", "-1", HUGE)
     yield from _numbers(LINES, "--prefix-slots", "-1", HUGE)
-    for name in ("length", "batch-size", "heads", "head-dim"):
-        yield from _numbers(OP, f"--{name}", "0", "-1", HUGE)
-    yield from _numbers(OP, "--softmax-up-to", "-1")
-    yield from _numbers(OP, "--seconds", "-1", is_whole=False)
-    for name in ("batch-size", "max-requests"):
-        yield from _numbers(DECODE, f"--{name}", "0", "-1", HUGE)
-    yield from _numbers(DECODE, "--length", "0", "-1")
-    yield from _numbers(DECODE, "--seconds", "-1", is_whole=False)
-    yield from _numbers(BENCH_TRAIN, "--length", "0", "-1", HUGE)
-    yield from _numbers(BENCH_TRAIN, "--segment-length", "0", "-1")
-    for name in ("tokens", "gpus", "batch-size", "blocks", "node-size"):
-        yield from _numbers(SCALING, f"--{name}", "0", "-1")
-    yield from _with(SCALING, "--gpus", HUGE)
-    for name in ("network-gigabits", "speed"):
-        yield from _numbers(SCALING, f"--{name}", "0", "-1", "1e-320", "1e308", is_whole=False)
 
 
 def paths() -> Iterator[list[str]]:
@@ -198,8 +176,7 @@ def paths() -> Iterator[list[str]]:
     yield from _with(TRAIN, "--config", *(f"{name}.json" for name in (*BAD_JSON, *BAD_MODELS)))
     yield from _with(TRAIN, "--tokenizer", *missing, "folder", "pipe", "binary.bin", "text.txt", "model.json")
     yield from _with(TRAIN, "--tokenizer", *(f"{name}.json" for name in BAD_JSON), "tokenizer-cut", "gpt2")
-    for command in (TRAIN, OP, [*DECODE, "--only", "kernel"], BENCH_TRAIN):
-        yield from _with(command, "--output", "", *UNWRITABLE)
+    yield from _with(TRAIN, "--output", "", *UNWRITABLE)
     yield from _with(TRAIN, "--output", *(f"run-{name}" for name in BAD_RUNS), "pipe")
     resumed = ["run-" + name for name in (*BAD_JSON, *BAD_RUNS)]
     yield from _with(["train", "--resume"], "--output", *missing, *UNWRITABLE, *resumed, "folder", "checkpoint", "pipe")
@@ -214,29 +191,17 @@ def paths() -> Iterator[list[str]]:
     writable = ("/dev/null",)
     names = (name for name in UNWRITABLE if name not in writable)
     yield from _with(LINES, "--output", "folder", "prompts.jsonl", "checkpoint/config.json", *names)
-    for command in (OP, [*DECODE, "--only", "kernel"], BENCH_TRAIN):
-        yield from _with(command, "--output", *(f"bench-{name}" for name in BAD_JSON), "pipe")
 
 
 def words() -> Iterator[list[str]]:
-    for command in (
-        ["fly"],
-        ["--wings"],
-        ["bench", "fly"],
-        ["bench", "--wings"],
-        [""],
-        ["bench", ""],
-        ["-"],
-        ["--", "--"],
-    ):
+    for command in (["fly"], ["--wings"], [""], ["-"], ["--", "--"], ["bench"], ["bench", "op", "--length", "8"]):
         yield command
-    for command in (TRAIN, GENERATE, LINES, OP, DECODE, BENCH_TRAIN, SCALING, ["info"]):
+    for command in (TRAIN, GENERATE, LINES, ["info"]):
         yield [*command, "--wings"]
         yield [*command, "extra"]
         yield [*command, "-x"]
         yield [*command, "--no-such=3"]
-    for command in (TRAIN, OP, DECODE, BENCH_TRAIN):
-        yield [*command, *command[-2:]]
+    yield [*TRAIN, *TRAIN[-2:]]
     yield [*GENERATE, "--checkpoint", "checkpoint"]
     yield [*TRAIN, "--steps"]
     yield [*TRAIN, "--bf16=1"]
@@ -252,20 +217,6 @@ def words() -> Iterator[list[str]]:
     yield ["generate"]
     yield [*GENERATE, "--prompts", "prompts.jsonl"]
     yield [*GENERATE, "--output", "new"]
-    for command in (OP, DECODE, BENCH_TRAIN):
-        yield from _with(command, "--dtype", "", "int8", "float64", "Float32")
-        yield from _with(command, "--device", "", "tpu", "cuda:9", "meta", "CPU")
-    for command in (OP, DECODE):
-        yield from _with(command, "--only", "", "nothing")
-    yield [*OP, "--only", "table"]
-    yield ["bench", "decode", "--only", "kernel", "--length", "64"]
-    yield ["bench", "decode", "--only", "kernel", "--size", "demo"]
-    yield ["bench", "decode", "--only", "model", "--max-requests", "3"]
-    yield ["bench", "decode", "--only", "engine", "--batch-size", "3"]
-    for command in (DECODE, BENCH_TRAIN, SCALING):
-        yield from _with(command, "--size", "", "huge", "DEMO", "1b")
-    for option in ("--tokens", "--gpus", "--size", "--speed", "--blocks"):
-        yield ["bench", "scaling", "--check", option, "1B" if option == "--size" else "8"]
 
 
 def faults() -> list[tuple[str, ...]]:

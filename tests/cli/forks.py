@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,10 @@ class Request:
 
 
 class Forks:
-    """A process whose forks run commands."""
+    """A process whose forks run commands of `lightning-attention` or of `python -m benchmarks`."""
 
-    def __init__(self) -> None:
-        command = [sys.executable, __file__]
+    def __init__(self, program: str = "lightning-attention") -> None:
+        command = [sys.executable, __file__, program]
         self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, request: Request) -> int | None:
@@ -75,14 +76,22 @@ def run_command(forks: Forks, arguments: list[str], folder: Path, scratch: Path,
 kept: list[Any] = []  # streams of this process, which would close the descriptors of a fork's streams
 
 
-def serve() -> None:
-    from lightning_attention.bench import decode_engine, decode_kernel, decode_model, op, plot, scaling, train  # noqa: F401
+def serve(program: str) -> None:
     from lightning_attention.cli import app, errors, main  # noqa: F401
-    from lightning_attention.inference import batch  # noqa: F401
-    from lightning_attention.training import TrainingOptions  # noqa: F401
 
+    if program == "lightning-attention":
+        from lightning_attention.inference import batch  # noqa: F401
+        from lightning_attention.training import TrainingOptions  # noqa: F401
+
+        commands, command = app.app, "info"
+    else:
+        sys.path.insert(0, str(Path(__file__).parents[2]))
+        from benchmarks import decode_engine, decode_kernel, decode_model, op, plot, train  # noqa: F401
+        from benchmarks.commands import app as commands
+
+        main, command = partial(main, program, "benchmarks.commands"), "scaling"
     with redirect_stdout(StringIO()):
-        app.run(["bench", "scaling"])  # what typer imports at its first command
+        app.run(commands, program, [command])  # what typer imports at its first command
     gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
@@ -148,4 +157,4 @@ def _wait(pid: int, timeout: float) -> int | None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1])

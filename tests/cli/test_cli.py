@@ -210,8 +210,6 @@ def test_a_broken_checkpoint_is_one_line(monkeypatch, capsys, tmp_path, checkpoi
         (["train", "--size", "1B", "--config", "x.json"], "give --size or --config, not both"),
         (["train", "--resume"], "no run to resume in run"),
         (["train", "--resume", "--steps", "9"], "leave out --steps"),
-        (["bench", "op", "--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
-        (["bench", "op", "--length", "0"], "must be at least 1"),
         (["generate", "--checkpoint", "x", "--prompt", "a", "--prompts", "b"], "give --prompt or --prompts, not both"),
         (["generate", "--checkpoint", "x", "--output", "b"], "--output goes with --prompts"),
         (["generate", "--checkpoint", "x", "--prompts", "../none.jsonl"], "No such file or directory"),

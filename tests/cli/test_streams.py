@@ -1,5 +1,6 @@
 """Exit codes and standard streams: closed, full, without a reader, in other locales; and `python -m`."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,14 +16,13 @@ from lightning_attention.version import __version__
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and files of /dev")
 
-FAULT = ["bench", "op", "--heads", "0"]
+FAULT = ["generate", "--checkpoint", "checkpoint", "--top-k", "-1"]
 COMMANDS = {
     "help": ["--help"],
     "no command": [],
     "version": ["--version"],
     "train help": ["train", "--help"],
     "info": ["info"],
-    "scaling": ["bench", "scaling"],
     "generate": ["generate", "--checkpoint", "checkpoint", "--prompt", "a", "--max-new-tokens", "2"],
 }
 each_command = pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
@@ -56,11 +56,10 @@ def test_a_command_that_works_has_code_0_and_says_no_error(run, arguments):
     assert result.out
 
 
-@pytest.mark.parametrize("arguments", [[], ["bench"]], ids=["alone", "bench alone"])
-def test_no_command_is_help(run, arguments):
-    result = run(arguments)
+def test_no_command_is_help(run):
+    result = run([])
     assert (result.code, result.err) == (0, "")
-    assert result.out.strip() == run([*arguments, "--help"]).out.strip()
+    assert result.out.strip() == run(["--help"]).out.strip()
 
 
 def test_version(run):
@@ -84,10 +83,11 @@ def test_an_error_that_nobody_can_read_has_its_code(run, stderr):
 
 
 def test_an_output_file_does_not_take_the_place_of_a_closed_stream(run, tmp_path):
-    command = ["bench", "op", "--length", "8", "--heads", "1", "--head-dim", "4", "--seconds", "0", "--output"]
-    result = run([*command, str(tmp_path)], stdin=None, stderr=None)
-    assert result.code == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"op.json", "op.png"}
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text('{"prompt": "a", "max_new_tokens": 2}\n')
+    command = ["generate", "--checkpoint", "checkpoint", "--prompts", str(prompts), "--output", str(answers)]
+    assert run(command, stdin=None, stderr=None).code == 0
+    assert [json.loads(line)["index"] for line in answers.read_text().splitlines()] == [0]
 
 
 @each_command
@@ -105,32 +105,20 @@ def test_a_reader_that_left_is_no_error(run, arguments):
 def test_a_terminal_does_not_change_an_error(run, variable):
     name, value = variable.split("=")
     environment = {name: value}
-    assert line_of(run(FAULT, environment=environment)) == "lightning-attention: --heads must be at least 1, got 0\n"
+    assert line_of(run(FAULT, environment=environment)) == "lightning-attention: top_k must be at least 0, got -1\n"
     assert run(["--help"], environment=environment).code == 0
 
 
-def test_output_is_utf8_in_every_locale(run, tmp_path):
-    command = [
-        "bench",
-        "decode",
-        "--only",
-        "kernel",
-        "--device",
-        "cpu",
-        "--seconds",
-        "0",
-        "--output",
-        str(tmp_path / "ü"),
-    ]
+def test_output_is_utf8_in_every_locale(run):
+    command = ["generate", "--checkpoint", "checkpoint", "--prompt", "ü", "--max-new-tokens", "1"]
     result = run(command, environment={"PYTHONIOENCODING": "ascii"})
     assert (result.code, result.err) == (0, "")
-    assert "µs" in result.out
-    assert "ü/decode.json" in result.out
+    assert result.out.startswith("ü")
 
 
 def test_a_name_that_is_no_text_is_shown(run, tmp_path):
     (tmp_path / "\udcff").touch()
-    assert "\\udcff" in line_of(run(["bench", "op", "--output", str(tmp_path / "\udcff")]))
+    assert "\\udcff" in line_of(run(["generate", "--checkpoint", str(tmp_path / "\udcff"), "--prompt", "a"]))
 
 
 @pytest.mark.parametrize("value", ["1", "0", ""])
@@ -138,7 +126,7 @@ def test_a_traceback_is_shown_on_request_before_the_line(run, value):
     result = run(FAULT, environment={"LIGHTNING_ATTENTION_TRACEBACK": value})
     lines = result.err.splitlines()
     assert result.code == 2
-    assert lines[-1] == "lightning-attention: --heads must be at least 1, got 0"
+    assert lines[-1] == "lightning-attention: top_k must be at least 0, got -1"
     assert (lines[0] == "Traceback (most recent call last):") == (value == "1")
     assert (len(lines) > 1) == (value == "1")
 
@@ -210,7 +198,7 @@ def test_python_m_is_the_command(module, tmp_path):
     command = [sys.executable, "-m", module]
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     run = subprocess.run(
-        [*command, "bench", "scaling", "--size", "ü"],
+        [*command, "train", "--size", "ü"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -218,14 +206,14 @@ def test_python_m_is_the_command(module, tmp_path):
         stdin=subprocess.DEVNULL,
     )
     assert (run.returncode, run.stdout) == (2, b"")
-    assert run.stderr.decode().startswith("lightning-attention: --size must be one of")
+    assert run.stderr.decode().startswith("lightning-attention: size must be one of")
     assert run.stderr.count(b"\n") == 1
 
 
 @pytest.mark.slow
 def test_a_pipe_in_the_place_of_a_file_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for arguments in (["train", "--config", "pipe"], ["train", "--data", "pipe"], ["bench", "op", "--output", "pipe"]):
+    for arguments in (["train", "--config", "pipe"], ["train", "--data", "pipe"]):
         command = [sys.executable, "-m", "lightning_attention", *arguments]
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60, stdin=subprocess.DEVNULL)
         assert run.returncode == 2

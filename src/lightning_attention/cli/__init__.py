@@ -1,8 +1,9 @@
-"""The command line: `lightning-attention train | generate | info | bench`."""
+"""The command line: `lightning-attention train | generate | info`."""
 
 import os
 import sys
 from contextlib import suppress
+from importlib import import_module
 from io import TextIOWrapper
 
 from ..extras import require
@@ -10,12 +11,16 @@ from ..extras import require
 INTERRUPTED, BROKEN_PIPE, FAILED = 130, 1, 2
 
 
-def main() -> None:
+def main(program: str = "lightning-attention", commands: str = "lightning_attention.cli.app") -> None:
     """Run the command in `sys.argv`, and exit with its code.
 
     An error is one line on standard error and code 2; with LIGHTNING_ATTENTION_TRACEBACK=1 in the environment its
     traceback comes before that line. Ctrl-C is code 130. If the reader of standard output has left, as in `| head`,
     nothing is said, and the code is 1.
+
+    Args:
+        program: name that begins the line of an error.
+        commands: module whose `app` has the commands.
     """
     code, failure = 0, None
     try:
@@ -23,7 +28,7 @@ def main() -> None:
         require("cli", "typer", "rich")
         from .app import run
 
-        code = run(sys.argv[1:])
+        code = run(import_module(commands).app, program, sys.argv[1:])
     except KeyboardInterrupt:
         code = INTERRUPTED
     except SystemExit as exit:
@@ -37,7 +42,7 @@ def main() -> None:
     elif failure is not None:
         from .errors import report
 
-        report(failure)
+        report(failure, program)
         code = FAILED
     sys.exit(code)
 

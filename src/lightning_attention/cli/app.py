@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import bench, generate, info, train
+from . import generate, info, train
 from .options import Command, show_help_without_command
 
 app = typer.Typer(
@@ -17,22 +17,23 @@ app = typer.Typer(
 app.command("train", cls=Command)(train.train)
 app.command("generate", cls=Command)(generate.generate)
 app.command("info", cls=Command)(info.info)
-app.add_typer(bench.app, name="bench")
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(commands: typer.Typer, program: str, arguments: Sequence[str]) -> int:
     """Run a command; errors are raised as they are.
 
     Args:
+        commands: to choose from.
+        program: name of the program, for its help.
         arguments: of the command line, without the program.
 
     Returns:
         The exit code.
     """
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(commands)
     try:
         # Not `command()`: that makes an interruption of EOFError, and writes to standard error on its own.
-        with command.make_context("lightning-attention", list(arguments)) as context:
+        with command.make_context(program, list(arguments)) as context:
             command.invoke(context)
     except typer.Exit as exit:
         return exit.exit_code
@@ -51,3 +52,9 @@ def main(
         print(__version__)
         raise typer.Exit
     show_help_without_command(context)
+
+
+@app.command("bench", hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench() -> None:
+    """Say where the benchmarks are."""
+    raise ValueError("bench has moved: run python -m benchmarks in a clone of the repository")

@@ -19,12 +19,12 @@ NO_MEMORY = (
 )
 
 
-def report(error: Exception) -> None:
+def report(error: Exception, program: str) -> None:
     """Write an error as one line to standard error, after its traceback if LIGHTNING_ATTENTION_TRACEBACK=1."""
     with suppress(OSError):  # nobody reads standard error; the exit code tells
         if os.environ.get(TRACEBACK, "") not in ("", "0"):
             traceback.print_exception(error)
-        print(f"lightning-attention: {describe(error)}", file=sys.stderr, flush=True)
+        print(f"{program}: {describe(error)}", file=sys.stderr, flush=True)
 
 
 def describe(error: Exception) -> str:

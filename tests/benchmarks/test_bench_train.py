@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_model import make_config
 
-from lightning_attention.bench import train as bench_train
-from lightning_attention.bench.cases import TrainingCase
-from lightning_attention.bench.peers import OURS
+from benchmarks import train as bench_train
+from benchmarks.cases import TrainingCase
+from benchmarks.peers import OURS
 from lightning_attention.models import LightningConfig, LightningForCausalLM
 
 CPU = torch.device("cpu")
@@ -62,20 +62,3 @@ def test_bench_train_writes_its_results(bench, model, monkeypatch, tmp_path, cap
     ]
     assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
     assert "128 tokens, segments of 16" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--size", "2B"], "--size must be one of demo, 45M"),
-        (["--length", "0"], "lengths and --segment-length must be at least 1"),
-        (["--segment-length", "0"], "lengths and --segment-length must be at least 1"),
-    ],
-    ids=str,
-)
-def test_bad_options_are_one_line(bench, tmp_path, capsys, arguments, message):
-    with pytest.raises(SystemExit) as stopped:
-        bench("train", *arguments, "--output", tmp_path / "new")
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()

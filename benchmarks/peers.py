@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..ops import decay
+from lightning_attention import decay
+
 from .cases import OpCase
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -115,7 +116,7 @@ class Calls:
 
 
 def _ours(log_decay: Tensor, cu_seqlens: Tensor | None, backend: str = "auto") -> Attention:
-    from ..ops.api import lightning_attention
+    from lightning_attention import lightning_attention
 
     return lambda q, k, v: lightning_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens, backend=backend).output
 
@@ -169,7 +170,7 @@ PEERS = (
 
 
 def _our_step(log_decay: Tensor) -> Step:
-    from ..ops.api import lightning_attention_step
+    from lightning_attention import lightning_attention_step
 
     return lambda q, k, v, state: (lightning_attention_step(q, k, v, log_decay, state=state), state)
 

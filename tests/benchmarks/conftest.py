@@ -9,18 +9,18 @@ from lightning_attention.cli import main
 
 @pytest.fixture(autouse=True)
 def small_copy(monkeypatch):
-    monkeypatch.setattr("lightning_attention.bench.run.copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr("benchmarks.run.copy_bandwidth", lambda device: 1e9)
 
 
 @pytest.fixture
 def bench(monkeypatch):
-    """Runs `lightning-attention bench` with arguments; returns the command. An exit code above 0 raises SystemExit."""
+    """Runs `python -m benchmarks` with arguments; returns the command. An exit code above 0 raises SystemExit."""
 
     def run(*arguments):
-        command = ["lightning-attention", "bench", *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", command)
+        command = ["python", "-m", "benchmarks", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command[2:])
         try:
-            main()
+            main("python -m benchmarks", "benchmarks.commands")
         except SystemExit as stopped:
             if stopped.code:
                 raise

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ..files import writable_folder
-from ..paths import PathLike, to_path
+from lightning_attention.files import writable_folder
+from lightning_attention.paths import PathLike, to_path
+
 from . import report
 from .harness import copy_bandwidth, free_bytes
 from .machine import machine

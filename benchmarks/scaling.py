@@ -6,8 +6,8 @@ from functools import partial
 from itertools import product
 from math import inf
 
-from ..distributed.exchange import RING_BLOCKS
-from ..models import LightningConfig
+from lightning_attention.distributed.exchange import RING_BLOCKS
+from lightning_attention.models import LightningConfig
 
 # Published for data parallelism on 256 H100s: ZeCO, arXiv 2507.01004, a 1B GLA with 32768 tokens per GPU.
 REFERENCE_SIZE, REFERENCE_TOKENS_PER_SECOND = "1B", 46_588

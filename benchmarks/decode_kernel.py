@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops import decay
-from ..ops.api import lightning_attention_step
+from lightning_attention import decay, lightning_attention_step
+
 from .cases import StepCase
 from .harness import FLUSHED_BYTES, Call, Clock, Contest, captured, release
 from .oracles import TOLERANCES, checked_error
@@ -60,7 +60,7 @@ def cpu_step(num_heads: int = 8, head_dim: int = 64, *, rounds: int = 300) -> di
 
     Short rounds of calls of each take turns, and the least time of each counts. The state stays in the cache, so this
     is what a call costs apart from moving memory. Run it by
-    `python -c "from lightning_attention.bench.decode_kernel import cpu_step; print(cpu_step())"`.
+    `python -c "from benchmarks.decode_kernel import cpu_step; print(cpu_step())"`.
     """
     q, k, v = torch.randn(3, 1, num_heads, head_dim)
     state = torch.zeros(1, num_heads, head_dim, head_dim)

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
-from ..files import replacing
-from ..paths import PathLike, to_path
+from lightning_attention.files import replacing
+from lightning_attention.paths import PathLike, to_path
+
 from .report import Document, Record
 
 Value = Callable[[Record], float | None]

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..inference.decoder import Decoder
-from ..inference.pool import StatePool
-from ..models import LightningConfig, LightningForCausalLM
+from lightning_attention.inference.decoder import Decoder
+from lightning_attention.inference.pool import StatePool
+from lightning_attention.models import LightningConfig, LightningForCausalLM
+
 from .baselines.softmax import SoftmaxDecoder, cache_shape
 from .cases import ContextCase
 from .harness import Call, Contest, free_bytes, peak_bytes, release

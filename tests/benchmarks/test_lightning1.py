@@ -7,7 +7,7 @@ import sys
 PROGRAM = """
 import torch
 from lightning_attention import lightning_attention
-from lightning_attention.bench.baselines.lightning1 import lightning1
+from benchmarks.baselines.lightning1 import lightning1
 
 log_decay = torch.tensor([-50.0, -0.01, 0.0])
 

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..ops.api import lightning_attention
+from lightning_attention import lightning_attention
+
 from .peers import Calls, Inputs
 
 # Of output and gradients, as relative error of a head. Products of float32 may be tf32.

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from ..inference import Engine, SamplingOptions
-from ..models import LightningForCausalLM
+from lightning_attention.inference import Engine, SamplingOptions
+from lightning_attention.models import LightningForCausalLM
+
 from .cases import ServingCase
 from .decode_model import Model, needed_bytes
 from .harness import Contest

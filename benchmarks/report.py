@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .. import files
-from ..paths import PathLike, to_path
+from lightning_attention import files
+from lightning_attention.paths import PathLike, to_path
 
 Document = dict[str, Any]
 Record = dict[str, Any]

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...models import LightningConfig, LightningForCausalLM
-from ...nn import GatedLightningAttention
+from lightning_attention.models import LightningConfig, LightningForCausalLM
+from lightning_attention.nn import GatedLightningAttention
+
 from ..harness import captured
 
 

@@ -10,7 +10,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
-from ..cuda_graph import record
+from lightning_attention.cuda_graph import record
 
 Call = Callable[[], object]
 # What is measured of a call: the device's time, by events; that on the wall, until the device has done what the call

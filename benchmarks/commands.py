@@ -1,4 +1,4 @@
-"""`lightning-attention bench`: measurements, side by side in one run."""
+"""The commands of `python -m benchmarks`."""
 
 import shlex
 import sys
@@ -12,13 +12,19 @@ import typer
 from rich.console import Console
 from typer import Option
 
-from ..extras import require
-from .options import Command, check_at_least, given_options, option_names, show_help_without_command
+from lightning_attention.cli.options import (
+    Command,
+    check_at_least,
+    given_options,
+    option_names,
+    show_help_without_command,
+)
+from lightning_attention.extras import require
 
 if TYPE_CHECKING:
-    from ..bench.run import Picture, Plan
+    from .run import Picture, Plan
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 MAX_GPUS = 100_000  # the model of a chain goes through its links one by one
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -73,10 +79,10 @@ def op(
     ] = None,
 ) -> None:
     """The operator, forward and backward, beside other implementations and scaled_dot_product_attention."""
-    from ..bench.cases import TABLE, OpCase
-    from ..bench.op import plan
-    from ..bench.plot import plot_sweep
-    from ..bench.run import Picture
+    from .cases import TABLE, OpCase
+    from .op import plan
+    from .plot import plot_sweep
+    from .run import Picture
 
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, torch_device)
@@ -148,8 +154,8 @@ def decode(
     ] = None,
 ) -> None:
     """Decoding: the operator, a model beside softmax attention with a KV cache, and many requests beside one by one."""
-    from ..bench.plot import plot_model
-    from ..bench.run import Picture
+    from .plot import plot_model
+    from .run import Picture
 
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, torch_device)
@@ -201,10 +207,10 @@ def train(
     compile: Annotated[bool, Option("--compile", help="torch.compile the model.")] = False,
 ) -> None:
     """A step of training against the length of one sequence, by segments, beside the whole where it is short."""
-    from ..bench import train as bench_train
-    from ..bench.cases import TrainingCase
-    from ..bench.plot import plot_training
-    from ..bench.run import Picture
+    from . import train as bench_train
+    from .cases import TrainingCase
+    from .plot import plot_training
+    from .run import Picture
 
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, torch_device)
@@ -247,8 +253,9 @@ def scaling(
     published: Annotated[bool, Option("--check", help="Predictions beside published figures instead.")] = False,
 ) -> None:
     """Nothing is measured: tokens per second and GPU of sequence parallelism, by a model of its cost."""
-    from ..bench.scaling import BLOCKS, Cluster, Compute, Link, Model, check, predictions, scaled_tokens_per_second
-    from ..models import LightningConfig
+    from lightning_attention.models import LightningConfig
+
+    from .scaling import BLOCKS, Cluster, Compute, Link, Model, check, predictions, scaled_tokens_per_second
 
     if published:
         if extra := given_options(context) - {"published"}:
@@ -280,14 +287,14 @@ def _decode_plans(
     device: torch.device,
     seconds: float,
 ) -> list["Plan"]:
-    from ..bench import cases, decode_kernel
+    from . import cases, decode_kernel
 
     plans = {}
     if "kernel" in kinds:
         steps = [cases.StepCase(batch, 64, 128, dtype) for batch in cases.STEP_BATCHES[device.type]]
         plans["kernel"] = decode_kernel.plan(steps, device, seconds=seconds)
     if kinds != ["kernel"]:
-        from ..bench import decode_engine, decode_model
+        from . import decode_engine, decode_model
 
         model = cache(lambda: decode_model.random_model(size, dtype, device))
         contexts = [cases.ContextCase(batch_size, length) for length in lengths]
@@ -298,7 +305,7 @@ def _decode_plans(
 
 
 def _size(name: str | None, device: torch.device) -> str:
-    from ..models import SIZES
+    from lightning_attention.models import SIZES
 
     name = name or ("385M" if device.type == "cuda" else "demo")
     if name not in SIZES:
@@ -330,7 +337,7 @@ def _check_only(only: str | None, kinds: Sequence[str]) -> None:
 def _run(
     name: str, plans: Sequence["Plan"], picture: "Picture", device: torch.device, dtype: torch.dtype, output: Path
 ) -> None:
-    from ..bench.run import run
+    from .run import run
 
     console = Console(soft_wrap=True, markup=False, emoji=False)
     written = run(
@@ -339,7 +346,7 @@ def _run(
         picture,
         device,
         dtype=dtype,
-        command=shlex.join(["lightning-attention", *sys.argv[1:]]),
+        command=shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
         output=output,
         echo=lambda line: console.print(line, highlight=False),
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils import collect_env
 
-from ..version import __version__
+import lightning_attention
 
 PACKAGES = ("triton", "flash-linear-attention", "fla-core", "lightning-attn")
 
@@ -23,7 +23,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "lightning_attention": __version__,
+        "lightning_attention": lightning_attention.__version__,
         "commit": _commit(),
     }
     if device.type == "cuda":
@@ -49,11 +49,13 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout this package is installed from, with `-dirty` if its source differs from it."""
-    command = ["git", "-C", str(Path(__file__).parents[1])]
+    """Commit of the checkout that the library is imported from, with `-dirty` if sources or benchmarks differ."""
+    command = ["git", "-C", str(Path(lightning_attention.__file__).parent)]
+    measured = ":/src", ":/benchmarks", ":(exclude,top)benchmarks/results"
     try:
         commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-        changed = subprocess.run([*command, "status", "--porcelain", "."], capture_output=True, text=True, check=True)
+        status = [*command, "status", "--porcelain", "--", *measured]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit.strip() + ("-dirty" if changed.stdout.strip() else "")
+    return commit.strip() + ("-dirty" if changed.strip() else "")

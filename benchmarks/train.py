@@ -8,8 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..models import LightningConfig, LightningForCausalLM
-from ..training import segmented_loss
+from lightning_attention.models import LightningConfig, LightningForCausalLM
+from lightning_attention.training import segmented_loss
+
 from .cases import TrainingCase
 from .harness import peak_bytes, reason, release
 from .peers import OURS
