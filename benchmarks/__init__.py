@@ -1,1 +1,1 @@
-"""Measurements, always of several implementations side by side. Needs `lightning-attention[bench]`."""
+"""Benchmarks: implementations measured side by side in one run. Run from a clone by `python -m benchmarks`."""

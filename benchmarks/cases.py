@@ -1,11 +1,11 @@
-"""What is measured: shapes, and the arithmetic and traffic they take at least."""
+"""Cases to measure: shapes, and the least arithmetic and memory traffic that they need."""
 
 import random
 from dataclasses import dataclass
 
 import torch
 
-# (B, T, H, D, documents): long, short and few sequences, few and many heads, packed documents.
+# (B, T, H, D, packed sequences): long, short and few sequences, few and many heads.
 TABLE = (
     (4, 32768, 32, 128, None),
     (4, 4096, 32, 128, None),
@@ -19,7 +19,7 @@ TABLE = (
     (1, 1048576, 1, 128, None),
 )
 
-# Of the chunkwise algorithm, where its arithmetic is counted; what an implementation takes is its own affair.
+# Chunk size for counting the arithmetic of the chunkwise algorithm; implementations use their own.
 CHUNK_SIZE = 64
 
 
@@ -28,10 +28,10 @@ class Pass:
     """Forward or backward.
 
     Args:
-        name: of the pass.
-        tensors: of q's size that it reads or writes, at least.
-        results: those among them that it makes.
-        products: of matrices, over pairs of tokens.
+        name: "forward" or "backward".
+        tensors: least number of tensors of q's size to read or write.
+        results: number of tensors of q's size to write.
+        products: number of matrix products over pairs of tokens.
     """
 
     name: str
@@ -47,14 +47,14 @@ BACKWARD = Pass("backward", tensors=7, results=3, products=5)
 
 @dataclass(frozen=True)
 class OpCase:
-    """One call of the operator, with keys and values of one size; `documents` of about one length packed into a row."""
+    """Operator call with K = V = D; with `packed_sequences`, as many sequences of about one length are packed in T."""
 
     batch_size: int
     length: int
     num_heads: int
     head_dim: int
     dtype: torch.dtype
-    documents: int | None = None
+    packed_sequences: int | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -62,32 +62,32 @@ class OpCase:
         return self.batch_size, self.length, self.num_heads, self.head_dim
 
     @property
-    def bounds(self) -> list[int] | None:
-        """Where documents begin, and where the last one ends."""
-        if self.documents is None:
+    def boundaries(self) -> list[int] | None:
+        """Boundaries of the packed sequences, `[N + 1]`, as in `cu_seqlens`."""
+        if (n := self.packed_sequences) is None:
             return None
-        return [self.length * i // self.documents for i in range(self.documents + 1)]
+        return [self.length * i // n for i in range(n + 1)]
 
     @property
     def tensor_bytes(self) -> int:
-        """Of q, which k, v and the output equal."""
+        """Size of q, which k, v and the output share."""
         return self._num_elements * self.dtype.itemsize
 
     @property
     def needed_bytes(self) -> int:
-        """Memory of q, k, v, the output, their gradients, and the float32 states, at least."""
+        """Least memory: q, k, v, the output, their gradients, and the float32 states."""
         return 8 * self.tensor_bytes + 4 * self.batch_size * self.num_heads * self.head_dim**2
 
     def minimal_bytes(self, direction: Pass) -> int:
-        """That any implementation has to move: the floor of its time is this over the copy bandwidth."""
+        """Least memory traffic; over the bandwidth of a copy, this is the least time (the floor)."""
         return direction.tensors * self.tensor_bytes
 
     def linear_flops(self, direction: Pass, chunk_size: int = CHUNK_SIZE) -> int:
-        """Of the chunkwise algorithm: forward `4 C D + 4 D²` a token and head, backward `10 C D + 10 D²`."""
+        """Operations of the chunkwise algorithm: `4 C D + 4 D²` per token and head forward, 2.5 times that backward."""
         return 2 * direction.products * self._num_elements * (chunk_size + self.head_dim)
 
     def quadratic_flops(self, direction: Pass) -> int:
-        """Of causal attention over pairs: two products forward and five backward, over half of all pairs."""
+        """Operations of causal attention: two products forward and five backward, over half of all pairs of tokens."""
         return direction.products * self._num_elements * self.length
 
     @property
@@ -95,14 +95,14 @@ class OpCase:
         return self.batch_size * self.length * self.num_heads * self.head_dim
 
 
-# Sequences that are given a token; with 64 heads of 128 the state of each takes 4 MiB. The most first: an
-# implementation that tunes itself at its first call keeps what it found for all.
+# Batch sizes of a decode step; with 64 heads of 128 a sequence's state takes 4 MiB. The largest comes first: an
+# implementation that tunes itself at its first call keeps that choice.
 STEP_BATCHES = {"cuda": (256, 64, 16, 1), "cpu": (16, 4, 1)}
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """One token for a batch, with keys and values of one size and a float32 state."""
+    """Decode step of a batch: one token per sequence, K = V = D, float32 states."""
 
     batch_size: int
     num_heads: int
@@ -115,19 +115,19 @@ class StepCase:
 
     @property
     def minimal_bytes(self) -> int:
-        """That any implementation has to move: the state read and written once, q, k and v read and o written."""
+        """Least memory traffic: the state read and written once, q, k and v read, o written."""
         return 2 * self.state_bytes + 4 * self.batch_size * self.num_heads * self.head_dim * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class ContextCase:
-    """A token for every sequence of a batch, the last of a context of `length` tokens."""
+    """Decode step of a model: one token per sequence, at the end of a context of `length` tokens."""
 
     batch_size: int
     length: int
 
 
-# Of a serving case: how many, and how many of them one by one.
+# Number of requests of a serving case, and how many of them are answered one by one.
 REQUESTS = {"cuda": (256, 8), "cpu": (8, 2)}
 
 
@@ -136,11 +136,11 @@ class ServingCase:
     """Requests of mixed sizes.
 
     Args:
-        requests: how many.
-        sample: of them that are answered one by one.
-        max_requests: that an engine decodes at once.
-        prompt_tokens: fewest and most.
-        answer_tokens: likewise.
+        requests: number of requests.
+        sample: number of requests that are answered one by one.
+        max_requests: number of requests that the engine decodes at once.
+        prompt_tokens: least and largest length of a prompt.
+        answer_tokens: least and largest length of an answer.
     """
 
     requests: int
@@ -150,14 +150,14 @@ class ServingCase:
     answer_tokens: tuple[int, int] = (16, 256)
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Tokens of prompt and answer of every request, always the same."""
+        """Lengths of prompt and answer of every request, the same at every call."""
         draw = random.Random(0).randint
         return [(draw(*self.prompt_tokens), draw(*self.answer_tokens)) for _ in range(self.requests)]
 
 
 @dataclass(frozen=True)
 class TrainingCase:
-    """A step on one sequence, read by segments."""
+    """Training step on one sequence in training segments."""
 
     length: int
     segment_length: int

@@ -1,6 +1,8 @@
-"""Many requests at once by the engine, beside transformers' `generate()` one by one."""
+"""Throughput of the engine on many requests, next to `generate()` on one request after another."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,28 +11,29 @@ from lightning_attention.inference import Engine, SamplingOptions
 from lightning_attention.models import LightningForCausalLM
 
 from .cases import ServingCase
-from .decode_model import Model, needed_bytes
-from .harness import Contest
-from .peers import OURS
-from .report import Column, Record, Table, dtype_name, rounded
-from .run import Plan
+from .decode_model import MakeModel, needed_bytes
+from .harness import Comparison
+from .report import OURS, Column, Record, Table, dtype_name, field, rounded, times_ours
+from .run import Benchmark
 
 Request = tuple[list[int], SamplingOptions]
 Serve = Callable[[list[Request]], int]
 
 
-def plan(cases: list[ServingCase], model: Model, size: str, device: torch.device, *, seconds: float) -> Plan:
-    """Of `measure` with `WAYS`; `model` is called when its turn comes."""
+@dataclass(frozen=True)
+class Server:
+    """Way to answer requests.
 
-    def measured(bandwidth: float) -> Iterator[list[Record]]:
-        return measure(cases, model(), size, WAYS, seconds=seconds)
+    Args:
+        build: function from a model and a case to a function that answers requests and returns the number of tokens.
+        is_sampled: True to answer a sample of the requests only.
+    """
 
-    needed = max(needed_bytes(size, case.max_requests) for case in cases)
-    return Plan("engine", cases, measured, _title, _TABLE, needed)
+    build: Callable[[LightningForCausalLM, ServingCase], Serve]
+    is_sampled: bool = False
 
 
 def engine(model: LightningForCausalLM, case: ServingCase) -> Serve:
-    """The engine, to be given requests; it returns the number of tokens that it has answered."""
     engine = Engine(model, max_requests=case.max_requests)
 
     def serve(requests: list[Request]) -> int:
@@ -45,7 +48,6 @@ def engine(model: LightningForCausalLM, case: ServingCase) -> Serve:
 
 
 def one_by_one(model: LightningForCausalLM, case: ServingCase) -> Serve:
-    """The same by `generate()`."""
     untyped: Any = model  # transformers types generate() for a protocol that its own models do not satisfy
 
     def serve(requests: list[Request]) -> int:
@@ -59,42 +61,81 @@ def one_by_one(model: LightningForCausalLM, case: ServingCase) -> Serve:
     return serve
 
 
-# Ours, and what it is beside; true where it answers a sample.
-WAYS: dict[str, tuple[Callable[[LightningForCausalLM, ServingCase], Serve], bool]] = {
-    OURS: (engine, False),
-    "generate() one by one": (one_by_one, True),
-}
+SERVERS = {OURS: Server(engine), "generate() one by one": Server(one_by_one, is_sampled=True)}
+
+
+def benchmark(
+    cases: list[ServingCase], make_model: MakeModel, size: str, device: torch.device, *, seconds: float
+) -> Benchmark:
+    """Measure `SERVERS`; `make_model` is called for the first case."""
+
+    def measure_case(case: ServingCase, bandwidth: float) -> list[Record]:
+        return measure(case, make_model(), size, SERVERS, seconds=seconds)
+
+    needed = max(needed_bytes(size, case.max_requests) for case in cases)
+    return Benchmark("engine", cases, measure_case, _title, _TABLE, needed)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    serve: Serve
+    requests: list[Request]
+
+    @property
+    def answer_tokens(self) -> int:
+        return sum(options.max_new_tokens for _, options in self.requests)
+
+    def run(self) -> None:
+        if (count := self.serve(self.requests)) != self.answer_tokens:
+            raise ArithmeticError(f"wrong: {count} tokens instead of {self.answer_tokens}")
 
 
 def measure(
-    cases: Iterable[ServingCase],
-    model: LightningForCausalLM,
-    size: str,
-    ways: dict[str, tuple[Callable[[LightningForCausalLM, ServingCase], Serve], bool]],
-    *,
-    seconds: float,
-) -> Iterator[list[Record]]:
-    """The records of one case after the other, one for every way to answer.
-
-    A record has the sizes, of which `sampled_from` is the number of requests where only the first `requests` of them
-    were answered, so that its throughput stands for that of all; `prompt_tokens` and `answer_tokens` in all; and
-    `seconds`, prompts included, `tokens_per_second` of answers, and `times_ours` of the time of a token. Answers are
-    greedy, and nothing ends them but their length. Runs are medians after one that is not counted.
+    case: ServingCase, model: LightningForCausalLM, size: str, servers: dict[str, Server], *, seconds: float
+) -> list[Record]:
+    """Measure a case. Answers are greedy and end at their length.
 
     Args:
-        cases: requests.
-        model: with no `eos_token_id`.
-        size: its name, for the records.
-        ways: by name, from a model to what answers requests and returns the number of tokens; and whether a sample is
-            enough of it.
-        seconds: to spend on each timing, about.
+        case: requests.
+        model: model without `eos_token_id`.
+        size: name of the model's size, to record.
+        servers: ways to answer, by name.
+        seconds: approximate time to spend on each measurement.
+
+    Returns:
+        Sizes of the case and results of every server: `requests` answered; `sampled_from`, the number of requests that
+        they are a sample of; `prompt_tokens` and `answer_tokens`; `seconds`, prompts included; `tokens_per_second` of
+        answers; and `times_ours`, of the time per token. What raises or is wrong has `not_measured` instead.
     """
-    for case in cases:
-        yield _measure_case(case, model, size, ways, seconds)
+    requests = random_requests(case, model.config.vocab_size)
+    comparison: Comparison[_Prepared] = Comparison(model.device)
+
+    def prepare(server: Server) -> _Prepared:
+        return _Prepared(server.build(model, case), requests[: case.sample] if server.is_sampled else requests)
+
+    for name, server in servers.items():
+        comparison.prepare(name, partial(prepare, server))
+    times = comparison.times(lambda prepared: prepared.run, seconds, "wall")
+    token_times = {name: time / comparison.prepared[name].answer_tokens for name, time in times.items()}
+
+    def results(name: str, prepared: _Prepared) -> Record:
+        answered = len(prepared.requests)
+        return {
+            "requests": answered,
+            "sampled_from": len(requests) if answered < len(requests) else None,
+            "prompt_tokens": sum(len(prompt) for prompt, _ in prepared.requests),
+            "answer_tokens": prepared.answer_tokens,
+            "seconds": rounded(times[name]),
+            "tokens_per_second": rounded(1 / token_times[name]),
+            "times_ours": times_ours(token_times, name),
+        }
+
+    sizes = {"size": size, "dtype": dtype_name(model.dtype), "max_requests": case.max_requests}
+    return comparison.records(sizes, results)
 
 
 def random_requests(case: ServingCase, vocab_size: int) -> list[Request]:
-    """Prompts of random tokens, always the same."""
+    """Requests with prompts of random tokens, the same at every call."""
     generator = torch.Generator("cpu").manual_seed(0)
     return [
         (
@@ -105,49 +146,6 @@ def random_requests(case: ServingCase, vocab_size: int) -> list[Request]:
     ]
 
 
-def _measure_case(
-    case: ServingCase,
-    model: LightningForCausalLM,
-    size: str,
-    ways: dict[str, tuple[Callable[[LightningForCausalLM, ServingCase], Serve], bool]],
-    seconds: float,
-) -> list[Record]:
-    requests = random_requests(case, model.config.vocab_size)
-    contest: Contest[tuple[Serve, list[Request]]] = Contest(model.device)
-    for name, (build, is_sampled) in ways.items():
-        asked = requests[: case.sample] if is_sampled else requests
-        contest.prepare(name, lambda build=build, asked=asked: (build(model, case), asked))
-    times = contest.times(lambda ready: lambda: _answer_all(*ready), seconds, "wall")
-
-    def facts(name: str, asked: list[Request]) -> Record:
-        answers = _answer_tokens(asked)
-        a_token, our_token = times[name] / answers, None
-        if OURS in times:
-            our_token = times[OURS] / _answer_tokens(contest.ready[OURS][1])
-        return {
-            "requests": len(asked),
-            "sampled_from": len(requests) if len(asked) < len(requests) else None,
-            "prompt_tokens": sum(len(prompt) for prompt, _ in asked),
-            "answer_tokens": answers,
-            "seconds": rounded(times[name]),
-            "tokens_per_second": rounded(1 / a_token),
-            "times_ours": None if our_token is None else rounded(a_token / our_token),
-        }
-
-    sizes = {"size": size, "dtype": dtype_name(model.dtype), "max_requests": case.max_requests}
-    return [contest.record(name, sizes, lambda ready, name=name: facts(name, ready[1])) for name in ways]
-
-
-def _answer_all(serve: Serve, requests: list[Request]) -> None:
-    expected, count = _answer_tokens(requests), serve(requests)
-    if count != expected:
-        raise ArithmeticError(f"wrong: {count} tokens instead of {expected}")
-
-
-def _answer_tokens(requests: list[Request]) -> int:
-    return sum(options.max_new_tokens for _, options in requests)
-
-
 def _title(case: ServingCase, bandwidth: float) -> str:
     return f"{case.requests} requests, {case.max_requests} at a time"
 
@@ -155,11 +153,11 @@ def _title(case: ServingCase, bandwidth: float) -> str:
 _TABLE = Table(
     {
         "": [
-            Column("requests", 11, lambda record: record["requests"], "d"),
-            Column("answers", 9, lambda record: record["answer_tokens"], "d"),
-            Column("seconds", 9, lambda record: record["seconds"], ".3g"),
-            Column("tokens/s", 10, lambda record: record["tokens_per_second"], ".4g"),
-            Column("ours", 8, lambda record: record["times_ours"], ".3g", "x"),
+            Column("requests", 11, field("requests"), ".0f"),
+            Column("answers", 9, field("answer_tokens"), ".0f"),
+            Column("seconds", 9, field("seconds"), ".3g"),
+            Column("tokens/s", 10, field("tokens_per_second"), ".4g"),
+            Column("ours", 8, field("times_ours"), ".3g", "x"),
         ]
     }
 )

@@ -1,9 +1,9 @@
-"""One token of the operator beside other implementations of it, eager and as a CUDA graph."""
+"""Decode step of the operator next to other implementations, eager and as a CUDA graph."""
 
-import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,89 +11,81 @@ from torch import Tensor
 from lightning_attention import decay, lightning_attention_step
 
 from .cases import StepCase
-from .harness import FLUSHED_BYTES, Call, Clock, Contest, captured, release
+from .harness import FLUSHED_BYTES, Call, Clock, Comparison, captured, release
+from .implementations import STEP_IMPLEMENTATIONS, Step, StepImplementation
 from .oracles import TOLERANCES, checked_error
-from .peers import OURS, STEP_PEERS, Step, StepPeer
-from .report import Column, Record, Table, dtype_name, rounded
-from .run import Plan
+from .report import Column, Record, Table, dtype_name, field, rounded, times_ours
+from .run import Benchmark
 
-# Calls between two readings of a clock, so that what a reading takes does not count.
+# Number of calls between two readings of a clock, so that the time of a reading does not count.
 MIN_CALLS, MAX_CALLS = 20, 128
 
 
-def plan(cases: list[StepCase], device: torch.device, *, seconds: float) -> Plan:
-    """Of `measure` with every implementation for the device."""
-    peers = [peer for peer in STEP_PEERS if peer.device == device.type]
-
-    def measured(bandwidth: float) -> Iterator[list[Record]]:
-        return measure(cases, peers, device, bandwidth=bandwidth, seconds=seconds)
-
-    return Plan("kernel", cases, measured, _title, _TABLE, max(case.state_bytes for case in cases))
+def benchmark(cases: list[StepCase], device: torch.device, *, seconds: float) -> Benchmark:
+    """Measure with every implementation for the device."""
+    implementations = [found for found in STEP_IMPLEMENTATIONS if found.device == device.type]
+    measure_case = partial(measure, implementations=implementations, device=device, seconds=seconds)
+    return Benchmark("kernel", cases, measure_case, _title, _TABLE, max(case.state_bytes for case in cases))
 
 
 @torch.no_grad()
 def measure(
-    cases: Iterable[StepCase], peers: Iterable[StepPeer], device: torch.device, *, bandwidth: float, seconds: float
-) -> Iterator[list[Record]]:
-    """The records of one case after the other, one for every implementation.
-
-    A record has the sizes and then `error` of output and state against float64, and the times of a call, in
-    `microseconds`, `times_floor` and `times_ours`: `eager`, of calls in a row until the device has done them; `graph`,
-    of a CUDA graph of them; and `host`, without a floor, until a call returns. On a CPU the latter two are None. For an
-    implementation that raises or is wrong it has `not_measured`.
+    case: StepCase,
+    bandwidth: float,
+    *,
+    implementations: Iterable[StepImplementation],
+    device: torch.device,
+    seconds: float,
+) -> list[Record]:
+    """Measure a case.
 
     Args:
-        cases: shapes.
-        peers: implementations, all for the type of `device`.
-        device: where to run.
-        bandwidth: of a copy, in bytes per second; it gives the floor of every time.
-        seconds: to spend on each timing, about.
+        case: shape and dtype.
+        bandwidth: bandwidth of a copy in bytes/s, for the least time (the floor).
+        implementations: implementations for the type of `device`.
+        device: device to measure on.
+        seconds: approximate time to spend on each measurement.
+
+    Returns:
+        Sizes of the case and results of every implementation: `error` of output and state against float64, and
+        `microseconds`, `times_floor` and `times_ours` of a call: `eager`, of consecutive calls until the device has
+        finished; `graph`, of a CUDA graph of them; `host`, without a floor, until a call returns. The latter two are
+        None on a CPU. An implementation that raises or is wrong has `not_measured`, the reason, in place of results.
     """
-    peers = list(peers)
-    for case in cases:
-        yield _measure_case(case, peers, device, bandwidth, seconds)
+    inputs = StepInputs(case, device)
+    comparison: Comparison[_Prepared] = Comparison(device)
+    for implementation in implementations:
+        comparison.prepare(implementation.name, partial(_prepare, implementation, inputs, device))
+    times = {
+        kind: comparison.times(lambda prepared, kind=kind: prepared.rounds[kind], seconds, clock)
+        for kind, clock in _clocks(device).items()
+    }
 
+    def results(name: str, prepared: _Prepared) -> Record:
+        record: Record = {"error": rounded(prepared.error), "graph": None, "host": None}
+        for kind, of_kind in times.items():
+            time = of_kind[name] / inputs.calls
+            record[kind] = {
+                "microseconds": rounded(time * 1e6),
+                "times_floor": None if kind == "host" else rounded(time * bandwidth / case.minimal_bytes),
+                "times_ours": times_ours(of_kind, name),
+            }
+        return record
 
-@torch.no_grad()
-def cpu_step(num_heads: int = 8, head_dim: int = 64, *, rounds: int = 300) -> dict[str, float]:
-    """Microseconds of a decode step of one sequence on a CPU, beside the three plain calls that do the same.
-
-    Short rounds of calls of each take turns, and the least time of each counts. The state stays in the cache, so this
-    is what a call costs apart from moving memory. Run it by
-    `python -c "from benchmarks.decode_kernel import cpu_step; print(cpu_step())"`.
-    """
-    q, k, v = torch.randn(3, 1, num_heads, head_dim)
-    state = torch.zeros(1, num_heads, head_dim, head_dim)
-    log_decay = decay.log_decay(num_heads, preset="alibi")
-    factor = log_decay.exp()[:, None, None]
-
-    def ours() -> Tensor:
-        return lightning_attention_step(q, k, v, log_decay, state=state)
-
-    def einsum() -> Tensor:
-        state.mul_(factor).addcmul_(k[..., :, None], v[..., None, :])
-        return torch.einsum("bhk,bhkv->bhv", q, state)
-
-    def matmul() -> Tensor:
-        state.mul_(factor).addcmul_(k[..., :, None], v[..., None, :])
-        return (q[:, :, None] @ state)[:, :, 0]
-
-    calls = {OURS: ours, "mul_, addcmul_, einsum": einsum, "mul_, addcmul_, matmul": matmul}
-    least = dict.fromkeys(calls, float("inf"))
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            for _ in range(MIN_CALLS):
-                call()
-            least[name] = min(least[name], (time.perf_counter() - start) / MIN_CALLS * 1e6)
-    return least
+    sizes = {
+        "batch_size": case.batch_size,
+        "num_heads": case.num_heads,
+        "head_dim": case.head_dim,
+        "dtype": dtype_name(case.dtype),
+    }
+    return comparison.records(sizes, results)
 
 
 class StepInputs:
-    """Random q, k, v `[B, 1, H, D]` and states `[B, H, D, D]`, in as many sets as no cache holds, if `calls` use them.
+    """Random q, k, v `[B, 1, H, D]` and states `[B, H, D, D]`, in so many sets that their states exceed the caches.
 
     Attributes:
-        calls: of a round, which takes the sets in turn.
+        calls: number of calls of a round, which uses the sets in turn.
     """
 
     def __init__(self, case: StepCase, device: torch.device):
@@ -113,18 +105,18 @@ class StepInputs:
 
 
 @dataclass(frozen=True)
-class _Calls:
-    """A round of calls of an implementation, by how it is called, and its error."""
+class _Prepared:
+    """Rounds of calls of an implementation, by kind of time, and its error."""
 
     rounds: dict[str, Call]
     error: float
 
 
 def step_error(step: Step, inputs: StepInputs) -> float:
-    """The largest relative error of output and state, of the first and last head of the last row.
+    """Largest relative error of output and state, over the first and last head of the last batch row.
 
     Raises:
-        ArithmeticError: it is above the tolerance, or NaN.
+        ArithmeticError: the error is above the tolerance, or NaN.
     """
     q, k, v, state = inputs.sets[0]
     heads = sorted({0, state.shape[1] - 1})
@@ -132,67 +124,31 @@ def step_error(step: Step, inputs: StepInputs) -> float:
     exact_state = state[-1:, heads].double()
     exact_output = lightning_attention_step(q_, k_, v_, inputs.log_decay[heads], state=exact_state, backend="reference")
     output, new_state = step(q, k, v, state.clone())
+    new_state, exact_state = new_state[-1:, heads].transpose(1, 2), exact_state.transpose(1, 2)
     return max(
         checked_error("o", output[-1:, :, heads], exact_output, TOLERANCES[q.dtype]),
-        checked_error(
-            "state",
-            new_state[-1:, heads].transpose(1, 2),
-            exact_state.transpose(1, 2),
-            TOLERANCES[torch.float32],
-        ),
+        checked_error("state", new_state, exact_state, TOLERANCES[torch.float32]),
     )
 
 
-def _measure_case(
-    case: StepCase, peers: list[StepPeer], device: torch.device, bandwidth: float, seconds: float
-) -> list[Record]:
-    inputs = StepInputs(case, device)
-    contest: Contest[_Calls] = Contest(device)
-    for peer in peers:
-        contest.prepare(peer.name, lambda peer=peer: _prepare(peer, inputs, device))
-    times = {
-        kind: contest.times(lambda calls, kind=kind: calls.rounds[kind], seconds, clock)
-        for kind, clock in _clocks(device).items()
-    }
-
-    def facts(name: str, calls: _Calls) -> Record:
-        record: Record = {"error": rounded(calls.error), "graph": None, "host": None}
-        for kind, of_kind in times.items():
-            seconds_a_call = of_kind[name] / inputs.calls
-            record[kind] = {
-                "microseconds": rounded(seconds_a_call * 1e6),
-                "times_floor": None if kind == "host" else rounded(seconds_a_call * bandwidth / case.minimal_bytes),
-                "times_ours": rounded(of_kind[name] / of_kind[OURS]) if OURS in of_kind else None,
-            }
-        return record
-
-    sizes = {
-        "batch_size": case.batch_size,
-        "num_heads": case.num_heads,
-        "head_dim": case.head_dim,
-        "dtype": dtype_name(case.dtype),
-    }
-    return [contest.record(peer.name, sizes, lambda calls, peer=peer: facts(peer.name, calls)) for peer in peers]
-
-
-def _prepare(peer: StepPeer, inputs: StepInputs, device: torch.device) -> _Calls:
-    step = peer.build(inputs.log_decay)
+def _prepare(implementation: StepImplementation, inputs: StepInputs, device: torch.device) -> _Prepared:
+    step = implementation.build(inputs.log_decay)
     error = step_error(step, inputs)
     release(device)
 
     def round_of_calls() -> object:
-        # New states are kept until as many others are there, or one would be written over and over, to a cache.
+        # Keep as many new states as there are sets, or the calls would write the same memory, which a cache holds.
         kept: deque[tuple[Tensor, Tensor]] = deque(maxlen=len(inputs.sets))
         for i in range(inputs.calls):
             kept.append(step(*inputs.sets[i % len(inputs.sets)]))
         return kept
 
     rounds = {kind: captured(round_of_calls) if kind == "graph" else round_of_calls for kind in _clocks(device)}
-    return _Calls(rounds, error)
+    return _Prepared(rounds, error)
 
 
 def _clocks(device: torch.device) -> dict[str, Clock]:
-    """By what each kind of time is measured."""
+    """Clock of each kind of time."""
     return {"eager": "wall", "graph": "device", "host": "host"} if device.type == "cuda" else {"eager": "wall"}
 
 
@@ -202,15 +158,10 @@ def _title(case: StepCase, bandwidth: float) -> str:
 
 
 def _columns(kind: str) -> list[Column]:
-    """Time, over the floor, over ours."""
-
-    def value(field: str):
-        return lambda record: record[kind] and record[kind][field]
-
     return [
-        Column("µs", 11, value("microseconds"), ".4g"),
-        Column("floor", 9, value("times_floor"), ".3g", "x"),
-        Column("ours", 8, value("times_ours"), ".3g", "x"),
+        Column("µs", 11, field(kind, "microseconds"), ".4g"),
+        Column("floor", 9, field(kind, "times_floor"), ".3g", "x"),
+        Column("ours", 8, field(kind, "times_ours"), ".3g", "x"),
     ]
 
 

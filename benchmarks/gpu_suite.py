@@ -1,10 +1,10 @@
-"""Run the GPU tests and write a summary: what passed, failed and was skipped, on what machine.
+"""Run the GPU tests and write a summary: tests passed, failed and skipped, machine and commit.
 
 python benchmarks/gpu_suite.py results.json [--commit COMMIT] [pytest arguments]
 
-Four parts: most tests in parallel with pytest-xdist, tests over NCCL, which use several GPUs, tests of more than 2^31
-elements, which need a GPU's memory, and tests under compute-sanitizer, which take longest. Exits with 1 if a test
-failed, a part broke off or nothing passed.
+Runs four parts: most tests in parallel with pytest-xdist; tests over NCCL, which use several GPUs; tests of more than
+2^31 elements, which need the memory of a GPU; and tests under compute-sanitizer, which take longest. Exits with 1 if a
+test failed, a part was interrupted or nothing passed.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-# Compilation takes most of the time, but many processes wait for each other on a GPU. tests/conftest.py deals the GPUs.
+# Compilation takes most of the time, but many processes contend for a GPU. tests/conftest.py assigns the GPUs.
 PROCESSES = min(14 * max(torch.cuda.device_count(), 1), os.cpu_count() or 1)
 XDIST = ["-n", str(PROCESSES), "--dist", "worksteal"] if find_spec("xdist") else []
-# pytest's -k expression and more of its arguments.
+# A pytest -k expression, and further arguments of pytest.
 PARTS = {
     "parallel": ("not (nccl or a_gpu_each or 31_elements or out_of_bounds)", XDIST),
     "nccl": ("nccl or a_gpu_each", []),
@@ -41,7 +41,7 @@ LOG = "GPU_SUITE_LOG"
 
 
 def described(commit: str | None) -> dict[str, Any]:
-    """Describe GPUs, versions and commit. Where there is no .git, `is_dirty` is None."""
+    """Describe GPUs, versions and commit. Without a .git folder, `is_dirty` is None."""
     status = subprocess.run(["git", "-C", ROOT, "status", "--porcelain"], capture_output=True, text=True)
     from benchmarks.machine import machine
 
@@ -56,9 +56,9 @@ def described(commit: str | None) -> dict[str, Any]:
 
 @dataclass
 class Summary:
-    """Names of tests, and of the skipped ones how many cases of each, by reason.
+    """Results of tests: names, and for skipped tests the number of cases by reason and test.
 
-    A test that was started and has not ended is an error.
+    A test that started and did not end is an error.
     """
 
     passed: int = 0
@@ -68,7 +68,7 @@ class Summary:
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, log: Path) -> dict[str, float]:
-        """Count what the plug-in has recorded; return the seconds that each test took."""
+        """Add the outcomes that the plug-in has recorded; return the seconds of each test."""
         seconds: dict[str, float] = {}
         outcomes: dict[str, tuple[str, str]] = {}
         for line in log.read_text().splitlines():
@@ -88,7 +88,7 @@ class Summary:
         return seconds
 
 
-# This file is also a plug-in of pytest, which records what happens as it happens: a run that is killed has results too.
+# This module is also a pytest plug-in that records outcomes at once, so that a killed run has results too.
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
@@ -111,7 +111,7 @@ def record(*values: str | float) -> None:
 
 
 def run(command: list[str], log: Path, seconds: float) -> int:
-    """Run pytest, interrupted after so many seconds. A kernel is compiled and a test computed in one thread each."""
+    """Run pytest with one thread per process, and interrupt it after `seconds`."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     changed = {LOG: str(log), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
@@ -130,12 +130,12 @@ def run(command: list[str], log: Path, seconds: float) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--commit", help="of the tested tree, where there is no .git")
-    parser.add_argument("--seconds", type=float, default=540, help="for all tests; those left are errors")
+    parser.add_argument("--commit", help="commit of the tested tree, if there is no .git")
+    parser.add_argument("--seconds", type=float, default=540, help="time limit of all tests; tests left are errors")
     parser.add_argument("-m", dest="marker", default="gpu", help="as pytest's (default: gpu)")
     parser.add_argument("-k", dest="keyword", help="as pytest's")
     options, arguments = parser.parse_known_args()
-    signal(SIGINT, default_int_handler)  # or those started by a shell in the background would ignore it
+    signal(SIGINT, default_int_handler)  # a shell that starts this in the background ignores it
     head = {"command": shlex.join(["python", *sys.argv]), "machine": described(options.commit)}
     summary, start = Summary(), time.monotonic()
     for name, (keyword, extra) in PARTS.items():
@@ -162,5 +162,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # instead of this folder, whose modules would hide others of their names
+    sys.path[0] = str(ROOT)  # not this folder, whose modules would hide others of the same name
     sys.exit(main())

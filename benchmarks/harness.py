@@ -1,10 +1,11 @@
-"""Time and memory of a call."""
+"""Time and memory of calls, measured side by side."""
 
 import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -13,69 +14,77 @@ import torch
 from lightning_attention.cuda_graph import record
 
 Call = Callable[[], object]
-# What is measured of a call: the device's time, by events; that on the wall, until the device has done what the call
-# asks for; or what the call takes of the host, until it returns. On a CPU they are one.
+# Clock of a measurement: the device's, by events; the wall clock, until the device has finished; or the host's, until
+# the call returns. On a CPU all are the wall clock.
 Clock = Literal["device", "wall", "host"]
-Ready = TypeVar("Ready")
+Prepared = TypeVar("Prepared")
 
-# Zeroing this much evicts what a call left in L2. It takes a GPU longer than the host takes to enqueue any call here,
-# about 1 ms, so that no call waits for its launches.
+# Zeroing this many bytes evicts a call's data from L2. A GPU takes about 1 ms for all, longer than the host takes to
+# enqueue any call here, so that no call waits for its launches.
 FLUSHED_BYTES, FLUSHES = 1 << 29, 8
 
 MAX_RUNS = 100
 
 
-class Contest(Generic[Ready]):
-    """Implementations side by side. One that raises is out of what follows, with the reason; the others go on.
+class Comparison(Generic[Prepared]):
+    """Implementations side by side. An implementation that raises is left out, with the reason; the others go on.
 
     Attributes:
-        ready: what each of them has prepared, by name.
-        failures: the reasons, by name.
+        prepared: what is left of `prepare`, by name of implementation.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.ready: dict[str, Ready] = {}
-        self.failures: dict[str, str] = {}
+        self.prepared: dict[str, Prepared] = {}
+        self._failures: dict[str, str] = {}
+        self._names: list[str] = []
 
-    def prepare(self, name: str, prepare: Callable[[], Ready]) -> None:
+    def prepare(self, name: str, prepare: Callable[[], Prepared]) -> None:
+        self._names.append(name)
         try:
-            self.ready[name] = prepare()
-        except Exception as error:  # whatever an implementation raises is its result
-            self.failures[name] = reason(error)
+            self.prepared[name] = prepare()
+        except Exception as error:  # any exception of an implementation is its result
+            self._failures[name] = reason(error)
         release(self.device)
 
-    def times(self, call_of: Callable[[Ready], Call], seconds: float, clock: Clock = "device") -> dict[str, float]:
-        """Of a call of each, as `interleaved_times`."""
-        calls = {name: call_of(ready) for name, ready in self.ready.items()}
+    def leave_out(self, name: str, why: str) -> None:
+        self._names.append(name)
+        self._failures[name] = why
+
+    def times(self, call_of: Callable[[Prepared], Call], seconds: float, clock: Clock = "device") -> dict[str, float]:
+        """Seconds of a call of each implementation, see `interleaved_times`."""
+        calls = {name: call_of(prepared) for name, prepared in self.prepared.items()}
         times, failures = interleaved_times(calls, seconds, self.device, clock)
-        for name, why in failures.items():
-            self.failures[name] = why
-            del self.ready[name]
+        self._failures |= failures
+        self.prepared = {name: prepared for name, prepared in self.prepared.items() if name not in failures}
         return times
 
-    def record(self, name: str, sizes: dict[str, Any], facts: Callable[[Ready], dict[str, Any]]) -> dict[str, Any]:
-        """Name, sizes, and then the facts, or `not_measured`: the reason why there are none."""
-        found = {"not_measured": self.failures[name]} if name in self.failures else facts(self.ready[name])
-        return {"implementation": name, **sizes, **found}
+    def records(
+        self, sizes: dict[str, Any], results: Callable[[str, Prepared], dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Name, sizes and results of every implementation; in place of results `not_measured`, the reason, if any."""
+        return [
+            {"implementation": name, **sizes}
+            | ({"not_measured": self._failures[name]} if name in self._failures else results(name, self.prepared[name]))
+            for name in self._names
+        ]
 
 
 def interleaved_times(
-    calls: dict[str, Call], seconds: float, device: torch.device, clock: Clock = "device"
+    calls: Mapping[str, Call], seconds: float, device: torch.device, clock: Clock = "device"
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds of each call, taken in turns so that a noisy moment falls on all of them: their median.
-
-    Of the host it is the least, since what else runs on its cores makes the same call take up to twice as long.
+    """Measure calls in turns, so that a noisy moment affects all of them.
 
     Args:
-        calls: by name.
-        seconds: to spend on each call, about. After one run that is not counted a call runs at least five times (three
-            where it takes over 0.1 s) and at most 100.
-        device: whose time is measured.
-        clock: what is measured.
+        calls: calls by name.
+        seconds: approximate time to spend on each call. After a warm-up run, a call runs at least five times (three if
+            it takes over 0.1 s) and at most 100.
+        device: device of the calls.
+        clock: what to measure.
 
     Returns:
-        The times, and the reasons of those that raised.
+        Median seconds of each call (the minimum for the host clock, since other processes on the host's cores can
+        double a time), and the reasons of the calls that raised.
     """
     timers = {"device": _event_timer, "wall": _wall_timer, "host": _host_timer}
     timed = timers["wall" if device.type == "cpu" else clock](device)
@@ -85,7 +94,7 @@ def interleaved_times(
     def run(name: str) -> float:
         try:
             return timed(calls[name])
-        except Exception as error:  # whatever a call raises is its result
+        except Exception as error:  # any exception of a call is its result
             failures[name] = reason(error)
             del times[name]
             return 0.0
@@ -102,15 +111,15 @@ def interleaved_times(
 
 
 def reason(error: Exception) -> str:
-    """An exception in one line."""
+    """Describe an exception in one line of at most 200 characters."""
     message = " ".join(str(error).split())
     return f"{type(error).__name__}: {message}"[:200]
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """Memory that a call takes at its peak beyond what was in use before, its results included.
+    """Peak memory of a call beyond the memory in use before, including its results.
 
-    On a CPU this is resident memory, which only Linux with glibc lets a process measure; None elsewhere.
+    On a CPU, resident memory; None except on Linux with glibc, where a process can measure it.
     """
     gc.collect()
     if device.type == "cuda":
@@ -121,17 +130,17 @@ def peak_bytes(call: Call, device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed would hide what this one takes
-        Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark anew
-        before = _kibibytes("/proc/self/status", "VmRSS")
+        ctypes.CDLL(None).malloc_trim(0)  # memory freed by earlier calls would be used again
+        Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
+        before = _proc_bytes("/proc/self/status", "VmRSS")
         call()
-        return max(_kibibytes("/proc/self/status", "VmHWM") - before, 0)
+        return max(_proc_bytes("/proc/self/status", "VmHWM") - before, 0)
     except (OSError, AttributeError):
         return None
 
 
 def captured(call: Call) -> Call:
-    """The same call, recorded as a CUDA graph: it returns what the recorded one did, made anew by every replay."""
+    """Capture a call as a CUDA graph, and return its replay. A replay overwrites and returns the captured results."""
     graph, result = record(call)
 
     def replay() -> object:
@@ -141,25 +150,41 @@ def captured(call: Call) -> Call:
     return replay
 
 
+def kernel_launches(call: Call) -> int | None:
+    """Count kernels, copies and fills that a call launches on a GPU: the nodes of a CUDA graph. None if not capturable.
+
+    A profiler would count them too, but slows down the host from then on.
+    """
+    graph, count = torch.cuda.CUDAGraph(keep_graph=True), ctypes.c_size_t()
+    with suppress(RuntimeError):
+        call()
+        with torch.cuda.graph(graph):
+            call()
+        handle = ctypes.c_void_p(graph.raw_cuda_graph())
+        if ctypes.CDLL("libcuda.so.1").cuGraphGetNodes(handle, None, ctypes.byref(count)) == 0:
+            return count.value
+    return None
+
+
 def release(device: torch.device) -> None:
-    """What an implementation has left, for the next one."""
+    """Free the memory that an implementation has left behind."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that is left; None where only trying tells."""
+    """Free memory; None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        return _kibibytes("/proc/meminfo", "MemAvailable")
+        return _proc_bytes("/proc/meminfo", "MemAvailable")
     except OSError:
         return None
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second by a copy that no cache holds."""
+    """Bytes read and written per second by a copy larger than the caches."""
     size = 1 << 30 if device.type == "cuda" else 1 << 28
     source = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
@@ -211,8 +236,8 @@ def _event_timer(device: torch.device) -> Callable[[Call], float]:
     return timed
 
 
-def _kibibytes(file: str, field: str) -> int:
-    """In bytes, a field that the kernel tells in KiB."""
+def _proc_bytes(file: str, field: str) -> int:
+    """Field that the kernel gives in KiB, in bytes."""
     for line in Path(file).read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""The machine of a measurement: what a reader needs to place a number."""
+"""Machine, versions and commit of a measurement."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ PACKAGES = ("triton", "flash-linear-attention", "fla-core", "lightning-attn")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Device, versions and commit; None for what is not there."""
+    """Describe device, versions and commit; None if unknown or not installed."""
     described: dict[str, Any] = {
         "device": _cpu() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "cores": os.cpu_count(),

@@ -1,4 +1,4 @@
-"""What an implementation has to agree with before it is timed, in float64."""
+"""Exact results in float64, to check an implementation before it is measured."""
 
 import torch
 import torch.nn.functional as F
@@ -7,17 +7,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_attention import lightning_attention
 
-from .peers import Calls, Inputs
+from .implementations import Calls, Inputs
 
-# Of output and gradients, as relative error of a head. Products of float32 may be tf32.
+# Largest relative error of a head's output and gradients. Products of float32 may be TF32.
 TOLERANCES = {torch.float32: 3e-3, torch.float16: 3e-3, torch.bfloat16: 1e-2}
 
 
 class Oracles:
-    """Exact results of a case for two heads of its last row.
+    """Exact results for the first and last head of the last batch row, over the full length, computed on first use.
 
-    The last row and head lie at the largest offsets; the first head decays fastest, the last one slowest. They are
-    computed over the whole length, where they are first asked for.
+    The last batch row and head have the largest offsets; the first head decays fastest, the last one slowest.
     """
 
     def __init__(self, inputs: Inputs):
@@ -28,12 +27,12 @@ class Oracles:
         self._exact: dict[bool, tuple[Tensor, ...]] = {}
 
     def error(self, calls: Calls) -> float:
-        """The largest relative error `|x - exact| / |exact|` of output, dq, dk and dv.
+        """Largest relative error `|x - exact| / |exact|` of output, dq, dk and dv.
 
         Raises:
-            ArithmeticError: it is above the tolerance, or NaN.
+            ArithmeticError: the error is above the tolerance, or NaN.
         """
-        exact = self._exact_results(calls.peer.is_softmax)
+        exact = self._exact_results(calls.implementation.is_softmax)
         return max(
             checked_error(name, self._slice(x), y, self._tolerance)
             for name, x, y in zip(("o", "dq", "dk", "dv"), calls.results(), exact, strict=True)
@@ -53,10 +52,10 @@ class Oracles:
 
 
 def checked_error(name: str, x: Tensor, exact: Tensor, tolerance: float) -> float:
-    """The largest relative error of a head, of `[B, T, H, D]`.
+    """Largest relative error of a head of `[B, T, H, D]`.
 
     Raises:
-        ArithmeticError: it is above the tolerance, or NaN.
+        ArithmeticError: the error is above the tolerance, or NaN.
     """
     error = float(((x.double() - exact).norm(dim=(1, 3)) / exact.norm(dim=(1, 3))).max())
     if not error <= tolerance:
@@ -74,18 +73,18 @@ def _linear(
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, ...]:
-    """In blocks of queries, because the scores of a long sequence do not fit."""
+    """Compute softmax attention in blocks of queries, since all scores of a long sequence do not fit in memory."""
     q, k, v, do = (x.transpose(1, 2) for x in (q, k, v, do))
     o, gradients = torch.empty_like(q), tuple(torch.zeros_like(x) for x in (q, k, v))
     for start in range(0, q.shape[2], 512):
-        rows = slice(start, start + 512)
-        qkv = tuple(x.detach().requires_grad_() for x in (q[:, :, rows], k[:, :, : rows.stop], v[:, :, : rows.stop]))
+        block = slice(start, start + 512)
+        qkv = tuple(x.detach().requires_grad_() for x in (q[:, :, block], k[:, :, : block.stop], v[:, :, : block.stop]))
         mask = qkv[0].new_ones(qkv[0].shape[2], qkv[1].shape[2], dtype=torch.bool).tril(start)
         with sdpa_kernel(SDPBackend.MATH):
-            block = F.scaled_dot_product_attention(*qkv, attn_mask=mask)
-        o[:, :, rows] = block.detach()
-        dq, dk, dv = torch.autograd.grad(block, qkv, do[:, :, rows])
-        gradients[0][:, :, rows] = dq
-        gradients[1][:, :, : rows.stop] += dk
-        gradients[2][:, :, : rows.stop] += dv
+            output = F.scaled_dot_product_attention(*qkv, attn_mask=mask)
+        o[:, :, block] = output.detach()
+        dq, dk, dv = torch.autograd.grad(output, qkv, do[:, :, block])
+        gradients[0][:, :, block] = dq
+        gradients[1][:, :, : block.stop] += dk
+        gradients[2][:, :, : block.stop] += dv
     return tuple(x.transpose(1, 2) for x in (o, *gradients))

@@ -1,45 +1,36 @@
-"""The picture of a run: time and memory against length, as in Lightning Attention-2 (arXiv 2401.04658)."""
-
-from collections.abc import Callable
+"""Plots of a run: time and memory against length, as in Lightning Attention-2 (arXiv 2401.04658)."""
 
 from lightning_attention.files import replacing
 from lightning_attention.paths import PathLike, to_path
 
-from .report import Document, Record
-
-Value = Callable[[Record], float | None]
+from .report import Document, Value, field, mebibytes
 
 
 def plot_sweep(document: Document, picture: PathLike) -> None:
-    """From the sweep of a loaded `op.json`: forward and backward in ms, and their memory beyond inputs."""
+    """Draw the sweep of an `op.json`: milliseconds of forward and backward, and their memory beyond the inputs."""
     first = document["runs"]["sweep"]["results"][0]
     shape = f"B {first['batch_size']}, H {first['num_heads']}, D {first['head_dim']}, {first['dtype']}"
     panels: dict[str, Value] = {
         "time (ms)": lambda record: record["forward"]["milliseconds"] + record["backward"]["milliseconds"],
-        "peak memory, results and workspace (MiB)": lambda record: _mebibytes(record["peak_bytes"]),
+        "peak memory, results and workspace (MiB)": mebibytes("peak_bytes"),
     }
     _plot(document, "sweep", "sequence length (tokens)", panels, f"forward and backward, {shape}", picture)
 
 
 def plot_model(document: Document, picture: PathLike) -> None:
-    """From the run of a model in a loaded `decode.json`: milliseconds per token, and state or KV cache."""
+    """Draw the model run of a `decode.json`: milliseconds per token, and size of the states or KV cache."""
     first = document["runs"]["model"]["results"][0]
     title = f"one token of a {first['size']} model, B {first['batch_size']}, {first['dtype']}"
-    panels: dict[str, Value] = {
-        "time per token (ms)": lambda record: record["milliseconds"],
-        "state or KV cache (MiB)": lambda record: _mebibytes(record["state_bytes"]),
-    }
+    panels = {"time per token (ms)": field("milliseconds"), "state or KV cache (MiB)": mebibytes("state_bytes")}
     _plot(document, "model", "context length (tokens)", panels, title, picture)
 
 
 def plot_training(document: Document, picture: PathLike) -> None:
-    """From the run of a loaded `train.json`: tokens per second, and memory of a step beyond the model's own."""
+    """Draw a `train.json`: tokens per second, and memory of a step beyond the model's own."""
     first = document["runs"]["train"]["results"][0]
     title = f"a step of a {first['size']} model on one sequence, segments of {first['segment_length']}"
-    panels: dict[str, Value] = {
-        "tokens per second": lambda record: record["tokens_per_second"],
-        "peak memory beyond the model (MiB)": lambda record: _mebibytes(record["peak_bytes"]),
-    }
+    panels = {"tokens per second": field("tokens_per_second")}
+    panels["peak memory beyond the model (MiB)"] = mebibytes("peak_bytes")
     _plot(document, "train", "sequence length (tokens)", panels, title, picture, from_zero=True)
 
 
@@ -53,7 +44,7 @@ def _plot(
     *,
     from_zero: bool = False,
 ) -> None:
-    """Two panels, a line for every implementation; logarithmic, or from zero for what hardly varies."""
+    """Draw two panels with a line per implementation; logarithmic, or from zero if the values hardly vary."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
@@ -65,7 +56,7 @@ def _plot(
     for axes, (label, value) in zip(all_axes, panels.items(), strict=True):
         for name in dict.fromkeys(record["implementation"] for record in records):
             of_name = sorted((r for r in records if r["implementation"] == name), key=lambda r: r["length"])
-            # On a CPU memory may be unknown, or too little to be seen.
+            # On a CPU, memory may be unknown, or too small to measure.
             points = [(record["length"], y) for record in of_name if (y := value(record))]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
@@ -85,10 +76,6 @@ def _plot(
     figure.suptitle(f"{title}, {document['machine']['device']}", fontsize=10)
     with replacing(file, "wb") as content:
         figure.savefig(content, dpi=150, format=file.suffix[1:] or "png")
-
-
-def _mebibytes(count: int | None) -> float | None:
-    return None if count is None else count / 2**20
 
 
 def _short(length: int) -> str:

@@ -1,4 +1,4 @@
-"""What sequence parallelism would cost on more GPUs than were measured, on paper: docs/scaling.md."""
+"""Cost model of sequence parallelism, for more GPUs than were measured; see docs/scaling.md."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from lightning_attention.models import LightningConfig
 
 # Published for data parallelism on 256 H100s: ZeCO, arXiv 2507.01004, a 1B GLA with 32768 tokens per GPU.
 REFERENCE_SIZE, REFERENCE_TOKENS_PER_SECOND = "1B", 46_588
-# The one fitted number, to LASP-2 at 256 GPUs: bytes of gathered states per second, moved, summed and all else.
+# Fitted to LASP-2 at 256 GPUs: bytes of gathered states per second, all costs included.
 FITTED_BANDWIDTH = 15.64e9
 BLOCKS = RING_BLOCKS
 
 
 @dataclass(frozen=True)
 class Model:
-    """What an exchange sees of it: `(H, K, V)` of every layer's state, and sequences in a batch."""
+    """Model as an exchange sees it: `(H, K, V)` of every layer's state, and sequences in a batch."""
 
     states: Sequence[tuple[int, int, int]]
     batch_size: int = 1
@@ -26,7 +26,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Link:
-    """Bytes per second in one direction, and seconds that a message takes besides."""
+    """Link: bytes per second in one direction, and seconds of latency per message."""
 
     bandwidth: float
     latency: float
@@ -37,18 +37,18 @@ class Cluster:
     """H100 or H200: NVLink 4, 450 GB/s each way, and a 400 Gb/s InfiniBand card for every GPU."""
 
     node_size: int = 8
-    # Latencies are what NCCL reckons with for rings: src/graph/tuning.cc, protocol Simple.
+    # Latencies that NCCL assumes for rings: src/graph/tuning.cc, protocol Simple.
     node: Link = Link(450e9, 3.4e-6)
     network: Link = Link(50e9, 14e-6)
 
     def links(self, gpus: int) -> list[Link]:
-        """Of a chain through all GPUs, node after node."""
+        """Links of a chain through all GPUs, node after node."""
         return [self.network if i % self.node_size == 0 else self.node for i in range(1, gpus)]
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Tokens per second and GPU without exchange, and the operator's seconds per element of v."""
+    """Tokens per second and GPU without exchange, and seconds of the operator per element of v."""
 
     tokens_per_second: float
     # B 4, T 32768, H 32, D 128 in benchmarks/results/h200/hopper.json.
@@ -57,21 +57,21 @@ class Compute:
 
 
 def all_gather(cluster: Cluster, state_bytes: int, gpus: int, bandwidth: float = inf) -> float:
-    """Seconds of P - 1 steps of a ring: `Σ latency + (P - 1) bytes / bandwidth of the slowest link`."""
+    """Seconds of an all-gather, P - 1 steps of a ring: `Σ latency + (P - 1) bytes / bandwidth of the slowest link`."""
     links = cluster.links(gpus)
     slowest = min([bandwidth, *(link.bandwidth for link in links)])
     return sum(link.latency for link in links) + len(links) * state_bytes / slowest
 
 
 def ring(cluster: Cluster, state_bytes: int, gpus: int, blocks: int = BLOCKS) -> float:
-    """Seconds of a block through all links, and the rest behind: `Σ (latency + t) + (blocks - 1) max t`, t of one."""
+    """Seconds of a pipelined ring: `Σ (latency + t) + (blocks - 1) max t`, with t the seconds of a block on a link."""
     hops = [(link.latency, state_bytes / blocks / link.bandwidth) for link in cluster.links(gpus)]
     return sum(latency + block for latency, block in hops) + (blocks - 1) * max((b for _, b in hops), default=0.0)
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """Seconds of an exchange, and whether ranks work in turn, or all on their slices meanwhile."""
+    """Seconds of an exchange; `in_turn` if ranks work one after another, not all during the exchange."""
 
     exchange: Callable[[Cluster, int, int], float]
     in_turn: bool = False
@@ -89,7 +89,7 @@ def strategies(blocks: int) -> dict[str, Strategy]:
 def tokens_per_second(
     model: Model, compute: Compute, cluster: Cluster, strategy: Strategy, *, tokens: int, gpus: int
 ) -> float:
-    """Per GPU, with `tokens` tokens on each, where ranks are in step at every layer."""
+    """Tokens per second and GPU, with `tokens` tokens on each GPU, if ranks synchronize at every layer."""
     seconds = tokens / compute.tokens_per_second
     for heads, key_dim, value_dim in model.states if gpus > 1 else ():
         elements = tokens * heads * (key_dim + value_dim) / 2
@@ -98,7 +98,7 @@ def tokens_per_second(
         if strategy.in_turn:
             seconds += sum(exchange + (gpus - 1) * work for work in passes)
         else:
-            # 4 tensors are read for what is sent, and 3 moved to correct each of o, dq, dk and dv; forward moves 4.
+            # 4 tensors are read to make the states, and 3 moved to correct each of o, dq, dk and dv; forward moves 4.
             seconds += 4 * passes[0] + sum(max(0.0, exchange - work) for work in passes)
     return tokens / seconds
 
@@ -109,15 +109,15 @@ def num_parameters(config: LightningConfig) -> int:
 
 
 def scaled_tokens_per_second(config: LightningConfig) -> float:
-    """Of the published speed, as if a weight took the same time in every model."""
+    """Published speed scaled to another model, assuming the same time per weight."""
     reference = LightningConfig.from_size(REFERENCE_SIZE)
     return REFERENCE_TOKENS_PER_SECOND * num_parameters(reference) / num_parameters(config)
 
 
-# From the same source, tokens/s/GPU.
+# Tokens per second and GPU, from the same source.
 PUBLISHED_GPUS, PUBLISHED_TOKENS = 256, 32768
 PUBLISHED = {"ring": 40967, "all-gather": 25402}
-# LASP-2's Linear-Llama3-1B: of ZeCO's model no more than "1B, 16 heads" is known here.
+# LASP-2's Linear-Llama3-1B, since only "1B, 16 heads" is known of ZeCO's model.
 PUBLISHED_MODEL = Model([(16, 128, 128)] * 16)
 
 
@@ -128,21 +128,21 @@ def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str
 def predictions(
     model: Model, compute: Compute, cluster: Cluster, blocks: int, tokens: Sequence[int], gpus: Sequence[int]
 ) -> Iterator[str]:
-    """Tokens per second and GPU, and what part that is of those without exchange."""
+    """Markdown table of tokens per second and GPU, and their share of the speed without exchange."""
     chosen, alone, rows = strategies(blocks), compute.tokens_per_second, []
     for n, p in product(tokens, gpus):
-        rates = [tokens_per_second(model, compute, cluster, strategy, tokens=n, gpus=p) for strategy in chosen.values()]
-        rows.append([f"{n:,}", f"{p:,}", f"{alone:,.0f}", *(f"{rate:,.0f} ({rate / alone:.0%})" for rate in rates)])
+        speeds = [tokens_per_second(model, compute, cluster, each, tokens=n, gpus=p) for each in chosen.values()]
+        rows.append([f"{n:,}", f"{p:,}", f"{alone:,.0f}", *(f"{speed:,.0f} ({speed / alone:.0%})" for speed in speeds)])
     return table(["tokens/GPU", "GPUs", "no exchange", *chosen], rows)
 
 
 def check() -> Iterator[str]:
-    """Predictions beside published figures: tokens per second and GPU."""
+    """Markdown table of predicted and published tokens per second and GPU."""
     compute, rows = Compute(REFERENCE_TOKENS_PER_SECOND), []
     for name, strategy in strategies(BLOCKS).items():
         if given := PUBLISHED.get(name.removesuffix(", fitted")):
-            rate = tokens_per_second(
+            predicted = tokens_per_second(
                 PUBLISHED_MODEL, compute, Cluster(), strategy, tokens=PUBLISHED_TOKENS, gpus=PUBLISHED_GPUS
             )
-            rows.append([name, f"{given:,}", f"{rate:,.0f}", f"{rate / given - 1:+.0%}"])
+            rows.append([name, f"{given:,}", f"{predicted:,.0f}", f"{predicted / given - 1:+.0%}"])
     return table(["", "published", "predicted", "error"], rows)

@@ -12,7 +12,7 @@ from tiny_model import make_config
 
 from benchmarks import report
 from benchmarks.plot import plot_sweep
-from benchmarks.run import Picture, run
+from benchmarks.run import Plot, run
 from lightning_attention.inference import load
 from lightning_attention.models import LightningForCausalLM
 from lightning_attention.models.checkpoint import checkpoint_step, checkpoints, last_checkpoint, load_model
@@ -59,9 +59,9 @@ DOCUMENT = {"machine": {"device": "d"}, "runs": {"sweep": {"results": [NOTHING]}
 
 
 def benchmark(output: Any) -> list[Path]:
-    picture = Picture("none", plot_sweep)
+    plot = Plot("none", plot_sweep)
     cpu = torch.device("cpu")
-    return run("x", [], picture, cpu, dtype=torch.float32, command="", output=output, echo=lambda line: None)
+    return run("x", [], plot, cpu, dtype=torch.float32, command="", output=output, echo=lambda line: None)
 
 
 # The argument, a path in the folder of the run, and what to call with it.

@@ -1,1 +1,1 @@
-"""Other algorithms, written here to compare with."""
+"""Other algorithms, implemented here to compare with."""

@@ -1,10 +1,9 @@
-"""The left product in blocks, with decay: quadratic in the length, as FlashAttention without its softmax.
+"""Lightning Attention-1 (TransNormerLLM, arXiv 2307.14995): quadratic, like FlashAttention without softmax.
 
-`o_i = Σ_{j <= i} λ^(i-j) (q_i · k_j) v_j` from tiles of scores, no state: Lightning Attention-1, of TransNormerLLM
-(arXiv 2307.14995). No block of pairs is left out, however far it has decayed. One kernel makes the output and, with
-other inputs, each gradient: two products each, eight in all.
+`o_i = Σ_{j <= i} λ^(i-j) (q_i · k_j) v_j` from tiles of scores, without a state. No tile is skipped, however far it has
+decayed. One kernel computes the output and, from other inputs, each gradient, with two products each.
 
-Names as in `ops/triton/kernels.py`; BT queries and BS keys in a tile, BD covers the head size D.
+Names: `o_` offsets, `p_` pointers, `b_` blocks, `m_` masks; tiles of BT queries and BS keys, BD covers the head size D.
 """
 
 from typing import Any
@@ -14,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# By bytes of an element. In bfloat16 at D = 128: 189 registers, 128 KiB of shared memory, nothing spilled on sm_90.
+# Tiles by bytes of an element. In bfloat16 at D = 128: 189 registers, 128 KiB of shared memory, no spills on sm_90.
 TILES = {
     2: {"BT": 128, "BS": 64, "NUM_STAGES": 3, "num_warps": 8},
     4: {"BT": 64, "BS": 32, "NUM_STAGES": 1, "num_warps": 8},
@@ -24,7 +23,7 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 def lightning1(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-    """`o_i = Σ_{j <= i} λ^(i-j) (q_i · k_j) v_j`, differentiable in q, k and v.
+    """Compute `o_i = Σ_{j <= i} λ^(i-j) (q_i · k_j) v_j`, differentiable in q, k and v.
 
     Args:
         q, k, v: `[B, T, H, D]` of one dtype, contiguous.
@@ -78,8 +77,8 @@ def left_product_kernel(
     REVERSE: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """`o_i = Σ_j λ^|i-j| (q_i · k_j) v_j` over j <= i, in reverse over j >= i, for BT rows of one head."""
-    # The longest loops first, and neighbours on one head: they read its keys and values from L2.
+    """Compute `o_i = Σ_j λ^|i-j| (q_i · k_j) v_j` over j <= i, in reverse over j >= i, for BT queries of one head."""
+    # Longest loops first; neighbouring programs share a head, whose keys and values they read from L2.
     i_t = tl.num_programs(0) - 1 - tl.program_id(0)
     i_b, i_h = tl.program_id(1) // H, tl.program_id(1) % H
     stride = (H * D).to(tl.int64)
@@ -88,31 +87,31 @@ def left_product_kernel(
         start += (T - 1) * stride
         stride = -stride
 
-    rate = tl.maximum(tl.load(log_decay + i_h), -1e30) * LOG2_E  # finite, because -inf times 0 is NaN
+    log2_decay = tl.maximum(tl.load(log_decay + i_h), -1e30) * LOG2_E  # finite, because -inf times 0 is NaN
     lo, hi = i_t * BT, tl.minimum((i_t + 1) * BT, T)
     o_i, o_j, o_d = tl.arange(0, BT), tl.arange(0, BS), tl.arange(0, BD)
     m_i = (o_i < T - lo)[:, None]
     p_k, p_v = k + start, v + start
-    b_q = _load_rows(q + start + lo * stride, o_i, o_d, stride, m_i, D, BD)  # [BT, BD]
+    b_q = _load_tokens(q + start + lo * stride, o_i, o_d, stride, m_i, D, BD)  # [BT, BD]
     b_o = tl.zeros([BT, BD], tl.float32)
 
-    # λ^(i-j) = λ^(i-lo) λ^(lo-j), neither exponent above 0: a factor for each key here, for each query after the loop.
+    # λ^(i-j) = λ^(i-lo) λ^(lo-j), no exponent above 0: a factor per key here, per query after the loop.
     for j in tl.range(0, lo, BS, num_stages=NUM_STAGES):
-        b_k = _load_rows(p_k, o_j, o_d, stride, None, D, BD)  # [BS, BD]
-        b_v = _load_rows(p_v, o_j, o_d, stride, None, D, BD)  # [BS, BD]
+        b_k = _load_tokens(p_k, o_j, o_d, stride, None, D, BD)  # [BS, BD]
+        b_v = _load_tokens(p_v, o_j, o_d, stride, None, D, BD)  # [BS, BD]
         b_A = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BT, BS]
-        b_A *= tl.exp2(rate * (lo - j - o_j))[None, :]
+        b_A *= tl.exp2(log2_decay * (lo - j - o_j))[None, :]
         b_o = tl.dot(b_A.to(b_v.dtype), b_v, b_o, input_precision="ieee")
         p_k += BS * stride
         p_v += BS * stride
-    b_o *= tl.exp2(rate * o_i)[:, None]
+    b_o *= tl.exp2(log2_decay * o_i)[:, None]
 
     for j in tl.range(lo, hi, BS, num_stages=1):
         m_j = (o_j < T - j)[:, None]
-        b_k = _load_rows(p_k, o_j, o_d, stride, m_j, D, BD)
-        b_v = _load_rows(p_v, o_j, o_d, stride, m_j, D, BD)
+        b_k = _load_tokens(p_k, o_j, o_d, stride, m_j, D, BD)
+        b_v = _load_tokens(p_v, o_j, o_d, stride, m_j, D, BD)
         distance = o_i[:, None] - (j - lo + o_j)[None, :]
-        b_decay = tl.where(distance >= 0, tl.exp2(rate * tl.maximum(distance, 0)), 0.0)
+        b_decay = tl.where(distance >= 0, tl.exp2(log2_decay * tl.maximum(distance, 0)), 0.0)
         b_A = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_decay
         b_o = tl.dot(b_A.to(b_v.dtype), b_v, b_o, input_precision="ieee")
         p_k += BS * stride
@@ -126,13 +125,13 @@ def left_product_kernel(
 
 @triton.jit
 def _offsets(o_t, o_d, stride):
-    """Of a block from its first row; they fit 32 bits."""
+    """Offsets in a block from its first token; they fit 32 bits."""
     return o_t[:, None] * stride.to(tl.int32) + o_d[None, :]
 
 
 @triton.jit
-def _load_rows(p, o_t, o_d, stride, m, D: tl.constexpr, BD: tl.constexpr):
-    """A block of rows, with zeros where a row is masked or a column is past the end."""
+def _load_tokens(p, o_t, o_d, stride, m, D: tl.constexpr, BD: tl.constexpr):
+    """Load a block of tokens, with zeros for masked tokens and columns past the end."""
     if D != BD:
         m_d = (o_d < D)[None, :]
         m = m_d if m is None else m & m_d

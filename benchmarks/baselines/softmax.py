@@ -1,4 +1,4 @@
-"""Softmax attention over a KV cache, in the place of lightning attention in a model's own layers."""
+"""Softmax attention with a KV cache in a model's layers, in place of lightning attention."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,22 +15,22 @@ from ..harness import captured
 
 
 def cache_shape(config: LightningConfig, batch_size: int, length: int) -> tuple[int, ...]:
-    """Keys and values of a layer, `[2, B, H, T, D]`: a head's lie one after the other, as its one query reads them."""
+    """Shape of a layer's keys and values, `[2, B, H, T, D]`; contiguous per head, as the query of a step reads them."""
     head_dim = config.hidden_size // config.num_attention_heads
     return 2, batch_size, config.num_attention_heads, length, head_dim
 
 
 class SoftmaxDecoder:
-    """Decoding steps of a model whose attention is softmax over a full KV cache.
+    """Decode steps of a model with softmax attention over a full KV cache.
 
-    Weights, norms, gates and channel mixing are the model's. What only linear attention needs is left out: SiLU of
-    queries and keys, and LRPE. Attention is PyTorch's, with no mask and no copy of the cache. On a GPU a step is a CUDA
-    graph, recorded at the first one.
+    Uses the model's weights, norms, gates and channel mixing, without SiLU of queries and keys and LRPE, which only
+    linear attention needs. Attention is PyTorch's, without a mask or a copy of the cache. On a GPU, the first step is
+    captured as a CUDA graph.
 
     Args:
-        model: in eval mode.
-        cache: of every layer, of `cache_shape`; a step writes one token of it and attends to all.
-        context: entered around a step, to choose an implementation of attention.
+        model: model in eval mode.
+        cache: tensor of `cache_shape` per layer; a step writes one token and attends to all.
+        context: context manager to enter around a step, to choose an implementation of attention.
     """
 
     def __init__(
@@ -40,33 +40,33 @@ class SoftmaxDecoder:
         context: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.model, self.cache, self._context = model, cache, context
-        self._rows = torch.zeros(cache[0].shape[1] + 1, dtype=torch.int64, device=model.device)
+        self._inputs = torch.zeros(cache[0].shape[1] + 1, dtype=torch.int64, device=model.device)
         self._replay: Callable[[], object] | None = None
 
     def __call__(self, tokens: Sequence[int], position: int) -> Tensor:
-        """Logits `[B, vocab_size]`, which the next step may overwrite.
+        """Return logits `[B, vocab_size]`, which the next step may overwrite.
 
         Args:
-            tokens: B of them, each the next of its sequence.
-            position: in the cache, where their keys and values go.
+            tokens: next token of each of B sequences.
+            position: position in the cache of their keys and values.
         """
-        rows = torch.tensor([*tokens, position], device="cpu")
+        inputs = torch.tensor([*tokens, position], device="cpu")
         if self.model.device.type == "cpu":
-            return self.step(rows)
-        self._rows.copy_(rows.pin_memory(), non_blocking=True)
+            return self.step(inputs)
+        self._inputs.copy_(inputs.pin_memory(), non_blocking=True)
         if self._replay is None:
-            self._replay = captured(lambda: self.step(self._rows))
+            self._replay = captured(lambda: self.step(self._inputs))
         logits = self._replay()
         assert isinstance(logits, Tensor)
         return logits
 
     @torch.no_grad()
-    def step(self, rows: Tensor) -> Tensor:
-        """The same without a graph, from the tokens and then the position `[B + 1]` int64 on the device."""
-        tokens, position = rows[:-1], rows[-1:]
+    def step(self, inputs: Tensor) -> Tensor:
+        """Run a step without a graph, on the tokens followed by the position, `[B + 1]` int64 on the device."""
+        tokens, position = inputs[:-1], inputs[-1:]
         body = self.model.model
         x = body.embed_tokens(tokens) * body.config.hidden_size**0.5  # [B, W]
-        layers: Any = body.layers  # a ModuleList does not say of what
+        layers: Any = body.layers  # a ModuleList is not typed by its items
         with self._context():
             for layer, cache in zip(layers, self.cache, strict=True):
                 x = x + _attend(layer.attention, layer.attention_norm(x), cache, position)

@@ -1,22 +1,25 @@
-"""The command, run as a user does, on a machine whose copy takes no time to measure."""
+"""`python -m benchmarks` in this process, without measuring the bandwidth of a copy."""
 
 import sys
+from collections.abc import Callable
 
 import pytest
 
 from lightning_attention.cli import main
 
+Run = Callable[..., list[str]]
+
 
 @pytest.fixture(autouse=True)
-def small_copy(monkeypatch):
+def fixed_bandwidth(monkeypatch):
     monkeypatch.setattr("benchmarks.run.copy_bandwidth", lambda device: 1e9)
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    """Runs `python -m benchmarks` with arguments; returns the command. An exit code above 0 raises SystemExit."""
+def bench(monkeypatch) -> Run:
+    """Function that runs `python -m benchmarks` with arguments and returns the command. Failures raise SystemExit."""
 
-    def run(*arguments):
+    def run(*arguments: object) -> list[str]:
         command = ["python", "-m", "benchmarks", *map(str, arguments)]
         monkeypatch.setattr(sys, "argv", command[2:])
         try:

@@ -1,4 +1,4 @@
-"""The summary of the GPU tests, of a few tests that need none."""
+"""Summary of the GPU suite, from a few tests that need no GPU."""
 
 import json
 import signal
@@ -33,7 +33,7 @@ def test_error(broken): pass
 
 @pytest.fixture
 def suite(tmp_path):
-    """Run the script on the tests of a file; return its exit code and the summary."""
+    """Function that runs the script on a file of tests; returns its exit code and the summary."""
     tests, results = tmp_path / "test_few.py", tmp_path / "results.json"
     tests.write_text(TESTS)
 
@@ -63,13 +63,13 @@ def test_every_outcome_is_counted(suite):
 
 
 @pytest.mark.parametrize(("keyword", "exit_code"), [("good", 0), ("skipped", 1)])
-def test_a_suite_is_green_if_something_passed_and_nothing_failed(suite, keyword, exit_code):
+def test_the_exit_code_is_0_if_a_test_passed_and_none_failed(suite, keyword, exit_code):
     assert suite(keyword)[0] == exit_code
 
 
 @pytest.mark.slow
 def test_a_test_that_does_not_end_is_named(suite, tmp_path):
-    """Also where a shell has started the script in the background, without the signal that interrupts tests."""
+    """Even if a shell has started the script in the background, where the interrupt signal is ignored."""
     (tmp_path / "test_few.py").write_text("import time\ndef test_first(): pass\ndef test_long(): time.sleep(600)\n")
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

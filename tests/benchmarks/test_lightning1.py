@@ -1,4 +1,4 @@
-"""The quadratic baseline computes the operator. Triton's interpreter is chosen before import, so in its own process."""
+"""Lightning Attention-1 computes the operator. Runs in a process of its own, with Triton's interpreter."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ for dtype, T, D in [(torch.float32, 150, 20), (torch.float16, 131, 16)]:
 """
 
 
-def test_matches_the_definition():
+def test_outputs_and_gradients_equal_the_reference():
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )

@@ -1,4 +1,4 @@
-"""The benchmark of training measures what it says; no test here is about speed."""
+"""The benchmark of training measures what it claims. No test here is about speed."""
 
 import json
 
@@ -6,12 +6,10 @@ import pytest
 import torch
 from tiny_model import make_config
 
-from benchmarks import train as bench_train
+from benchmarks import train
 from benchmarks.cases import TrainingCase
-from benchmarks.peers import OURS
+from benchmarks.report import OURS
 from lightning_attention.models import LightningConfig, LightningForCausalLM
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -24,14 +22,13 @@ def raises(model, input_ids, case):
     raise RuntimeError("no memory for\nthat")
 
 
-def test_a_step_by_segments_and_as_a_whole(model):
-    """From the same weights they have the same loss; and each leaves others for the next."""
+def test_segments_and_the_sequence_at_once_have_the_same_loss(model):
+    """Each step starts from the same weights, and changes them."""
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     losses = []
-    for name, (loss_of, most) in bench_train.WAYS.items():
+    for name, loss in train.LOSSES.items():
         model.load_state_dict(start, strict=False)
-        cases = [TrainingCase(70, 32)]
-        ((record,),) = bench_train.measure(cases, model, "demo", {name: (loss_of, most)}, CPU, torch.float32)
+        (record,) = train.measure(TrainingCase(70, 32), train.Trainer(model, torch.float32), "demo", {name: loss})
         losses.append(record["loss"])
         assert (record["size"], record["length"], record["segment_length"]) == ("demo", 70, 32)
         assert record["tokens_per_second"] == pytest.approx(70 / record["seconds"], rel=1e-2)
@@ -39,18 +36,17 @@ def test_a_step_by_segments_and_as_a_whole(model):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_what_is_left_out_or_raises_is_reported(model):
-    ways = bench_train.WAYS | {"bad": (raises, 1000)}
-    cases = [TrainingCase(64, 16), TrainingCase(65, 16)]
-    short, long = bench_train.measure(cases, model, "demo", ways, CPU, torch.float32)
+def test_losses_that_raise_or_take_too_long_are_reported(model):
+    losses, trainer = train.LOSSES | {"bad": (raises, 1000)}, train.Trainer(model, torch.float32)
+    short, long = (train.measure(TrainingCase(length, 16), trainer, "demo", losses) for length in (64, 65))
     assert [record.get("not_measured") for record in short] == [None, None, "RuntimeError: no memory for that"]
     assert long[1]["not_measured"] == "not run beyond 4 segments"
     assert long[0]["implementation"] == OURS
     assert long[0]["times_ours"] == 1
 
 
-def test_bench_train_writes_its_results(bench, model, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench_train, "random_model", lambda size, device, *, compiled: model)
+def test_the_command_writes_results_and_a_plot(bench, model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(train, "random_model", lambda size, device, *, compiled: model)
     sizes = "--length 32 --length 128 --segment-length 16 --device cpu --output"
     bench("train", *sizes.split(), tmp_path)
     results = json.loads((tmp_path / "train.json").read_text())["runs"]["train"]["results"]

@@ -1,26 +1,22 @@
-"""The benchmark measures what it says; no test here is about speed."""
+"""The benchmark of the operator measures what it claims. No test here is about speed."""
 
 import json
-import sys
 
-import numpy as np
 import pytest
 import torch
 
-from benchmarks import op, report
+from benchmarks import cases, op, report
 from benchmarks.cases import BACKWARD, FORWARD, OpCase
-from benchmarks.harness import copy_bandwidth, interleaved_times, peak_bytes
-from benchmarks.machine import machine
-from benchmarks.op import measure
+from benchmarks.implementations import IMPLEMENTATIONS, Calls, Implementation, Inputs
 from benchmarks.oracles import Oracles
-from benchmarks.peers import OURS, PEERS, Calls, Inputs, Peer
 from benchmarks.plot import plot_sweep
+from benchmarks.report import OURS
 from lightning_attention import lightning_attention
 
 CPU = torch.device("cpu")
 CASE = OpCase(batch_size=2, length=150, num_heads=3, head_dim=8, dtype=torch.float32)
 SOFTMAX = "scaled_dot_product_attention"
-needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its peak memory")
+ON_CPU = {found.name: found for found in IMPLEMENTATIONS if found.device == "cpu"}
 
 
 @pytest.mark.parametrize(
@@ -28,7 +24,7 @@ needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tel
     [(FORWARD, 4, lambda C, D: 4 * C * D + 4 * D**2, 2), (BACKWARD, 7, lambda C, D: 10 * C * D + 10 * D**2, 5)],
     ids=["forward", "backward"],
 )
-def test_operations_and_bytes(direction, tensors, linear, pairwise):
+def test_counts_of_operations_and_bytes(direction, tensors, linear, pairwise):
     case = OpCase(batch_size=2, length=10, num_heads=3, head_dim=4, dtype=torch.float16)
     assert case.tensor_bytes == 2 * 10 * 3 * 4 * 2
     assert case.minimal_bytes(direction) == tensors * case.tensor_bytes
@@ -37,92 +33,18 @@ def test_operations_and_bytes(direction, tensors, linear, pairwise):
     assert case.quadratic_flops(direction) == pairwise * 2 * 4 * (10**2 // 2) * 6
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Time that passes only in calls of `clock`."""
-    now = [0.0]
-    monkeypatch.setattr("benchmarks.harness.time.perf_counter", lambda: now[0])
-
-    def take(seconds):
-        now[0] += seconds
-
-    return take
-
-
-@pytest.mark.parametrize(("of", "expected"), [("device", {"a": 2, "b": 3}), ("host", {"a": 1, "b": 3})])
-def test_times_are_taken_in_turns(clock, of, expected):
-    """Their medians; of the host, the least."""
-    calls, took = [], {"a": iter([9, 1, 5, 2]), "b": iter([9, 3, 3, 3])}
-
-    def call(name):
-        calls.append(name)
-        clock(next(took[name]))
-
-    times, failures = interleaved_times({name: lambda name=name: call(name) for name in took}, 3.0, CPU, of)
-    assert (times, failures) == (expected, {})
-    assert calls == ["a", "b"] * 4
-
-
-@pytest.mark.parametrize(
-    ("took", "seconds", "runs"), [(0.2, 0.1, 3), (0.01, 0.02, 5), (0.01, 0.095, 10), (0.01, 9.0, 100)], ids=str
-)
-def test_how_often_a_call_runs(clock, took, seconds, runs):
-    calls = []
-    interleaved_times({"a": lambda: calls.append(clock(took))}, seconds, CPU)
-    assert len(calls) == 1 + runs
-
-
-@pytest.mark.parametrize("failing_run", [1, 3])
-def test_a_call_that_raises_leaves_the_others(failing_run):
-    runs = []
-
-    def fails():
-        runs.append(1)
-        if len(runs) == failing_run:
-            raise MemoryError("out of\nmemory")
-
-    times, failures = interleaved_times({"fails": fails, "works": lambda: None}, 0.0, CPU)
-    assert failures == {"fails": "MemoryError: out of memory"}
-    assert list(times) == ["works"]
-
-
-@needs_linux
-def test_peak_memory_is_seen():
-    assert 60e6 < (peak_bytes(lambda: np.ones(8_000_000), CPU) or 0) < 90e6
-
-
-@needs_linux
-def test_memory_of_a_long_sequence():
-    """Forward and backward at 32K tokens: below 8 times q, results included."""
-    q, k, v = (torch.randn(1, 1 << 15, 4, 64, requires_grad=True) for _ in range(3))
-    do, log_decay = torch.randn_like(q), torch.full((4,), -0.1)
-
-    def call():
-        return torch.autograd.grad(lightning_attention(q, k, v, log_decay).output, (q, k, v), do)
-
-    call()
-    assert (peak_bytes(call, CPU) or 0) < 8 * q.nbytes
-
-
-def test_the_machine_is_named():
-    described = machine(CPU)
-    assert described["torch"] == torch.__version__
-    assert described["device"]
-
-
-@pytest.mark.parametrize("peer", [peer for peer in PEERS if peer.device == "cpu"], ids=lambda peer: peer.name)
+@pytest.mark.parametrize("implementation", ON_CPU.values(), ids=ON_CPU)
 @pytest.mark.parametrize("length", [150, 700])
-def test_oracles_agree_with_what_is_right(peer, length):
+def test_oracles_agree_with_correct_implementations(implementation, length):
     inputs = Inputs(OpCase(2, length, 3, 8, torch.float32), CPU)
-    assert Oracles(inputs).error(Calls(peer, inputs)) < 1e-5
+    assert Oracles(inputs).error(Calls(implementation, inputs)) < 1e-5
 
 
-def test_documents_are_kept_apart():
-    peer = next(peer for peer in PEERS if (peer.name, peer.device) == (OURS, "cpu"))
-    inputs = Inputs(OpCase(1, 100, 2, 8, torch.float32, documents=3), CPU)
+def test_packed_sequences_are_separate():
+    inputs = Inputs(OpCase(1, 100, 2, 8, torch.float32, packed_sequences=3), CPU)
     assert inputs.cu_seqlens is not None
     assert inputs.cu_seqlens.tolist() == [0, 33, 66, 100]
-    assert Oracles(inputs).error(Calls(peer, inputs)) < 1e-5
+    assert Oracles(inputs).error(Calls(ON_CPU[OURS], inputs)) < 1e-5
 
 
 def _scaled(factor):
@@ -152,6 +74,11 @@ def _refuses(log_decay, cu_seqlens):
     return call
 
 
+def measure(implementations: list[Implementation], softmax_up_to: int = 0) -> list[report.Record]:
+    options = {"device": CPU, "softmax_up_to": softmax_up_to, "seconds": 0.0}
+    return op.measure(CASE, 1e9, implementations=implementations, **options)
+
+
 @pytest.mark.parametrize(
     ("build", "why"),
     [
@@ -163,31 +90,22 @@ def _refuses(log_decay, cu_seqlens):
     ],
     ids=["output", "gradient", "nan", "import", "assertion"],
 )
-def test_what_is_wrong_or_raises_is_reported_and_not_timed(build, why):
-    ours = next(peer for peer in PEERS if (peer.name, peer.device) == (OURS, "cpu"))
-    peers = [Peer("bad", "cpu", build), ours]
-    (records,) = measure([CASE], peers, CPU, bandwidth=1e9, softmax_up_to=0, seconds=0.0)
-    bad, good = records
+def test_a_wrong_or_failing_implementation_is_reported_and_not_timed(build, why):
+    bad, good = measure([Implementation("bad", "cpu", build), ON_CPU[OURS]])
     assert why in bad["not_measured"]
     assert not bad.keys() & {"forward", "backward", "peak_bytes"}
     assert good["forward"]["milliseconds"] > 0
-    assert any(why in line for line in op.TABLE.lines("", records))
+    assert any(why in line for line in op.TABLE.lines("", [bad, good]))
 
 
-def test_lengths_beyond_a_limit_are_left_out():
-    peers = [
-        Peer("quadratic", "cpu", _scaled(1.0), is_quadratic=True),
-        Peer("short", "cpu", _scaled(1.0), max_length=9),
-    ]
-    (records,) = measure([CASE], peers, CPU, bandwidth=1e9, softmax_up_to=149, seconds=0.0)
-    assert [r["not_measured"] for r in records] == ["not run beyond 149 tokens", "not run beyond 9 tokens"]
+def test_long_sequences_are_left_out_where_they_take_too_long():
+    quadratic = Implementation("quadratic", "cpu", _scaled(1.0), is_quadratic=True)
+    short = Implementation("short", "cpu", _scaled(1.0), max_length=9)
+    reasons = [record["not_measured"] for record in measure([quadratic, short], softmax_up_to=149)]
+    assert reasons == ["not run beyond 149 tokens", "not run beyond 9 tokens"]
 
 
-def test_copy_bandwidth():
-    assert 1e8 < copy_bandwidth(CPU) < 1e13
-
-
-def test_bench_op_writes_its_results(bench, tmp_path, capsys):
+def test_the_command_writes_results_and_a_plot(bench, tmp_path, capsys):
     sizes = "--length 64 --length 128 --heads 2 --head-dim 8 --softmax-up-to 64 --seconds 0.001 --device cpu --output"
     command = bench("op", *sizes.split(), tmp_path)
     written = json.loads((tmp_path / "op.json").read_text())
@@ -206,8 +124,8 @@ def test_bench_op_writes_its_results(bench, tmp_path, capsys):
     assert "not run beyond 64 tokens" in out
 
 
-def test_table_and_sweep_are_kept_together(bench, monkeypatch, tmp_path):
-    monkeypatch.setattr("benchmarks.cases.TABLE", [(1, 8, 1, 4, None), (1, 9, 1, 4, 2)])
+def test_a_run_keeps_results_of_the_other_kind(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(cases, "TABLE", [(1, 8, 1, 4, None), (1, 9, 1, 4, 2)])
     options = ["--seconds", 0, "--device", "cpu", "--output", tmp_path]
     bench("op", "--only", "table", *options)
     assert {path.name for path in tmp_path.iterdir()} == {"op.json"}
@@ -221,7 +139,7 @@ def test_table_and_sweep_are_kept_together(bench, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("field", ["device", "commit", "torch"])
-def test_only_runs_of_one_device_and_commit_are_kept(tmp_path, field):
+def test_results_of_another_device_or_commit_are_dropped(tmp_path, field):
     here = {"device": "a", "commit": "b", "torch": "c"}
     report.write({"machine": {**here, field: "another"}, "runs": {"table": {}}}, tmp_path / "op.json")
     kept = {"table": {}} if field == "torch" else {}
@@ -229,7 +147,7 @@ def test_only_runs_of_one_device_and_commit_are_kept(tmp_path, field):
 
 
 @pytest.mark.parametrize("peak_bytes", [None, 0, 1 << 20])
-def test_a_picture_is_drawn_from_the_document_alone(tmp_path, peak_bytes):
+def test_the_plot_needs_only_the_document(tmp_path, peak_bytes):
     sizes = {"batch_size": 1, "num_heads": 1, "head_dim": 4, "dtype": "float32"}
     passes = {"forward": {"milliseconds": 1.0}, "backward": {"milliseconds": 2.0}, "peak_bytes": peak_bytes}
     results = [
@@ -240,11 +158,11 @@ def test_a_picture_is_drawn_from_the_document_alone(tmp_path, peak_bytes):
     assert (tmp_path / "op.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_that_is_cut_off_keeps_what_it_has(bench, monkeypatch, tmp_path):
-    def cut_off(*arguments):
+def test_an_interrupted_run_keeps_finished_cases(bench, monkeypatch, tmp_path):
+    def fails(*arguments):
         raise OSError("no space left")
 
-    monkeypatch.setattr("benchmarks.report.Table.lines", cut_off)
+    monkeypatch.setattr(report.Table, "lines", fails)
     sizes = "--length 16 --length 32 --heads 1 --head-dim 4 --seconds 0 --device cpu --output"
     with pytest.raises(SystemExit):
         bench("op", *sizes.split(), tmp_path)
