@@ -1,1 +1,4 @@
-"""Benchmarks: implementations measured side by side in one run. Run from a clone by `python -m benchmarks`."""
+"""Benchmarks: implementations measured side by side in one run.
+
+Run from a clone: `pip install -e ".[bench]"`, then `python -m benchmarks`.
+"""

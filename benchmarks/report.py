@@ -17,7 +17,7 @@ Value = Callable[[Record], float | None]
 
 OURS = "lightning_attention"
 
-_NAME_WIDTH = 28
+_NAME_WIDTH = 30
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,12 @@ def test_a_fault_names_the_option_or_file(folder, arguments, words):
     assert words in message(folder.run(arguments))
 
 
+@pytest.mark.parametrize("command", ["step", "segments", "counters"])
+def test_a_benchmark_for_hopper_needs_such_a_gpu(folder, command):
+    result = folder.run([command], environment={"CUDA_VISIBLE_DEVICES": ""})
+    assert "needs a GPU of compute capability 9.0" in message(result)
+
+
 @pytest.mark.parametrize("name", ["op.json", "op.png"])
 def test_a_full_disk_names_the_file_and_keeps_what_was_there(folder, name):
     limit = 100 if name == "op.json" else 10_000  # enough for the results, and too little for the plot
