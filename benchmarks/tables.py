@@ -1,0 +1,278 @@
+"""Write docs/benchmarks.md from the files in benchmarks/results.
+
+python benchmarks/tables.py
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+
+OURS, PORTABLE = "lightning_attention", "its portable kernels"
+COLUMNS = {
+    PORTABLE: "portable kernels",
+    "fla chunk_simple_gla": "fla chunk",
+    "fla fused_chunk_simple_gla": "fla fused",
+    "fla fused_recurrent_simple_gla": "fla",
+    "OpenNLPLab lightning_attn": "OpenNLPLab",
+    "lightning-1": "Lightning-1",
+}
+# When the code that a run measures last changed what it executes. An older run is left out of the page.
+CHANGED = {"scan": "2026-11-26T03:43", "step": "2026-11-24T11:53", "chunked": "2026-11-27T12:53"}
+
+HEADER = """\
+# Benchmarks
+
+<!-- Written by benchmarks/tables.py from benchmarks/results. Edit the script, not this page. -->
+
+Each table names the GPU, the date, the commit and the file that it comes from.
+Implementations take turns within one run, and each is checked against float64 before it is timed; times are medians.
+**× floor** divides a time by that of reading the inputs and writing the results once, at the speed of a copy.
+**Workspace** is memory beyond inputs and results.
+Columns named after another implementation say how many times slower it is than ours in the same run.
+A cell with two numbers is forward / backward.
+
+| measured by | what |
+|---|---|
+| `python -m benchmarks op` | the operator, forward and backward |
+| `python -m benchmarks decode` | decoding: the operator, a model, the engine |
+| `python -m benchmarks train` | a training step on one long sequence |
+
+Sizes of models are names. 385M has 385M parameters with a vocabulary of 50,272 and 399M with the 64,000 used here.
+"""
+
+Record = dict[str, Any]
+Rows = list[list[str]]
+
+
+def main() -> None:
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """The text of docs/benchmarks.md."""
+    sections, outdated = [HEADER], []
+    for title, run, change, write in SECTIONS:
+        tables = []
+        for file in sorted(RESULTS.glob("*/*.json")):
+            document = json.loads(file.read_text(encoding="utf-8"))
+            for name, found in named_runs(document, file.stem):
+                if name != run:
+                    continue
+                if is_outdated(document, found, change):
+                    outdated.append(f"| {link(file)} | {name} | {found['time'][:10]} |")
+                else:
+                    tables.append(f"{source(document, found, file)}\n\n{write(found['results'])}")
+        if tables:
+            sections.append("\n\n".join([f"## {title}", *tables]) + "\n")
+    if outdated:
+        sections.append("\n".join([OUTDATED, *sorted(outdated)]) + "\n")
+    return "\n".join(sections)
+
+
+def named_runs(document: Record, stem: str) -> Iterable[tuple[str, Record]]:
+    """Runs of a file by name. A file without runs is one run, named after the file."""
+    return document["runs"].items() if "runs" in document else [(stem, document)]
+
+
+def is_outdated(document: Record, run: Record, change: str) -> bool:
+    """True if the code that the run measured has changed since. Runs that hold no time are taken as they are."""
+    if "cuda" not in document["machine"]:
+        change = "chunked"
+    return run.get("time", "9") < CHANGED[change]
+
+
+def link(file: Path) -> str:
+    return f"[{file.parent.name}/{file.name}](../{file.relative_to(ROOT).as_posix()})"
+
+
+def source(document: Record, run: Record, file: Path) -> str:
+    machine = document["machine"]
+    date = f", {run['time'][:10]}" if "time" in run else ""
+    return f"{machine['device']}{date}, commit `{machine['commit'][:10]}`, torch {machine['torch']}, {link(file)}:"
+
+
+def operator(results: list[Record]) -> str:
+    """Times of forward and backward, per shape and implementation."""
+    shapes = by_shape(results)
+    others = measured_implementations(results)
+    header = ["B, T, H, D", "ms", "× floor", "workspace, MiB", *(COLUMNS.get(name, name) for name in others)]
+    rows = []
+    for shape, found in shapes.items():
+        ours = found[OURS]
+        row = [shape, both(ours, "milliseconds"), both(ours, "times_floor"), both(ours, "workspace_bytes", 2**-20)]
+        rows.append(row + [both(found.get(name, {}), "times_ours") for name in others])
+    return table(header, rows)
+
+
+def decoding_operator(results: list[Record]) -> str:
+    """Times of one token of B sequences."""
+    others = measured_implementations(results)
+    header = ["B, H, D", "µs in a CUDA graph", "× floor", *(COLUMNS.get(name, name) for name in others)]
+    rows = []
+    for shape, found in by_shape(results).items():
+        ours = found[OURS]["graph"]
+        row = [shape, number(ours["microseconds"]), number(ours["times_floor"])]
+        rows.append(row + [number(found[name]["graph"]["times_ours"]) for name in others])
+    return table(header, rows)
+
+
+def decoding_model(results: list[Record]) -> str:
+    """Time of a token and size of the cache against the context length."""
+    others = measured_implementations(results)
+    header = ["context length", "ms", "state, MiB", *(f"{name}, ms" for name in others), "KV cache, MiB"]
+    rows = []
+    for length, found in sorted(group(results, lambda x: x["length"]).items()):
+        caches = [found[name]["state_bytes"] / 2**20 for name in others if "state_bytes" in found.get(name, {})]
+        row = [tokens(length), number(found[OURS]["milliseconds"]), number(found[OURS]["state_bytes"] / 2**20)]
+        row += [number(found.get(name, {}).get("milliseconds")) for name in others]
+        rows.append([*row, number(max(caches)) if caches else ""])
+    return note_of_model(results) + table(header, rows)
+
+
+def engine(results: list[Record]) -> str:
+    """Answers of the engine, and of `generate()` for some of the requests."""
+    header = ["", "requests", "at a time", "seconds", "tokens/s"]
+    rows = []
+    for x in results:
+        is_engine = x["implementation"] == OURS
+        name = "engine, CUDA graph" if is_engine else x["implementation"] + ", eager"
+        at_a_time = x["max_requests"] if is_engine else 1
+        rows.append([name, *map(number, (x["requests"], at_a_time, x["seconds"], x["tokens_per_second"]))])
+    return note_of_model(results) + table(header, rows)
+
+
+def training(results: list[Record]) -> str:
+    """Speed and memory of a step against the sequence length."""
+    header = ["sequence length", "step, s", "tokens/s", "memory, GiB", "not segmented, tokens/s", "memory, GiB"]
+    rows = []
+    for length, found in sorted(group(results, lambda x: x["length"]).items()):
+        row = [tokens(length), number(found[OURS]["seconds"])]
+        for name in (OURS, "as a whole"):
+            x = found.get(name, {})
+            memory = number(x["peak_bytes"] / 2**30) if "peak_bytes" in x else out_of_memory(x)
+            row += [number(x.get("tokens_per_second")), memory]
+        rows.append(row)
+    segment = results[0]["segment_length"]
+    note = f"Training segments of {segment:,} tokens. Memory is beyond parameters, gradients and optimizer state.\n"
+    return note + note_of_model(results) + table(header, rows)
+
+
+def few_heads(results: list[Record]) -> str:
+    """Times of the Hopper and the portable kernels where heads are few."""
+    header = ["B, T, H, D", "Hopper kernels, ms", "portable kernels, ms", "segments at that commit"]
+    rows = []
+    for x in results:
+        cells = [
+            " / ".join(number(x[f"{direction}_milliseconds"][name]) for direction in ("forward", "backward"))
+            for name in ("chosen", "portable")
+        ]
+        rows.append([shape_of(x), *cells, " / ".join(map(str, x["chosen"]))])
+    return table(header, rows)
+
+
+def model_step(results: Record) -> str:
+    """Speed of forward and backward of a model, by attention kernels."""
+    header = ["attention kernels", "tokens/s", "attention, % of the time of all kernels"]
+    rows = [
+        [name, *map(number, (x["graph_tokens_per_second"], 100 * x["attention_share"]))] for name, x in results.items()
+    ]
+    return "Size 385M, one sequence of 8192 tokens, bf16 autocast, in a CUDA graph.\n\n" + table(header, rows)
+
+
+def counters(results: list[Record]) -> str:
+    """How busy each kernel keeps the GPU when it runs alone."""
+    header = ["B, T, H, D", "kernel", "ms", "memory, %", "L2, %", "compute, %", "issue slots, %"]
+    names = ("milliseconds", "memory_percent", "l2_percent", "compute_percent", "issue_percent")
+    rows = [
+        [shape_of(x) if i == 0 else "", f"`{launch['kernel']}`", *(number(launch[name]) for name in names)]
+        for x in results
+        for i, launch in enumerate(x["launches"])
+    ]
+    return table(header, rows)
+
+
+# Title, name of the run, the code that it measures, and what writes its table.
+SECTIONS: list[tuple[str, str, str, Callable[[Any], str]]] = [
+    ("The operator", "table", "scan", operator),
+    ("The operator against the sequence length", "sweep", "scan", operator),
+    ("Few heads", "segments", "scan", few_heads),
+    ("Decoding: the operator", "kernel", "step", decoding_operator),
+    ("Decoding: a model", "model", "step", decoding_model),
+    ("Decoding: the engine", "engine", "scan", engine),
+    ("Training on one long sequence", "train", "scan", training),
+    ("Forward and backward of a model", "step", "scan", model_step),
+    ("Nsight Compute", "counters", "scan", counters),
+]
+
+OUTDATED = """\
+## Left out
+
+These runs are older than the last change of the code that they measure, and are left out until measured again.
+
+| file | run | date |
+|---|---|---|"""
+
+
+def by_shape(results: list[Record]) -> dict[str, dict[str, Record]]:
+    return group(results, shape_of)
+
+
+def group(results: list[Record], key: Callable[[Record], Any]) -> dict[Any, dict[str, Record]]:
+    """Results by key, then by implementation."""
+    found: dict[Any, dict[str, Record]] = {}
+    for x in results:
+        found.setdefault(key(x), {})[x["implementation"]] = x
+    return found
+
+
+def measured_implementations(results: list[Record]) -> list[str]:
+    """Implementations other than ours that some shape has a time for, in the order of the file."""
+    names = (x["implementation"] for x in results if x["implementation"] != OURS and "not_measured" not in x)
+    return list(dict.fromkeys(names))
+
+
+def shape_of(x: Record) -> str:
+    sizes = [str(x[name]) for name in ("batch_size", "length", "num_heads", "head_dim") if name in x]
+    packed = [f"{x['documents']} packed"] if x.get("documents") else []
+    return ", ".join(sizes + packed)
+
+
+def note_of_model(results: list[Record]) -> str:
+    return f"Size {results[0]['size']}, one GPU, bf16, random weights.\n\n"
+
+
+def out_of_memory(x: Record) -> str:
+    return "out of memory" if "OutOfMemoryError" in x.get("not_measured", "") else ""
+
+
+def both(x: Record, name: str, factor: float = 1) -> str:
+    """A number of forward and one of backward, or nothing where they were not measured."""
+    passes = [x.get(direction) or {} for direction in ("forward", "backward")]
+    if any(passed.get(name) is None for passed in passes):
+        return ""
+    return " / ".join(number(passed[name] * factor) for passed in passes)
+
+
+def number(x: float | None) -> str:
+    """Three significant digits, or all digits before the point."""
+    if x is None or x == 0 or isinstance(x, int):
+        return "" if x is None else f"{x:,}"
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:#.3g}".rstrip(".")
+
+
+def tokens(length: int) -> str:
+    return f"{length >> 20}M" if length >= 1 << 20 else f"{length >> 10}K" if length >= 1 << 10 else str(length)
+
+
+def table(header: list[str], rows: Rows) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+if __name__ == "__main__":
+    main()
