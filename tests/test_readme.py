@@ -1,4 +1,4 @@
-"""The README's Python blocks about checkpoints run as printed."""
+"""Python blocks about checkpoints in the documentation run as printed."""
 
 import os
 import re
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """A folder in which `run` holds a checkpoint of the name in the README."""
+    """A folder in which `run` holds a checkpoint of the name in the pages."""
     save_checkpoint(tmp_path / "run" / "checkpoint-20000")
     return tmp_path
 
@@ -22,8 +22,6 @@ def run(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("page", "heading"),
     [
-        ("README.md", "The model"),
-        ("README.md", "Serving"),
         ("docs/inference.md", "Serving many requests"),
         ("docs/model.md", "Conversations"),
     ],
