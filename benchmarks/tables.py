@@ -36,11 +36,12 @@ Implementations take turns within one run, and each is checked against float64 b
 Columns named after another implementation say how many times slower it is than ours in the same run.
 A cell with two numbers is forward / backward.
 
-| measured by | what |
-|---|---|
-| `python -m benchmarks op` | the operator, forward and backward |
-| `python -m benchmarks decode` | decoding: the operator, a model, the engine |
-| `python -m benchmarks train` | a training step on one long sequence |
+```console
+$ python -m benchmarks op       # the operator, forward and backward
+$ python -m benchmarks decode   # decoding: the operator, a model, the engine
+$ python -m benchmarks train    # a training step on one long sequence
+$ python benchmarks/tables.py   # writes this page
+```
 
 Sizes of models are names. 385M has 385M parameters with a vocabulary of 50,272 and 399M with the 64,000 used here.
 """
@@ -93,7 +94,8 @@ def link(file: Path) -> str:
 def source(document: Record, run: Record, file: Path) -> str:
     machine = document["machine"]
     date = f", {run['time'][:10]}" if "time" in run else ""
-    return f"{machine['device']}{date}, commit `{machine['commit'][:10]}`, torch {machine['torch']}, {link(file)}:"
+    torch = machine["torch"].partition("+")[0]
+    return f"{machine['device']}{date}, commit `{machine['commit'][:8]}`, torch {torch}, {link(file)}:"
 
 
 def operator(results: list[Record]) -> str:

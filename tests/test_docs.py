@@ -1,0 +1,249 @@
+"""Documentation runs as printed: code blocks, commands, links, numbers and docstring examples.
+
+A block that cannot run on a CPU has a comment with the reason before it: `<!-- not run: needs a GPU -->`.
+"""
+
+import doctest
+import gzip
+import importlib
+import json
+import re
+import runpy
+import shlex
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch.distributed as dist
+import typer
+from tiny_model import save_checkpoint
+
+from lightning_attention.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+SHELL, PLAIN = ("console", "bash"), ("", "text")
+FENCE = re.compile(r"(?:<!-- not run(?P<reason>.*?)-->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
+MODULES = ("", ".decay", ".distributed", ".inference", ".models", ".nn", ".training")
+# Command lines by what starts them, and where their options are defined.
+COMMANDS = {
+    "lightning-attention": "lightning_attention.cli.app",
+    "lightning_attention": "lightning_attention.cli.app",
+    "lightning_attention.cli": "lightning_attention.cli.app",
+    "benchmarks": "benchmarks.commands",
+}
+# Subcommands that a test can run: they end soon.
+QUICK = ("generate", "info")
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int
+    language: str
+    code: str
+    reason: str | None  # why it is not run; None if it is
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(page, text.count("\n", 0, found.start()) + 1, found["language"], found["code"], found["reason"])
+        for found in FENCE.finditer(text)
+    ]
+
+
+def commands_of(block: Block) -> list[tuple[list[str], str]]:
+    """Commands of a block, and what they print; a `console` block has both, `bash` only commands."""
+    found: list[tuple[list[str], list[str]]] = []
+    for line in block.code.replace("\\\n", " ").splitlines():
+        if block.language == "bash" or line.startswith("$ "):
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            found += [(words, [])] if words else []
+        else:
+            found[-1][1].append(line)
+    return [(command, "\n".join(output).strip()) for command, output in found]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page) if block.language not in PLAIN]
+RUN = [block for block in BLOCKS if block.reason is None]
+PYTHON_PAGES = sorted({block.page for block in RUN if block.language == "python"})
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Current folder with the files that the pages name, outside of torchrun's environment but with its variables."""
+    save_checkpoint(tmp_path / "run" / "checkpoint-20000")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "book.txt").write_text("Once upon a time there was a fox. " * 200)
+    (tmp_path / "more.jsonl.gz").write_bytes(gzip.compress(b'{"text": "There was a dog."}\n' * 100))
+    (tmp_path / "questions.jsonl").write_text('{"prompt": "Why?", "max_new_tokens": 3}\n')
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PYTHON_PAGES, ids=lambda page: page.name)
+def test_python_blocks_run(page: Path, folder: Path) -> None:
+    """Blocks of a page run in order and share their names."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    try:
+        for block in RUN:
+            if block.page == page and block.language == "python":
+                exec(compile("\n" * block.line + block.code, str(page), "exec"), names)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("block", [block for block in RUN if block.language in SHELL], ids=str)
+def test_commands_exist(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)  # the package `benchmarks`
+    for command, _ in commands_of(block):
+        check_command(command)
+
+
+@pytest.mark.parametrize(
+    ("block", "command", "output"),
+    [
+        pytest.param(block, command, output, id=f"{block}-{' '.join(command[:2])}")
+        for block in RUN
+        if block.language in SHELL
+        for command, output in commands_of(block)
+        if command[0] == "lightning-attention" and (output or command[1] in QUICK)
+    ],
+)
+def test_commands_run(block, command, output, folder, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capfd.readouterr()
+    if output:
+        assert (printed.out + printed.err).strip() == output
+    else:
+        assert (stopped.value.code or 0, printed.err) == (0, "")
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_a_block_is_run_or_says_why_not(block: Block) -> None:
+    assert block.language in ("python", *SHELL), "plain text has the language `text`"
+    if block.reason is not None:
+        assert re.match(r": *\w.{9,}", block.reason), "a reason follows `not run:`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_resolve(page: Path) -> None:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in anchors_of(linked), target
+
+
+def test_benchmarks_page_is_what_the_script_writes() -> None:
+    page = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["page"]()
+    assert (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8") == page, "run python benchmarks/tables.py"
+
+
+def test_readme_numbers_are_in_the_results() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    long = result("h200/hopper.json", "table", "lightning_attention", length=32768, num_heads=32, head_dim=128)
+    softmax, ours = (
+        result("h200/decode.json", "model", name, length=1 << 20) for name in ("SDPA cuDNN", "lightning_attention")
+    )
+    segmented = result("h200/train.json", "train", "lightning_attention", length=4 << 20)
+    assert f"Forward takes {long['forward']['times_floor']:.2f} times as long" in readme
+    assert f"it takes {softmax['milliseconds'] / ours['milliseconds']:.0f} times as long" in readme
+    assert f"{segmented['tokens_per_second']:,.0f} tokens/s in training segments of 32K" in readme
+
+
+def test_readme_fits_a_hundred_lines() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
+
+
+def docstring_examples() -> Iterator[doctest.DocTest]:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    for name in MODULES:
+        module = importlib.import_module(f"lightning_attention{name}") if name != ".decay" else None
+        if module is None:
+            module = importlib.import_module("lightning_attention.ops.decay")
+        public = getattr(module, "__all__", [key for key in vars(module) if not key.startswith("_")])
+        for key in public:
+            value = getattr(module, key)
+            if getattr(value, "__module__", "").startswith("lightning_attention"):
+                yield from (test for test in finder.find(value, key, module=False, globs={}) if test.examples)
+
+
+@pytest.mark.parametrize("example", list(docstring_examples()), ids=lambda example: example.name)
+def test_docstring_examples_run(example: doctest.DocTest, folder: Path) -> None:
+    lines: list[str] = []
+    failed, _ = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=lines.append)
+    assert not failed, "".join(lines)
+
+
+def check_command(words: Sequence[str]) -> None:
+    """Fail unless what the command names exists: program, subcommand, options, files, targets of make, extras."""
+    while words and re.fullmatch(r"[A-Z_0-9]+=.*", words[0]):
+        words = words[1:]
+    program, arguments = words[0], list(words[1:])
+    if program == "torchrun" or arguments[:1] == ["-m"]:
+        program, *arguments = arguments[arguments.index("-m") + 1 :]
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        for target in (word for word in arguments if "=" not in word):
+            assert re.search(rf"^{re.escape(target)}:", makefile, re.M), target
+    elif program == "pip":
+        check_pip(arguments)
+    elif program in COMMANDS:
+        check_options(COMMANDS[program], arguments)
+    elif program in ("python", "pytest"):
+        for path in (word for word in arguments if "/" in word):
+            assert (ROOT / path.partition("::")[0]).exists(), path
+    else:
+        assert program in ("export", "pre-commit"), f"{program} is not known here"
+
+
+def check_pip(arguments: list[str]) -> None:
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert arguments[0] == "install"
+    for word in arguments[1:]:
+        if found := re.search(r"\[(.*)\]", word):
+            assert set(found[1].split(",")) <= set(known), word
+        elif word.endswith(".txt"):
+            assert (ROOT / word).exists(), word
+
+
+def check_options(module: str, arguments: list[str]) -> None:
+    if module.startswith("benchmarks") and not (ROOT / f"{module.replace('.', '/')}.py").exists():
+        pytest.skip("benchmarks has no command line here")
+    app = importlib.import_module(module).app
+    commands = getattr(typer.main.get_command(app), "commands")  # noqa: B009
+    if arguments and arguments[0] != "--version":
+        command = commands[arguments[0]]
+        _, rest, _ = command.make_parser(typer.Context(command)).parse_args(arguments[1:])
+        assert rest == []
+
+
+def anchors_of(page: Path) -> set[str]:
+    """Anchors of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def result(file: str, run: str, implementation: str, **sizes: int) -> dict[str, Any]:
+    """The first result of a run with these sizes."""
+    results = json.loads((ROOT / "benchmarks/results" / file).read_text())["runs"][run]["results"]
+    wanted = {"implementation": implementation} | sizes
+    return next(x for x in results if all(x.get(name) == value for name, value in wanted.items()))
