@@ -40,18 +40,18 @@ def main() -> None:
     model, tokenizer = load(checkpoint)
 
     corpus = Corpus.open(OUTPUT / "corpus")
-    rows = corpus.held_out_set(LENGTHS[0], max_tokens=1 << 17)
-    result = evaluate(model, rows, corpus.unigram(), BYTES)
+    held_out = corpus.held_out_set(LENGTHS[0], max_tokens=1 << 17)
+    result = evaluate(model, held_out, corpus.unigram(), BYTES)
     console.rule(f"held-out loss over {result.num_tokens:,} bytes")
     table = Table("predicted by", "nats per byte", box=None)
-    table.add_row("nothing: all bytes alike", f"{result.uniform:.3f}")
-    table.add_row("the frequencies of bytes in the training text", f"{result.unigram:.3f}")
+    table.add_row("a uniform distribution over bytes", f"{result.uniform:.3f}")
+    table.add_row("byte frequencies of the training text", f"{result.unigram:.3f}")
     table.add_row("the model", f"{result.loss:.3f}")
     console.print(table)
 
-    console.rule("constant time per token, constant memory")
+    console.rule("speed and state size against the context length")
     text = torch.from_numpy(corpus.held_out_tokens()[: LENGTHS[-1]].astype("int64"))[None].to(model.device)
-    table = Table("tokens", "forward pass, tokens/s", "decoding state, bytes", box=None)
+    table = Table("tokens", "forward pass, tokens/s", "state, bytes", box=None)
     for length in LENGTHS:
         speed, cache = forward_speed(model, text[:, :length])
         table.add_row(f"{length:,}", f"{speed:,.0f}", f"{cache.nbytes():,}")
@@ -69,7 +69,7 @@ def main() -> None:
 
 @torch.no_grad()
 def forward_speed(model: LightningForCausalLM, tokens: torch.Tensor) -> tuple[float, LightningCache]:
-    """Tokens a second, the best of three, and the state that is left to decode from."""
+    """Tokens per second of a forward pass, the best of three, and the cache that it returns."""
     best = 0.0
     for _ in range(3):
         start = time.perf_counter()
