@@ -24,6 +24,13 @@ COLUMNS = {
 # When the code that a run measures last changed what it executes. An older run is left out of the page.
 CHANGED = {"scan": "2026-11-26T03:43", "step": "2026-11-24T11:53", "chunked": "2026-11-27T12:53"}
 
+# Runs with a plot next to their file, and its description.
+PLOTS = {
+    "sweep": "Time and memory against the sequence length",
+    "model": "Time per token and size of state or KV cache against the context length",
+    "train": "Tokens per second and memory of a step against the sequence length",
+}
+
 HEADER = """\
 # Benchmarks
 
@@ -67,7 +74,7 @@ def page() -> str:
                 if is_outdated(document, found, change):
                     outdated.append(f"| {link(file)} | {name} | {found['time'][:10]} |")
                 else:
-                    tables.append(f"{source(document, found, file)}\n\n{write(found['results'])}")
+                    tables.append(f"{source(document, found, file)}\n\n{write(found['results'])}{plot(file, name)}")
         if tables:
             sections.append("\n\n".join([f"## {title}", *tables]) + "\n")
     if outdated:
@@ -89,6 +96,14 @@ def is_outdated(document: Record, run: Record, change: str) -> bool:
 
 def link(file: Path) -> str:
     return f"[{file.parent.name}/{file.name}](../{file.relative_to(ROOT).as_posix()})"
+
+
+def plot(file: Path, run: str) -> str:
+    """The plot of a run, if it has one."""
+    image = file.with_suffix(".png")
+    if run not in PLOTS or not image.exists():
+        return ""
+    return f"\n\n![{PLOTS[run]}](../{image.relative_to(ROOT).as_posix()})"
 
 
 def source(document: Record, run: Record, file: Path) -> str:
@@ -133,7 +148,8 @@ def decoding_model(results: list[Record]) -> str:
         row = [tokens(length), number(found[OURS]["milliseconds"]), number(found[OURS]["state_bytes"] / 2**20)]
         row += [number(found.get(name, {}).get("milliseconds")) for name in others]
         rows.append([*row, number(max(caches)) if caches else ""])
-    return note_of_model(results) + table(header, rows)
+    note = "Time from a token to its logits, in a CUDA graph. The softmax model has the same layers with a KV cache.\n"
+    return note + note_of_model(results) + table(header, rows)
 
 
 def engine(results: list[Record]) -> str:
@@ -160,7 +176,8 @@ def training(results: list[Record]) -> str:
             row += [number(x.get("tokens_per_second")), memory]
         rows.append(row)
     segment = results[0]["segment_length"]
-    note = f"Training segments of {segment:,} tokens. Memory is beyond parameters, gradients and optimizer state.\n"
+    note = f"Forward, backward and AdamW in training segments of {segment:,} tokens.\n"
+    note += "Memory is beyond parameters, gradients and optimizer state.\n"
     return note + note_of_model(results) + table(header, rows)
 
 

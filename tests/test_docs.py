@@ -47,7 +47,7 @@ class Block(NamedTuple):
     reason: str | None  # why it is not run; None if it is
 
     def __str__(self) -> str:
-        return f"{self.page.name}:{self.line}"
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
 def blocks_of(page: Path) -> list[Block]:
@@ -91,7 +91,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PYTHON_PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PYTHON_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page: Path, folder: Path) -> None:
     """Blocks of a page run in order and share their names."""
     names: dict[str, Any] = {"__name__": "__main__"}
@@ -139,7 +139,7 @@ def test_a_block_is_run_or_says_why_not(block: Block) -> None:
         assert re.match(r": *\w.{9,}", block.reason), "a reason follows `not run:`"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_relative_links_resolve(page: Path) -> None:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -158,12 +158,17 @@ def test_benchmarks_page_is_what_the_script_writes() -> None:
 
 
 def test_readme_numbers_are_in_the_results() -> None:
+    """And no older than the code that they measure: docs/benchmarks.md has the same runs."""
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    shown, _, left_out = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8").partition("## Left out")
     long = result("h200/hopper.json", "table", "lightning_attention", length=32768, num_heads=32, head_dim=128)
     softmax, ours = (
         result("h200/decode.json", "model", name, length=1 << 20) for name in ("SDPA cuDNN", "lightning_attention")
     )
     segmented = result("h200/train.json", "train", "lightning_attention", length=4 << 20)
+    for file, run in (("h200/hopper.json", "table"), ("h200/decode.json", "model"), ("h200/train.json", "train")):
+        assert file in shown
+        assert not re.search(rf"{file}\S* \| {run} \|", left_out)
     assert f"Forward takes {long['forward']['times_floor']:.2f} times as long" in readme
     assert f"it takes {softmax['milliseconds'] / ours['milliseconds']:.0f} times as long" in readme
     assert f"{segmented['tokens_per_second']:,.0f} tokens/s in training segments of 32K" in readme
