@@ -6,11 +6,13 @@ A block that cannot run on a CPU has a comment with the reason before it: `<!-- 
 import doctest
 import gzip
 import importlib
+import inspect
 import json
 import re
 import runpy
 import shlex
 import sys
+import textwrap
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 SHELL, PLAIN = ("console", "bash"), ("", "text")
 FENCE = re.compile(r"(?:<!-- not run(?P<reason>.*?)-->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
-MODULES = ("", ".decay", ".distributed", ".inference", ".models", ".nn", ".training")
+MODULES = ("", ".ops.decay", ".distributed", ".inference", ".models", ".nn", ".training")
 # Command lines by what starts them, and where their options are defined.
 COMMANDS = {
     "lightning-attention": "lightning_attention.cli.app",
@@ -76,8 +78,8 @@ PYTHON_PAGES = sorted({block.page for block in RUN if block.language == "python"
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Current folder with the files that the pages name, outside of torchrun's environment but with its variables."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Current folder with the files that the pages name, and the variables of torchrun for one process."""
     save_checkpoint(tmp_path / "run" / "checkpoint-20000")
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "book.txt").write_text("Once upon a time there was a fox. " * 200)
@@ -88,20 +90,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("page", PYTHON_PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page: Path, folder: Path) -> None:
     """Blocks of a page run in order and share their names."""
     names: dict[str, Any] = {"__name__": "__main__"}
-    try:
-        for block in RUN:
-            if block.page == page and block.language == "python":
-                exec(compile("\n" * block.line + block.code, str(page), "exec"), names)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    for block in RUN:
+        if block.page == page and block.language == "python":
+            exec(compile("\n" * block.line + block.code, str(page), "exec"), names)
 
 
 @pytest.mark.parametrize("block", [block for block in RUN if block.language in SHELL], ids=str)
@@ -178,24 +178,32 @@ def test_readme_fits_a_hundred_lines() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
 
 
-def docstring_examples() -> Iterator[doctest.DocTest]:
-    finder = doctest.DocTestFinder(exclude_empty=True)
+def docstring_examples() -> Iterator[tuple[str, str]]:
+    """Docstrings with an example, by name: `>>>` lines, or a block after `Example::`."""
     for name in MODULES:
-        module = importlib.import_module(f"lightning_attention{name}") if name != ".decay" else None
-        if module is None:
-            module = importlib.import_module("lightning_attention.ops.decay")
-        public = getattr(module, "__all__", [key for key in vars(module) if not key.startswith("_")])
-        for key in public:
+        module = importlib.import_module(f"lightning_attention{name}")
+        for key in getattr(module, "__all__", vars(module)):
             value = getattr(module, key)
-            if getattr(value, "__module__", "").startswith("lightning_attention"):
-                yield from (test for test in finder.find(value, key, module=False, globs={}) if test.examples)
+            if key.startswith("_") or not getattr(value, "__module__", "").startswith("lightning_attention"):
+                continue
+            members = vars(value).items() if isinstance(value, type) else ()
+            for member, documented in [("", value), *members]:
+                text = inspect.getdoc(documented) if member == "" or inspect.isfunction(documented) else None
+                if text and (">>>" in text or "Example::" in text):
+                    yield f"lightning_attention{name}.{key}.{member}".strip("."), text
 
 
-@pytest.mark.parametrize("example", list(docstring_examples()), ids=lambda example: example.name)
-def test_docstring_examples_run(example: doctest.DocTest, folder: Path) -> None:
-    lines: list[str] = []
-    failed, _ = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=lines.append)
-    assert not failed, "".join(lines)
+@pytest.mark.parametrize("text", [pytest.param(text, id=name) for name, text in docstring_examples()])
+def test_docstring_examples_run(text: str, folder: Path) -> None:
+    if ">>>" not in text:
+        found = re.search(r"^Example::\n((?:\n| +.*\n?)+)", text, re.M)
+        assert found is not None
+        exec(compile(textwrap.dedent(found[1]), "example", "exec"), {})
+        return
+    report: list[str] = []
+    example = doctest.DocTestParser().get_doctest(text, {}, "example", None, None)
+    failed, _ = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=report.append)
+    assert not failed, "".join(report)
 
 
 def check_command(words: Sequence[str]) -> None:
