@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import torch.distributed as dist
 import typer
 from tiny_model import save_checkpoint
 
 from lightning_attention.cli import main
+from lightning_attention.models import SIZES, LightningConfig, LightningForCausalLM
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
@@ -176,6 +178,18 @@ def test_readme_numbers_are_in_the_results() -> None:
 
 def test_readme_fits_a_hundred_lines() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameter_counts_are_true(size: str) -> None:
+    cells = re.search(rf"^\| {size} \|.*\| (\S+) \| (\S+) \|$", (ROOT / "docs/training.md").read_text(), re.M)
+    assert cells is not None
+    for stated, vocab_size in zip(cells.groups(), (259, 64_000), strict=True):
+        with torch.device("meta"):
+            model = LightningForCausalLM(LightningConfig.from_size(size, vocab_size=vocab_size))
+        count = sum(parameter.numel() for parameter in model.parameters())
+        unit = {"M": 1e6, "B": 1e9}[stated[-1]]
+        assert count / unit == pytest.approx(float(stated[:-1]), rel=4e-3)
 
 
 def docstring_examples() -> Iterator[tuple[str, str]]:
