@@ -37,9 +37,9 @@ from lightning_attention.inference import load
 from lightning_attention.models import LightningForCausalLM
 from lightning_attention.models.checkpoint import checkpoints, last_checkpoint
 from lightning_attention.training import PackedDataset, TrainingOptions, evaluate, train
+from lightning_attention.training.arguments import training_arguments
 from lightning_attention.training.checkpoint import CheckpointingTrainer
 from lightning_attention.training.metrics import drop_after, plot_loss, read_metrics
-from lightning_attention.training.train import _arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -355,9 +355,9 @@ def test_bad_options_start_no_run(files, changes, message):
 def test_a_process_works_on_one_device(files, monkeypatch):
     """Whatever there is: the Trainer would split batches among all of them, and call for as many more rows."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
-    arguments = _arguments(options(files, batch_size=3))
-    assert arguments.n_gpu == 1
-    assert arguments.train_batch_size == 3
+    single = training_arguments(options(files, batch_size=3))
+    assert single.n_gpu == 1
+    assert single.train_batch_size == 3
 
 
 def test_resuming_without_a_run(tmp_path):

@@ -1,4 +1,4 @@
-"""Which sequences a process reads: in training without end, in evaluation each sequence once."""
+"""Batches of packed sequences for every process: endless for training, one pass for evaluation."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..distributed.parallel import SequenceParallel
 from ..models.heads import IGNORED
 from .corpus import PackedDataset
 
@@ -17,12 +19,12 @@ Items = list[dict[str, Tensor]]  # of a PackedDataset
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of every batch a process reads.
+    """Part of every batch that a data process reads: a process, or a group of processes that share sequences.
 
     Attributes:
-        data_rank: index of the process, or of its group if processes share sequences.
-        data_size: number of processes, or of groups.
-        batch_size: sequences of a process, or of a group, in one batch.
+        data_rank: index of the data process.
+        data_size: number of data processes.
+        batch_size: sequences of one data process in one batch.
     """
 
     data_rank: int
@@ -31,24 +33,24 @@ class Share:
 
     @property
     def total(self) -> int:
-        """Sequences of all processes in one batch."""
+        """Sequences of all data processes in one batch."""
         return self.data_size * self.batch_size
 
 
 @dataclass(frozen=True)
 class TrainingBatches:
-    """The batches of one process, without end: shuffled epochs of the dataset, joined end to end.
+    """Endless batches of one process: shuffled epochs of the dataset, joined end to end.
 
-    All processes together read the sequences of that order in turn. So the sequences of an optimizer step depend on
-    how many there are in a step, but not on how processes, batches and accumulation share them, and where an epoch
-    ends in the middle of a step, the next epoch fills the step.
+    All data processes together read the sequences in this order. The sequences of an optimizer step therefore depend
+    on their number alone, not on the number of processes, the batch size or gradient accumulation. If an epoch ends
+    within a step, the next epoch fills the step.
 
     Attributes:
         dataset: the sequences.
         collate: makes a batch of sequences.
-        share: the part of this process.
-        seed: of the order.
-        num_batches: the length that is reported, of a whole run.
+        share: part of every batch that this process reads.
+        seed: seed of the order.
+        num_batches: length to report, for the run as a whole.
         start: returns the number of sequences that were read before.
     """
 
@@ -71,7 +73,7 @@ class TrainingBatches:
 
 
 def shuffled_epochs(length: int, seed: int, start: int = 0) -> Iterator[int]:
-    """Indices below `length`, each once an epoch, in an order that seed and epoch determine, from position `start`."""
+    """Yield the indices below `length` epoch after epoch, shuffled by seed and epoch, from position `start` on."""
     first, skipped = divmod(start, length)
     for epoch in count(first):
         yield from map(int, np.random.default_rng([seed, epoch]).permutation(length)[skipped:])
@@ -79,28 +81,47 @@ def shuffled_epochs(length: int, seed: int, start: int = 0) -> Iterator[int]:
 
 
 def held_out_batches(dataset: PackedDataset, share: Share) -> Iterator[Items]:
-    """The sequences of a process, each sequence of the dataset on one process.
+    """Yield the sequences of one data process in batches; every sequence of the dataset goes to one data process.
 
-    All processes get as many batches, of as many sequences, because they exchange data while they read a batch:
-    a sequence without labels stands where there is none left.
+    Data processes communicate while they read a batch, so all get equally many batches of equal size, filled up with
+    sequences without labels.
     """
     for start in range(0, len(dataset), share.total):
         size = -(-min(share.total, len(dataset) - start) // share.data_size)
         first = start + share.data_rank * size
-        yield [_or_ignored(dataset, index) for index in range(first, first + size)]
+        yield [_item_or_filler(dataset, index) for index in range(first, first + size)]
 
 
-def num_labels(sequences: Items) -> int:
-    """Tokens to predict: the first token of a sequence has no token before it."""
-    return sum(int((sequence["labels"][1:] != IGNORED).sum()) for sequence in sequences)
+def join_sequences(items: Items) -> dict[str, Tensor]:
+    """Join sequences `[T]` of a `PackedDataset` into one batch row `[1, B T]`; positions restart with each."""
+    names = "input_ids", "position_ids", "labels"
+    return {name: torch.cat([item[name] for item in items])[None] for name in names}
+
+
+def join_and_slice(parallel: SequenceParallel, items: Items) -> dict[str, Tensor]:
+    """Join sequences into one batch row and cut out the slice of this rank.
+
+    Tokens, positions and shifted labels are those of the slice; `cu_seqlens` are those of the batch row.
+    """
+    batch = join_sequences(items)
+    length = batch["input_ids"].shape[1]
+    batch["shift_labels"] = batch["labels"] = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+    starts = (batch["position_ids"][0] == 0).nonzero()[:, 0]
+    tokens = parallel.slice(length)
+    return {name: x[:, tokens] for name, x in batch.items()} | {"cu_seqlens": F.pad(starts, (0, 1), value=length)}
+
+
+def num_labels(items: Items) -> int:
+    """Count the tokens to predict; the first token of a sequence is never predicted."""
+    return sum(int((item["labels"][1:] != IGNORED).sum()) for item in items)
 
 
 def has_labels(dataset: PackedDataset) -> bool:
     return any(num_labels([dataset[index]]) for index in range(len(dataset)))
 
 
-def _or_ignored(dataset: PackedDataset, index: int) -> dict[str, Tensor]:
+def _item_or_filler(dataset: PackedDataset, index: int) -> dict[str, Tensor]:
     if index < len(dataset):
         return dataset[index]
-    sequence = dataset[0]
-    return sequence | {"labels": torch.full_like(sequence["labels"], IGNORED)}
+    item = dataset[0]
+    return item | {"labels": torch.full_like(item["labels"], IGNORED)}

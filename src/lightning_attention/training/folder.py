@@ -14,7 +14,7 @@ from ..files import writable_folder
 from ..models.checkpoint import checkpoints
 from .options import FILE
 
-LOCK, CORPUS, METRICS, PICTURE = ".lock", "corpus", "metrics.jsonl", "loss.png"
+LOCK, CORPUS, METRICS, PLOT = ".lock", "corpus", "metrics.jsonl", "loss.png"
 CHECKSUMS = "checksums.sha256"
 
 
@@ -41,12 +41,12 @@ class RunFolder:
         """
         if self.has_run or checkpoints(self.path):
             raise ValueError(f"{self.path} holds a run already: resume it, or choose another output")
-        for name in ("config.json", METRICS, PICTURE):
+        for name in ("config.json", METRICS, PLOT):
             if (self.path / name).exists():
                 raise ValueError(f"{self.path} holds {name} of something else: choose another output")
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Keep other runs out of the folder, and leave nothing of this one behind that fails before its first step.
 
         A folder that was there stays, with what was in it.

@@ -167,7 +167,7 @@ class TrainingOptions:
             raise ValueError(f"{file}: {error}") from error
 
 
-# What a run that goes on may be given anew. Rows of a step stay: see `continued`.
+# What a run that goes on may be given anew. Rows of a step stay: see `resumed_options`.
 MAY_CHANGE = {
     "output",
     "steps",
@@ -188,7 +188,7 @@ MAY_CHANGE = {
 }
 
 
-def continued(
+def resumed_options(
     options: TrainingOptions, record: dict[str, Any], data_processes: int
 ) -> tuple[TrainingOptions, list[str]]:
     """The options with which a run goes on from a checkpoint, and what has changed, in words.

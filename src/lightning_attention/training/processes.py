@@ -1,7 +1,7 @@
-"""The processes of a run: what they agree on, and what they see of one that is gone."""
+"""Processes of a run, started by torchrun: forming groups, agreeing on results and errors, sharding the model."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
@@ -10,6 +10,12 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from ..distributed.parallel import SequenceParallel
+from ..models import LightningForCausalLM
 
 T = TypeVar("T")
 
@@ -17,27 +23,27 @@ LOST = (
     "another process of the run was lost; go on from the last checkpoint with --resume, "
     "or have torchrun do so with --max-restarts"
 )
-# Tokenization by one process, for which the others wait, may take days.
-LONG = timedelta(days=30)
+# Other processes wait for one that tokenizes, which may take days.
+OBJECT_TIMEOUT = timedelta(days=30)
 
 
 class SharedError(ValueError):
-    """What is wrong on one process, raised on all of them."""
+    """An error of one process, raised on all of them."""
 
 
 def join_processes(timeout: float) -> None:
-    """Form the group of the processes that torchrun has started, if it has.
+    """Form the default process group if torchrun has started this process.
 
-    TrainingArguments would do it, but on a CPU without the timeout.
+    TrainingArguments would form it too, but without the timeout on a CPU.
 
     Args:
-        timeout: seconds that they wait for one of them that does not answer.
+        timeout: seconds to wait for a process that does not answer.
     """
     PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(seconds=timeout))
 
 
 def leave_processes() -> None:
-    """Leave the group in order, so that no process ends while another is still talking to it."""
+    """Destroy the process group, so that no process exits while another still communicates with it."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -51,15 +57,15 @@ def is_started_by_torchrun() -> bool:
 
 
 def is_restarted() -> bool:
-    """Whether torchrun has started this process in place of one that was lost."""
+    """True if torchrun started this process in place of a lost one."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def together(action: Callable[[], T]) -> T:
-    """Do it on every process.
+    """Call `action` on every process and return its result.
 
     Raises:
-        SharedError: it has failed on a process, if there are several; a single one raises the error itself.
+        SharedError: the call failed on one of several processes; a single process raises the error itself.
     """
     if not dist.is_initialized():
         return action()
@@ -68,7 +74,7 @@ def together(action: Callable[[], T]) -> T:
         result = action()
     except Exception as raised:
         error = raised
-    messages = _gather(None if error is None else _words(error))
+    messages = _gather(None if error is None else _in_one_line(error))
     failed = [i for i, message in enumerate(messages) if message is not None]
     if failed:
         message = messages[failed[0]]
@@ -78,7 +84,7 @@ def together(action: Callable[[], T]) -> T:
 
 
 def on_first(action: Callable[[], T]) -> T:
-    """Let the first process do it while the others wait; return its result on all of them.
+    """Call `action` on the first process while the others wait; return its result on all of them.
 
     Raises:
         SharedError: as `together`.
@@ -88,9 +94,10 @@ def on_first(action: Callable[[], T]) -> T:
 
 
 def check_equal(values: dict[str, Any]) -> None:
-    """
+    """Check that all processes have equal values.
+
     Raises:
-        SharedError: the processes give other values for a name.
+        SharedError: a value differs between processes.
     """
     given = _gather(values) if dist.is_initialized() else [values]
     for name in values:
@@ -99,12 +106,48 @@ def check_equal(values: dict[str, Any]) -> None:
             raise SharedError(f"{name} must be the same on every process, got {', '.join(map(repr, column))}")
 
 
-@contextmanager
-def explaining_lost_processes() -> Iterator[None]:
-    """Put into words what the others see of a process that is gone.
+def sum_over_processes(values: Sequence[float], device: torch.device) -> list[float]:
+    """Add up each value over all processes, in float64."""
+    if not dist.is_initialized():
+        return list(values)
+    totals = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(totals)
+    return totals.tolist()
+
+
+def sequence_parallel_group(size: int, strategy: str, timeout: float) -> SequenceParallel | None:
+    """Form groups of `size` processes that share sequences; return the group of this process, None for size 1.
+
+    Ranks of a group are consecutive, so that its states stay on one machine where possible.
 
     Raises:
-        ConnectionError: instead of whatever the backend of the process group raises.
+        ValueError: the number of processes is not a multiple of `size`.
+    """
+    if size == 1:
+        return None
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if world_size % size:
+        raise ValueError(
+            f"sequence_parallel must divide the number of processes, which torchrun sets: {world_size}, got {size}"
+        )
+    group: Any = dist.new_subgroups(size, timeout=timedelta(seconds=timeout))[0]
+    return SequenceParallel(group, strategy)
+
+
+def shard(model: LightningForCausalLM, device_type: str) -> None:
+    """Shard parameters, gradients and optimizer state over all processes: FSDP2, one layer at a time."""
+    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
+    modules: list[nn.Module] = [*model.model.layers, model]
+    for module in modules:
+        fully_shard(module, mesh=mesh)
+
+
+@contextmanager
+def explain_lost_processes() -> Iterator[None]:
+    """Replace the errors that a lost process causes on the others by one that says so.
+
+    Raises:
+        ConnectionError: in place of the error that the process group's backend raises.
     """
     try:
         yield
@@ -117,17 +160,17 @@ def explaining_lost_processes() -> Iterator[None]:
 
 
 def _gather(value: Any) -> list[Any]:
-    """The values of all processes, in their order."""
+    """Return the values of all processes, by rank."""
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_patient_group(dist.group.WORLD))
+    dist.all_gather_object(values, value, group=_object_group(dist.group.WORLD))
     return values
 
 
 @cache
-def _patient_group(world: Any) -> Any:
-    """A group of all processes for objects on the host, which waits for long."""
-    return dist.new_group(backend="gloo", timeout=LONG)
+def _object_group(world: Any) -> Any:
+    """Group of all processes for objects on the host, with a long timeout."""
+    return dist.new_group(backend="gloo", timeout=OBJECT_TIMEOUT)
 
 
-def _words(error: Exception) -> str:
+def _in_one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,13 +1,13 @@
-"""A run: from text to a checkpoint."""
+"""Training run: from text to a checkpoint."""
 
 import json
-import os
 import shlex
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import torch.distributed as dist
 from rich.console import Console
 from transformers import (
@@ -20,204 +20,237 @@ from transformers import (
     set_seed,
 )
 
+from ..distributed.parallel import SequenceParallel
 from ..models import LightningConfig, LightningForCausalLM
 from ..models.checkpoint import checkpoint_step, checkpoints, last_checkpoint, load_model
 from ..models.tokenization import vocab_size
+from .arguments import training_arguments
 from .batches import has_labels
 from .checkpoint import check_checkpoint, read_record
 from .corpus import Corpus, PackedDataset
 from .documents import Sources, standard_library
-from .folder import CORPUS, METRICS, PICTURE, RunFolder, last_intact
+from .folder import CORPUS, METRICS, PLOT, RunFolder, last_intact
 from .metrics import MetricsCallback, plot_loss
-from .options import TrainingOptions, continued
-from .parallel import Ranks, all_processes, shard
-from .processes import check_equal, explaining_lost_processes, is_restarted, join_processes, on_first, rank, together
+from .options import TrainingOptions, resumed_options
+from .processes import (
+    check_equal,
+    explain_lost_processes,
+    is_restarted,
+    join_processes,
+    on_first,
+    rank,
+    sequence_parallel_group,
+    shard,
+    together,
+)
 from .signals import Interrupted, StopRequest, stop_requests
 from .tokenizer import load_tokenizer
 from .trainer import PackedTrainer
 
 
 def train(options: TrainingOptions, *, resume: bool = False, console: Console | None = None) -> Path:
-    """Run it, or go on with it after whatever stopped it.
+    """Train a language model on text, or resume a run.
 
     Writes to `options.output`: `corpus/` the tokens, `checkpoint-N/` models that `from_pretrained` loads,
     `metrics.jsonl`, `loss.png`, and after the first step `run.json`; a failure before that leaves nothing behind.
     Several processes, started by torchrun, share every step.
 
-    SIGINT, SIGTERM and SIGHUP save a checkpoint after the current step; a second one ends the process at once.
+    SIGINT, SIGTERM and SIGHUP save a checkpoint after the current step; a second signal ends the process at once.
 
     Args:
-        options: see there.
-        resume: continue from the last intact checkpoint, with its model and tokenizer and the tokens there are, in
-            the same order; from the start if there is no checkpoint. Processes that torchrun has restarted do so.
+        options: options of the run.
+        resume: continue from the last intact checkpoint, with its model, tokenizer and tokens, in the same order;
+            from the start if there is no checkpoint. Processes that torchrun has restarted always resume.
         console: where to report.
 
     Returns:
         The last checkpoint.
 
     Raises:
-        ValueError: an option or the data is of no use, the output folder holds a run and `resume` is not set, or
+        ValueError: an option or the data is invalid, the output folder holds a run and `resume` is not set, or
             another process trains in it.
         OSError: a file could not be written, or another process was lost; earlier checkpoints are intact.
         FloatingPointError: the loss, its gradient or a weight is not finite; neither stepped nor saved.
         KeyboardInterrupt: a signal has stopped the run; it is an `Interrupted`, which knows the signal.
+
+        checkpoint = train(TrainingOptions("run", data="texts", steps=100))
     """
+    with _open(options, resume, console) as run:
+        trainer, corpus = _build(run)
+        return _run(run, trainer, corpus)
+
+
+@dataclass
+class _OpenRun:
+    """An open run.
+
+    Attributes:
+        folder: the output folder, locked by the first process.
+        sequence_parallel: the processes that share sequences with this one, if any.
+        checkpoint: the checkpoint to resume from.
+        has_corpus: True if the run resumes, with the tokens in its folder.
+    """
+
+    options: TrainingOptions
+    arguments: TrainingArguments
+    folder: RunFolder
+    sequence_parallel: SequenceParallel | None
+    checkpoint: Path | None
+    has_corpus: bool
+    stop: StopRequest
+    console: Console
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.options.batch_size * _data_size(self.options, self.arguments) * self.options.accumulate
+
+
+@contextmanager
+def _open(options: TrainingOptions, resume: bool, console: Console | None) -> Iterator[_OpenRun]:
+    """Join the processes, lock the output folder, and choose the checkpoint to resume from."""
     join_processes(options.timeout)
-    arguments = _arguments(options)
+    arguments = training_arguments(options)
     console = Console(quiet=True) if rank() > 0 else console or Console(markup=False, emoji=False)
-    folder = RunFolder(options.output)
+    folder, checkpoint = RunFolder(options.output), None
     with ExitStack() as stack:
         stop = stack.enter_context(stop_requests())
-        stack.enter_context(explaining_lost_processes())
+        stack.enter_context(explain_lost_processes())
         check_equal({"resume": resume} | json.loads(options.to_json()))
-        ranks = together(lambda: _ranks(options, arguments))
-        on_first(lambda: stack.enter_context(folder.held()))
-        checkpoint, is_new = None, not (resume or on_first(lambda: is_restarted() and folder.has_run))
-        if is_new:
+        sequence_parallel = together(lambda: _sequence_parallel(options))
+        on_first(lambda: stack.enter_context(folder.locked()))
+        resumes = resume or on_first(lambda: is_restarted() and folder.has_run)
+        if not resumes:
             on_first(folder.check_free)
         elif checkpoint := on_first(lambda: last_intact(folder.path, check_checkpoint, console.print)):
             console.print(f"resuming from {checkpoint}")
-            options = together(lambda: _continued(options, checkpoint, arguments, console))
-            arguments = _arguments(options)
-        tokenizer = together(lambda: _tokenizer(options, checkpoint, console))
-        config = None if checkpoint else together(lambda: _configuration(options, tokenizer))
-        if is_new:
-            on_first(lambda: _prepare_corpus(options, folder.path / CORPUS, tokenizer, console))
-        corpus = together(lambda: Corpus.open(folder.path / CORPUS))
-        rows, held_out = together(lambda: _datasets(corpus, options))
-        set_seed(options.seed)
-        model = together(lambda: LightningForCausalLM(config) if config else load_model(cast(Path, checkpoint)))
-        num_parameters = model.num_parameters()
-        if options.fsdp:
-            shard(model, all_processes(arguments.device.type))
-        if ranks is not None:
-            model.model.set_sequence_parallel(ranks.sequence_parallel)
-        per_step = options.batch_size * _data_processes(options, arguments) * options.accumulate
-        tokens_per_step = options.sequence_length * per_step
-        metrics = folder.path / METRICS
-        trainer = PackedTrainer(
-            options.segment_length,
-            ranks,
-            stop=stop,
-            record=json.loads(options.to_json()) | {"sequences_per_step": per_step},
-            model=model,
-            args=arguments,
-            train_dataset=rows,
-            eval_dataset=held_out,
-            processing_class=tokenizer,
-            callbacks=[_Start(folder, options), MetricsCallback(metrics, tokens_per_step, console)],
-        )
-        trainer.remove_callback(PrinterCallback)
-        console.print(
-            f"{num_parameters / 1e6:.1f}M parameters on {arguments.world_size} x {arguments.device.type}, "
-            f"{corpus.num_train:,} tokens of {corpus.num_documents:,} documents, {tokens_per_step:,} tokens a step"
-        )
-        if not checkpoint or checkpoint_step(checkpoint) < options.steps:  # the Trainer would take one step more
-            _run(trainer, checkpoint, folder.path, stop)
-        last = last_checkpoint(folder.path)
-        if rank() == 0:
-            plot_loss(metrics, folder.path / PICTURE, {"token frequencies": held_out.loss_of(corpus.unigram())})
-        console.print(f"checkpoint  {last}\nmetrics     {metrics}\nloss plot   {folder.path / PICTURE}")
-        return last
+            options = together(lambda: _resumed_options(options, checkpoint, arguments, console))
+            arguments = training_arguments(options)
+        yield _OpenRun(options, arguments, folder, sequence_parallel, checkpoint, resumes, stop, console)
 
 
-def _run(trainer: PackedTrainer, checkpoint: Path | None, folder: Path, stop: StopRequest) -> None:
-    """Make the steps that are left; say how to go on if something ends them."""
-    go_on = f"lightning-attention train --resume --output {shlex.quote(str(folder))}"
+def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
+    """Load or make tokenizer, corpus and model, and the trainer for them."""
+    options, folder = run.options, run.folder.path
+    tokenizer = together(lambda: _tokenizer(run))
+    config = None if run.checkpoint else together(lambda: _model_config(options, tokenizer))
+    if not run.has_corpus:
+        on_first(lambda: _prepare_corpus(run, tokenizer))
+    corpus = together(lambda: Corpus.open(folder / CORPUS))
+    training_set, held_out_set = together(lambda: _datasets(corpus, options))
+    set_seed(options.seed)
+    model = together(lambda: LightningForCausalLM(config) if config else load_model(cast(Path, run.checkpoint)))
+    num_parameters = model.num_parameters()
+    if options.fsdp:
+        shard(model, run.arguments.device.type)
+    if run.sequence_parallel is not None:
+        model.model.set_sequence_parallel(run.sequence_parallel)
+    tokens_per_step = run.sequences_per_step * options.sequence_length
+    trainer = PackedTrainer(
+        options.segment_length,
+        run.sequence_parallel,
+        stop=run.stop,
+        record=json.loads(options.to_json()) | {"sequences_per_step": run.sequences_per_step},
+        model=model,
+        args=run.arguments,
+        train_dataset=training_set,
+        eval_dataset=held_out_set,
+        processing_class=tokenizer,
+        callbacks=[_SaveOptions(run), MetricsCallback(folder / METRICS, tokens_per_step, run.console)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    run.console.print(
+        f"{num_parameters / 1e6:.1f}M parameters on {run.arguments.world_size} x {run.arguments.device.type}, "
+        f"{corpus.num_train:,} tokens of {corpus.num_documents:,} documents, {tokens_per_step:,} tokens a step"
+    )
+    return trainer, corpus
+
+
+def _run(run: _OpenRun, trainer: PackedTrainer, corpus: Corpus) -> Path:
+    """Make the remaining steps, plot the losses, and return the last checkpoint."""
+    folder = run.folder.path
+    if not run.checkpoint or checkpoint_step(run.checkpoint) < run.options.steps:  # or the Trainer makes one more
+        _make_steps(run, trainer)
+    last = last_checkpoint(folder)
+    if rank() == 0:
+        unigram_loss = cast(PackedDataset, trainer.eval_dataset).loss_of(corpus.unigram())
+        plot_loss(folder / METRICS, folder / PLOT, {"token frequencies": unigram_loss})
+    run.console.print(f"checkpoint  {last}\nmetrics     {folder / METRICS}\nloss plot   {folder / PLOT}")
+    return last
+
+
+def _make_steps(run: _OpenRun, trainer: PackedTrainer) -> None:
+    """Train to the last step; errors say from which checkpoint the run can be resumed, and how."""
+    folder = run.folder.path
     try:
-        with stop.deferred():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else False)
+        with run.stop.deferred():
+            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else False)
     except FloatingPointError as error:
         good = checkpoints(folder)
         saved = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was saved before"
         raise FloatingPointError(f"{error}; {saved}; try a lower learning rate, or look for damaged data") from None
     step = trainer.state.global_step
-    if stop.answered and step < trainer.state.max_steps:
-        raise Interrupted(stop.answered, f"after step {step}, which is saved; to go on: {go_on}")
+    if run.stop.answered and step < trainer.state.max_steps:
+        go_on = f"lightning-attention train --resume --output {shlex.quote(str(folder))}"
+        raise Interrupted(run.stop.answered, f"after step {step}, which is saved; to go on: {go_on}")
 
 
-class _Start(TrainerCallback):
-    """Makes the folder that of a run, once its first step is done."""
+class _SaveOptions(TrainerCallback):
+    """Save `run.json` after the first step: from then on a failure leaves the folder as it is."""
 
-    def __init__(self, folder: RunFolder, options: TrainingOptions):
-        self.folder, self.options, self.is_saved = folder, options, False
+    def __init__(self, run: _OpenRun):
+        self.run, self.is_saved = run, False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.is_saved:
             if state.is_world_process_zero:
-                self.options.save()
-            self.folder.is_started = self.is_saved = True
+                self.run.options.save()
+            self.run.folder.is_started = self.is_saved = True
 
 
-class _Arguments(TrainingArguments):
-    """A process works on one device: for more of them there is torchrun, not DataParallel."""
-
-    @property
-    def n_gpu(self) -> int:
-        return min(super().n_gpu, 1)
-
-
-def _ranks(options: TrainingOptions, arguments: TrainingArguments) -> Ranks | None:
+def _sequence_parallel(options: TrainingOptions) -> SequenceParallel | None:
     if options.fsdp and not dist.is_initialized():
         raise ValueError("fsdp needs the processes that torchrun starts")
-    if options.sequence_parallel == 1:
-        return None
-    return Ranks.of(
-        arguments.world_size, options.sequence_parallel, options.sequence_parallel_strategy, options.timeout
-    )
+    return sequence_parallel_group(options.sequence_parallel, options.sequence_parallel_strategy, options.timeout)
 
 
-def _data_processes(options: TrainingOptions, arguments: TrainingArguments) -> int:
-    """How many processes, or groups of them, read sequences of their own."""
+def _data_size(options: TrainingOptions, arguments: TrainingArguments) -> int:
+    """Number of processes, or groups of processes, that read sequences of their own."""
     return arguments.world_size // options.sequence_parallel
 
 
-def _continued(
+def _resumed_options(
     options: TrainingOptions, checkpoint: Path, arguments: TrainingArguments, console: Console
 ) -> TrainingOptions:
     record = read_record(checkpoint)
     if record is None:
         return options
-    options, changes = continued(options, record, _data_processes(options, arguments))
+    options, changes = resumed_options(options, record, _data_size(options, arguments))
     for change in changes:
         console.print(change, markup=False)
     return options
 
 
-def _tokenizer(options: TrainingOptions, checkpoint: Path | None, console: Console) -> PreTrainedTokenizerFast:
-    if checkpoint is not None:
-        return load_tokenizer(checkpoint)
+def _tokenizer(run: _OpenRun) -> PreTrainedTokenizerFast:
+    if run.checkpoint is not None:
+        return load_tokenizer(run.checkpoint)
 
     def report(line: str) -> None:
-        console.print(line, markup=False, emoji=False, highlight=False)
+        run.console.print(line, markup=False, emoji=False, highlight=False)
 
-    return load_tokenizer(options.tokenizer, options.eos_token, report)
-
-
-def _datasets(corpus: Corpus, options: TrainingOptions) -> tuple[PackedDataset, PackedDataset]:
-    if corpus.num_held_out < options.sequence_length:
-        raise ValueError(
-            f"the held-out part has {corpus.num_held_out} tokens, fewer than one sequence of "
-            f"{options.sequence_length}: give more data, a larger held_out, or a shorter sequence_length"
-        )
-    rows = corpus.training_set(options.sequence_length)
-    held_out = corpus.held_out_set(options.sequence_length, options.eval_tokens)
-    for part, dataset in (("training", rows), ("held-out", held_out)):
-        if not has_labels(dataset):
-            raise ValueError(f"the {part} part has no token to predict: its documents hold one token each")
-    return rows, held_out
+    return load_tokenizer(run.options.tokenizer, run.options.eos_token, report)
 
 
-def _configuration(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -> LightningConfig:
-    from_tokenizer = {
+def _model_config(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -> LightningConfig:
+    changes: dict[str, Any] = {
         "vocab_size": vocab_size(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    changed: dict[str, Any] = {} if options.decay_preset is None else {"decay_preset": options.decay_preset}
+    if options.decay_preset is not None:
+        changes["decay_preset"] = options.decay_preset
     if options.config is None:
-        return LightningConfig.from_size(options.size, **from_tokenizer | changed)
+        return LightningConfig.from_size(options.size, **changes)
     try:
         if options.config.exists() and not options.config.is_file():
             raise ValueError("it is not a file")
@@ -228,67 +261,39 @@ def _configuration(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast)
             raise ValueError(f"its model_type is {given['model_type']!r}, not {LightningConfig.model_type!r}")
         if unknown := sorted(set(given) - set(LightningConfig().to_dict())):
             raise ValueError(f"unknown option {', '.join(unknown)}")
-        return LightningConfig.from_dict(given | from_tokenizer | changed)
+        return LightningConfig.from_dict(given | changes)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{options.config} is not a model configuration: {error}") from error
 
 
-def _prepare_corpus(
-    options: TrainingOptions, folder: Path, tokenizer: PreTrainedTokenizerFast, console: Console
-) -> None:
+def _prepare_corpus(run: _OpenRun, tokenizer: PreTrainedTokenizerFast) -> None:
+    options = run.options
     if options.data:
         sources = Sources.find(options.data, options.text_field, options.seed)
     else:
         sources = Sources.find([standard_library()], seed=options.seed, without=("test", "tests"))
-    with console.status("tokenizing") as status:
+    with run.console.status("tokenizing") as status:
         Corpus.prepare(
-            folder,
+            run.folder.path / CORPUS,
             sources,
             tokenizer,
             options.held_out,
             progress=lambda characters: status.update(f"tokenizing: {characters / 1e6:,.0f} million characters"),
         )
     if skipped := sources.describe_skipped():
-        console.print(skipped, highlight=False)
+        run.console.print(skipped, highlight=False)
 
 
-def _arguments(options: TrainingOptions) -> TrainingArguments:
-    checkpointing: dict[str, Any] = {_CHECKPOINTING: True} if options.gradient_checkpointing else {}
-    return _Arguments(
-        output_dir=str(options.output),
-        max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.accumulate,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        warmup_steps=round(options.warmup * options.steps),
-        weight_decay=options.weight_decay,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        logging_steps=options.log_every,
-        eval_strategy="steps",
-        eval_steps=options.eval_every,
-        save_strategy="steps",
-        save_steps=options.save_every,
-        save_total_limit=2,
-        bf16=options.bf16,
-        use_cpu=not torch.accelerator.is_available(),  # or bf16 is refused
-        torch_compile=options.compile,
-        seed=options.seed,
-        data_seed=options.seed,
-        prediction_loss_only=True,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        report_to="none",
-        dataloader_pin_memory=False,
-        ddp_find_unused_parameters=False if "RANK" in os.environ else None,
-        **checkpointing,
-    )
-
-
-# transformers renames it within version 5.
-_CHECKPOINTING = next(
-    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
-)
+def _datasets(corpus: Corpus, options: TrainingOptions) -> tuple[PackedDataset, PackedDataset]:
+    """Training and held-out sequences."""
+    if corpus.num_held_out < options.sequence_length:
+        raise ValueError(
+            f"the held-out part has {corpus.num_held_out} tokens, fewer than one sequence of "
+            f"{options.sequence_length}: give more data, a larger held_out, or a shorter sequence_length"
+        )
+    training = corpus.training_set(options.sequence_length)
+    held_out = corpus.held_out_set(options.sequence_length, options.eval_tokens)
+    for part, dataset in (("training", training), ("held-out", held_out)):
+        if not has_labels(dataset):
+            raise ValueError(f"the {part} part has no token to predict: its documents hold one token each")
+    return training, held_out
