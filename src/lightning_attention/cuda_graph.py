@@ -1,4 +1,4 @@
-"""CUDA graphs."""
+"""Capture of CUDA graphs."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,11 +9,11 @@ Result = TypeVar("Result")
 
 
 def record(call: Callable[[], Result], memory: Any = None) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """A call as a graph, and what it returned, which every replay makes anew.
+    """Capture a call as a CUDA graph; return the graph and the result, which every replay overwrites.
 
     Args:
-        call: run once before, so that what it compiles and allocates at first is not recorded.
-        memory: `pool()` of another graph, whose memory this one may use while that one does not.
+        call: called once before the capture, for compilation and first allocations.
+        memory: `pool()` of another graph, to share its memory; the two graphs must not run at the same time.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

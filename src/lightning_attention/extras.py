@@ -1,10 +1,10 @@
-"""What to install for a part of the library that needs more than PyTorch."""
+"""Check of the packages that parts of the library need beside PyTorch."""
 
 from importlib.util import find_spec
 
 
 def require(extra: str, *modules: str) -> None:
-    """Raise an ImportError that names the extra, if one of its modules is not installed."""
+    """Raise an ImportError that names the extra if one of the modules is not installed."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise ImportError(

@@ -1,4 +1,4 @@
-"""Files that are replaced whole: a reader finds the old content or the new, whatever stops the writer."""
+"""Atomic file replacement: a reader finds the old content or the new, whenever the writer is stopped."""
 
 import os
 from collections.abc import Iterator
@@ -12,50 +12,53 @@ from .paths import PathLike, to_path
 
 @contextmanager
 def replacing(path: PathLike, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a file to write the new content of `path`, which takes its place when the block ends without an error.
+    """Open a temporary file that replaces `path` if the block ends without an error.
 
-    The content is written beside `path`, flushed to the disk and renamed, and the folder is flushed too, so that not
-    even a power cut leaves half of it. After an error nothing is left beside `path`. Text is UTF-8.
+    The temporary file is in the folder of `path`. It is flushed to the disk and renamed, and the folder is flushed, so
+    that a power cut does not leave half of the content. After an error the temporary file is removed. Text is UTF-8.
 
     Args:
-        path: the file to replace or create; its folder must be there.
+        path: the file to replace or create; its folder must exist.
         mode: "w" for text, "wb" for bytes.
 
     Raises:
-        OSError: it cannot be written; `path` is as it was.
+        OSError: the file cannot be written; `path` is unchanged.
 
-        with replacing("settings.json") as file:
-            json.dump(settings, file)
+    Example:
+        >>> with replacing("settings.json") as file:
+        ...     json.dump(settings, file)
     """
     path = to_path(path, "path")
-    aside = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
-        with aside.open(mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "") as file:
+        with temporary.open(
+            mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else ""
+        ) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
         if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
             error.filename = str(path)
         raise
-    flush_folder(path.parent)
+    flush(path.parent)
 
 
 def write(path: PathLike, content: str | bytes) -> None:
-    """Replace a file by one with this content, see `replacing`."""
+    """Replace the content of a file, see `replacing`."""
     with replacing(path, "wb" if isinstance(content, bytes) else "w") as file:
         file.write(content)
 
 
 @contextmanager
 def writable_folder(folder: PathLike) -> Iterator[Path]:
-    """Create a folder and try to write in it. After an error in the block, what was created and is empty is removed.
+    """Create a folder and check that it is writable; after an error in the block, remove created folders if empty.
 
     Raises:
-        OSError: it cannot be created, or nothing can be written in it.
+        OSError: the folder cannot be created, or is not writable.
     """
     folder, created = to_path(folder, "folder"), []
     try:
@@ -74,9 +77,9 @@ def writable_folder(folder: PathLike) -> Iterator[Path]:
         raise
 
 
-def flush_folder(folder: PathLike) -> None:
-    """Have the disk know the names in a folder: those of files that were created, renamed or removed."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: PathLike) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

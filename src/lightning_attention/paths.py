@@ -1,4 +1,4 @@
-"""Paths that users give: `str` or `os.PathLike`."""
+"""Conversion of paths given by users, `str` or `os.PathLike`, to `Path`."""
 
 import os
 from collections.abc import Iterable
@@ -8,11 +8,11 @@ PathLike = str | os.PathLike[str]
 
 
 def to_path(path: PathLike, name: str) -> Path:
-    """`path` as a `Path`.
+    """Convert a path to a `Path`.
 
     Args:
-        path: what the user gave.
-        name: of the argument, for the error.
+        path: the user's argument.
+        name: name of the argument, for the error.
 
     Raises:
         TypeError: `path` is neither a `str` nor an `os.PathLike` of one.
@@ -23,7 +23,7 @@ def to_path(path: PathLike, name: str) -> Path:
 
 
 def to_paths(paths: PathLike | Iterable[PathLike], name: str) -> tuple[Path, ...]:
-    """One path or several as `Path`s.
+    """Convert one path or several to `Path`s.
 
     Raises:
         TypeError: as `to_path`.

@@ -1,4 +1,4 @@
-"""Training of language models on the user's own text. Needs `lightning-attention[train]`."""
+"""Training of language models on text files. Needs `lightning-attention[train]`."""
 
 from ..extras import require
 

@@ -1,8 +1,10 @@
-"""Checkpoints that are complete or not there."""
+"""Atomic checkpoints of training runs."""
 
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import TrainerState
 
-from ..files import flush_folder
+from ..files import flush
 from ..models.checkpoint import PREFIX, checkpoint_step, checkpoints, load_model
 from .folder import write_checksums
 from .guard import GuardedTrainer
@@ -25,18 +27,19 @@ from .tokenizer import load_tokenizer
 
 UNFINISHED = "unfinished"
 OPTIMIZER, SCHEDULER, TRAINER_STATE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
+UNSHARDED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class CheckpointingTrainer(GuardedTrainer):
-    """A Trainer whose checkpoints are written aside and renamed, so that a folder `checkpoint-N` is complete.
+    """Trainer with atomic checkpoints: a folder `checkpoint-N` is complete.
 
-    Whatever ends a save, a signal or a full disk, leaves the last checkpoint as it was. What is in one does not depend
-    on how processes share the work: together they gather whole tensors, by name, which one of them writes. Checksums
-    of its files tell later whether they are still what was written.
+    A checkpoint is written to another folder, flushed and renamed; a signal or a full disk during a save leaves the
+    earlier checkpoints unchanged. Its files do not depend on the number of processes: one process writes unsharded
+    tensors by name. Checksums of the files show later damage.
 
     Args:
-        record: the options of the run, kept in each checkpoint.
-        options: of `GuardedTrainer`; its model is that of the checkpoint to go on from, if there is one.
+        record: options of the run, kept in each checkpoint.
+        options: see `GuardedTrainer`; to resume, the model holds the weights of the checkpoint.
     """
 
     _is_saving = False
@@ -46,7 +49,7 @@ class CheckpointingTrainer(GuardedTrainer):
         self.record = record
 
     def _init_training_state(self, max_steps: int, *args: Any) -> Any:
-        """A run that goes on logs, evaluates and saves as often as its options say, not as they once said."""
+        """Take the intervals of logs, evaluations and checkpoints from the options, not from the checkpoint."""
         state = super()._init_training_state(max_steps, *args)
         self.state.compute_steps(self.args, max_steps)
         return state
@@ -64,66 +67,62 @@ class CheckpointingTrainer(GuardedTrainer):
         self.accelerator.wait_for_everyone()
         self._is_saving = True
         try:
-            super()._save_checkpoint(*args, **kwargs)
-            if self.args.should_save:
-                (unfinished / name / FILE).write_text(json.dumps(self.record, indent=1), encoding="utf-8")
-        except Exception as error:  # what a full disk raises depends on the writer: OSError, RuntimeError, Rust's own
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise OSError(f"could not save {folder / name}: {error}") from error
+            with _removed_after_error(unfinished, folder / name):
+                super()._save_checkpoint(*args, **kwargs)
+                if self.args.should_save:
+                    (unfinished / name / FILE).write_text(json.dumps(self.record, indent=1), encoding="utf-8")
         finally:
             self._is_saving = False
-        self.accelerator.wait_for_everyone()  # each has written the state of its random numbers
+        self.accelerator.wait_for_everyone()  # every process has written its random state
         if self.args.should_save:
-            try:
+            with _removed_after_error(unfinished, folder / name):
                 write_checksums(unfinished / name)
-                _flush(unfinished)
-            except OSError as error:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                raise OSError(f"could not save {folder / name}: {error}") from error
+                for path in [*unfinished.rglob("*"), unfinished]:
+                    flush(path)
             os.replace(unfinished / name, folder / name)
-            flush_folder(folder)
+            flush(folder)
             kept = self.args.save_total_limit
             for old in checkpoints(folder)[:-kept] if kept else []:
                 os.replace(old, unfinished / old.name)
             shutil.rmtree(unfinished)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        weights = get_model_state_dict(cast(nn.Module, self.model), options=_WHOLE)
+        weights = get_model_state_dict(cast(nn.Module, self.model), options=UNSHARDED)
         if self.args.should_save:
             self._save(output_dir, weights)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        model, optimizer, scheduler = self._trained()
-        state = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+        model, optimizer, scheduler = self._unprepared()
+        state = get_optimizer_state_dict(model, optimizer, options=UNSHARDED)
         if self.args.should_save:
             torch.save(state, Path(output_dir, OPTIMIZER))
             torch.save(scheduler.state_dict(), Path(output_dir, SCHEDULER))
 
     def _load_from_checkpoint(self, *_: Any) -> None:
-        pass
+        pass  # the model holds the weights of the checkpoint
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            model, optimizer, scheduler = self._trained()
+            model, optimizer, scheduler = self._unprepared()
             state = torch.load(Path(checkpoint, OPTIMIZER), map_location="cpu", mmap=True, weights_only=True)
-            set_optimizer_state_dict(model, optimizer, state, options=_WHOLE)
+            set_optimizer_state_dict(model, optimizer, state, options=UNSHARDED)
             scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER), weights_only=True))
 
-    def _trained(self) -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """Model, optimizer and scheduler, without what accelerate has put around them."""
+    def _unprepared(self) -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """Model, optimizer and scheduler without the wrappers of accelerate."""
         prepared: Any = self
         return prepared.model, prepared.optimizer.optimizer, prepared.lr_scheduler
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """Weight decay is for the matrices: a position's rate that shrinks is a position lost."""
+        """Exclude the frequencies of rotary positions from weight decay, beside biases and norms."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("theta")]
 
 
 def check_checkpoint(checkpoint: Path) -> None:
-    """Read all that a run goes on with.
+    """Read all files that a resumed run needs.
 
     Raises:
-        ValueError, OSError: something is missing or damaged.
+        ValueError, OSError: a file is missing or damaged.
     """
     model = load_model(checkpoint)
     if bad := [name for name, x in model.named_parameters() if not x.isfinite().all()]:
@@ -134,14 +133,14 @@ def check_checkpoint(checkpoint: Path) -> None:
         for name in (OPTIMIZER, SCHEDULER):
             torch.load(checkpoint / name, map_location="cpu", mmap=True, weights_only=True)
         step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE)).global_step
-    except Exception as error:  # what torch.load raises depends on the byte
+    except Exception as error:  # torch.load raises any kind for damaged files
         raise ValueError(f"its state is damaged: {error}") from error
     if step != checkpoint_step(checkpoint):
         raise ValueError(f"{TRAINER_STATE} is of step {step}")
 
 
 def read_record(checkpoint: Path) -> dict[str, Any] | None:
-    """Read the options that a checkpoint was trained with; None if an older version has written it.
+    """Read the options that a checkpoint was trained with; None if an older version wrote the checkpoint.
 
     Raises:
         ValueError: the file is damaged.
@@ -155,14 +154,11 @@ def read_record(checkpoint: Path) -> dict[str, Any] | None:
     return record
 
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def _flush(folder: Path) -> None:
-    """To the disk, so that not even a power cut can leave a renamed folder with empty files."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+@contextmanager
+def _removed_after_error(unfinished: Path, checkpoint: Path) -> Iterator[None]:
+    """Remove an unfinished checkpoint after an error, and name the checkpoint in it."""
+    try:
+        yield
+    except Exception as error:  # a full disk raises OSError, RuntimeError or an exception of a Rust library
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"could not save {checkpoint}: {error}") from error

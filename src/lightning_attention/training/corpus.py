@@ -1,4 +1,4 @@
-"""Tokens on disk: memory-mapped files, so that a corpus may be larger than memory."""
+"""Tokenized corpora in memory-mapped files, which may be larger than memory."""
 
 import hashlib
 import json
@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from ..files import replacing, writable_folder
+from ..models.heads import IGNORED
 from ..models.tokenization import bos_ids, vocab_size
 from ..paths import PathLike, to_path
 from .documents import Sources
@@ -26,28 +27,35 @@ from .encoding import Tokens, tokenize
 FORMAT = 2
 OFFSET = np.dtype("<i8")
 COUNTED = 1 << 22  # tokens counted at a time
-BLOCK = 1 << 22  # bytes that have a checksum of their own
-VERIFIED_BLOCKS = 1024  # that `Corpus.open` reads of a file, so that it takes seconds for a corpus of any size
+BLOCK = 1 << 22  # bytes per checksum
+VERIFIED_BLOCKS = 1024  # blocks of a file that `Corpus.open` reads at most: seconds for a corpus of any size
 REMEDY = "restore it from a copy, or start a new run, which tokenizes its data again"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized corpus in a folder. The last part of the tokens is held out.
+    """Tokenized corpus in a folder: a training part, followed by a held-out part.
 
-    A document is `[bos] text eos`, with BOS if the tokenizer has one. The folder holds `tokens.bin`, all token ids;
-    `documents.bin`, where each document begins, as int64; and `corpus.json`, which is written last. Token ids are
-    uint16, or uint32 if the vocabulary is larger than that; both files are little-endian.
+    A document is `[bos] text eos`, with BOS if the tokenizer has one. The folder holds `tokens.bin`, the token ids as
+    uint16, or uint32 for a vocabulary above 65536; `documents.bin`, the start of every document as int64; and
+    `corpus.json`, which is written last. The `.bin` files are little-endian.
 
     Attributes:
         folder: `str` or `os.PathLike`, kept as a `Path`.
-        fingerprint: hash of everything that the tokens depend on.
+        fingerprint: hash of all that the tokens depend on.
         vocab_size: largest token id of the tokenizer, plus one.
-        eos_token_id: the token that ends a document.
-        num_documents: documents of both parts.
-        num_train: tokens to train on.
-        num_held_out: tokens after those.
-        skipped_files: files and folders that `Sources.find` has skipped.
+        eos_token_id: token at the end of a document.
+        num_documents: number of documents in both parts.
+        num_train: number of tokens in the training part.
+        num_held_out: number of tokens in the held-out part.
+        skipped_files: number of files and folders that `Sources.find` skipped.
+
+    Example:
+        >>> from lightning_attention.training import Corpus, byte_tokenizer
+        >>> from lightning_attention.training.documents import Sources
+        >>> corpus = Corpus.prepare("corpus", Sources.find("texts"), byte_tokenizer())
+        >>> corpus.training_set(sequence_length=64)[0]["input_ids"].shape
+        torch.Size([64])
     """
 
     folder: Path
@@ -71,23 +79,21 @@ class Corpus:
         held_out_fraction: float = 0.05,
         progress: Callable[[int], None] = lambda characters: None,
     ) -> "Corpus":
-        """Tokenize the sources into `folder`, unless an intact corpus of the same files is there.
+        """Tokenize the sources into `folder`, unless it holds an intact corpus of these sources.
 
-        After an error the folder is as it was before, or not there if it was not.
+        An error leaves the folder as it was; a folder that did not exist is removed.
 
         Args:
-            folder: created if need be.
+            folder: created if it does not exist.
             sources: the documents.
-            tokenizer: must have an end-of-document token.
-            held_out_fraction: part of the tokens to hold out, between 0 and 1.
-            progress: called with the characters read so far.
+            tokenizer: with an EOS token.
+            held_out_fraction: fraction of the tokens to hold out, between 0 and 1.
+            progress: called with the number of characters read so far.
 
         Raises:
             ValueError: the documents hold no text or are damaged, the fraction is out of range, or the tokenizer has no
                 EOS token.
             OSError: a file cannot be read or written.
-
-            corpus = Corpus.prepare("corpus", Sources.find("texts"), load_tokenizer("tokenizer.json"))
         """
         folder = to_path(folder, "folder")
         if not 0 < held_out_fraction < 1:
@@ -101,15 +107,15 @@ class Corpus:
                 return corpus
         size = vocab_size(tokenizer)
         with writable_folder(folder):
-            for left in folder.glob("*.unfinished"):
-                left.unlink()
+            for leftover in folder.glob("*.unfinished"):
+                leftover.unlink()
             with (
                 replacing(folder / "corpus.json") as description,
                 replacing(folder / "documents.bin", "wb") as documents,
                 replacing(folder / "tokens.bin", "wb") as tokens,
             ):
                 num_documents, num_tokens = _write(tokenize(sources, tokenizer, progress), tokens, documents, size)
-                num_train = _cut(np.memmap(documents.name, OFFSET, "r"), num_tokens, held_out_fraction)
+                num_train = _held_out_start(np.memmap(documents.name, OFFSET, "r"), num_tokens, held_out_fraction)
                 corpus = cls(
                     folder=folder,
                     fingerprint=fingerprint,
@@ -128,13 +134,13 @@ class Corpus:
 
     @classmethod
     def open(cls, folder: PathLike) -> "Corpus":
-        """Open a corpus that was prepared before, and verify it.
+        """Open a prepared corpus and verify it.
 
-        Verified are the sizes of the files, all of `corpus.json`, and the checksums of the token ids and document
-        bounds: of all of a file up to 4 GiB, of 1024 evenly spread blocks of 4 MiB of a larger one.
+        `corpus.json` and the sizes of the other files are verified in full, checksums in full for files up to 4 GiB,
+        and for 1024 evenly spaced blocks of 4 MiB of larger files.
 
         Raises:
-            ValueError: there is no corpus, a file is damaged, or the corpus is of another version of this library.
+            ValueError: there is no corpus, a file is damaged, or another version of this library wrote the corpus.
             OSError: a file cannot be read.
         """
         folder = to_path(folder, "folder")
@@ -166,15 +172,15 @@ class Corpus:
         return self._tokens()[self.num_train :]
 
     def document_starts(self) -> np.ndarray:
-        """Where each document begins, as an index into all tokens; memory-mapped, `[num_documents]` int64."""
+        """Index of the first token of every document, over both parts: `[num_documents]` int64, memory-mapped."""
         return np.memmap(self.folder / "documents.bin", OFFSET, "r")
 
     def training_set(self, sequence_length: int) -> "PackedDataset":
-        """The training part as sequences, see `PackedDataset`."""
+        """Training part as packed sequences, see `PackedDataset`."""
         return PackedDataset(self.train_tokens(), sequence_length, self.document_starts())
 
     def held_out_set(self, sequence_length: int, max_tokens: int | None = None) -> "PackedDataset":
-        """The held-out part as sequences, see `PackedDataset`."""
+        """Held-out part as packed sequences, see `PackedDataset`."""
         limit = self.num_held_out if max_tokens is None else max(max_tokens, sequence_length)
         starts = self.document_starts()
         first, last = np.searchsorted(starts, [self.num_train, self.num_train + limit])
@@ -182,7 +188,7 @@ class Corpus:
         return PackedDataset(self.held_out_tokens(), sequence_length, starts, max_tokens)
 
     def unigram(self) -> Tensor:
-        """Natural logarithm of the frequency of every token in the training part, one added to each count."""
+        """Natural logarithms of token frequencies in the training part, `[vocab_size]`, with add-one smoothing."""
         counts, tokens = np.ones(self.vocab_size, dtype=np.int64), self.train_tokens()
         for start in range(0, len(tokens), COUNTED):
             counts += np.bincount(tokens[start : start + COUNTED], minlength=self.vocab_size)
@@ -192,7 +198,7 @@ class Corpus:
         return np.memmap(self.folder / "tokens.bin", _dtype(self.vocab_size), "r")
 
     def _sizes(self) -> dict[Path, int]:
-        """Bytes of each file."""
+        """Expected size of each file in bytes."""
         num_tokens = self.num_train + self.num_held_out
         return {
             self.folder / "tokens.bin": num_tokens * _dtype(self.vocab_size).itemsize,
@@ -201,23 +207,27 @@ class Corpus:
 
 
 class PackedDataset(Dataset):
-    """Sequences of `sequence_length` tokens, document after document, cut wherever a sequence ends.
+    """Documents packed into sequences of `sequence_length` tokens; a document may span several sequences.
 
-    An item holds `input_ids`, `labels` and `position_ids`, `[T]` int64. Positions restart with every document, by which
-    the model keeps documents apart; the first token of a document is no label, nothing of its own stands before it.
+    An item holds `input_ids`, `labels` and `position_ids`, `[T]` int64. Positions restart with every document, so that
+    attention does not cross document boundaries; the first token of a document is not a label.
 
     Args:
-        tokens: memory-mapped, or any array.
+        tokens: token ids, memory-mapped or in any array.
         sequence_length: T, at least 2.
-        document_starts: where documents begin, as indices into `tokens`, ascending.
-        max_tokens: use no more than so many.
+        document_starts: index of the first token of every document, ascending.
+        max_tokens: number of tokens to use, at most.
 
     Raises:
         ValueError: T is out of range, or there are fewer tokens than one sequence.
-        TypeError: `document_starts` is no array of int64.
+        TypeError: `document_starts` is not an array of int64.
 
-        dataset = PackedDataset(np.array([256, 97, 257, 256, 98, 257]), 6, np.array([0, 3]))
-        dataset[0]["position_ids"]  # 0 1 2 0 1 2
+    Example:
+        >>> import numpy as np
+        >>> from lightning_attention.training import PackedDataset
+        >>> dataset = PackedDataset(np.array([256, 97, 257, 256, 98, 257]), 6, document_starts=np.array([0, 3]))
+        >>> dataset[0]["position_ids"]
+        tensor([0, 1, 2, 0, 1, 2])
     """
 
     def __init__(
@@ -236,7 +246,7 @@ class PackedDataset(Dataset):
         return len(self.tokens) // self.sequence_length
 
     def loss_of(self, log_frequencies: Tensor) -> float:
-        """Mean loss in nats of predicting every token by `[vocab_size]` frequencies alone."""
+        """Mean loss in nats per token of the token frequencies `[vocab_size]`, in natural logarithms."""
         counts = np.bincount(self.tokens, minlength=len(log_frequencies))
         return -(torch.from_numpy(counts) * log_frequencies).sum().item() / len(self.tokens)
 
@@ -248,10 +258,10 @@ class PackedDataset(Dataset):
         first, last = np.searchsorted(self.document_starts, [start, stop])
         positions = np.arange(self.sequence_length)
         starts = np.zeros_like(positions)
-        at = self.document_starts[first:last] - start
-        starts[at] = at
+        bounds = self.document_starts[first:last] - start
+        starts[bounds] = bounds
         positions = torch.from_numpy(positions - np.maximum.accumulate(starts))
-        return {"input_ids": tokens, "labels": tokens.masked_fill(positions == 0, -100), "position_ids": positions}
+        return {"input_ids": tokens, "labels": tokens.masked_fill(positions == 0, IGNORED), "position_ids": positions}
 
 
 def _fingerprint(sources: Sources, tokenizer: PreTrainedTokenizerFast, held_out_fraction: float) -> str:
@@ -268,16 +278,16 @@ def _dtype(size: int) -> np.dtype:
     return np.dtype("<u2" if size <= 1 << 16 else "<u4")
 
 
-def _cut(document_starts: np.ndarray, num_tokens: int, held_out_fraction: float) -> int:
-    """Where the held-out part starts: at a document, if one starts not too far before."""
-    cut = num_tokens - math.ceil(num_tokens * held_out_fraction)
+def _held_out_start(document_starts: np.ndarray, num_tokens: int, held_out_fraction: float) -> int:
+    """Index of the first held-out token: a document start if that at most doubles the held-out part."""
+    start = num_tokens - math.ceil(num_tokens * held_out_fraction)
     earliest = num_tokens - math.ceil(num_tokens * min(2 * held_out_fraction, 1.0))
-    start = int(document_starts[np.searchsorted(document_starts, cut, side="right") - 1])
-    return start if start >= max(earliest, 1) else cut
+    document = int(document_starts[np.searchsorted(document_starts, start, side="right") - 1])
+    return document if document >= max(earliest, 1) else start
 
 
 def _write(parts: Iterable[Tokens], tokens: IO[bytes], documents: IO[bytes], size: int) -> tuple[int, int]:
-    """Write token ids and document bounds, and count documents and tokens."""
+    """Write token ids and document starts; return the numbers of documents and tokens."""
     num_documents = num_tokens = 0
     starts = True
     for ids, ends in parts:
@@ -295,7 +305,7 @@ def _write(parts: Iterable[Tokens], tokens: IO[bytes], documents: IO[bytes], siz
 
 
 def _checksums(path: PathLike, blocks: Iterable[int] | None = None) -> list[int]:
-    """CRC-32 of blocks of a file, by default of all."""
+    """CRC-32 of blocks of a file, by default all."""
     with open(path, "rb") as content:
         checksums = []
         for block in range(math.ceil(os.path.getsize(path) / BLOCK)) if blocks is None else blocks:
@@ -305,7 +315,7 @@ def _checksums(path: PathLike, blocks: Iterable[int] | None = None) -> list[int]
 
 
 def _verify(file: Path, size: int, checksums: list[int]) -> None:
-    """Raise a ValueError that names the file if it is not as it was written."""
+    """Raise a ValueError that names the file if its size or a checksum differs."""
     try:
         found = file.stat().st_size
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The files of a corpus: which are read, in which order, and which are not."""
+"""Source files of a corpus: search, order and skipped files."""
 
 import os
 import random
@@ -17,12 +17,12 @@ SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-package
 
 @dataclass(frozen=True)
 class Sources:
-    """The files of a corpus in the order they are read.
+    """Source files of a corpus, in reading order.
 
     Attributes:
         files: `str` or `os.PathLike`, kept as `Path`s; see `formats.documents`.
-        text_field: the field of a JSON line, or the column of a parquet file, that holds the text.
-        skipped: how many files and folders were not taken from the folders searched, by reason.
+        text_field: field of a JSON line, or column of a parquet file, with the text.
+        skipped: number of skipped files and folders by reason.
     """
 
     files: tuple[Path, ...]
@@ -40,35 +40,39 @@ class Sources:
         seed: int = 0,
         without: Collection[str] = (),
     ) -> "Sources":
-        """Files as given, folders searched; shuffled, so that the end of the corpus is a sample of it.
+        """Collect the given files and the text files in the given folders, in an order shuffled by `seed`.
 
-        Links are followed, and a file or folder that is found twice is read once. Hidden files, caches, installed
-        packages and folders named in `without` are left out.
+        Shuffling makes the held-out end of the corpus a sample of all files. Links are followed; a file or folder found
+        twice is read once. Hidden files, caches, installed packages and folders named in `without` are skipped.
 
         Raises:
-            ValueError: a path does not exist, a file named is not UTF-8 text, a file is no regular file (a FIFO, a
-                device), a compressed file is damaged, or there is no file at all.
+            ValueError: a path does not exist, a given file is not UTF-8 text, a file is not a regular file (a FIFO, a
+                device), a compressed file is damaged, or no file is found.
             OSError: a folder or file cannot be read.
-            ImportError: a package that reads the format of a file is missing.
+            ImportError: a package for the format of a file is missing.
+
+        Example:
+            >>> from lightning_attention.training.documents import Sources
+            >>> sources = Sources.find(["texts", "more.jsonl.gz"])
         """
         search = _Search(text_field, SKIPPED_FOLDERS | set(without))
         for path in to_paths(paths, "paths"):
             search.add(path)
         if not search.files:
-            raise ValueError("no text files found" + (f"; {reasons}" if (reasons := _line(search.skipped)) else ""))
+            raise ValueError("no text files found" + (f"; {reasons}" if (reasons := _summary(search.skipped)) else ""))
         random.Random(seed).shuffle(search.files)
         return cls(tuple(search.files), text_field, dict(search.skipped))
 
     def describe(self) -> list[tuple[str, int, int]]:
-        """Name, size and time of change of every file: what the tokens depend on."""
+        """Path, size and modification time of every file."""
         return [(str(file.resolve()), (info := file.stat()).st_size, info.st_mtime_ns) for file in self.files]
 
     def describe_skipped(self) -> str:
-        """One line that counts what was skipped by reason, empty if nothing was."""
-        return _line(self.skipped)
+        """Count the skipped files and folders by reason, in one line; empty if there are none."""
+        return _summary(self.skipped)
 
     def documents(self) -> Iterator[Iterator[str]]:
-        """Each document as its pieces.
+        """Read all documents, each as an iterator of consecutive parts of its text.
 
         Raises:
             ValueError, ImportError: as `formats.documents`.
@@ -78,18 +82,18 @@ class Sources:
 
 
 def standard_library() -> Path:
-    """Real text that is on every machine: the source of Python's standard library."""
+    """Folder of Python's standard library, text that every machine has."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 class _Search:
-    """Text files under paths, each once."""
+    """Search for text files; each is found once."""
 
     def __init__(self, text_field: str, excluded: Collection[str]):
         self.text_field, self.excluded = text_field, excluded
         self.files: list[Path] = []
         self.skipped: Counter[str] = Counter()
-        self.read: set[tuple[int, int]] = set()  # device and inode, the same by whichever path
+        self.found: set[tuple[int, int]] = set()  # device and inode
 
     def add(self, path: Path) -> None:
         if not path.exists():
@@ -101,9 +105,9 @@ class _Search:
             raise ValueError(f"{path} is not UTF-8 text")
 
     def _add_folder(self, folder: Path) -> None:
-        if self._is_read(folder):
+        if self._is_found(folder):
             return
-        self.read.add(_identity(folder))
+        self.found.add(_identity(folder))
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             path = Path(entry)
             if entry.name.startswith("."):
@@ -119,20 +123,20 @@ class _Search:
                 self._add_folder(path)
 
     def _add_file(self, file: Path) -> bool:
-        """False if it is not text."""
+        """Add a file; return False if it is not text."""
         if not stat.S_ISREG(file.stat().st_mode):
             raise ValueError(f"{file} is no regular file but a FIFO, socket or device: copy what it gives to a file")
-        if not self._is_read(file):
+        if not self._is_found(file):
             if not formats.is_text(file, self.text_field):
                 return False
-            self.read.add(_identity(file))
+            self.found.add(_identity(file))
             self.files.append(file)
         return True
 
-    def _is_read(self, path: Path) -> bool:
-        if is_read := _identity(path) in self.read:
+    def _is_found(self, path: Path) -> bool:
+        if is_found := _identity(path) in self.found:
             self.skipped["found twice"] += 1
-        return is_read
+        return is_found
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -140,6 +144,6 @@ def _identity(path: Path) -> tuple[int, int]:
     return information.st_dev, information.st_ino
 
 
-def _line(skipped: Mapping[str, int]) -> str:
+def _summary(skipped: Mapping[str, int]) -> str:
     counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
     return f"skipped files and folders: {counts}" if counts else ""

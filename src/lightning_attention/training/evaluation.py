@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text, compared with baselines that need no model."""
+"""Losses on held-out text: a model, and baselines without one."""
 
 import math
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from .corpus import PackedDataset
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean losses over the same held-out tokens, in nats a token (a byte, with the byte tokenizer).
+    """Mean losses over held-out tokens, in nats per token (per byte with the byte tokenizer).
 
     Attributes:
-        loss: the model's loss.
-        unigram: the loss of predicting by the token frequencies of the training part.
-        uniform: the loss of a uniform distribution over the symbols, `ln(num_symbols)`.
-        num_tokens: tokens predicted.
+        loss: loss of the model.
+        unigram: loss of the token frequencies in the training part.
+        uniform: loss of a uniform distribution over the symbols, `ln(num_symbols)`.
+        num_tokens: number of predicted tokens.
     """
 
     loss: float
@@ -32,24 +32,32 @@ class Evaluation:
 def evaluate(
     model: PreTrainedModel, dataset: PackedDataset, unigram: Tensor, num_symbols: int, batch_size: int = 8
 ) -> Evaluation:
-    """Predict every token of the dataset that is a symbol, from the tokens before it in its sequence and document.
+    """Compute the mean loss over all symbols of a dataset, for a model and for baselines.
 
-    Losses are means over all these tokens, whatever `batch_size`.
+    Each symbol is predicted from the tokens before it in its sequence and document. The result does not depend on
+    `batch_size`.
 
     Args:
-        model: a causal language model; left in the mode it was in.
+        model: causal language model; its training mode is restored.
         dataset: held-out sequences.
-        unigram: `[vocab_size]`, natural logarithm of frequencies, see `Corpus.unigram`.
-        num_symbols: tokens below it count; the others (beginning and end of documents, padding) do not: 256 for bytes.
-        batch_size: sequences at a time.
+        unigram: `[vocab_size]`, natural logarithms of token frequencies, see `Corpus.unigram`.
+        num_symbols: token ids below this number are symbols, 256 for bytes; special tokens are not.
+        batch_size: sequences per forward pass.
 
     Returns:
-        The losses, and how many tokens they are means of.
+        Mean losses and the number of predicted tokens.
 
     Raises:
-        ValueError: no token of the dataset counts, or a number is out of range.
+        ValueError: the dataset has no symbol to predict, or an argument is out of range.
 
-        evaluate(model, held_out, corpus.unigram(), num_symbols=256).loss
+    Example:
+        >>> import numpy as np, torch
+        >>> from lightning_attention.models import LightningConfig, LightningForCausalLM
+        >>> from lightning_attention.training import PackedDataset, evaluate
+        >>> model = LightningForCausalLM(LightningConfig.from_size("demo", vocab_size=259))
+        >>> dataset = PackedDataset(np.arange(64), 32, document_starts=np.array([0]))
+        >>> evaluate(model, dataset, torch.zeros(259), num_symbols=256).num_tokens
+        62
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

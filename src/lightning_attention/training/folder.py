@@ -1,4 +1,4 @@
-"""The output folder of a run: one process at a time works in it, and nothing in it is lost."""
+"""Output folder of a run: lock, checksums, and choice of the checkpoint to resume from."""
 
 import hashlib
 import os
@@ -20,11 +20,11 @@ CHECKSUMS = "checksums.sha256"
 
 @dataclass
 class RunFolder:
-    """What a run keeps.
+    """Output folder of a run.
 
     Attributes:
         path: the folder.
-        is_started: the run has made its first step; from then on a failure leaves the folder as it is.
+        is_started: True after the first step; from then on a failure leaves the folder as it is.
     """
 
     path: Path
@@ -35,9 +35,10 @@ class RunFolder:
         return (self.path / FILE).exists()
 
     def check_free(self) -> None:
-        """
+        """Check that a new run would not mix its files with others.
+
         Raises:
-            ValueError: the folder holds a run or a model, which a new run would mix with its own files.
+            ValueError: the folder holds a run or a model.
         """
         if self.has_run or checkpoints(self.path):
             raise ValueError(f"{self.path} holds a run already: resume it, or choose another output")
@@ -47,13 +48,13 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out of the folder, and leave nothing of this one behind that fails before its first step.
+        """Lock the folder; remove what the run has created if it fails before its first step.
 
-        A folder that was there stays, with what was in it.
+        A folder that existed stays, with its content.
 
         Raises:
-            ValueError: another process works in it.
-            OSError: it cannot be created or written to.
+            ValueError: another process has locked the folder.
+            OSError: the folder cannot be created, or is not writable.
         """
         created = [path for path in (self.path / LOCK, self.path / CORPUS) if not path.exists()]
         with writable_folder(self.path):
@@ -64,8 +65,8 @@ class RunFolder:
                 message = f"another process trains in {self.path}: wait for its end, or choose another output"
                 raise ValueError(message) from None
             try:
-                for left in self.path.glob("*.unfinished"):  # by a run that was killed
-                    left.unlink()
+                for leftover in self.path.glob("*.unfinished"):  # of a run that was killed
+                    leftover.unlink()
                 yield
             except BaseException:
                 if not self.is_started:
@@ -85,15 +86,16 @@ def _remove(paths: list[Path]) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the SHA-256 of every file in a folder as `sha256sum --check` reads them."""
+    """Write the SHA-256 of every file in a folder, in the format of `sha256sum --check`."""
     lines = [f"{_sha256(path)}  {path.relative_to(folder)}\n" for path in sorted(folder.rglob("*")) if path.is_file()]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def check_checksums(folder: Path) -> None:
-    """
+    """Compare the files of a folder with its checksums; a folder without checksums passes.
+
     Raises:
-        ValueError: a file is missing or not what was written. A folder without checksums passes.
+        ValueError: a file is missing or differs.
     """
     list_ = folder / CHECKSUMS
     if not list_.exists():
@@ -113,18 +115,18 @@ def _sha256(path: Path) -> str:
 
 
 def last_intact(folder: Path, check: Callable[[Path], None], report: Callable[[str], None]) -> Path | None:
-    """Find the last checkpoint that is as it was written; rename and report those after it.
+    """Find the last intact checkpoint; rename and report damaged ones after it.
 
     Args:
-        folder: of the run.
-        check: raises a ValueError or OSError if a checkpoint cannot be gone on from.
-        report: takes a line for the user.
+        folder: output folder of the run.
+        check: raises a ValueError or OSError if a run cannot resume from a checkpoint.
+        report: called with a line for every damaged checkpoint.
 
     Returns:
         The checkpoint; None if the run has saved none.
 
     Raises:
-        ValueError: none of the checkpoints is intact.
+        ValueError: there are checkpoints, and none is intact.
     """
     damaged: list[tuple[Path, Exception]] = []
     for checkpoint in reversed(checkpoints(folder)):
@@ -135,8 +137,8 @@ def last_intact(folder: Path, check: Callable[[Path], None], report: Callable[[s
             damaged.append((checkpoint, error))
             continue
         for path, error in damaged:
-            aside = _set_aside(path)
-            report(f"{path} is damaged ({error}): it is now {aside.name}, and {checkpoint.name} is taken")
+            renamed = _set_aside(path)
+            report(f"{path} is damaged ({error}): it is now {renamed.name}, and {checkpoint.name} is taken")
         return checkpoint
     if damaged:
         reasons = "; ".join(f"{path.name}: {error}" for path, error in damaged)
@@ -145,10 +147,10 @@ def last_intact(folder: Path, check: Callable[[Path], None], report: Callable[[s
 
 
 def _set_aside(checkpoint: Path) -> Path:
-    """Rename a checkpoint that a new one of the same step will replace."""
+    """Rename a damaged checkpoint; the resumed run saves that step again."""
     for number in range(1, 1000):
-        aside = checkpoint.with_name(f"{checkpoint.name}.damaged" + (f"-{number}" if number > 1 else ""))
-        if not aside.exists():
-            os.replace(checkpoint, aside)
-            return aside
+        path = checkpoint.with_name(f"{checkpoint.name}.damaged" + (f"-{number}" if number > 1 else ""))
+        if not path.exists():
+            os.replace(checkpoint, path)
+            return path
     raise OSError(f"there are too many damaged checkpoints in {checkpoint.parent}")

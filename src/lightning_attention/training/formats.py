@@ -1,4 +1,4 @@
-"""Documents of one file: text, JSON lines or parquet, compressed or not, read piece by piece."""
+"""Readers of source files: text, JSON lines or parquet, compressed or not, in bounded memory."""
 
 import io
 import json
@@ -11,22 +11,22 @@ from typing import Any
 from ..extras import require
 from ..models.tokenization import well_formed
 
-PIECE = 1 << 18  # characters read at a time, so that no text file has to fit in memory
+PART = 1 << 18  # characters read at a time, so that a text file need not fit in memory
 BLOCK = 1 << 16  # bytes decompressed at a time
-ROWS = 256  # of a parquet file, read at a time
+ROWS = 256  # rows of a parquet file read at a time
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "compression.zstd"}
 LINES = ".jsonl", ".ndjson"
 
 
 def documents(file: Path, text_field: str) -> Iterator[Iterator[str]]:
-    """Each document as its pieces, in the order of the file.
+    """Read the documents of a file, each as an iterator of consecutive parts of its text.
 
-    A `.jsonl` or `.ndjson` holds a document a line, a `.parquet` a document a row, anything else is one document. Lines
-    of JSON may end in LF, CRLF or CR; in text they stay as they are. A byte order mark is no part of the text.
+    A `.jsonl` or `.ndjson` file holds one document per line, a `.parquet` file one per row; any other file is one
+    document. JSON lines end in LF, CRLF or CR. Line ends in text are kept, a byte order mark is not.
 
     Raises:
         ValueError: the file is not UTF-8, is damaged, or a line or row has no text in `text_field`.
-        ImportError: a package that reads the format is missing.
+        ImportError: a package for the format is missing.
     """
     suffix, _ = _suffixes(file)
     if suffix == ".parquet":
@@ -34,39 +34,39 @@ def documents(file: Path, text_field: str) -> Iterator[Iterator[str]]:
     elif suffix in LINES:
         yield from _lines(file, text_field)
     else:
-        yield _pieces(file)
+        yield _parts(file)
 
 
 def is_text(file: Path, text_field: str) -> bool:
-    """True if the file, decompressed, is UTF-8 text without NUL, or if it is a parquet file.
+    """True for a parquet file, and for a file that is UTF-8 text without NUL after decompression.
 
     Raises:
-        ValueError: a compressed or parquet file is damaged, or a parquet file has no such column.
-        ImportError: a package that reads the format is missing.
+        ValueError: a compressed or parquet file is damaged, or a parquet file has no column `text_field`.
+        ImportError: a package for the format is missing.
     """
     if _suffixes(file)[0] == ".parquet":
         with _parquet(file, text_field):
             return True
     try:
-        return all("\0" not in piece for piece in _pieces(file))
+        return all("\0" not in part for part in _parts(file))
     except NotUtf8Error:
         return False
 
 
 class NotUtf8Error(ValueError):
-    """A file is not UTF-8 text."""
+    """Raised for a file that is not UTF-8 text."""
 
 
 def _suffixes(file: Path) -> tuple[str, str]:
-    """The suffix that tells the format, and that of the compression or an empty one, in small letters."""
+    """Suffixes of the format and of the compression, or an empty one, in lower case."""
     name = Path(file.name.lower())
     return (Path(name.stem).suffix, name.suffix) if name.suffix in COMPRESSED else (name.suffix, "")
 
 
-def _pieces(file: Path) -> Iterator[str]:
+def _parts(file: Path) -> Iterator[str]:
     with _text(file, newline="") as text:
-        while piece := text.read(PIECE):
-            yield piece
+        while part := text.read(PART):
+            yield part
 
 
 def _lines(file: Path, text_field: str) -> Iterator[Iterator[str]]:
@@ -75,7 +75,7 @@ def _lines(file: Path, text_field: str) -> Iterator[Iterator[str]]:
             if not line.strip():
                 continue
             try:
-                # Numbers of any length are of no interest; Python limits the digits of an int.
+                # Python limits the digits of an int, and numbers are not needed.
                 text = json.loads(line, parse_int=float)[text_field]
             except (ValueError, KeyError, TypeError, IndexError, RecursionError):
                 text = None
@@ -124,13 +124,13 @@ def _bytes(file: Path) -> Any:
     except ModuleNotFoundError:
         if compression != ".zst":
             raise
-    require("data", "zstandard")  # Python 3.14 has a module of its own
-    return io.BufferedReader(_Chunks(_zstd_chunks(file)))
+    require("data", "zstandard")  # before Python 3.14
+    return io.BufferedReader(_BytesReader(_zstd_blocks(file)))
 
 
 @contextmanager
 def _named_errors(file: Path) -> Iterator[None]:
-    """Errors that say which file is at fault."""
+    """Name the file in errors."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -140,15 +140,15 @@ def _named_errors(file: Path) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the system, not of a decompressor
+        if isinstance(error, OSError) and error.errno is not None:  # of the operating system, not of a decompressor
             error.filename = error.filename or str(file)
         elif str(file) not in str(error):
             raise ValueError(f"{file} is damaged, or not what its name says: {error}") from error
         raise
 
 
-def _zstd_chunks(file: Path) -> Iterator[bytes]:
-    """Content of all frames. zstandard's own reader takes a file that was cut off for a whole one."""
+def _zstd_blocks(file: Path) -> Iterator[bytes]:
+    """Decompress all frames; unlike zstandard's reader, raise an error if the last one is cut off."""
     zstandard = import_module("zstandard")
     with file.open("rb") as compressed:
         frame = None
@@ -163,18 +163,18 @@ def _zstd_chunks(file: Path) -> Iterator[bytes]:
             raise EOFError("it ends within a frame")
 
 
-class _Chunks(io.RawIOBase):
-    """A file of the bytes of an iterator."""
+class _BytesReader(io.RawIOBase):
+    """Readable file over an iterator of bytes."""
 
-    def __init__(self, chunks: Iterator[bytes]):
-        self.chunks, self.rest = chunks, memoryview(b"")
+    def __init__(self, blocks: Iterator[bytes]):
+        self.blocks, self.rest = blocks, memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self.rest and (chunk := next(self.chunks, None)) is not None:
-            self.rest = memoryview(chunk)
+        while not self.rest and (block := next(self.blocks, None)) is not None:
+            self.rest = memoryview(block)
         count = min(len(buffer), len(self.rest))
         buffer[:count], self.rest = self.rest[:count], self.rest[count:]
         return count

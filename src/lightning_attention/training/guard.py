@@ -1,4 +1,4 @@
-"""A Trainer that stops before a step which would spoil the model, and after a step when it is asked to."""
+"""Trainer that stops before a step with non-finite gradients, and after a step when a signal asks."""
 
 import time
 from typing import Any, cast
@@ -13,21 +13,21 @@ from .signals import StopRequest
 
 
 class GuardedTrainer(Trainer):
-    """transformers' Trainer, which steps only along finite gradients of a finite loss, and saves only finite weights.
+    """Trainer that makes a step only if loss and gradients are finite, and saves only finite weights.
 
-    All processes decide alike, from one number a step that they read together.
+    All processes take the same decision: they share the norm of the gradients and the signal at every step.
 
     Args:
-        stop: what signals ask for.
+        stop: request to stop, set by signals.
 
     Raises:
-        FloatingPointError: from `train`, before the step that would have spoiled the model.
+        FloatingPointError: by `train`, before a step with a non-finite loss or gradient.
     """
 
     def __init__(self, *args: Any, stop: StopRequest, **options: Any):
         super().__init__(*args, **options)
         self.stop = stop
-        self.args.logging_nan_inf_filter = False  # it would log zeros, and waits for every batch
+        self.args.logging_nan_inf_filter = False  # it logs zeros in place of NaN, and waits for every batch
         self._step_loss: Tensor | float = 0.0
         self._step_began = time.monotonic()
 
@@ -37,7 +37,7 @@ class GuardedTrainer(Trainer):
             return loss
         loss = cast(Tensor, loss)
         self._step_loss = self._step_loss + loss.detach()
-        # A factor of 1; or NaN, by which a loss that is not finite has gradients that are not, on all processes.
+        # The factor is 1, or NaN for a non-finite loss, which makes the shared gradients non-finite on all processes.
         return loss * (1 + 0 * loss.detach())
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -61,13 +61,13 @@ class GuardedTrainer(Trainer):
         return norm
 
     def check_weights(self) -> None:
-        """
+        """Check that the weights of all processes are finite.
+
         Raises:
-            FloatingPointError: on all processes, a weight is not finite.
+            FloatingPointError: on all processes, if a weight is not finite.
         """
-        weights = [
-            cast(Any, x).to_local() if isinstance(x, DTensor) else x for x in cast(nn.Module, self.model).parameters()
-        ]
+        parameters = cast(nn.Module, self.model).parameters()
+        weights = [cast(Any, x).to_local() if isinstance(x, DTensor) else x for x in parameters]
         are_finite = torch.stack([x.detach().isfinite().all() for x in weights]).all().float()
         if dist.is_initialized():
             dist.all_reduce(are_finite, dist.ReduceOp.MIN)

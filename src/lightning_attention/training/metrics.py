@@ -1,4 +1,4 @@
-"""What a run reports: JSON lines, a plot, and lines on the screen."""
+"""Metrics of a run: `metrics.jsonl`, a loss plot, and progress on the terminal."""
 
 import json
 import math
@@ -14,12 +14,12 @@ from ..paths import PathLike, to_path
 
 
 class MetricsCallback(TrainerCallback):
-    """Appends every log to `metrics.jsonl` and shows it, with the tokens a second since the last one.
+    """Append every log to `metrics.jsonl` and show it, with the throughput since the log before.
 
     Args:
-        file: JSON lines: `step`, `tokens` that all processes have read, `seconds` of this process, and what the
-            Trainer logged; numbers that are not finite are null.
-        tokens_per_step: of all processes together.
+        file: JSON lines with `step`, `tokens` read by all processes, `seconds` of this process, and the values that the
+            Trainer logged; non-finite numbers are null.
+        tokens_per_step: tokens per step of all processes together.
         console: where to show progress.
     """
 
@@ -72,7 +72,7 @@ class MetricsCallback(TrainerCallback):
 
 
 def read_metrics(file: PathLike) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a last line that was cut off is left out."""
+    """Read the records of a `metrics.jsonl`, without a last line that was cut off."""
     records, file = [], to_path(file, "file")
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         try:
@@ -83,7 +83,7 @@ def read_metrics(file: PathLike) -> list[dict[str, Any]]:
 
 
 def drop_after(file: PathLike, step: int) -> None:
-    """Forget what was recorded after a checkpoint that a run resumes from."""
+    """Remove the records after `step`, the checkpoint that a run resumes from."""
     file = to_path(file, "file")
     if file.exists():
         kept = [record for record in read_metrics(file) if record["step"] <= step]
@@ -91,7 +91,7 @@ def drop_after(file: PathLike, step: int) -> None:
 
 
 def plot_loss(file: PathLike, picture: PathLike, baselines: dict[str, float] | None = None) -> None:
-    """Losses against tokens as a PNG; baselines are horizontal lines."""
+    """Plot losses against tokens as a PNG, with baselines as horizontal lines."""
     from matplotlib.figure import Figure
 
     records, picture = read_metrics(file), to_path(picture, "picture")

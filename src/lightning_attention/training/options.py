@@ -1,4 +1,4 @@
-"""The options of a training run, and the file that keeps them."""
+"""Options of a training run, and `run.json`, the file that keeps them."""
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,53 +22,57 @@ AT_LEAST_ONE = (
     "eval_every",
     "save_every",
 )
-LIMIT = 1 << 53  # of whole numbers and seconds: a float, as in JSON, still holds them exactly
+LIMIT = 1 << 53  # largest number: JSON readers keep integers up to here exactly, as floats
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Everything a run depends on; kept in `run.json` of its output folder.
+    """Options of a training run, kept in `run.json` of its output folder.
 
     Paths are `str` or `os.PathLike`, and kept as `Path`s.
 
-    A step reads `batch_size * accumulate` sequences for each data process (a process, or `sequence_parallel` of them).
-    Epochs are shuffled by `seed` and joined end to end, so every step is full: the next epoch fills a step in which one
-    ends. Which sequences a step reads, and the mean over its tokens as loss, do not depend on how processes share it.
+    A step reads `batch_size * accumulate` sequences for each data process (a process, or a group of `sequence_parallel`
+    processes). Epochs are shuffled by `seed` and joined end to end, so that all steps read equally many sequences. The
+    sequences of a step and its loss, a mean over tokens, do not depend on the number of processes.
 
     Attributes:
-        output: folder for checkpoints, tokens, metrics and plot; must not hold a run already.
-        data: files and folders of text, or one of them; empty for Python's standard library.
-        text_field: the field of a `.jsonl` line, or the column of a `.parquet`, that holds the text.
+        output: folder for checkpoints, tokens, metrics and plot; must not hold a run.
+        data: text files and folders, or one of them; empty for Python's standard library.
+        text_field: field of a `.jsonl` line, or column of a `.parquet` file, with the text.
         tokenizer: "bytes", or the path of a tokenizer.json.
-        eos_token: the token of its vocabulary that ends a document; None is the tokenizer's own, see `load_tokenizer`.
+        eos_token: token of the vocabulary that ends a document; None for the tokenizer's own, see `load_tokenizer`.
         size: a name in `models.SIZES`.
-        config: a JSON file of `LightningConfig` options, instead of a size.
-        decay_preset: see `decay.log_decay`; None is the preset of the configuration.
-        sequence_length: tokens in a sequence.
-        segment_length: tokens of a sequence that are in memory at a time, see `segmented_loss`; None is all.
-        batch_size: sequences a process takes at a time; with `sequence_parallel`, a group of processes.
-        sequence_parallel: processes that share the tokens of a sequence; it divides their number.
-        sequence_parallel_strategy: how states travel between them: see `distributed.exchange`.
-        fsdp: spread the model over all processes, instead of keeping it whole on each.
-        accumulate: batches added up in one step.
+        config: JSON file of `LightningConfig` options, instead of a size.
+        decay_preset: see `decay.log_decay`; None for the preset of the configuration.
+        sequence_length: tokens per sequence.
+        segment_length: tokens per training segment, see `segmented_loss`; None for no segments.
+        batch_size: sequences per forward pass of a process; with `sequence_parallel`, of a group of processes.
+        sequence_parallel: number of processes that share a sequence; divides the number of processes.
+        sequence_parallel_strategy: how processes exchange states, see `distributed.exchange`.
+        fsdp: shard the model over all processes.
+        accumulate: batches per step, whose gradients are accumulated.
         steps: optimizer steps.
-        learning_rate: highest, after the warm-up; it falls to a tenth along a cosine.
-        warmup: part of the steps over which the rate rises.
-        weight_decay: of AdamW, on matrices.
-        held_out: part of the tokens kept for evaluation.
-        eval_tokens: how many of those to evaluate on, at most.
+        learning_rate: highest learning rate, after the warm-up; it decays to a tenth along a cosine.
+        warmup: fraction of the steps over which the learning rate rises.
+        weight_decay: weight decay of AdamW, on matrices.
+        held_out: fraction of the tokens kept for evaluation.
+        eval_tokens: held-out tokens to evaluate on, at most.
         log_every: steps between logs.
         eval_every: steps between evaluations.
-        save_every: steps between checkpoints, of which the last two are kept.
+        save_every: steps between checkpoints; the last two are kept.
         bf16: train in bfloat16 autocast.
         compile: torch.compile the model.
         gradient_checkpointing: recompute activations in the backward pass.
-        seed: of weights and data order, below 2^32.
-        timeout: seconds that processes wait for one of them that does not answer.
+        seed: seed of weights and data order, below 2^32.
+        timeout: seconds to wait for a process that does not answer.
 
     Raises:
         TypeError: an option has the wrong type.
         ValueError: an option is out of range.
+
+    Example:
+        >>> from lightning_attention.training import TrainingOptions
+        >>> options = TrainingOptions("run", data="texts", steps=100, sequence_length=256)
     """
 
     output: Path
@@ -134,7 +138,7 @@ class TrainingOptions:
                 raise ValueError(f"{name} must be {range_}, got {getattr(self, name)}")
 
     def save(self) -> None:
-        """Write `run.json`, whole, in a folder that is created if need be."""
+        """Write `run.json` atomically; create the folder if it does not exist."""
         self.output.mkdir(parents=True, exist_ok=True)
         files.write(self.output / FILE, self.to_json())
 
@@ -146,7 +150,7 @@ class TrainingOptions:
         """Read the options of the run in a folder.
 
         Raises:
-            ValueError: there is no run, or its `run.json` holds other than options.
+            ValueError: there is no run, or its `run.json` is damaged or holds unknown or invalid options.
         """
         output = to_path(output, "output")
         file = output / FILE
@@ -167,7 +171,7 @@ class TrainingOptions:
             raise ValueError(f"{file}: {error}") from error
 
 
-# What a run that goes on may be given anew. Rows of a step stay: see `resumed_options`.
+# Options that may change when a run resumes.
 MAY_CHANGE = {
     "output",
     "steps",
@@ -189,19 +193,19 @@ MAY_CHANGE = {
 
 
 def resumed_options(
-    options: TrainingOptions, record: dict[str, Any], data_processes: int
+    options: TrainingOptions, record: dict[str, Any], data_size: int
 ) -> tuple[TrainingOptions, list[str]]:
-    """The options with which a run goes on from a checkpoint, and what has changed, in words.
+    """Return the options of a run that resumes from a checkpoint, and a line for every changed option.
 
-    A step keeps its number of sequences, whatever the number of processes: `batch_size` and `accumulate` follow.
+    A step keeps its number of sequences: `batch_size` and `accumulate` are adapted to the number of processes.
 
     Args:
-        options: of `run.json`, perhaps changed.
-        record: the options that the checkpoint was trained with, and `sequences_per_step`.
-        data_processes: processes, or groups of them with `sequence_parallel`, that read sequences of their own.
+        options: options in `run.json`, perhaps edited.
+        record: options that the checkpoint was trained with, and `sequences_per_step`.
+        data_size: number of processes, or groups of processes, that read sequences of their own.
 
     Raises:
-        ValueError: what was changed would be ignored, or the processes cannot share a step's sequences evenly.
+        ValueError: a changed option cannot change, or the processes cannot share the sequences of a step evenly.
     """
     for name, (before, now) in _changes(options, record).items():
         if name not in MAY_CHANGE:
@@ -210,11 +214,11 @@ def resumed_options(
                 "change it back, or start another run"
             )
     total = record["sequences_per_step"]
-    if options.batch_size * data_processes * options.accumulate != total:
-        each, rest = divmod(total, data_processes)
+    if options.batch_size * data_size * options.accumulate != total:
+        each, rest = divmod(total, data_size)
         if rest:
             raise ValueError(
-                f"a step of this run has {total} sequences, which {data_processes} processes cannot share evenly"
+                f"a step of this run has {total} sequences, which {data_size} processes cannot share evenly"
             )
         batch_size = next(size for size in range(min(options.batch_size, each), 0, -1) if each % size == 0)
         options = replace(options, batch_size=batch_size, accumulate=each // batch_size)
@@ -224,13 +228,13 @@ def resumed_options(
 
 
 def _changes(options: TrainingOptions, record: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What an option was and is, for those that differ, as in JSON."""
+    """Old and new values of the options that differ, as in JSON."""
     given = json.loads(options.to_json())
     return {name: (record[name], given[name]) for name in given if name in record and record[name] != given[name]}
 
 
 def _check_type(name: str, annotation: Any, value: Any) -> None:
-    """Against `int`, `float`, `bool` or `str`, or None where the annotation has it."""
+    """Check a value against the annotation `int`, `float`, `bool` or `str`, with or without None."""
     kinds: dict[Any, tuple[Any, str]] = {
         int: (Integral, "a whole number"),
         float: (Real, "a number"),
@@ -243,5 +247,5 @@ def _check_type(name: str, annotation: Any, value: Any) -> None:
     expected, words = kinds[kind]
     if not isinstance(value, expected) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{name} must be {words}, got {value!r}")
-    if kind in (int, float) and not -LIMIT <= cast(float, value) <= LIMIT:  # neither is NaN
+    if kind in (int, float) and not -LIMIT <= cast(float, value) <= LIMIT:  # NaN fails too
         raise ValueError(f"{name} must be finite and within 2^53, got {value}")

@@ -1,8 +1,9 @@
-"""Exact training over segments: memory of one segment, however long the sequence.
+"""Exact training over segments, with the activations of one training segment in memory at a time.
 
-Only states pass from one token to the next, so a sequence is read segment by segment without keeping activations, but
-for the state of every layer where a segment begins. The backward pass goes through the segments in reverse: each is
-read again, and gives the one before it the gradient of its states.
+Tokens depend on earlier tokens through the states of the layers alone. The forward pass reads a sequence segment by
+segment and keeps the states before each one. The backward pass takes the segments in reverse: it reads each again, and
+passes the gradient of its states to the segment before. Memory for activations is constant, memory for kept states is
+linear in the number of segments.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,33 +34,41 @@ def segmented_loss(
     truncate_every: int | None = None,
     offload_states: bool = False,
 ) -> Tensor:
-    """The loss of `model(input_ids, labels=labels, position_ids=position_ids)` in the memory of one segment.
+    """Compute the loss of `model(input_ids, labels=labels, position_ids=position_ids)` by training segments.
 
-    It and its gradients are those of the whole, to rounding. `backward()` of the loss adds to the `grad` of the
-    parameters, and reads every segment once more; `torch.autograd.grad` does not see them. Where gradients are
-    disabled the loss alone is computed.
+    Loss and gradients equal those of the model up to rounding. `backward()` of the loss reads every segment once more
+    and adds to the `grad` of the parameters; `torch.autograd.grad` is not supported. With gradients disabled only the
+    loss is computed.
 
-    Where the processes of a group share rows (`LightningModel.set_sequence_parallel`) each gives the whole row, they
-    share every segment of it, and loss and gradients are those of a process's own tokens: parts of a sum.
+    With sequence parallelism (`LightningModel.set_sequence_parallel`) every process of the group gives the same
+    sequences, the group shares every segment, and loss and gradients of a process are those of its own tokens, to be
+    summed over the group.
 
     Args:
-        model: a `LightningForCausalLM`, or one within `DistributedDataParallel` or `torch.compile`,
-            or sharded by `fully_shard`.
-        input_ids: `[B, T]` integers, on any device and of any integer dtype: a segment at a time goes to the model's.
-        labels: `[B, T]`, as for the model, by default `input_ids`; -100 is left out of the loss.
-        segment_length: tokens of a row in a segment; the last one may be shorter.
-        position_ids: `[B, T]`, by default from 0; a document starts where they are 0, within a segment or not.
-        num_items_in_batch: divide the sum of losses by it, instead of by the number of labels; 0 counts as 1.
-        truncate_every: cut the gradient at the end of every so many segments. Not exact: what a token does to later
-            parts is left out. By default it is not cut.
-        offload_states: keep the states between segments in the memory of the host, pinned.
+        model: a `LightningForCausalLM`, also within `DistributedDataParallel` or `torch.compile`, or sharded by
+            `fully_shard`.
+        input_ids: `[B, T]`, any integer dtype, on any device; segments are moved to the model's device.
+        labels: `[B, T]`, as for the model, by default `input_ids`; -100 is excluded from the loss.
+        segment_length: tokens per training segment; the last one may be shorter.
+        position_ids: `[B, T]`, by default counted from 0; a document starts at position 0, anywhere in a segment.
+        num_items_in_batch: divisor of the summed loss, by default the number of labels; 0 counts as 1.
+        truncate_every: cut the gradient of the states after every that many segments, which is not exact; by default
+            it is not cut.
+        offload_states: keep the states between segments in pinned host memory.
 
     Returns:
-        The mean loss in nats a token, a scalar. Where all labels are ignored, the loss and its gradients are 0.
+        Mean loss in nats per token, a scalar; 0, with zero gradients, if all labels are ignored.
 
     Raises:
-        TypeError: the tokens of the model may reach each other otherwise than through states, or it is in DataParallel.
+        TypeError: the model is not a `LightningForCausalLM`, or is within DataParallel.
         ValueError: a shape or a length is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attention.models import LightningConfig, LightningForCausalLM
+        >>> from lightning_attention.training import segmented_loss
+        >>> model = LightningForCausalLM(LightningConfig.from_size("demo", vocab_size=259))
+        >>> segmented_loss(model, torch.randint(256, (1, 64)), segment_length=16).backward()
     """
     if isinstance(model, nn.DataParallel):
         raise TypeError(
@@ -68,7 +77,7 @@ def segmented_loss(
     body = extract_model_from_parallel(model, keep_torch_compile=False)
     if not isinstance(body, LightningForCausalLM):
         raise TypeError(
-            "segments need a model in which nothing but states goes from token to token: a LightningForCausalLM, "
+            "segments need a model whose tokens depend on each other through states alone: a LightningForCausalLM, "
             f"got {type(body).__name__}"
         )
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
@@ -81,32 +90,32 @@ def segmented_loss(
             raise ValueError(f"{name} must be at least 1, got {count}")
     parallel = body.model.sequence_parallel
     if parallel is not None and len(input_ids) != 1:
-        raise ValueError(f"with sequence parallelism input_ids must be one row, got {len(input_ids)}")
-    row = _Row(input_ids, labels, position_ids, segment_length, body.device, parallel)
-    count = row.num_labels() if num_items_in_batch is None else num_items_in_batch
-    sweep = _Sweep(model, body, row, count, truncate_every, offload_states)
+        raise ValueError(f"with sequence parallelism input_ids must be one batch row, got {len(input_ids)}")
+    segments = _Segments(input_ids, labels, position_ids, segment_length, body.device, parallel)
+    count = segments.num_labels() if num_items_in_batch is None else num_items_in_batch
+    passes = _Passes(model, body, segments, count, truncate_every, offload_states)
     if not torch.is_grad_enabled():
-        return sweep.forward()
-    return _SegmentedLoss.apply(torch.zeros((), device=body.device, requires_grad=True), sweep)
+        return passes.forward()
+    return _SegmentedLoss.apply(torch.zeros((), device=body.device, requires_grad=True), passes)
 
 
 class _SegmentedLoss(torch.autograd.Function):
-    """Loss and backward pass of a sweep. The anchor only makes PyTorch ask for it."""
+    """Connect both passes to autograd; the anchor is an input with a gradient, so that autograd calls `backward`."""
 
     @staticmethod
-    def forward(ctx, anchor, sweep):
-        ctx.sweep = sweep
-        return sweep.forward(states_are_kept=True)
+    def forward(ctx, anchor, passes):
+        ctx.passes = passes
+        return passes.forward(keep_states=True)
 
     @staticmethod
     def backward(ctx, d_loss):
-        ctx.sweep.backward(d_loss)
+        ctx.passes.backward(d_loss)
         return None, None
 
 
 @dataclass(frozen=True)
-class _Row:
-    """The segments of a batch."""
+class _Segments:
+    """Batch that is read by training segments."""
 
     input_ids: Tensor
     labels: Tensor | None
@@ -119,33 +128,33 @@ class _Row:
         return -(-self.input_ids.shape[1] // self.segment_length)
 
     def num_labels(self) -> int:
-        """Labels that are not ignored. The first one of a batch row is predicted by no token."""
+        """Count the labels that are not ignored, without the first of each batch row, which is never predicted."""
         return self.input_ids[:, 1:].numel() if self.labels is None else int((self.labels[:, 1:] != IGNORED).sum())
 
     def segment(self, index: int) -> dict[str, Tensor]:
-        """Inputs of the model, with the token to predict for every token: of this rank, if a segment is shared."""
+        """Model inputs for a segment, or for this rank's slice of it, with shifted labels."""
         start, end = self._bounds(index)
         shared = {}
         if self.parallel is not None:
             shared = {"cu_seqlens": self._documents(start, end)}
-            held = self.parallel.slice(end - start)
-            start, end = start + held.start, start + held.stop
-        following = self._on_device((self.input_ids if self.labels is None else self.labels)[:, start + 1 : end + 1])
-        following = F.pad(following, (0, end - start - following.shape[1]), value=IGNORED)
+            tokens = self.parallel.slice(end - start)
+            start, end = start + tokens.start, start + tokens.stop
+        labels = self._on_device((self.input_ids if self.labels is None else self.labels)[:, start + 1 : end + 1])
+        labels = F.pad(labels, (0, end - start - labels.shape[1]), value=IGNORED)
         return {
             "input_ids": self._on_device(self.input_ids[:, start:end]),
             "position_ids": self._positions(start, end),
-            "labels": following,
-            "shift_labels": following,
+            "labels": labels,
+            "shift_labels": labels,
         } | shared
 
     def _documents(self, start: int, end: int) -> Tensor:
-        """`cu_seqlens` of the tokens between, on the host."""
+        """`cu_seqlens` of the documents between two tokens, on the host."""
         starts = F.pad(self._positions(start, end)[0].diff() != 1, (1, 0), value=True).nonzero()[:, 0]
         return F.pad(starts, (0, 1), value=end - start).cpu()
 
-    def goes_on(self, index: int) -> Tensor:
-        """`[B, 1, 1, 1]`, whether the first token of the segment belongs to the document before it."""
+    def continues(self, index: int) -> Tensor:
+        """`[B, 1, 1, 1]`, True if the segment starts within a document that the segment before has begun."""
         start, _ = self._bounds(index)
         if start == 0:
             return torch.zeros(len(self.input_ids), 1, 1, 1, dtype=torch.bool, device=self.device)
@@ -164,46 +173,47 @@ class _Row:
         return x.to(self.device, torch.int64, non_blocking=True)
 
 
-class _Sweep:
-    """Through the segments and back."""
+class _Passes:
+    """Forward and backward pass over the segments of a batch."""
 
     def __init__(
         self,
         model: nn.Module,
         body: LightningForCausalLM,
-        row: _Row,
+        segments: _Segments,
         num_items: int | Tensor,
         truncate_every: int | None,
         offload_states: bool,
     ):
-        self.model, self.body, self.row, self.num_items = model, body, row, num_items
-        self.truncate_every, self.is_offloaded = truncate_every, offload_states and row.device.type != "cpu"
-        self.kept: list[list[Tensor]] = []
-        self.autocast = _ambient_autocast(row.device.type)
+        self.model, self.body, self.segments, self.num_items = model, body, segments, num_items
+        self.device = segments.device
+        self.truncate_every, self.offloads = truncate_every, offload_states and self.device.type != "cpu"
+        self.kept: list[list[Tensor]] = []  # states before every segment
+        self.autocast = _current_autocast(self.device.type)
 
     @torch.no_grad()
-    def forward(self, *, states_are_kept: bool = False) -> Tensor:
+    def forward(self, *, keep_states: bool = False) -> Tensor:
         config, dtype = self.body.config, state_dtype(self.body.dtype)
-        shapes = [(len(self.row.input_ids), *config.layer_state_shape(i)) for i in range(config.num_hidden_layers)]
-        states = [torch.zeros(shape, dtype=dtype, device=self.row.device) for shape in shapes]
-        loss = torch.zeros((), device=self.row.device)
-        for index in range(len(self.row)):
-            goes_on = self.row.goes_on(index)
-            states = [state * goes_on for state in states]
-            if states_are_kept:
-                self.kept.append([self._put_away(state) for state in states])
+        shapes = [(len(self.segments.input_ids), *config.layer_state_shape(i)) for i in range(config.num_hidden_layers)]
+        states = [torch.zeros(shape, dtype=dtype, device=self.device) for shape in shapes]
+        loss = torch.zeros((), device=self.device)
+        for index in range(len(self.segments)):
+            continues = self.segments.continues(index)
+            states = [state * continues for state in states]
+            if keep_states:
+                self.kept.append([self._offload(state) for state in states])
             segment_loss, states = self._read(index, states)
-            states = self._of_all_ranks(states)
+            states = self._sum_over_ranks(states)
             loss = loss + segment_loss
         return loss
 
     @torch.enable_grad()
     def backward(self, d_loss: Tensor) -> None:
         d_after: list[Tensor] | None = None
-        for index in reversed(range(len(self.row))):
-            kept = [state.to(self.row.device, non_blocking=True) for state in self.kept[index]]
+        for index in reversed(range(len(self.segments))):
+            kept = [state.to(self.device, non_blocking=True) for state in self.kept[index]]
             states = [state.detach().requires_grad_() for state in kept]
-            # What the processes of a group have to exchange, they do once.
+            # Gradients are exchanged between processes once, after the last segment read.
             with nullcontext() if index == 0 else _no_sync(self.model):
                 loss, after = self._read(index, states)
                 if d_after is None:
@@ -211,31 +221,31 @@ class _Sweep:
                 else:
                     torch.autograd.backward([loss, *after], [d_loss, *d_after])
             is_cut = self.truncate_every is not None and index % self.truncate_every == 0
-            goes_on = self.row.goes_on(index)
-            d_after = None if is_cut else self._of_all_ranks([_gradient(state) * goes_on for state in states])
+            continues = self.segments.continues(index)
+            d_after = None if is_cut else self._sum_over_ranks([_gradient(state) * continues for state in states])
 
     def _read(self, index: int, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The part of the loss that is this segment's, and the states after it."""
+        """Compute the loss of a segment and the states after it."""
         with self.autocast():
             outputs = self.model(
-                **self.row.segment(index), states=states, use_cache=False, num_items_in_batch=self.num_items
+                **self.segments.segment(index), states=states, use_cache=False, num_items_in_batch=self.num_items
             )
         return outputs.loss, list(outputs.states)
 
-    def _of_all_ranks(self, states: list[Tensor]) -> list[Tensor]:
-        """Of states that one rank has, and zeros on the others."""
-        return states if self.row.parallel is None else self.row.parallel.sum([state.contiguous() for state in states])
+    def _sum_over_ranks(self, states: list[Tensor]) -> list[Tensor]:
+        """Give every rank the states that one rank holds; the others hold zeros."""
+        parallel = self.segments.parallel
+        return states if parallel is None else parallel.sum([state.contiguous() for state in states])
 
-    def _put_away(self, state: Tensor) -> Tensor:
-        """Where states wait for the backward pass."""
-        if not self.is_offloaded:
+    def _offload(self, state: Tensor) -> Tensor:
+        if not self.offloads:
             return state
         host = torch.empty(state.shape, dtype=state.dtype, device="cpu", pin_memory=True)
         return host.copy_(state, non_blocking=True)
 
 
-def _ambient_autocast(device_type: str) -> Callable[[], AbstractContextManager]:
-    """What the call is under, for the backward pass too. Weights cast without gradients must not be kept for it."""
+def _current_autocast(device_type: str) -> Callable[[], AbstractContextManager]:
+    """The active autocast, for both passes; without its cache, which would keep weights cast without gradients."""
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
     return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
@@ -246,8 +256,8 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 @contextmanager
 def _no_sync(model: Any) -> Iterator[None]:
-    """Gradients stay on their process: of DistributedDataParallel, or of what `fully_shard` has changed."""
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    """Do not exchange gradients between processes, with DistributedDataParallel or `fully_shard`."""
+    model = getattr(model, "_orig_mod", model)  # unwrap torch.compile
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(False)
         try:

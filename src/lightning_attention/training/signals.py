@@ -1,4 +1,4 @@
-"""Signals that end a training run: the first one asks for a checkpoint, a second one ends the process at once."""
+"""Signals to a training run: the first asks for a checkpoint and the end, a second ends the process at once."""
 
 import os
 import select
@@ -15,17 +15,17 @@ import torch.distributed as dist
 from .processes import LOST, is_started_by_torchrun
 
 SIGNALS = signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])
-# torchrun sends a signal on to processes that the terminal has sent it to already.
-REPEATED = 3.0
-# Seconds until a process that waits for a lost one is ended, beside twice the time of a step.
+# Seconds in which torchrun forwards a signal that the terminal has sent to its processes too.
+FORWARDED = 3.0
+# Seconds, beyond two steps, after which a signalled process that waits for a lost one is ended.
 PATIENCE = 5.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has ended the run; the message says when, and how to go on.
+    """Raised when a signal ends the run; the message says when, and how to resume.
 
     Attributes:
-        signal: its number; a command exits with 128 more.
+        signal: number of the signal; the exit code of a command is 128 more.
     """
 
     def __init__(self, number: int, when: str = "outside of the training loop"):
@@ -34,13 +34,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether a signal has asked for the end.
+    """Request by a signal to end the run.
 
     Attributes:
-        signal: the number of the first signal that this process got, 0 while there is none.
-        answered: the number of the signal for which the run is about to end, of this process or another; 0 if none.
-        is_deferred: wait for the end of a step, instead of raising `Interrupted` at once.
-        step_seconds: how long a step takes.
+        signal: number of the first signal to this process, 0 for none.
+        answered: number of the signal that ends the run, to this process or another; 0 for none.
+        is_deferred: wait for the end of the step, instead of raising `Interrupted` at once.
+        step_seconds: duration of a step.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within, a signal is noted and the run goes on."""
+        """Defer the answer to a signal to the end of a step."""
         self.is_deferred = True
         try:
             yield
@@ -66,9 +66,9 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Handle signals that are not ignored, as SIGHUP is under nohup; none in a thread other than the main one.
+    """Handle signals in the main thread, except ignored ones, such as SIGHUP under nohup.
 
-    A thread reads the signals, because handlers wait while the main thread is in a collective that may never end.
+    A thread watches for signals, because handlers do not run while the main thread waits in a collective.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -76,15 +76,15 @@ def stop_requests() -> Iterator[StopRequest]:
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    handlers = {number: signal.signal(number, request.handle) for number in heeded}
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, request.handle) for number in handled}
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     thread = threading.Thread(target=_watch, args=(reader, request), daemon=True)
     thread.start()
     try:
         yield request
     finally:
-        signal.set_wakeup_fd(before)
+        signal.set_wakeup_fd(previous)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         os.close(writer)
@@ -93,7 +93,7 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 def _watch(reader: int, request: StopRequest) -> None:
-    """Note the first signal; end the process at the second, or if no step ends any more."""
+    """Record the first signal; end the process at the second, or if no step ends in time."""
     first = 0.0
     while True:
         deadline = first + PATIENCE + 2 * request.step_seconds
@@ -111,7 +111,7 @@ def _watch(reader: int, request: StopRequest) -> None:
             continue
         if not request.signal:
             request.signal, first = number[0], time.monotonic()
-        elif not is_started_by_torchrun() or time.monotonic() - first > REPEATED:
+        elif not is_started_by_torchrun() or time.monotonic() - first > FORWARDED:
             _end(number[0], f"ended by a second {signal.Signals(number[0]).name}, without a checkpoint of this step")
 
 

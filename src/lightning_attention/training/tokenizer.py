@@ -1,4 +1,4 @@
-"""Tokenizers: bytes by default, or any tokenizer.json."""
+"""Tokenizers for training: bytes, or any tokenizer.json."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +10,10 @@ from ..models.tokenization import begin_with_bos
 from ..paths import PathLike, to_path
 
 INPUTS = ["input_ids", "attention_mask"]
-# The model reads texts of any length. More than transformers takes for a length, and not its number for "unset", which
-# lm-eval would replace by 2048.
+# Larger than lengths in transformers, and unlike its value for an unset length, which lm-eval replaces by 2048.
 UNLIMITED = 10**21
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-# Names under which vocabularies have these tokens, where no tokenizer_config.json says so; the first found is taken.
+# Usual names of these tokens, by priority, for tokenizers without a tokenizer_config.json.
 ENDS = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -30,35 +29,44 @@ PADS = (PAD, "<pad>", "[PAD]", "<|padding|>")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte of UTF-8, its own number; 256 to 258 are beginning and end of a document, and padding."""
+    """Tokenizer of UTF-8 bytes: a token id is the byte; 256 is BOS, 257 is EOS, 258 is padding.
+
+    Example:
+        >>> from lightning_attention.training import byte_tokenizer
+        >>> byte_tokenizer()("hi").input_ids
+        [256, 104, 105]
+    """
     tokenizer = Tokenizer(models.BPE(vocab={character: byte for byte, character in _byte_characters()}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    framed = _with_special_tokens(tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
-    begin_with_bos(framed)
-    return framed
+    wrapped = _with_special_tokens(tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+    begin_with_bos(wrapped)
+    return wrapped
 
 
 def load_tokenizer(
     name: PathLike, eos_token: str | None = None, report: Callable[[str], None] = lambda line: None
 ) -> PreTrainedTokenizerFast:
-    """Load `"bytes"`, the path of a tokenizer.json, or of a folder that a tokenizer was saved in.
+    """Load a tokenizer for training.
 
-    A tokenizer whose files name no end-of-document (EOS) or padding token has the one that its vocabulary holds under a
-    usual name (`ENDS`, `PADS`), or else is given a new one. `tokenizer(text)` is the beginning of a training document:
-    the BOS token, if there is one, and the text, neither truncated nor padded. A tokenizer.json alone names no BOS
-    token: it is the one that its post-processor puts before a text.
+    `tokenizer(text)` is the BOS token, if there is one, and the text, without truncation or padding, as at the start of
+    a training document. If the files name no EOS (end-of-document) or padding token, the first of the usual names in
+    the vocabulary is taken (`ENDS`, `PADS`), else a token is added. The BOS token of a tokenizer.json without
+    tokenizer_config.json is the special token that its post-processor puts before a text.
 
     Args:
-        name: "bytes" or the path.
-        eos_token: the token of the vocabulary that ends a document, instead of the tokenizer's own.
+        name: "bytes", or the path of a tokenizer.json or of a folder with a saved tokenizer.
+        eos_token: token of the vocabulary that ends a document, instead of the tokenizer's own.
         report: called with a line for every special token that was chosen or added.
 
     Raises:
-        TypeError: `name` is no path.
-        ValueError: there is no such file, it is no tokenizer, or `eos_token` is not in its vocabulary.
+        TypeError: `name` is not a path.
+        ValueError: the file does not exist or is not a tokenizer, or `eos_token` is not in its vocabulary.
 
-        tokenizer = load_tokenizer("gpt2/tokenizer.json", eos_token="<|endoftext|>")
+    Example:
+        >>> from lightning_attention.training import load_tokenizer
+        >>> load_tokenizer("bytes").eos_token
+        '<|eos|>'
     """
     tokenizer = byte_tokenizer() if name == "bytes" else _read(to_path(name, "tokenizer"), report)
     if eos_token is not None:
@@ -89,11 +97,11 @@ def _read(path: Path, report: Callable[[str], None]) -> PreTrainedTokenizerFast:
     try:
         backend = Tokenizer.from_file(str(file))
         backend.no_truncation()
-        backend.no_padding()  # or transformers takes its padding token, and adds it if need be
+        backend.no_padding()  # or transformers adds its padding token to the vocabulary
         if (file.parent / "tokenizer_config.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent)
         else:
-            tokenizer = _with_special_tokens(backend, bos_token=_added_before_a_text(backend))
+            tokenizer = _with_special_tokens(backend, bos_token=_token_before_text(backend))
     except Exception as error:  # tokenizers raises bare Exceptions
         raise ValueError(f"{file} is not a tokenizer: {error}") from error
     if added := sorted(tokenizer.get_vocab().keys() - backend.get_vocab().keys()):
@@ -103,8 +111,8 @@ def _read(path: Path, report: Callable[[str], None]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _added_before_a_text(tokenizer: Tokenizer) -> str | None:
-    """The special token that the post-processor puts before a text, if there is exactly one."""
+def _token_before_text(tokenizer: Tokenizer) -> str | None:
+    """Special token that the post-processor puts before a text, if it is exactly one."""
     if tokenizer.post_processor is None:
         return None
     text = Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).encode("a")
@@ -124,7 +132,7 @@ def _with_special_tokens(tokenizer: Tokenizer, **tokens: str | None) -> PreTrain
 
 
 def _byte_characters() -> list[tuple[int, str]]:
-    """The printable character that stands for each byte in byte-level tokenizers, since GPT-2."""
+    """Every byte with its printable character in byte-level tokenizers such as GPT-2's."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return [*((byte, chr(byte)) for byte in printable), *((byte, chr(256 + i)) for i, byte in enumerate(others))]

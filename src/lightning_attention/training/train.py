@@ -73,7 +73,9 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
         FloatingPointError: the loss, its gradient or a weight is not finite; neither stepped nor saved.
         KeyboardInterrupt: a signal has stopped the run; it is an `Interrupted`, which knows the signal.
 
-        checkpoint = train(TrainingOptions("run", data="texts", steps=100))
+    Example:
+        >>> from lightning_attention.training import TrainingOptions, train
+        >>> checkpoint = train(TrainingOptions("run", data="texts", steps=100))  # doctest: +SKIP
     """
     with _open(options, resume, console) as run:
         trainer, corpus = _build(run)
