@@ -1,3 +1,5 @@
+"""Answers to lines of prompts."""
+
 import json
 from copy import deepcopy
 
@@ -22,7 +24,7 @@ def model() -> LightningForCausalLM:
 
 
 def answers(model, *lines: str | bytes | dict, options: SamplingOptions = GREEDY) -> list[dict]:
-    """In the order of the lines."""
+    """Answers in the order of the lines."""
     texts = [json.dumps(line) if isinstance(line, dict) else line for line in lines]
     engine = Engine(model, max_requests=2)
     found = list(answer_lines(engine, TOKENIZER, iter(texts), options))
@@ -30,44 +32,45 @@ def answers(model, *lines: str | bytes | dict, options: SamplingOptions = GREEDY
     return sorted(found, key=lambda answer: answer["index"])
 
 
-def written(model, prompt: str, count: int) -> str:
+def generated(model, prompt: str, count: int) -> str:
     ids = model.generate(torch.tensor([[256, *prompt.encode()]]), max_new_tokens=count, do_sample=False)
     return str(TOKENIZER.decode(ids[0, 1 + len(prompt.encode()) :], skip_special_tokens=True))
 
 
-def test_answers_are_what_the_model_writes(model):
+def test_answers_equal_generate(model):
     prompts = ["to be", "", "or not to be, that is", "the question", "é"]
     found = answers(model, *({"prompt": prompt, "id": i} for i, prompt in enumerate(prompts)))
     expected = [
-        {"prompt": prompt, "id": i, "index": i, "text": written(model, prompt, 12)} for i, prompt in enumerate(prompts)
+        {"prompt": prompt, "id": i, "index": i, "text": generated(model, prompt, 12)}
+        for i, prompt in enumerate(prompts)
     ]
     assert found == [answer | {"tokens": 12, "finish_reason": "length"} for answer in expected]
 
 
-def test_a_line_has_options_of_its_own(model):
+def test_options_of_a_line_replace_the_defaults(model):
     short, sampled, again = answers(
         model,
         {"prompt": "a", "max_new_tokens": 3},
         {"prompt": "a", "temperature": 1, "seed": 5},
         {"prompt": "a", "temperature": 1.0, "seed": 5, "top_k": 0},
     )
-    assert short["text"] == written(model, "a", 3)
-    assert sampled["text"] == again["text"] != written(model, "a", 12)
+    assert short["text"] == generated(model, "a", 3)
+    assert sampled["text"] == again["text"] != generated(model, "a", 12)
 
 
-def test_an_answer_ends_before_the_text_that_stops_it(model):
-    whole = written(model, "a", 12)
-    stop = whole[4:6]
+def test_an_answer_ends_before_a_stop_text(model):
+    text = generated(model, "a", 12)
+    stop = text[4:6]
     one, several, none = answers(
         model,
         {"prompt": "a", "stop": stop},
-        {"prompt": "a", "stop": ["not there", whole[7:], stop]},
+        {"prompt": "a", "stop": ["not there", text[7:], stop]},
         {"prompt": "a", "stop": []},
     )
-    assert one["text"] == several["text"] == whole[: whole.index(stop)]
+    assert one["text"] == several["text"] == text[: text.index(stop)]
     assert one["finish_reason"] == "stop"
     assert one["tokens"] < 12
-    assert none["text"] == whole
+    assert none["text"] == text
 
 
 def nested(depth: int) -> str:
@@ -107,12 +110,12 @@ BAD = {
 
 
 @pytest.mark.parametrize(("line", "message"), BAD.values(), ids=BAD.keys())
-def test_a_bad_line_does_not_touch_the_others(model, line, message):
+def test_an_invalid_line_does_not_affect_other_lines(model, line, message):
     good, bad, also_good = answers(model, {"prompt": "a"}, line, "\n", {"prompt": "b"})
     assert bad["error"].startswith(message)
     assert bad["index"] == 1
     assert also_good["index"] == 3
-    assert [good["text"], also_good["text"]] == [written(model, "a", 12), written(model, "b", 12)]
+    assert [good["text"], also_good["text"]] == [generated(model, "a", 12), generated(model, "b", 12)]
     assert json.loads(to_json(bad).decode("utf-8")) == bad
 
 
@@ -128,27 +131,27 @@ GOOD = {
 
 
 @pytest.mark.parametrize("line", GOOD.values(), ids=GOOD)
-def test_an_odd_line_is_answered(model, line):
+def test_an_unusual_line_is_answered(model, line):
     other, answer = answers(model, {"prompt": "b"}, line)
-    results = {"index": 1, "text": written(model, "a", 12), "tokens": 12, "finish_reason": "length"}
+    results = {"index": 1, "text": generated(model, "a", 12), "tokens": 12, "finish_reason": "length"}
     given = json.loads(line if isinstance(line, str) else line.decode("utf-8-sig"))
     given.pop("error", None)
     assert answer == given | results
-    assert other["text"] == written(model, "b", 12)
+    assert other["text"] == generated(model, "b", 12)
     encoded = to_json(answer)
     assert json.loads(encoded.decode("utf-8")) == answer
     assert encoded.count(b"\n") == 1
 
 
-def test_a_line_of_megabytes(model):
+def test_a_line_may_have_megabytes(model):
     prompt = "to be or not " * 100_000
     (answer,) = answers(model, {"prompt": "a", "id": prompt, "max_new_tokens": 2})
     assert answer["id"] == prompt
     (answer,) = answers(model, {"prompt": prompt[:60_000], "max_new_tokens": 2})
-    assert answer["text"] == written(model, prompt[:60_000], 2)
+    assert answer["text"] == generated(model, prompt[:60_000], 2)
 
 
-def test_lines_are_read_as_they_are_needed(model):
+def test_lines_are_read_when_needed(model):
     read = []
 
     def lines():
@@ -162,8 +165,8 @@ def test_lines_are_read_as_they_are_needed(model):
     assert len(list(found)) == 49
 
 
-def test_no_line_waits_for_the_next_one(model):
-    """A pipe whose writer sends a prompt when it has the answer to the one before."""
+def test_an_answer_does_not_wait_for_the_next_line(model):
+    """A writer may wait for an answer before it sends the next prompt."""
     engine, arrived = Engine(model), []
 
     def lines():
@@ -175,10 +178,10 @@ def test_no_line_waits_for_the_next_one(model):
 
     for answer in answer_lines(engine, TOKENIZER, lines(), GREEDY):
         arrived.append(answer)
-    assert [answer["text"] for answer in arrived] == [written(model, prompt, 12) for prompt in "aba"]
+    assert [answer["text"] for answer in arrived] == [generated(model, prompt, 12) for prompt in "aba"]
 
 
-def test_a_failure_of_the_engine_is_the_error_of_its_lines(model, monkeypatch):
+def test_a_failed_request_is_the_error_of_its_line(model, monkeypatch):
     forward, calls = model.lm_head.forward, []
 
     def failing(hidden_states):
@@ -191,15 +194,15 @@ def test_a_failure_of_the_engine_is_the_error_of_its_lines(model, monkeypatch):
     found = answers(model, *({"prompt": prompt, "id": prompt} for prompt in "abcde"))
     assert [answer.get("error") for answer in found] == ["out of memory"] * 2 + [None] * 3
     assert [answer["id"] for answer in found] == [*"abcde"]
-    assert [answer["text"] for answer in found[2:]] == [written(model, prompt, 12) for prompt in "cde"]
+    assert [answer["text"] for answer in found[2:]] == [generated(model, prompt, 12) for prompt in "cde"]
 
 
 def test_known_answers_are_not_computed_again(model):
     lines = [json.dumps({"prompt": prompt, "id": i}) for i, prompt in enumerate("abc")]
-    whole = {answer["index"]: answer for answer in answers(model, *lines)}
-    for known in ({}, {1: whole[1]}, {0: whole[0], 2: whole[2]}, whole):
+    expected = {answer["index"]: answer for answer in answers(model, *lines)}
+    for known in ({}, {1: expected[1]}, {0: expected[0], 2: expected[2]}, expected):
         found = list(answer_lines(Engine(model), TOKENIZER, lines, GREEDY, known))
-        assert {answer["index"]: answer for answer in found} | known == whole
+        assert {answer["index"]: answer for answer in found} | known == expected
         assert len(found) + len(known) == 3
 
 
@@ -212,7 +215,7 @@ OTHER = {
 
 
 @pytest.mark.parametrize(("known", "message"), OTHER.values(), ids=OTHER)
-def test_answers_to_other_prompts_are_refused(model, known, message):
+def test_known_answers_to_other_prompts_are_refused(model, known, message):
     engine = Engine(model)
     with pytest.raises(ValueError, match=message):
         list(answer_lines(engine, TOKENIZER, ['{"prompt": "a"}', '{"prompt": "b"}', "{"], GREEDY, known))
@@ -221,7 +224,7 @@ def test_answers_to_other_prompts_are_refused(model, known, message):
     assert engine.pool.num_free == engine.pool.num_slots
 
 
-def test_whoever_leaves_early_leaves_nothing_in_the_engine(model):
+def test_closing_the_answers_cancels_their_requests(model):
     engine = Engine(model, max_requests=2)
     found = answer_lines(engine, TOKENIZER, ['{"prompt": "a"}'] * 9, GREEDY)
     next(found)
@@ -236,7 +239,7 @@ def test_a_stop_text_may_be_a_special_token(model):
     special = deepcopy(model)
     ids = special.generate(torch.tensor([[256, 97]]), max_new_tokens=12, do_sample=False)[0, 2:].tolist()
     head = special.lm_head.weight.data
-    head[[258, ids[3]]] = head[[ids[3], 258]]  # the special token comes where this one came
+    head[[258, ids[3]]] = head[[ids[3], 258]]  # generate the special token in place of this one
     at = ids.index(ids[3])
     before = str(TOKENIZER.decode(ids[:at]))
     for stop in ("<|pad|>", before + "<|pad|>"):

@@ -1,6 +1,9 @@
+"""Continuous batching gives every request the tokens that it has alone."""
+
 import gc
 import random
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +12,9 @@ from hypothesis import strategies as st
 from tiny_model import VOCAB, make_config, tokens
 
 from lightning_attention.inference import Engine, FinishReason, SamplingOptions
-from lightning_attention.inference import engine as engine_module
 from lightning_attention.inference.decoder import Decoder
 from lightning_attention.inference.pool import StatePool
+from lightning_attention.inference.requests import Request
 from lightning_attention.models import LightningForCausalLM
 from lightning_attention.ops.backends import BACKENDS
 
@@ -28,13 +31,13 @@ MODEL = make_model(eos_token_id=EOS)
 
 
 def generated(prompt: list[int], options: SamplingOptions, model: LightningForCausalLM = MODEL) -> list[int]:
-    """What transformers' generate() writes, one prompt at a time."""
+    """New tokens of transformers' `generate()` for one prompt."""
     ids = model.generate(torch.tensor([prompt]), **options.for_generate())
     return ids[0, len(prompt) :].tolist()
 
 
 def prompts(count: int, longest: int = 20, seed: int = 0) -> list[list[int]]:
-    """With beginnings in common."""
+    """Prompts with common prefixes."""
     generator, common = random.Random(seed), tokens(longest, seed=seed).tolist()
     return [
         common[: generator.randrange(longest)] + tokens(1 + generator.randrange(longest), seed=seed + i).tolist()
@@ -44,16 +47,16 @@ def prompts(count: int, longest: int = 20, seed: int = 0) -> list[list[int]]:
 
 ENGINES = {
     "plain": {},
-    "one at a time": {"max_requests": 1},
-    "few tokens at a time": {"prefill_tokens": 3},
-    "prefixes": {"prefix_slots": 5, "prefix_block": 4, "prefill_tokens": 11},
-    "one prefix": {"prefix_slots": 1, "prefix_block": 1, "max_requests": 2},
+    "one request at a time": {"max_requests": 1},
+    "small prompt chunks": {"prefill_tokens": 3},
+    "prefix cache": {"prefix_slots": 5, "prefix_block": 4, "prefill_tokens": 11},
+    "cache of one prefix": {"prefix_slots": 1, "prefix_block": 1, "max_requests": 2},
 }
 
 
 @pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES.keys())
 @pytest.mark.parametrize("positions", ["mix", "lrpe-d", "decay"])
-def test_greedy_answers_are_those_of_generate(options, positions):
+def test_greedy_answers_equal_generate(options, positions):
     model = make_model(eos_token_id=EOS, positions=positions)
     engine, given = Engine(model, **options), prompts(12)
     completions = engine.run(given, GREEDY)
@@ -74,8 +77,10 @@ def test_greedy_answers_are_those_of_generate(options, positions):
     st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9), st.booleans()), max_size=12),
     st.integers(0, 1000),
 )
-def test_requests_come_and_go_as_they_like(max_requests, prefill_tokens, prefix_slots, prefix_block, arrivals, seed):
-    """Every arrival: steps before it, length of its answer, and whether it is cancelled some time later."""
+def test_answers_do_not_depend_on_arrivals_and_cancellations(
+    max_requests, prefill_tokens, prefix_slots, prefix_block, arrivals, seed
+):
+    """An arrival is the steps before it, the length of its answer, and True to cancel an earlier request."""
     engine = Engine(
         MODEL,
         max_requests=max_requests,
@@ -83,14 +88,15 @@ def test_requests_come_and_go_as_they_like(max_requests, prefill_tokens, prefix_
         prefix_slots=prefix_slots,
         prefix_block=prefix_block,
     )
-    engine.pool._memory.fill_(float("nan"))
-    written, reasons, given, cancelled = defaultdict(list), {}, {}, set()
+    for states in engine.pool.states:
+        states.fill_(float("nan"))
+    answers, reasons, given, cancelled = defaultdict(list), {}, {}, set()
 
     def step() -> None:
         for output in engine.step():
             assert output.request not in reasons
             if output.token is not None:
-                written[output.request].append(output.token)
+                answers[output.request].append(output.token)
             if output.finish_reason is not None:
                 reasons[output.request] = output.finish_reason
 
@@ -111,42 +117,44 @@ def test_requests_come_and_go_as_they_like(max_requests, prefill_tokens, prefix_
         expected = generated(prompt, options)
         if request in cancelled:
             assert reasons[request] == FinishReason.CANCELLED
-            assert written[request] == expected[: len(written[request])]
+            assert answers[request] == expected[: len(answers[request])]
         else:
             assert reasons[request] != FinishReason.CANCELLED
-            assert written[request] == expected
+            assert answers[request] == expected
     assert engine.pool.num_free == engine.pool.num_slots - len(engine.prefixes)
 
 
-def test_an_answer_does_not_depend_on_the_others():
+def test_a_sampled_answer_does_not_depend_on_other_requests():
     options = [SamplingOptions(max_new_tokens=9, top_p=0.9, seed=seed) for seed in range(6)]
     given, together = prompts(6), Engine(MODEL)
     answers = defaultdict(list)
-    numbers = [together.submit(*pair, stop_token_ids=()) for pair in zip(given, options, strict=True)]
+    numbers = [together.submit(x, option, stop_token_ids=()) for x, option in zip(given, options, strict=True)]
     while together.has_work:
         for output in together.step():
             answers[output.request].append(output.token)
     for number, prompt, option in zip(numbers, given, options, strict=True):
         alone = Engine(MODEL, max_requests=1, prefill_tokens=2)
         alone.submit(prompt, option, stop_token_ids=())
-        written = []
+        tokens_alone = []
         while alone.has_work:
-            written += [output.token for output in alone.step()]
-        assert answers[number] == written
+            tokens_alone += [output.token for output in alone.step()]
+        assert answers[number] == tokens_alone
 
 
-def count_read_tokens(monkeypatch) -> list[int]:
-    read, prefill = [], Engine._prefill
+def count_prompt_tokens(monkeypatch) -> list[int]:
+    """List to which every step appends the number of prompt tokens that it reads."""
+    counts, advance = [], MODEL.model.advance
 
-    def counted(self, pieces, saved):
-        read.append(sum(piece.stop - piece.start for piece in pieces))
-        return prefill(self, pieces, saved)
+    def counted(input_ids, position_ids, states, slots, *cu_seqlens):
+        if cu_seqlens:  # decoding steps have none
+            counts.append(input_ids.numel())
+        return advance(input_ids, position_ids, states, slots, *cu_seqlens)
 
-    monkeypatch.setattr(Engine, "_prefill", counted)
-    return read
+    monkeypatch.setattr(MODEL.model, "advance", counted)
+    return counts
 
 
-def test_an_engine_of_inference_mode_goes_on_outside():
+def test_an_engine_made_in_inference_mode_works_outside():
     with torch.inference_mode():
         engine = Engine(MODEL, max_requests=2, prefix_slots=2, prefix_block=4)
         engine.run(prompts(1), GREEDY)
@@ -154,29 +162,30 @@ def test_an_engine_of_inference_mode_goes_on_outside():
     assert list(answer.tokens) == generated(prompts(1, seed=3)[0], GREEDY)
 
 
-def test_a_known_beginning_is_not_read_again(monkeypatch):
-    read, engine = count_read_tokens(monkeypatch), Engine(MODEL, prefix_slots=8, prefix_block=10)
-    beginning = tokens(35).tolist()
-    for end, tokens_read in (([3, 4], 37), ([5, 6, 8], 8), ([3, 4], 7)):
-        prompt = beginning + end
+def test_a_cached_prefix_is_not_read_again(monkeypatch):
+    counts, engine = count_prompt_tokens(monkeypatch), Engine(MODEL, prefix_slots=8, prefix_block=10)
+    common, prompt, completion = tokens(35).tolist(), [], None
+    for end, num_read in (([3, 4], 37), ([5, 6, 8], 8), ([3, 4], 7)):
+        prompt = common + end
         (completion,) = engine.run([prompt], GREEDY)
         assert completion.tokens == generated(prompt, GREEDY)
-        assert sum(read) == tokens_read
-        read.clear()
-    # A conversation: the prompt, its answer, and something new; the last token of the answer has not been read.
+        assert sum(counts) == num_read
+        counts.clear()
+    # A conversation: prompt, answer, and new tokens. The last token of the answer has not been read.
+    assert completion is not None
     conversation = prompt + completion.tokens + [9, 10]
     assert engine.run([conversation], GREEDY)[0].tokens == generated(conversation, GREEDY)
-    assert sum(read) == 3
+    assert sum(counts) == 3
 
 
-def test_a_step_reads_no_more_than_it_may(monkeypatch):
-    read, engine = count_read_tokens(monkeypatch), Engine(MODEL, prefill_tokens=8)
+def test_a_step_reads_at_most_prefill_tokens(monkeypatch):
+    counts, engine = count_prompt_tokens(monkeypatch), Engine(MODEL, prefill_tokens=8)
     engine.run(prompts(10), GREEDY)
-    assert max(read) == 8
-    assert sum(read) == sum(map(len, prompts(10)))
+    assert max(counts) == 8
+    assert sum(counts) == sum(map(len, prompts(10)))
 
 
-def test_requests_end_as_they_ask():
+def test_finish_reasons():
     engine = Engine(MODEL)
     prompt = prompts(1)[0]
     expected = generated(prompt, SamplingOptions(max_new_tokens=8, temperature=0), make_model(eos_token_id=None))
@@ -211,25 +220,26 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("prompt", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_a_bad_request_is_refused_and_the_others_go_on(prompt, message):
+def test_an_invalid_prompt_does_not_affect_other_requests(prompt, message):
     engine, good = Engine(MODEL), prompts(1)[0]
     engine.submit(good, GREEDY)
     engine.step()
     with pytest.raises(ValueError, match=message):
         engine.submit(prompt)
-    written = []
+    answer = []
     while engine.has_work:
-        written += [output.token for output in engine.step()]
-    assert written == generated(good, GREEDY)[1:]
+        answer += [output.token for output in engine.step()]
+    assert answer == generated(good, GREEDY)[1:]
 
 
 @pytest.mark.parametrize("name", ["max_requests", "prefill_tokens", "prefix_block"])
-def test_sizes_are_checked(name):
+def test_a_size_below_one_is_refused(name):
+    sizes: dict[str, Any] = {name: 0}
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        Engine(MODEL, **{name: 0})
+        Engine(MODEL, **sizes)
 
 
-def test_states_in_half_the_memory():
+def test_bfloat16_states_take_half_the_memory():
     model = make_model(eos_token_id=None).float()
     whole, half = Engine(model), Engine(model, pool_dtype=torch.bfloat16)
     assert 2 * half.pool.nbytes == whole.pool.nbytes
@@ -242,7 +252,7 @@ def test_states_in_half_the_memory():
     assert sum(agreements) > len(agreements) / 2
 
 
-def test_ten_thousand_requests_leave_nothing_behind():
+def test_ten_thousand_requests_leave_no_memory_or_slot_behind():
     model = LightningForCausalLM(make_config(num_hidden_layers=1, positions="decay", eos_token_id=None)).eval()
     engine = Engine(model, max_requests=256, prefix_slots=16, prefix_block=4)
     generator, finished = random.Random(0), 0
@@ -258,11 +268,11 @@ def test_ten_thousand_requests_leave_nothing_behind():
     assert len(engine.prefixes) == 16
     assert engine.pool.num_free == 256
     gc.collect()
-    assert not [x for x in gc.get_objects() if type(x) is engine_module._Request]
+    assert not [x for x in gc.get_objects() if type(x) is Request]
 
 
-def test_on_hopper_a_step_of_many_rows_is_a_graph_as_one_of_few(monkeypatch):
-    """There the operator's own kernels are others where there is much to do, but not those of decoding."""
+def test_large_steps_are_graphs_on_hopper_too(monkeypatch):
+    """The Hopper backend is chosen for large problems only; both backends decode with the same kernels."""
     monkeypatch.setattr(BACKENDS["hopper"], "unsupported_reasons", lambda problem: [])
-    decoder = Decoder(MODEL, StatePool(make_config(), 4), max_rows=1 << 16)
+    decoder = Decoder(MODEL, StatePool(make_config(), 4), max_batch_size=1 << 16)
     assert decoder._supports_cuda_graphs(torch.empty(4, 16, 128, 128, device="meta"))

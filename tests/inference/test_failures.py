@@ -1,4 +1,4 @@
-"""Whatever is raised in an engine, every request ends or goes on, and no slot is lost."""
+"""After any exception in an engine every request ends or goes on, and no slot is lost."""
 
 import asyncio
 import threading
@@ -17,15 +17,15 @@ from lightning_attention.models import LightningForCausalLM
 OPTIONS = SamplingOptions(max_new_tokens=5, seed=2)
 COMMON = tokens(9).tolist()
 PROMPTS = [COMMON[:n] + tokens(1 + n, seed=n).tolist() for n in (4, 9, 2, 7, 5, 8)]
-LATE = 4  # the first prompt that comes while others are written
+LATE = 4  # the first prompt that is submitted while others decode
 
 ENGINES = {
     "plain": {"max_requests": 4},
-    "small pieces": {"max_requests": 3, "prefill_tokens": 5},
-    "prefixes": {"max_requests": 3, "prefill_tokens": 11, "prefix_slots": 4, "prefix_block": 3},
-    "a prefix of every token": {"max_requests": 2, "prefix_slots": 2, "prefix_block": 1},
+    "small prompt chunks": {"max_requests": 3, "prefill_tokens": 5},
+    "prefix cache": {"max_requests": 3, "prefill_tokens": 11, "prefix_slots": 4, "prefix_block": 3},
+    "cache of every prefix": {"max_requests": 2, "prefix_slots": 2, "prefix_block": 1},
 }
-# Where something is raised: an object and its method, given the engine.
+# Methods that raise: the object, given the engine, and the name.
 PLACES = {
     "layers": (lambda engine: engine.model.model, "advance"),
     "head": (lambda engine: engine.model.lm_head, "forward"),
@@ -53,7 +53,7 @@ def expected(model) -> list[list[int]]:
 
 
 class Service:
-    """An engine and all that its steps returned; interruptions are caught, as a server would."""
+    """Engine with all outputs of its steps; interruptions are caught, as in a server."""
 
     def __init__(self, model, **options):
         self.engine = Engine(model, **options)
@@ -84,7 +84,7 @@ class Service:
         return numbers
 
     def check(self, numbers: list[int], expected: list[list[int]], failed: set[FinishReason]) -> None:
-        """Each has ended, with its whole answer or, with such a reason, the beginning of it; no slot is lost."""
+        """Every request has ended, with its complete answer or, with a reason in `failed`, a part; no slot is lost."""
         for number, answer in zip(numbers, expected, strict=True):
             if self.reasons[number] == FinishReason.LENGTH:
                 assert self.tokens[number] == answer
@@ -97,7 +97,7 @@ class Service:
 
 @contextmanager
 def failing(owner, name: str, call: int, error: BaseException, *, afterwards: bool) -> Iterator[list[int]]:
-    """One call of a method raises, before its work or after it; all calls are counted."""
+    """Make one call of a method raise, before or after its work; yield the count of calls."""
     original, count = getattr(owner, name), [0]
 
     def wrapped(*args, **kwargs):
@@ -117,7 +117,7 @@ def failing(owner, name: str, call: int, error: BaseException, *, afterwards: bo
 @pytest.mark.parametrize("name_of_error", ["out of memory", "interrupt"])
 @pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize(("owner_of", "name"), PLACES.values(), ids=PLACES)
-def test_a_failure_anywhere_ends_some_requests_and_no_others(model, expected, owner_of, name, options, name_of_error):
+def test_a_failure_ends_only_the_requests_in_flight(model, expected, owner_of, name, options, name_of_error):
     call, happened, error = 1, True, ERRORS[name_of_error]()
     while happened:
         service = Service(model, **options)
@@ -129,9 +129,9 @@ def test_a_failure_anywhere_ends_some_requests_and_no_others(model, expected, ow
         assert service.interruptions == [error] * (happened and is_interruption)
         failures = list(service.reasons.values()).count(FinishReason.FAILED)
         assert (failures > 0) == happened
-        if name in ("copy", "zero"):  # done for one request
+        if name in ("copy", "zero"):  # called for one request
             assert failures <= 1
-        # All of them again, with whatever the prefix cache holds now.
+        # All requests again, with the prefix cache as it is now.
         numbers = service.serve()
         service.check(numbers, expected, set())
         call += 1 if call < 4 else 5
@@ -141,7 +141,7 @@ def test_a_failure_anywhere_ends_some_requests_and_no_others(model, expected, ow
 @pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize("victim", range(len(PROMPTS)))
 @pytest.mark.parametrize("name_of_error", ["exception", "interrupt", "cancelled"])
-def test_a_callback_that_raises_ends_its_own_request(model, expected, options, victim, name_of_error, caplog):
+def test_a_callback_that_raises_ends_only_its_request(model, expected, options, victim, name_of_error, caplog):
     service, error = Service(model, **options), ERRORS[name_of_error]()
     errors, others = [], []
 
@@ -163,8 +163,7 @@ def test_a_callback_that_raises_ends_its_own_request(model, expected, options, v
     assert f"request {victim} failed" in caplog.text
 
 
-def test_logits_that_are_not_finite_end_their_request(model, expected, monkeypatch, caplog):
-    """The state of one request overflows."""
+def test_nonfinite_logits_end_only_their_request(model, expected, monkeypatch, caplog):
     service = Service(model, max_requests=3, prefix_slots=4, prefix_block=3)
     forward, calls = model.lm_head.forward, []
 
@@ -184,7 +183,7 @@ def test_logits_that_are_not_finite_end_their_request(model, expected, monkeypat
 
 @pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize("target", [-1, 0, 1, 2], ids=lambda i: f"request {i:+}")
-def test_a_callback_may_cancel_itself_and_others(model, expected, options, target):
+def test_a_callback_may_cancel_its_request_and_others(model, expected, options, target):
     service, cancelled = Service(model, **options), set()
 
     def cancelling(number: int):
@@ -203,7 +202,7 @@ def test_a_callback_may_cancel_itself_and_others(model, expected, options, targe
     assert cancelled
 
 
-def test_a_callback_sees_the_new_tokens_without_a_copy(model):
+def test_a_callback_gets_a_view_of_the_new_tokens(model):
     engine, seen, views = Engine(model), [], []
 
     def is_finished(new) -> bool:
@@ -224,7 +223,7 @@ def test_a_callback_sees_the_new_tokens_without_a_copy(model):
         views[0][0] = 1
 
 
-def test_run_leaves_other_requests_alone(model, expected):
+def test_run_does_not_affect_other_requests(model, expected):
     service = Service(model, max_requests=3)
     numbers = [service.engine.submit(prompt, OPTIONS) for prompt in PROMPTS[:3]]
     service.step()
@@ -237,7 +236,7 @@ def test_run_leaves_other_requests_alone(model, expected):
     assert [service.reasons[i] for i in numbers] == ["length", "length", "cancelled"]
 
 
-def test_run_takes_all_prompts_or_none(model):
+def test_run_with_an_invalid_prompt_submits_none(model):
     engine = Engine(model)
     with pytest.raises(ValueError, match="prompt must hold at least one token"):
         engine.run([*PROMPTS, []], OPTIONS)
@@ -245,7 +244,7 @@ def test_run_takes_all_prompts_or_none(model):
     assert engine.run([], OPTIONS) == []
 
 
-def test_an_interrupted_run_leaves_nothing_of_its_own(model, expected):
+def test_an_interrupted_run_cancels_its_requests(model, expected):
     service = Service(model, max_requests=2, prefix_slots=2, prefix_block=2)
     number = service.engine.submit(PROMPTS[0], OPTIONS)
     with failing(model.lm_head, "forward", 5, KeyboardInterrupt(), afterwards=False), pytest.raises(KeyboardInterrupt):
@@ -256,7 +255,7 @@ def test_an_interrupted_run_leaves_nothing_of_its_own(model, expected):
     service.check([number], expected[:1], {FinishReason.FAILED})
 
 
-def test_requests_come_from_any_thread_and_one_of_them_steps(model, expected):
+def test_any_thread_submits_and_cancels_while_one_steps(model, expected):
     service, numbers, cancelled = Service(model, max_requests=3, prefix_slots=3, prefix_block=3), {}, set()
     lock = threading.Lock()
 
@@ -279,7 +278,7 @@ def test_requests_come_from_any_thread_and_one_of_them_steps(model, expected):
     assert {i for i, reason in service.reasons.items() if reason == FinishReason.CANCELLED} == cancelled
 
 
-def test_a_second_step_at_the_same_time_is_an_error(model, expected):
+def test_a_step_within_a_step_is_an_error(model, expected):
     service = Service(model)
     errors: list[str] = []
 

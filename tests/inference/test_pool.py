@@ -1,3 +1,5 @@
+"""State pool: slots are separate and checked."""
+
 import pytest
 import torch
 from tiny_model import make_config
@@ -26,7 +28,7 @@ def test_states_have_the_shapes_of_the_layers(pool):
     assert pool.nbytes >= sum(states.nbytes for states in pool.states)
 
 
-def test_a_slot_for_each_until_there_is_none(pool):
+def test_slots_are_allocated_until_the_pool_is_exhausted(pool):
     slots = [pool.allocate() for _ in range(3)]
     assert sorted(slots) == [0, 1, 2]
     with pytest.raises(PoolExhaustedError, match="all 3 slots of the state pool are in use"):
@@ -36,7 +38,7 @@ def test_a_slot_for_each_until_there_is_none(pool):
     assert pool.allocate() == slots[1]
 
 
-def test_slots_are_apart(pool):
+def test_operations_change_only_their_slots(pool):
     slots = [pool.allocate() for _ in range(3)]
     for slot in slots:
         fill(pool, slot, slot + 1)
@@ -45,7 +47,7 @@ def test_slots_are_apart(pool):
     assert [values(pool, slot) for slot in slots] == [{slots[0] + 1}, {slots[0] + 1}, {0}]
 
 
-def test_to_the_host_and_back(pool):
+def test_a_snapshot_restores_into_any_slot_and_pool(pool):
     first, second = pool.allocate(), pool.allocate()
     fill(pool, first, 7)
     snapshot = pool.snapshot(first)
@@ -58,7 +60,7 @@ def test_to_the_host_and_back(pool):
     assert values(pool, first) == {8}
 
 
-def test_bfloat16():
+def test_a_bfloat16_pool_takes_half_the_memory():
     pool = StatePool(make_config(), 2, dtype=torch.bfloat16)
     assert 2 * pool.nbytes == StatePool(make_config(), 2).nbytes
 
@@ -75,7 +77,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("call", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_is_refused(pool, call, message):
+def test_invalid_arguments_are_refused(pool, call, message):
     assert pool.allocate() == 0
     with pytest.raises(ValueError, match=message):
         call(pool)

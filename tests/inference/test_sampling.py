@@ -1,10 +1,13 @@
+"""Choice of tokens: transformers' probabilities, and no dependence on other sequences."""
+
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from transformers import GenerationConfig
-from transformers.generation import LogitsProcessorList
 from transformers.generation.logits_process import (
+    LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -30,23 +33,22 @@ OPTIONS = [
 
 
 def probabilities(options: SamplingOptions, prompt: list[int], logits: torch.Tensor) -> torch.Tensor:
-    """transformers' own."""
+    """Probabilities in transformers."""
     processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(options.repetition_penalty)])
     processors.append(TemperatureLogitsWarper(options.temperature))
     processors.append(TopKLogitsWarper(options.top_k or VOCAB))
     processors.append(TopPLogitsWarper(options.top_p))
-    return processors(torch.tensor([prompt]), logits[None].clone()).softmax(dim=-1)[0]
+    input_ids: Any = torch.tensor([prompt])
+    scores: Any = logits[None].clone()
+    return processors(input_ids, scores).softmax(dim=-1)[0]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_tokens_are_as_likely_as_in_transformers(options):
+def test_tokens_have_the_probabilities_of_transformers(options):
     generator = torch.Generator().manual_seed(0)
     logits, prompt, count = 2 * torch.randn(VOCAB, generator=generator), [1, 5, 5, 7], 4000
     expected = probabilities(options, prompt, logits)
-    samplers = []
-    for seed in range(count):
-        samplers.append(Sampler(options, prompt, VOCAB, CPU))
-        samplers[-1]._generator.manual_seed(seed)
+    samplers = [Sampler(replace(options, seed=seed), prompt, VOCAB, CPU) for seed in range(count)]
     tokens = torch.tensor(choose(logits.expand(count, -1), samplers))
     frequencies = tokens.bincount(minlength=VOCAB) / count
     assert (frequencies[expected == 0] == 0).all()
@@ -54,8 +56,7 @@ def test_tokens_are_as_likely_as_in_transformers(options):
     assert ((frequencies - expected).abs() <= 5 * deviation + 1e-9).all()
 
 
-def test_each_row_has_its_own_options_and_numbers():
-    """A row chooses the same alone and among others."""
+def test_a_sequence_chooses_equally_alone_and_in_a_batch():
     generator = torch.Generator().manual_seed(1)
     options = [SamplingOptions(**vars(x) | {"seed": i}) for i, x in enumerate(OPTIONS)]
     options += [SamplingOptions(temperature=0), SamplingOptions(temperature=0, repetition_penalty=3.0)]
@@ -67,13 +68,13 @@ def test_each_row_has_its_own_options_and_numbers():
         assert choose(logits, together) == expected
 
 
-def test_what_has_been_chosen_is_avoided():
+def test_repetition_penalty_applies_to_chosen_tokens():
     sampler = Sampler(SamplingOptions(temperature=0, repetition_penalty=2.0), [0], 3, CPU)
     logits = torch.tensor([[3.0, 2.0, 1.6]])
     assert [choose(logits, [sampler])[0] for _ in range(3)] == [1, 2, 0]
 
 
-def test_the_options_are_those_of_generate():
+def test_generate_accepts_the_options():
     GenerationConfig(**SamplingOptions(top_k=3, top_p=0.5).for_generate()).validate()
 
 
@@ -82,7 +83,7 @@ TINY = {"1e-300": 1e-300, "the least float": 5e-324, "1e-40": 1e-40}
 
 @pytest.mark.parametrize("temperature", TINY.values(), ids=TINY)
 @pytest.mark.parametrize("others", [{}, {"top_p": 0.5, "top_k": 4}, {"repetition_penalty": 1.3}], ids=str)
-def test_a_tiny_temperature_is_greedy(temperature, others):
+def test_a_tiny_temperature_equals_greedy(temperature, others):
     logits = 1e3 * torch.randn(50, VOCAB, generator=torch.Generator().manual_seed(0))
     logits[:, 3] = float("-inf")
     greedy, sampled = (
@@ -120,7 +121,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("break_", BROKEN.values(), ids=BROKEN)
 @pytest.mark.parametrize("options", [*OPTIONS, SamplingOptions(temperature=0)], ids=str)
-def test_logits_that_are_not_finite_are_an_error_of_their_row(break_, options):
+def test_nonfinite_logits_affect_only_their_batch_row(break_, options):
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(2))
     samplers = [[Sampler(replace(options, seed=i), [2], VOCAB, CPU) for i in range(3)] for _ in range(2)]
     expected = choose(logits, samplers[0])

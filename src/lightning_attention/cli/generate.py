@@ -189,7 +189,7 @@ def _appending(output: Path | None) -> Iterator[IO[bytes]]:
 @contextmanager
 def _without_engine_log() -> Iterator[None]:
     """An answer's `error` says what the engine would log with a traceback."""
-    logger = logging.getLogger("lightning_attention.inference.engine")
+    logger = logging.getLogger("lightning_attention.inference.requests")
     before, logger.disabled = logger.disabled, True
     try:
         yield

@@ -1,4 +1,4 @@
-"""Text from a trained model, one at a time or many at once. Needs `lightning-attention[models]`."""
+"""Text generation with a trained model, for one prompt or many. Needs `lightning-attention[models]`."""
 
 from ..extras import require
 

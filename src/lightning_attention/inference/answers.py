@@ -1,4 +1,4 @@
-"""A file of answers, which a later run goes on with; and lines from a pipe."""
+"""Files of answers, which a later run continues, and lines that arrive from a pipe."""
 
 import json
 import os
@@ -11,23 +11,25 @@ from typing import IO, Any
 from ..files import write
 from .batch import Answer, to_json
 
-START = b'{"index": '
+ANSWER_START = b'{"index": '
 
 
 def read_answers(path: Path) -> dict[int, Answer]:
-    """The answers in a file, by index; none if there is no file. Lines with an `error`, and a last line that was cut
-    off, are left out.
+    """Read the answers in a file, by index, without errors and without a last line that was cut off.
+
+    Returns:
+        The answers; none if there is no file.
 
     Raises:
-        ValueError: the file holds something else.
-        OSError: it cannot be read.
+        ValueError: the file holds other than answers.
+        OSError: the file cannot be read.
     """
     answers: dict[int, Answer] = {}
     seen: set[int] = set()
     if not path.exists():
         return answers
     with path.open("rb") as file:
-        if file.peek(1)[:1] not in (b"{", b""):  # before a line of gigabytes is read
+        if file.peek(1)[:1] not in (b"{", b""):  # before reading a line, which may be large
             raise ValueError(f"{path} holds no answers: choose another output")
         for number, line in enumerate(file, start=1):
             if (answer := _answer_of(line)) is not None:
@@ -36,20 +38,20 @@ def read_answers(path: Path) -> dict[int, Answer]:
                 seen.add(answer["index"])
                 if "error" not in answer:
                     answers[answer["index"]] = answer
-            elif line.endswith(b"\n") or not (line.startswith(START) or START.startswith(line)):
+            elif line.endswith(b"\n") or not (line.startswith(ANSWER_START) or ANSWER_START.startswith(line)):
                 raise ValueError(f"{path} holds something else than answers, in line {number}: choose another output")
     return answers
 
 
 def write_answers(path: Path, answers: Mapping[int, Answer]) -> None:
-    """Make a file hold these answers and nothing else."""
+    """Replace the content of a file by answers."""
     content = b"".join(map(to_json, answers.values()))
     if not path.exists() or path.read_bytes() != content:
         write(path.resolve(), content)
 
 
 def check_writable(path: Path) -> None:
-    """Raise the OSError that writing the file would end with, as far as that can be told without writing it."""
+    """Raise the OSError that writing a file would raise, as far as that is known before."""
     if path.exists():
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder, not a file")
@@ -63,25 +65,23 @@ def check_writable(path: Path) -> None:
 
 
 def arriving_lines(file: IO[Any], can_wait: Callable[[], bool]) -> Iterator[str | bytes | None]:
-    """Lines of a file, or of a pipe as they arrive: None if the next one is not there yet and something else can be
-    done, that is unless `can_wait()`.
-    """
+    """Yield the lines of a file or pipe; None if the next line of a pipe has not arrived, unless `can_wait()`."""
     try:
         descriptor = file.fileno()
-    except OSError:  # not a file of the system
+    except OSError:  # not a file of the operating system
         yield from file
         return
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         yield from file
         return
-    parts: list[bytes] = []
+    parts: list[bytes] = []  # of the line that arrives
     while True:
         if not can_wait() and not select.select([descriptor], [], [], 0)[0]:
             yield None
             continue
-        if not (chunk := os.read(descriptor, 1 << 16)):
+        if not (content := os.read(descriptor, 1 << 16)):
             break
-        first, *others = chunk.split(b"\n")
+        first, *others = content.split(b"\n")
         parts.append(first)
         for rest in others:
             yield b"".join(parts)

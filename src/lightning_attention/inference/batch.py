@@ -1,4 +1,4 @@
-"""A file of prompts, answered many at a time."""
+"""Answers to lines of prompts, many at a time."""
 
 import json
 import math
@@ -17,9 +17,9 @@ from .text import GeneratedText
 Answer = dict[str, Any]
 
 OPTIONS = {option.name for option in fields(SamplingOptions)}
-# What an answer adds to its line, in place of what the line may hold by these names.
+# Names that an answer adds to its line; values of the line under these names are dropped.
 ADDED = {"index", "text", "tokens", "finish_reason", "error"}
-MAX_DEPTH = 100  # of the objects and lists in a line: few JSON readers take more than some hundreds
+MAX_DEPTH = 100  # nesting of objects and lists in a line; few JSON readers take more than some hundreds
 
 
 def answer_lines(
@@ -29,23 +29,24 @@ def answer_lines(
     options: SamplingOptions,
     answered: Mapping[int, Answer] | None = None,
 ) -> Generator[Answer, None, None]:
-    """Answers to prompts, each as soon as it is there.
+    """Answer prompts, and yield each answer when it is complete.
 
     Args:
-        engine: with nothing else to do.
-        tokenizer: the model's.
-        lines: JSON objects with a text `prompt`, as text or UTF-8. They may have options of `SamplingOptions`, and
-            `stop`, a text or a list of texts that end the answer. Blank lines are skipped. They are read as they are
-            needed; None stands for a line that is not there yet, while the engine has work.
-        options: for what a line leaves open.
-        answered: answers that are known, by index; their lines are skipped.
+        engine: without other requests.
+        tokenizer: tokenizer of the model.
+        lines: JSON objects with a text `prompt`, as text or UTF-8; they may set options of `SamplingOptions`, and
+            `stop`, a text or list of texts that end the answer. Blank lines are skipped. Lines are read when needed;
+            None means that the next line has not arrived, while the engine has work.
+        options: defaults for the options of a line.
+        answered: known answers, by index; their lines are skipped.
 
     Yields:
-        What the line held, and `index`, its number from 0; `text`, without the prompt and what stopped it; `tokens`,
-        how many were generated; and `finish_reason`. A line that cannot be answered has `error` instead.
+        The content of the line, with `index`, its number from 0; `text`, without the prompt and the stop text;
+        `tokens`, the number of generated tokens; and `finish_reason`. A line that cannot be answered has `error`
+        instead of the last three.
 
     Raises:
-        ValueError: `answered` holds an answer to another line than the one of its index.
+        ValueError: an answer in `answered` does not belong to the line with its index.
     """
     running: dict[int, _Line] = {}
     known = dict(answered or {})
@@ -76,7 +77,7 @@ def answer_lines(
                 if line is None:
                     continue
                 if output.token is not None:
-                    line.take(output.token)
+                    line.add(output.token)
                 if output.finish_reason is not None:
                     yield running.pop(output.request).answer(output.finish_reason)
         if known:
@@ -87,12 +88,12 @@ def answer_lines(
 
 
 def to_json(answer: Answer) -> bytes:
-    """A line of UTF-8. A lone surrogate, which UTF-8 cannot hold, stays the escape that it was."""
+    """Encode an answer as a JSON line in UTF-8; lone surrogates stay escaped."""
     return json.dumps(answer, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 class _Line:
-    """A line and its answer."""
+    """Line with a prompt, and its answer."""
 
     def __init__(self, line: str | bytes, index: int, tokenizer: PreTrainedTokenizerFast):
         self.index, self._tokenizer = index, tokenizer
@@ -101,7 +102,7 @@ class _Line:
         self._failure: BaseException | None = None
         self._num_tokens = 0
         try:
-            self._given = _object_of(line)
+            self._given = _parse(line)
         except (ValueError, RecursionError) as error:
             self._unreadable = error
 
@@ -126,7 +127,7 @@ class _Line:
             on_error=self._fail,
         )
 
-    def take(self, token: int) -> None:
+    def add(self, token: int) -> None:
         self._num_tokens += 1
         if self._text.num_tokens < self._num_tokens:
             self._text.add(token)
@@ -145,7 +146,7 @@ class _Line:
         return self._echo() | {"error": " ".join(str(error).split()) or type(error).__name__}
 
     def check_is_answered_by(self, answer: Answer) -> None:
-        """Raises ValueError if the answer is to another line."""
+        """Raise a ValueError if the answer belongs to another line."""
         if self._unreadable is not None or _without_added(answer) != _without_added(self._given):
             raise ValueError(f"line {self.index + 1} of the prompts is not the one that was answered before")
 
@@ -157,8 +158,8 @@ def _without_added(answer: Answer) -> Answer:
     return {name: value for name, value in answer.items() if name not in ADDED}
 
 
-def _object_of(line: str | bytes) -> dict[str, Any]:
-    """The object in a line; ValueError if it is not JSON as everyone reads it, or nested too deeply."""
+def _parse(line: str | bytes) -> dict[str, Any]:
+    """Parse the JSON object in a line; raise a ValueError for what JSON readers disagree on, and for deep nesting."""
     text = line if isinstance(line, str) else line.decode("utf-8")
     try:
         given = json.loads(

@@ -1,4 +1,4 @@
-"""One more token for a batch of sequences."""
+"""Decoding steps for a batch of sequences."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,61 +17,61 @@ from .pool import StatePool
 class Decoder:
     """Decoding steps of a model over the slots of a pool.
 
-    Where the backend supports it a step is a CUDA graph, recorded at the first step of its size: the sizes are the
-    powers of two and `max_rows`, and what is left over is padding, which touches no state.
+    If the backend supports it a step is a CUDA graph, captured at the first step of its batch size. Batch sizes are rounded up
+    to powers of two and `max_batch_size`; padding has slot -1, which leaves all states unchanged.
 
     Args:
         model: in eval mode, on the device of the pool.
         pool: holds the states.
-        max_rows: rows of a step, at most.
+        max_batch_size: sequences of a step, at most.
     """
 
-    def __init__(self, model: LightningForCausalLM, pool: StatePool, max_rows: int):
-        self.model, self.pool, self.max_rows = model, pool, max_rows
+    def __init__(self, model: LightningForCausalLM, pool: StatePool, max_batch_size: int):
+        self.model, self.pool, self.max_batch_size = model, pool, max_batch_size
         self._graphs: dict[int, _Graph] = {}
-        self._records = model.device.type == "cuda" and all(map(self._supports_cuda_graphs, pool.states))
+        self._uses_graphs = model.device.type == "cuda" and all(map(self._supports_cuda_graphs, pool.states))
 
     def __call__(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int]) -> Tensor:
-        """Logits `[B, vocab_size]`, which the next step may overwrite; the states advance.
+        """Advance B sequences by a token; return logits `[B, vocab_size]`, which the next step may overwrite.
 
         Args:
-            tokens: B of them, each the next of its sequence.
-            positions: where each of them stands in its sequence.
-            slots: where each one's state is.
+            tokens: next token of each sequence.
+            positions: position of each token in its sequence.
+            slots: slot of each state.
         """
-        rows = torch.tensor([tokens, positions, slots], device="cpu")
-        if not self._records:
-            return self.step(rows.to(self.model.device))
-        size = min(self.max_rows, 1 << (len(tokens) - 1).bit_length())
+        inputs = torch.tensor([tokens, positions, slots], device="cpu")
+        if not self._uses_graphs:
+            return self.step(inputs.to(self.model.device))
+        size = min(self.max_batch_size, 1 << (len(tokens) - 1).bit_length())
         if size not in self._graphs:
             memory = next(iter(self._graphs.values())).memory if self._graphs else None
             self._graphs[size] = _Graph(self, size, memory)
-        return self._graphs[size](rows)
+        return self._graphs[size](inputs)
 
     @torch.no_grad()
-    def step(self, rows: Tensor) -> Tensor:
-        """The same without a graph, from tokens, positions and slots `[3, B]` int64 on the device."""
-        tokens, positions, slots = rows
+    def step(self, inputs: Tensor) -> Tensor:
+        """Advance without a graph, from tokens, positions and slots `[3, B]`, int64 on the device."""
+        tokens, positions, slots = inputs
         x = self.model.model.advance(tokens[:, None], positions[:, None], self.pool.states, Slots(slots))
         return self.model.lm_head(x)
 
     def _supports_cuda_graphs(self, states: Tensor) -> bool:
         num_slots, H, K, V = states.shape
-        problem = Problem(self.max_rows, 1, H, K, V, num_slots, self.model.dtype, self.model.device)
+        problem = Problem(self.max_batch_size, 1, H, K, V, num_slots, self.model.dtype, self.model.device)
         return BACKENDS[choose_backend("auto", problem)].supports_cuda_graphs
 
 
 class _Graph:
-    """A step of one size."""
+    """CUDA graph of a step of one batch size."""
 
     def __init__(self, decoder: Decoder, size: int, memory: Any):
-        self.rows = torch.tensor([[0], [0], [-1]], device=decoder.model.device).repeat(1, size)
-        self.graph, self.logits = record(lambda: decoder.step(self.rows), memory)
+        self.inputs = torch.tensor([[0], [0], [-1]], device=decoder.model.device).repeat(1, size)
+        self.graph, self.logits = record(lambda: decoder.step(self.inputs), memory)
         self.memory = self.graph.pool()
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        used = rows.shape[1]
-        self.rows[:, :used] = rows.pin_memory().to(self.rows.device, non_blocking=True)
-        self.rows[2, used:] = -1
+    def __call__(self, inputs: Tensor) -> Tensor:
+        used = inputs.shape[1]
+        self.inputs[:, :used] = inputs.pin_memory().to(self.inputs.device, non_blocking=True)
+        self.inputs[2, used:] = -1
         self.graph.replay()
         return self.logits[:used]

@@ -1,4 +1,4 @@
-"""From a checkpoint to a stream of text."""
+"""Loading of checkpoints, encoding of prompts, and text streams."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,18 +15,25 @@ from .text import Detokenizer
 
 
 def load(checkpoint: PathLike, *, bf16: bool = False) -> tuple[LightningForCausalLM, PreTrainedTokenizerFast]:
-    """The model and tokenizer of a checkpoint, on the GPU if there is one.
+    """Load the model and tokenizer of a checkpoint, onto the GPU if there is one.
 
-    `tokenizer(text)` begins as training documents do, also if the checkpoint was saved by a version of this library
-    whose tokenizers did not put the BOS token there.
+    `tokenizer(text)` begins with the BOS token as training documents do, also for checkpoints of older versions of this
+    library, whose tokenizers did not add it.
 
     Args:
-        checkpoint: a folder with a model, or the output folder of a run, whose last checkpoint is taken.
-        bf16: weights in bfloat16; decays and states stay float32.
+        checkpoint: folder of a model, or output folder of a run, for its last checkpoint.
+        bf16: load the weights in bfloat16; decays and states stay float32.
+
+    Returns:
+        The model in eval mode, and the tokenizer.
 
     Raises:
-        TypeError: `checkpoint` is no path.
-        ValueError: there is no checkpoint, it is not one of this library, or its weights do not fit its configuration.
+        TypeError: `checkpoint` is not a path.
+        ValueError: there is no checkpoint of this library, or its weights do not fit its configuration.
+
+    Example:
+        >>> from lightning_attention.inference import load
+        >>> model, tokenizer = load("run")
     """
     folder = last_checkpoint(to_path(checkpoint, "checkpoint"))
     model: Any = load_model(folder, torch.bfloat16 if bf16 else torch.float32)
@@ -39,20 +46,27 @@ def load(checkpoint: PathLike, *, bf16: bool = False) -> tuple[LightningForCausa
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
-    """The tokens of a prompt, as training begins a document: the BOS token, if there is one, and the text.
+    """Encode a prompt like the start of a training document: the BOS token, if there is one, and the text.
 
-    What spells a special token within the prompt is text, as in training data. Special tokens are put into a prompt by
-    their ids: `[*encode(tokenizer, question), tokenizer.eos_token_id]`. Hugging Face's `tokenizer(prompt)` reads the
-    spelling as the token.
+    The name of a special token within the prompt is text, as in training data, unlike in Hugging Face's
+    `tokenizer(prompt)`. Add special tokens by their ids: `[*encode(tokenizer, question), tokenizer.eos_token_id]`.
 
     Args:
-        tokenizer: of a checkpoint, as `load` returns it.
+        tokenizer: tokenizer of a checkpoint, as `load` returns it.
         prompt: may be empty if the tokenizer has a BOS token.
+
+    Returns:
+        Token ids.
 
     Raises:
         TypeError: the prompt is not a string.
         ValueError: the prompt is empty and the tokenizer has no BOS token, the tokenizer cannot encode the prompt, or
             the tokenizer does not put the BOS token before a text.
+
+    Example:
+        >>> from lightning_attention.inference import encode, load
+        >>> encode(load("run")[1], "hi")
+        [256, 104, 105]
     """
     if not isinstance(prompt, str):
         raise TypeError(f"prompt must be a string, got {type(prompt).__name__}")
@@ -71,37 +85,42 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
 def stream(
     model: LightningForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, options: SamplingOptions
 ) -> Iterator[str]:
-    """Generate the continuation of a prompt, piece by piece.
+    """Generate text after a prompt, and yield it as it is generated.
 
-    The pieces together are `tokenizer.decode(new_tokens, skip_special_tokens=True)`. A token is computed when the next
-    piece is asked for, so that nothing goes on after the reader has left. Sampling has its own random numbers: with a
-    seed they are those of a request to the `Engine`, and the process's are not touched.
-
-        for text in stream(model, tokenizer, "Once upon a time", SamplingOptions(seed=0)):
-            print(text, end="", flush=True)
+    Joined, the texts are `tokenizer.decode(new_tokens, skip_special_tokens=True)`. Tokens are computed on demand:
+    generation stops when the caller stops reading. Sampling uses a random generator of its own: equal seeds give equal
+    tokens here and in the `Engine`, and the global random state is not changed.
 
     Args:
         model: as `load` returns it.
-        tokenizer: likewise.
-        prompt: may be empty where the tokenizer has a token for the beginning of a document.
-        options: how tokens are chosen.
+        tokenizer: as `load` returns it.
+        prompt: may be empty if the tokenizer has a BOS token.
+        options: how tokens are chosen, and how many.
+
+    Yields:
+        Text without special tokens, never empty.
 
     Raises:
-        ValueError: the prompt is empty and the tokenizer has no such token; or the model's logits are not finite.
+        ValueError: the prompt cannot be encoded, see `encode`, or the model's logits are not finite.
+
+    Example:
+        >>> from lightning_attention.inference import SamplingOptions, load, stream
+        >>> model, tokenizer = load("run")
+        >>> text = "".join(stream(model, tokenizer, "Once upon a time", SamplingOptions(max_new_tokens=8, seed=0)))
     """
     warn_of_ignored_options(model)
-    return _pieces(model, Detokenizer(tokenizer), encode(tokenizer, prompt), options)
+    return _generate(model, Detokenizer(tokenizer), encode(tokenizer, prompt), options)
 
 
-def _pieces(
+def _generate(
     model: LightningForCausalLM, detokenizer: Detokenizer, prompt: list[int], options: SamplingOptions
 ) -> Iterator[str]:
     sampler = Sampler(options, prompt, model.config.vocab_size, model.device)
     cache, stop, tokens = LightningCache(model.config.num_hidden_layers), stop_token_ids(model), prompt
     for _ in range(options.max_new_tokens):
         token = choose(_next_logits(model, tokens, cache), [sampler])[0]
-        if piece := detokenizer.add(token):
-            yield piece
+        if text := detokenizer.add(token):
+            yield text
         if token in stop:
             break
         tokens = [token]

@@ -1,10 +1,12 @@
-"""What the engine returns."""
+"""Results of the engine."""
 
 from enum import StrEnum
 from typing import NamedTuple
 
 
 class FinishReason(StrEnum):
+    """Why a request ended."""
+
     STOP = "stop"  # a stop token, or `is_finished`
     LENGTH = "length"  # max_new_tokens
     CANCELLED = "cancelled"
@@ -12,7 +14,7 @@ class FinishReason(StrEnum):
 
 
 class Output(NamedTuple):
-    """What a step has done for a request: one token more, or its end, or both."""
+    """Result of a step for a request: a new token, its end, or both."""
 
     request: int
     token: int | None
@@ -20,7 +22,7 @@ class Output(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """The answer to a request: its new tokens, a stop token included."""
+    """Answer to a request: its new tokens, with the stop token if there is one, and why it ended."""
 
     tokens: list[int]
     finish_reason: FinishReason

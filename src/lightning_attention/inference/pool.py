@@ -1,4 +1,4 @@
-"""Fixed memory for the states of many sequences."""
+"""Pool of states for many sequences, in memory of constant size."""
 
 from collections import deque
 from collections.abc import Collection, Sequence
@@ -9,31 +9,38 @@ from torch import Tensor
 
 from ..models import LightningConfig
 
-# A layer's states start at a multiple of so many numbers, as kernels like their addresses.
-ALIGNMENT = 64
+ALIGNMENT = 64  # numbers; the states of each layer start at a multiple, for aligned loads in kernels
 
 
 class PoolExhaustedError(RuntimeError):
-    """Every slot is in use."""
+    """Raised when every slot is in use."""
 
 
 class StatePool:
-    """The states of at most `num_slots` sequences of a model, taken once and never more.
+    """Recurrent states of up to `num_slots` sequences of a model, allocated once.
 
-    A slot holds the states of all layers side by side, so that it is zeroed, copied or moved to the host at once. Slots
-    are checked on the host: what is not allocated cannot be read or written.
+    A slot holds the states of all layers in consecutive memory, so that they are zeroed, copied or moved to the host by
+    one operation. Methods refuse slots that are not allocated.
 
     Args:
-        config: of the model.
-        num_slots: sequences, at most.
-        device: where.
-        dtype: float32, or bfloat16 for half the memory (and rounded at every token); float64 for a float64 model.
+        config: configuration of the model.
+        num_slots: number of slots.
+        device: device of the states.
+        dtype: float32; bfloat16 for half the memory, with rounding at every token; float64 for a float64 model.
 
     Attributes:
-        states: of every layer `[num_slots, H, K, V]`, as `LightningModel.advance` takes them.
+        states: one tensor `[num_slots, H, K, V]` per layer, as `LightningModel.advance` takes them.
 
     Raises:
         ValueError: `num_slots` is less than 1.
+
+    Example:
+        >>> from lightning_attention.inference import StatePool
+        >>> from lightning_attention.models import LightningConfig
+        >>> pool = StatePool(LightningConfig.from_size("demo"), num_slots=4)
+        >>> pool.zero([pool.allocate()])
+        >>> pool.num_free
+        3
     """
 
     def __init__(
@@ -49,7 +56,7 @@ class StatePool:
         self.num_slots = num_slots
         shapes = [config.layer_state_shape(i) for i in range(config.num_hidden_layers)]
         sizes = [-(-prod(shape) // ALIGNMENT) * ALIGNMENT for shape in shapes]
-        with torch.inference_mode(False):  # or nothing outside of inference mode could write to them
+        with torch.inference_mode(False):  # inference tensors could not be written outside of inference mode
             self._memory = torch.zeros(num_slots, sum(sizes), dtype=dtype, device=device)
             self.states = [
                 layer[:, : prod(shape)].unflatten(1, shape)
@@ -68,10 +75,10 @@ class StatePool:
         return self._memory.nbytes
 
     def allocate(self) -> int:
-        """A slot, whatever is in it: `zero`, `copy` or `restore` comes next.
+        """Allocate a slot with undefined content; call `zero`, `copy` or `restore` next.
 
         Raises:
-            PoolExhaustedError: all are in use.
+            PoolExhaustedError: all slots are in use.
         """
         if not self._free:
             raise PoolExhaustedError(f"all {self.num_slots} slots of the state pool are in use")
@@ -91,7 +98,7 @@ class StatePool:
                 self.free(slot)
 
     def zero(self, slots: Sequence[int]) -> None:
-        """The state before the first token."""
+        """Set slots to the state before the first token."""
         self._check(*slots)
         if slots:
             self._memory[torch.tensor(slots, device=self._memory.device)] = 0
@@ -101,15 +108,15 @@ class StatePool:
         self._memory[target] = self._memory[source]
 
     def snapshot(self, slot: int) -> Tensor:
-        """A copy on the host, one row of numbers for all layers."""
+        """Copy the states of a slot to the host, as one vector."""
         self._check(slot)
         return self._memory[slot].to("cpu", copy=True)
 
     def restore(self, slot: int, snapshot: Tensor) -> None:
-        """What `snapshot` has returned, of this pool or another of the same model and dtype.
+        """Write a snapshot of this pool, or of another pool of the same model and dtype, into a slot.
 
         Raises:
-            ValueError: it does not fit this pool.
+            ValueError: the snapshot does not fit this pool.
         """
         self._check(slot)
         if snapshot.shape != self._memory.shape[1:] or snapshot.dtype != self._memory.dtype:

@@ -1,4 +1,4 @@
-"""States of texts read before, to be found by the beginning of a new one."""
+"""Cache of states by prefix: sequences of tokens read before, which new prompts may start with."""
 
 from array import array
 from collections import OrderedDict
@@ -10,11 +10,11 @@ Key = tuple[bytes, tuple[int, ...]]
 
 
 class History:
-    """The tokens of a sequence, and a digest of every beginning of whole blocks, each chained to the one before.
+    """Tokens of a sequence, with a digest of every prefix of full blocks, each computed from the one before.
 
     Args:
-        block: tokens of a block.
-        tokens: the first ones.
+        block: tokens per block.
+        tokens: first tokens.
     """
 
     def __init__(self, block: int, tokens: Iterable[int]):
@@ -29,13 +29,13 @@ class History:
             self._digests.append(blake2b(self._digests[-1] + block, digest_size=16).digest())
 
     def key(self, length: int) -> Key:
-        """Of the first `length` tokens: the digest of their whole blocks, and the rest of them."""
+        """Key of the first `length` tokens: the digest of their full blocks, and the tokens after those."""
         blocks = length // self.block
         return self._digests[blocks], tuple(self.tokens[blocks * self.block : length])
 
 
 class NewTokens(Sequence[int]):
-    """The new tokens of a request, without a copy: a view that grows with every step. Slices are lists."""
+    """View of the new tokens of a request, which grows with every step; slices are lists."""
 
     def __init__(self, history: History, start: int):
         self._tokens, self._start = history.tokens, start
@@ -59,41 +59,41 @@ class NewTokens(Sequence[int]):
 
 
 class Found(NamedTuple):
-    """The state after the first `length` tokens is in `slot`."""
+    """Cached state: `slot` holds the state after the first `length` tokens."""
 
     length: int
     slot: int
 
 
 class PrefixCache:
-    """Which slot of a pool holds the state after which tokens. The least recently used is the first to go.
+    """Map from prefixes to slots of a state pool; the least recently used prefix is evicted first.
 
     Args:
-        capacity: states, at most.
+        capacity: number of states, at most.
     """
 
     def __init__(self, capacity: int):
         self.capacity = capacity
         self._slots: OrderedDict[Key, int] = OrderedDict()
-        self._rests: dict[bytes, set[tuple[int, ...]]] = {}
+        self._remainders: dict[bytes, set[tuple[int, ...]]] = {}
 
     def __len__(self) -> int:
         return len(self._slots)
 
     @property
     def slots(self) -> list[int]:
-        """All slots that hold a state of the cache."""
+        """Slots of all cached states."""
         return list(self._slots.values())
 
     def find(self, history: History) -> Found | None:
-        """The longest beginning whose state is here and that leaves at least one token to read."""
+        """Find the longest cached prefix that leaves at least one token to read."""
         tokens, block = history.tokens, history.block
         for start in reversed(range(0, len(tokens), block)):
             digest, _ = history.key(start)
             fitting = [
-                rest
-                for rest in self._rests.get(digest, ())
-                if start + len(rest) < len(tokens) and tuple(tokens[start : start + len(rest)]) == rest
+                remainder
+                for remainder in self._remainders.get(digest, ())
+                if start + len(remainder) < len(tokens) and tuple(tokens[start : start + len(remainder)]) == remainder
             ]
             if fitting:
                 key = digest, max(fitting, key=len)
@@ -102,22 +102,22 @@ class PrefixCache:
         return None
 
     def put(self, history: History, length: int, slot: int) -> list[int]:
-        """Keep the state after the first `length` tokens. Returns the slots that are no longer needed."""
+        """Cache the state after the first `length` tokens; return the slots that are no longer needed."""
         if self.capacity == 0:
             return [slot]
-        digest, rest = key = history.key(length)
+        digest, remainder = key = history.key(length)
         replaced = [self._slots.pop(key)] if key in self._slots else []
         self._slots[key] = slot
-        self._rests.setdefault(digest, set()).add(rest)
+        self._remainders.setdefault(digest, set()).add(remainder)
         return replaced + self.make_room(0)
 
     def make_room(self, count: int) -> list[int]:
-        """Forget until `count` more states may be put. Returns the slots that are no longer needed."""
+        """Evict until `count` more states fit; return the slots that are no longer needed."""
         return [self._evict() for _ in range(min(len(self), len(self) + count - self.capacity))]
 
     def _evict(self) -> int:
-        (digest, rest), slot = self._slots.popitem(last=False)
-        self._rests[digest].remove(rest)
-        if not self._rests[digest]:
-            del self._rests[digest]
+        (digest, remainder), slot = self._slots.popitem(last=False)
+        self._remainders[digest].remove(remainder)
+        if not self._remainders[digest]:
+            del self._remainders[digest]
         return slot

@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""Choice of the next token: options and samplers."""
 
 import logging
 import math
@@ -15,27 +15,31 @@ log = logging.getLogger(__name__)
 
 NOT_FINITE = "the model's logits are NaN or infinite: its weights hold such values, or its numbers overflow"
 
-# Options of a generation_config that do not change which tokens are chosen, or that the caller decides.
+# Options of a generation_config that do not affect the choice of tokens, or that the caller sets.
 NOT_APPLIED = {"bos_token_id", "do_sample", "eos_token_id", "max_length", "pad_token_id", "return_dict_in_generate"}
 NOT_APPLIED |= {"transformers_version", "use_cache"}
-# Positive numbers of float32.
+# Smallest normal and largest float32.
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is chosen.
+    """Options for the choice of tokens.
 
     Attributes:
         max_new_tokens: tokens to generate, at most.
-        temperature: 0 takes the likeliest token.
-        top_k: sample from the k likeliest; 0 is all.
-        top_p: sample from the likeliest of this total probability.
-        repetition_penalty: above 1 avoids what was there already.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: sample from the k most likely tokens; 0 for all.
+        top_p: sample from the fewest most likely tokens with this total probability.
+        repetition_penalty: above 1 avoids tokens of the prompt and of the answer.
         seed: makes sampling repeatable.
 
     Raises:
-        ValueError: an option is out of its range, or not a number.
+        ValueError: an option is out of range, or not a number.
+
+    Example:
+        >>> from lightning_attention.inference import SamplingOptions
+        >>> options = SamplingOptions(max_new_tokens=64, temperature=0.8, top_p=0.95, seed=0)
     """
 
     max_new_tokens: int = 256
@@ -70,7 +74,7 @@ class SamplingOptions:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
 
     def for_generate(self) -> dict[str, Any]:
-        """As arguments of transformers' generate()."""
+        """Arguments of transformers' `generate()` for these options."""
         common = {"max_new_tokens": self.max_new_tokens, "repetition_penalty": self.repetition_penalty}
         if self.temperature == 0:
             return common | {"do_sample": False}
@@ -79,7 +83,7 @@ class SamplingOptions:
 
 
 def stop_token_ids(model: LightningForCausalLM) -> frozenset[int]:
-    """Tokens that end a text: `eos_token_id` of the model's generation_config, or else of its configuration."""
+    """Stop tokens of a model: `eos_token_id` of its generation_config, or else of its configuration."""
     for config in (model.generation_config, model.config):
         ids = None if config is None else config.eos_token_id
         if ids is not None:
@@ -88,7 +92,7 @@ def stop_token_ids(model: LightningForCausalLM) -> frozenset[int]:
 
 
 def warn_of_ignored_options(model: LightningForCausalLM) -> None:
-    """Log which options of the model's generation_config generate() would apply and this library does not."""
+    """Log the options of the model's generation_config that `generate()` applies and this library does not."""
     config = model.generation_config
     given = {} if config is None else config.to_diff_dict()
     replaced = {field.name for field in fields(SamplingOptions)} | NOT_APPLIED
@@ -100,20 +104,20 @@ def warn_of_ignored_options(model: LightningForCausalLM) -> None:
 def _is_finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # an int beyond every float
+    except OverflowError:  # an int above the largest float
         return False
 
 
 class Sampler:
-    """Chooses the tokens of one sequence; `choose` does it for many at once.
+    """Sampling state of one sequence, for `choose`.
 
-    Random numbers belong to the sequence, so that its tokens do not depend on the others in a batch.
+    Every sequence has its own random generator, so that its tokens do not depend on the others in a batch.
 
     Args:
-        options: of the sequence.
-        prompt: its tokens so far.
-        vocab_size: number of tokens.
-        device: where logits will be.
+        options: options of the sequence.
+        prompt: tokens of the prompt.
+        vocab_size: number of tokens in the vocabulary.
+        device: device of the logits.
     """
 
     def __init__(self, options: SamplingOptions, prompt: Sequence[int], vocab_size: int, device: torch.device):
@@ -129,6 +133,7 @@ class Sampler:
             self.seen[torch.tensor(prompt, device=device)] = True
 
     def random(self) -> float:
+        """Draw a uniform number in [0, 1)."""
         return torch.rand((), generator=self._generator, dtype=torch.float64, device="cpu").item()
 
 
@@ -147,17 +152,16 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
 
 
 def choose_each(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | None]:
-    """Choose as `choose` does; None for a batch row with NaN or infinite logits. -inf only excludes a token."""
+    """Choose as `choose`, with None for a batch row with NaN or infinite logits; -inf only excludes a token."""
     logits = logits.float()
     # The largest logit is NaN if any of them is.
     is_usable = logits.amax(dim=-1).isfinite()
-    logits = _penalized(logits, samplers)
+    logits = _penalize(logits, samplers)
     tokens = logits.argmax(dim=-1)
-    rows = [row for row, sampler in enumerate(samplers) if sampler.options.temperature > 0]
-    if rows:
-        drawing = [samplers[row] for row in rows]
-        index = torch.tensor(rows, device=logits.device)
-        tokens[index] = _draw(logits[index], drawing)
+    sampled = [i for i, sampler in enumerate(samplers) if sampler.options.temperature > 0]
+    if sampled:
+        index = torch.tensor(sampled, device=logits.device)
+        tokens[index] = _sample(logits[index], [samplers[i] for i in sampled])
     chosen = [None if token < 0 else token for token in tokens.where(is_usable, -1).tolist()]
     for token, sampler in zip(chosen, samplers, strict=True):
         if token is not None and sampler.seen is not None:
@@ -165,22 +169,21 @@ def choose_each(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | None]
     return chosen
 
 
-def _penalized(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
-    """Logits of tokens that were there already: divided by the penalty where above 0, multiplied below."""
-    rows = [row for row, sampler in enumerate(samplers) if sampler.seen is not None]
-    if not rows:
+def _penalize(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """Apply the repetition penalty to seen tokens: divide positive logits by the penalty, multiply negative ones."""
+    seen = {i: sampler.seen for i, sampler in enumerate(samplers) if sampler.seen is not None}
+    if not seen:
         return logits
-    index = torch.tensor(rows, device=logits.device)
-    seen = torch.stack([seen for row in rows if (seen := samplers[row].seen) is not None])
-    penalty = _column([samplers[row].options.repetition_penalty for row in rows], logits)
+    index = torch.tensor([*seen], device=logits.device)
+    penalty = _column([samplers[i].options.repetition_penalty for i in seen], logits)
     x = logits[index]
     penalized = torch.where(x > 0, x / penalty, x * penalty).clamp(-LARGEST, LARGEST)
-    return logits.index_copy(0, index, torch.where(seen & x.isfinite(), penalized, x))
+    return logits.index_copy(0, index, torch.where(torch.stack([*seen.values()]) & x.isfinite(), penalized, x))
 
 
-def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+def _sample(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     options = [sampler.options for sampler in samplers]
-    # The likeliest token has logit 0, whatever the temperature: nothing overflows.
+    # The largest logit becomes 0, so that no temperature overflows.
     logits = logits - logits.amax(dim=-1, keepdim=True)
     logits = logits / _column([x.temperature for x in options], logits)
     if any(x.top_k or x.top_p < 1 for x in options):
@@ -189,10 +192,10 @@ def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
         top_k = _column([min(x.top_k or logits.shape[1], logits.shape[1]) for x in options], logits)
         ranked = ranked.masked_fill(rank >= top_k, float("-inf"))
         probabilities = ranked.softmax(dim=-1)
-        above = probabilities.cumsum(dim=-1) - probabilities  # of all that are likelier
+        above = probabilities.cumsum(dim=-1) - probabilities  # of all more likely tokens
         top_p = _column([x.top_p for x in options], logits)
         ranked = ranked.masked_fill((above >= top_p) & (rank > 0), float("-inf"))
-        # Back into the order of the vocabulary, in which the others are drawn too.
+        # Back to the order of the vocabulary, so that random numbers select as without top_k and top_p.
         logits = torch.empty_like(logits).scatter(1, order, ranked)
     cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
     threshold = _column([sampler.random() for sampler in samplers], cumulative) * cumulative[:, -1:]
@@ -200,6 +203,6 @@ def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> Tensor:
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    """One option per batch row, `[B, 1]`; never 0 or infinite where it does not fit the dtype."""
+    """Values of an option, `[B, 1]`, clamped to the normal numbers of float32."""
     column = torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
     return column.clamp(SMALLEST, LARGEST).to(like.dtype)

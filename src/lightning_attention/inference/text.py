@@ -1,42 +1,45 @@
-"""Text of tokens as they are generated, in time linear in their number."""
+"""Decoding of tokens as they are generated, in time linear in their number, and search for stop texts."""
 
 import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-# How a SentencePiece vocabulary spells a byte. Whether bytes in a row are text is known where the row ends.
+# A byte in a SentencePiece vocabulary; consecutive bytes are decoded together, when the next token is another.
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-# Tokens that are decoded again with the next one: more than the 4 bytes of a character, so that what comes before them
-# does not matter. At LONGEST tokens all but the last SHORTEST are dropped.
-SHORTEST, LONGEST = 8, 16
-# What `clean_up_tokenization_spaces` may still remove: a space before as many characters.
-CLEANED = 4
+# Last tokens, which are decoded again with the next one: at MAX_TOKENS all but the last MIN_TOKENS are dropped.
+# MIN_TOKENS exceeds the 4 bytes of a character, so that earlier tokens do not matter.
+MIN_TOKENS, MAX_TOKENS = 8, 16
+CLEANED = 4  # characters after a space that `clean_up_tokenization_spaces` may still remove
 
 
 class Detokenizer:
-    """Decodes tokens one by one; the pieces together are `tokenizer.decode(tokens, skip_special_tokens=True)`.
+    """Decode tokens one by one, to the text of `tokenizer.decode(tokens, skip_special_tokens=True)`.
 
-    A piece holds whole characters: bytes wait for the rest of theirs. Only the last few tokens are decoded again.
-
-        detokenizer = Detokenizer(tokenizer)
-        text = "".join(detokenizer.add(token) for token in tokens) + detokenizer.rest()
+    Characters are returned once they are complete. Only the last few tokens are decoded again.
 
     Args:
-        tokenizer: a checkpoint's.
+        tokenizer: tokenizer of a checkpoint.
 
     Attributes:
-        special: names of the special tokens, which are not part of the text.
+        special: names of the special tokens by id; they are not part of the text.
+
+    Example:
+        >>> from lightning_attention.inference.text import Detokenizer
+        >>> from lightning_attention.training import byte_tokenizer
+        >>> detokenizer = Detokenizer(byte_tokenizer())
+        >>> [*map(detokenizer.add, "né".encode()), detokenizer.rest()]
+        ['n', '', 'é', '']
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self._tokenizer = tokenizer
         self.special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._tokens: list[int] = []  # the last ones, without special tokens
-        self._returned = 0  # characters of their text
+        self._tokens: list[int] = []  # the last tokens, without special ones
+        self._returned = 0  # characters of their text that were returned
 
     def add(self, token: int) -> str:
-        """Text that is complete with this token; may be empty."""
+        """Decode a token; return the text that it completes, which may be empty."""
         name = self._tokenizer.convert_ids_to_tokens(token)
         if token in self.special or name is None:
             return ""
@@ -44,20 +47,20 @@ class Detokenizer:
         if BYTE.fullmatch(str(name)):
             return ""
         text = self._decode()
-        start, end = self._returned, max(self._returned, self._complete(text))
+        start, end = self._returned, max(self._returned, self._num_final(text))
         self._returned = end
-        if len(self._tokens) >= LONGEST:
-            self._tokens = self._tokens[-SHORTEST:]
+        if len(self._tokens) >= MAX_TOKENS:
+            self._tokens = self._tokens[-MIN_TOKENS:]
             self._returned = len(self._decode()) - (len(text) - end)
         return text[start:end]
 
     def rest(self) -> str:
-        """Text of the tokens so far that `add` has held back, as it is if no token follows."""
+        """Text that `add` has held back, for the end of the tokens."""
         return self._decode()[self._returned :]
 
-    def _complete(self, text: str) -> int:
-        """How many characters no further token changes."""
-        end = len(text.removesuffix("\ufffd"))  # maybe a character's first bytes
+    def _num_final(self, text: str) -> int:
+        """Number of characters that further tokens do not change."""
+        end = len(text.removesuffix("\ufffd"))  # perhaps the first bytes of a character
         if self._tokenizer.clean_up_tokenization_spaces:
             space = text.rfind(" ", max(0, end - CLEANED), end)
             return space if space >= 0 else end
@@ -72,11 +75,14 @@ class Detokenizer:
 class GeneratedText:
     """Text of generated tokens up to the first stop text.
 
-    A stop text may be spread over tokens, and may hold special tokens, which are not part of the text otherwise.
+    A stop text may span tokens, and may contain names of special tokens, which are otherwise not part of the text.
 
     Args:
-        tokenizer: a checkpoint's.
-        stop: texts that end it, none of them empty.
+        tokenizer: tokenizer of a checkpoint.
+        stop: stop texts, none of them empty.
+
+    Attributes:
+        num_tokens: number of tokens added.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()):
@@ -85,37 +91,35 @@ class GeneratedText:
         with_names = [text for text in stop if any(name in text for name in names)]
         self._search = _Search([text for text in stop if text not in with_names])
         self._search_with_names = _Search(with_names)
-        self._pieces: list[str] = []
+        self._texts: list[str] = []
         self._length = 0
-        self._end: int | None = None  # where the stop text begins
+        self._end: int | None = None  # position of the first stop text
         self.num_tokens = 0
 
     def add(self, token: int) -> bool:
-        """Take the next token. True once a stop text is there."""
+        """Add a token; return True once the text contains a stop text."""
         self.num_tokens += 1
-        piece = self._detokenizer.add(token)
-        if piece:
-            self._append(piece, piece)
+        if text := self._detokenizer.add(token):
+            self._append(text, text)
         if self._search_with_names.texts and token in self._detokenizer.special:
             held = self._detokenizer.rest()
             self._found(self._search_with_names.add(held, self._length))
             name, end = self._detokenizer.special[token], self._length + len(held)
-            self._found(self._search_with_names.add(name, end, is_shown=False))
+            self._found(self._search_with_names.add(name, end, is_special=True))
         return self._end is not None
 
     def finish(self) -> tuple[str, bool]:
-        """The text, and whether a stop text ended it, after the last token."""
+        """End the tokens; return the text, and True if a stop text ended it."""
         if rest := self._detokenizer.rest():
-            # Half a character is no character: nobody asked to stop at it.
-            self._append(rest, rest.rstrip("\ufffd"))
-        text = "".join(self._pieces)
+            self._append(rest, rest.rstrip("\ufffd"))  # an incomplete character does not match a stop text
+        text = "".join(self._texts)
         return text[: self._end], self._end is not None
 
-    def _append(self, piece: str, searched: str) -> None:
+    def _append(self, text: str, searched: str) -> None:
         for search in (self._search, self._search_with_names):
             self._found(search.add(searched, self._length))
-        self._pieces.append(piece)
-        self._length += len(piece)
+        self._texts.append(text)
+        self._length += len(text)
 
     def _found(self, start: int | None) -> None:
         if start is not None:
@@ -123,27 +127,31 @@ class GeneratedText:
 
 
 class _Search:
-    """Finds the first of some texts in pieces of a longer one, of which only what may begin a text is kept."""
+    """Search for stop texts in a generated text that grows; only characters that may begin a stop text are kept."""
 
     def __init__(self, texts: Sequence[str]):
         self.texts = texts
         self._kept = max(map(len, texts), default=1) - 1
         self._tail = ""
-        self._starts: list[int] = []  # where the characters of the tail are in the generated text
-        self._taken = 0  # characters of the generated text so far
+        self._starts: list[int] = []  # positions of the characters of the tail in the generated text
+        self._searched = 0  # characters of the generated text so far
 
-    def add(self, piece: str, start: int, *, is_shown: bool = True) -> int | None:
-        """Where the first text begins that this piece completes; the piece is in the generated text from `start` on,
-        or if it is not shown there, before the character `start`.
+    def add(self, text: str, start: int, *, is_special: bool = False) -> int | None:
+        """Search on; return the position of the first stop text, if one is complete.
+
+        Args:
+            text: next characters, some of which may be known already.
+            start: position of `text` in the generated text.
+            is_special: `text` is the name of a special token before `start`, and not in the generated text.
         """
         if not self.texts:
             return None
-        if is_shown:
-            known = max(0, self._taken - start)
-            piece, start = piece[known:], start + known
-            self._taken = start + len(piece)
-        self._tail += piece
-        self._starts += range(start, start + len(piece)) if is_shown else [start] * len(piece)
+        if not is_special:
+            known = max(0, self._searched - start)
+            text, start = text[known:], start + known
+            self._searched = start + len(text)
+        self._tail += text
+        self._starts += [start] * len(text) if is_special else range(start, start + len(text))
         found = [at for text in self.texts if (at := self._tail.find(text)) >= 0]
         result = self._starts[min(found)] if found else None
         drop = max(0, len(self._tail) - self._kept)

@@ -1,0 +1,96 @@
+"""Requests to the engine: their tokens, their state, and how they end."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from .outputs import FinishReason
+from .prefixes import History, NewTokens
+from .sampling import NOT_FINITE, Sampler, SamplingOptions
+
+log = logging.getLogger(__name__)
+
+IsFinished = Callable[[Sequence[int]], bool]
+OnError = Callable[[BaseException], None]
+
+
+@dataclass(eq=False)
+class Request:
+    """Request to an engine.
+
+    Attributes:
+        history: tokens of the prompt, and new tokens.
+        prompt_length: tokens of the prompt.
+        is_finished: callback, see `Engine.submit`.
+        on_error: callback, see `Engine.submit`.
+        new_tokens: view of the new tokens.
+        id: number in outputs.
+        slot: slot of the state; -1 while the request waits.
+        num_read: tokens that the state in the slot has read.
+    """
+
+    history: History
+    prompt_length: int
+    options: SamplingOptions
+    sampler: Sampler
+    stop_token_ids: frozenset[int]
+    is_finished: IsFinished | None
+    on_error: OnError | None
+    new_tokens: NewTokens = field(init=False)
+    id: int = -1
+    slot: int = -1
+    num_read: int = 0
+    is_cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        self.new_tokens = NewTokens(self.history, self.prompt_length)
+
+    @property
+    def is_decoding(self) -> bool:
+        """True once the prompt has been read."""
+        return self.num_read >= self.prompt_length
+
+    def finish_reason(self, token: int | None) -> FinishReason | None:
+        """Why the request ends after a new token; None if it goes on.
+
+        Raises:
+            ValueError: the logits of the token were not finite.
+        """
+        if token is None:
+            raise ValueError(NOT_FINITE)
+        if self.is_cancelled:
+            return FinishReason.CANCELLED
+        if token in self.stop_token_ids:
+            return FinishReason.STOP
+        if self.is_finished is not None and self.is_finished(self.new_tokens):
+            return FinishReason.STOP
+        if self.is_cancelled:  # by `is_finished`
+            return FinishReason.CANCELLED
+        return FinishReason.LENGTH if len(self.new_tokens) >= self.options.max_new_tokens else None
+
+    def report(self, error: BaseException) -> None:
+        """Log the error that ended the request, and call `on_error`."""
+        log.error("request %d failed", self.id, exc_info=error)
+        if self.on_error is not None:
+            try:
+                self.on_error(error)
+            except Exception:
+                log.exception("on_error of request %d", self.id)
+
+
+@dataclass
+class PromptChunk:
+    """Part of a prompt that one step reads.
+
+    Attributes:
+        stop: tokens of the prompt that are read after the step.
+        saved_at: numbers of tokens after which the state goes to the prefix cache.
+    """
+
+    request: Request
+    stop: int
+    saved_at: list[int]
+
+    @property
+    def start(self) -> int:
+        return self.request.num_read
