@@ -14,13 +14,13 @@ INTERRUPTED, BROKEN_PIPE, FAILED = 130, 1, 2
 def main(program: str = "lightning-attention", commands: str = "lightning_attention.cli.app") -> None:
     """Run the command in `sys.argv`, and exit with its code.
 
-    An error is one line on standard error and code 2; with LIGHTNING_ATTENTION_TRACEBACK=1 in the environment its
-    traceback comes before that line. Ctrl-C is code 130. If the reader of standard output has left, as in `| head`,
-    nothing is said, and the code is 1.
+    An error is one line on standard error and code 2; LIGHTNING_ATTENTION_TRACEBACK=1 in the environment adds the
+    traceback before it. Ctrl-C exits with code 130. If the reader of standard output has left, as in `| head`, the
+    command exits with code 1 and no message.
 
     Args:
-        program: name that begins the line of an error.
-        commands: module whose `app` has the commands.
+        program: name at the start of error lines.
+        commands: module whose `app` defines the commands.
     """
     code, failure = 0, None
     try:
@@ -35,7 +35,7 @@ def main(program: str = "lightning-attention", commands: str = "lightning_attent
         code = exit.code
     except Exception as error:
         failure = error
-    # What Python could not write at its exit would be a traceback there; it is also the cause of an error before.
+    # Or Python prints a traceback at exit. A failed flush is also the cause of an earlier error.
     failure = _flush_output() or failure
     if isinstance(failure, BrokenPipeError):
         code = BROKEN_PIPE
@@ -48,7 +48,7 @@ def main(program: str = "lightning-attention", commands: str = "lightning_attent
 
 
 def _prepare_streams() -> None:
-    """Read and write UTF-8 in every locale. Open closed streams, or the next file takes their place and their output.
+    """Use UTF-8 in every locale, and open closed streams, whose descriptors the next file would take.
 
     Raises:
         OSError: standard output is closed.
@@ -68,7 +68,7 @@ def _prepare_streams() -> None:
 
 
 def _flush_output() -> OSError | None:
-    """Write what is left for standard output; an error, if it cannot be written and is given up."""
+    """Flush standard output; on an error discard the output and return the error."""
     if sys.stdout is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The commands together."""
+"""The command line application, with all commands."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -20,19 +20,19 @@ app.command("info", cls=Command)(info.info)
 
 
 def run(commands: typer.Typer, program: str, arguments: Sequence[str]) -> int:
-    """Run a command; errors are raised as they are.
+    """Run a command without handling its errors.
 
     Args:
-        commands: to choose from.
-        program: name of the program, for its help.
-        arguments: of the command line, without the program.
+        commands: the application.
+        program: name of the program in its help.
+        arguments: arguments of the command line, without the program.
 
     Returns:
         The exit code.
     """
     command = typer.main.get_command(commands)
     try:
-        # Not `command()`: that makes an interruption of EOFError, and writes to standard error on its own.
+        # Not `command()`, which takes EOFError for an interruption and writes to standard error.
         with command.make_context(program, list(arguments)) as context:
             command.invoke(context)
     except typer.Exit as exit:
@@ -47,7 +47,7 @@ def main(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
-    """Language models with Lightning Attention: constant time per token, constant memory."""
+    """Language models with Lightning Attention: constant time per token and constant state size."""
     if version:
         print(__version__)
         raise typer.Exit

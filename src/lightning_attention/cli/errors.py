@@ -1,4 +1,4 @@
-"""What the user is told of an error."""
+"""Messages for errors of a command."""
 
 import errno
 import os
@@ -7,9 +7,9 @@ import traceback
 from contextlib import suppress
 
 TRACEBACK = "LIGHTNING_ATTENTION_TRACEBACK"
-# What the library raises for what a user can mend; any other exception is a mistake of ours.
+# Raised by the library for errors of the user; any other exception is a bug.
 EXPECTED = ValueError, TypeError, FloatingPointError, OSError, ImportError, NotImplementedError, MemoryError
-# Words of PyTorch's allocators and of CUDA's libraries, which raise RuntimeError.
+# In the RuntimeErrors of PyTorch's allocators and of CUDA's libraries.
 NO_MEMORY = (
     "out of memory",
     "allocate memory",
@@ -21,15 +21,15 @@ NO_MEMORY = (
 
 def report(error: Exception, program: str) -> None:
     """Write an error as one line to standard error, after its traceback if LIGHTNING_ATTENTION_TRACEBACK=1."""
-    with suppress(OSError):  # nobody reads standard error; the exit code tells
+    with suppress(OSError):  # standard error is closed; the exit code remains
         if os.environ.get(TRACEBACK, "") not in ("", "0"):
             traceback.print_exception(error)
         print(f"{program}: {describe(error)}", file=sys.stderr, flush=True)
 
 
 def describe(error: Exception) -> str:
-    """An error in one line; for a mistake of ours, also how to see its traceback."""
-    # A missing or unknown option. Depending on its version typer raises click's classes or its own copies of them.
+    """Describe an error in one line; for a bug, with how to see the traceback."""
+    # Missing or unknown options; some versions of typer raise copies of click's classes.
     to_message = getattr(error, "format_message", None)
     message = " ".join((to_message() if to_message else str(error)).split())
     if message and (to_message or isinstance(error, EXPECTED)):
@@ -39,7 +39,7 @@ def describe(error: Exception) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """True if memory of the CPU or a GPU did not suffice."""
+    """True if memory of the CPU or a GPU was exhausted."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, MemoryError) or (

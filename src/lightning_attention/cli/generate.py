@@ -1,4 +1,4 @@
-"""`lightning-attention generate`: text from a trained model."""
+"""`lightning-attention generate`: generate text with a trained model."""
 
 import logging
 import os
@@ -16,36 +16,34 @@ LINES_FAILED = 1
 
 
 def generate(
-    checkpoint: Annotated[Path, Option(help="A checkpoint, or the output folder of a run.")],
-    prompt: Annotated[str | None, Option(help="Text to go on from. By default standard input.")] = None,
+    checkpoint: Annotated[Path, Option(help="Checkpoint, or output folder of a run.")],
+    prompt: Annotated[str | None, Option(help="Text to continue. By default standard input.")] = None,
     prompts: Annotated[
         Path | None,
         Option(
-            help="A .jsonl file or pipe instead, - for standard input: lines with a text `prompt`, and options of "
-            "their own (max_new_tokens, temperature, ..., and stop: a text or texts that end the answer). Answered "
-            "many at a time; a line that cannot be answered gets an `error`, and the exit code is then 1."
+            help="Instead of --prompt, a .jsonl file or pipe, or - for standard input. Each line has a text `prompt` "
+            "and optionally options (max_new_tokens, temperature, ..., and stop: one or more texts that end the "
+            "answer). If a line cannot be answered, its answer has an `error`, and the exit code is 1."
         ),
     ] = None,
     output: Annotated[
         Path | None,
         Option(
-            help="With --prompts, a .jsonl file for the answers, by default standard output. Answers that are in the "
-            "file already are kept, so that the same command continues after an interruption."
+            help="With --prompts, a .jsonl file for the answers, by default standard output. Answers in the file are "
+            "kept, so that the same command continues after an interruption."
         ),
     ] = None,
-    max_requests: Annotated[int, Option(help="With --prompts, how many are answered at a time.")] = 64,
-    prefix_slots: Annotated[
-        int, Option(help="With --prompts, states to keep so that a beginning they have in common is read once.")
-    ] = 16,
+    max_requests: Annotated[int, Option(help="With --prompts, prompts answered at a time.")] = 64,
+    prefix_slots: Annotated[int, Option(help="With --prompts, states in the prefix cache.")] = 16,
     max_new_tokens: Annotated[int, Option(help="Tokens to generate, at most.")] = 256,
-    temperature: Annotated[float, Option(help="0 takes the likeliest token every time.")] = 1.0,
-    top_k: Annotated[int, Option(help="Sample from the k likeliest tokens; 0 is all.")] = 0,
-    top_p: Annotated[float, Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
-    repetition_penalty: Annotated[float, Option(help="Above 1 avoids what was there already.")] = 1.0,
+    temperature: Annotated[float, Option(help="0 takes the most likely token.")] = 1.0,
+    top_k: Annotated[int, Option(help="Sample from the k most likely tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, Option(help="Sample from the most likely tokens with this total probability.")] = 1.0,
+    repetition_penalty: Annotated[float, Option(help="Above 1 avoids tokens of the prompt and of the answer.")] = 1.0,
     seed: Annotated[int | None, Option(help="Makes sampling repeatable.")] = None,
     bf16: Annotated[bool, Option("--bf16", help="Run in bfloat16.")] = False,
 ) -> None:
-    """Generate text token by token, in constant memory, however long it gets."""
+    """Generate text after a prompt, or answer a file of prompts."""
     from transformers.utils.logging import disable_progress_bar
 
     from ..inference import SamplingOptions
@@ -56,7 +54,9 @@ def generate(
         raise ValueError("--output goes with --prompts")
     if prompt is not None and prompts is not None:
         raise ValueError("give --prompt or --prompts, not both")
-    with _saying_how_to_go_on("interrupted" if output is None else f"interrupted: the same command continues {output}"):
+    with _explaining_interruption(
+        "interrupted" if output is None else f"interrupted: the same command continues {output}"
+    ):
         if prompts is None:
             _continue_prompt(checkpoint, bf16, prompt, options)
         else:
@@ -68,11 +68,11 @@ def _continue_prompt(checkpoint: Path, bf16: bool, prompt: str | None, options: 
 
     model, tokenizer = load(checkpoint, bf16=bf16)
     text = _standard_input() if prompt is None else _argument(prompt)
-    pieces = stream(model, tokenizer, text, options)
-    first = next(pieces, "")  # before anything is written: it may fail
+    generated = stream(model, tokenizer, text, options)
+    first = next(generated, "")  # may fail, so that nothing is written before
     _write(text + first)
-    for piece in pieces:
-        _write(piece)
+    for text in generated:
+        _write(text)
     _write("\n")
 
 
@@ -89,7 +89,7 @@ def _answer_prompts(
     from ..inference.answers import arriving_lines, check_writable, read_answers, write_answers
     from ..inference.batch import answer_lines, to_json
 
-    # Another thing than a file, such as a pipe, is written as it is.
+    # A pipe or device is written without reading or replacing its content.
     is_special = output is not None and output.exists() and not (output.is_file() or output.is_dir())
     kept = None if is_special else output
     answered = {}
@@ -119,8 +119,8 @@ def _answer_prompts(
 
 
 @contextmanager
-def _saying_how_to_go_on(line: str) -> Iterator[None]:
-    """Write a line to standard error at Ctrl-C."""
+def _explaining_interruption(line: str) -> Iterator[None]:
+    """Write a line to standard error on Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:
@@ -137,7 +137,7 @@ def _standard_input() -> str:
 
 
 def _argument(text: str) -> str:
-    """An argument as UTF-8, as which Python has not read it in every locale."""
+    """Decode an argument as UTF-8, in every locale."""
     try:
         return os.fsencode(text).decode("utf-8")
     except UnicodeError as error:
@@ -151,7 +151,7 @@ def _write(text: str) -> None:
 
 
 def _bytes_of(stream: Any) -> IO[Any]:
-    """The bytes below a text stream, whose encoding the locale has chosen; or the stream where there are none."""
+    """Byte stream under a text stream, whose encoding depends on the locale; the stream itself if it has none."""
     return getattr(stream, "buffer", stream)
 
 
@@ -165,11 +165,11 @@ def _opened(prompts: Path) -> Iterator[IO[Any]]:
 
 
 def _number_of_lines(file: IO[Any]) -> int | None:
-    """Lines that are not blank; None for a pipe, which can be read only once."""
+    """Count the lines that are not blank; None for a pipe, which can be read only once."""
     try:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return None
-    except OSError:  # not a file of the system
+    except OSError:  # not a file of the operating system
         return None
     start = file.tell()
     count = sum(1 for line in file if line.strip())
@@ -188,7 +188,7 @@ def _appending(output: Path | None) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def _without_engine_log() -> Iterator[None]:
-    """An answer's `error` says what the engine would log with a traceback."""
+    """Silence the log of failed requests: the `error` of an answer says the same."""
     logger = logging.getLogger("lightning_attention.inference.requests")
     before, logger.disabled = logger.disabled, True
     try:
@@ -198,7 +198,7 @@ def _without_engine_log() -> Iterator[None]:
 
 
 def _with_progress(answers: Iterable[dict], total: int | None) -> Iterator[dict]:
-    """The answers, with a progress bar on a terminal."""
+    """Yield the answers, with a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import track
 

@@ -1,4 +1,4 @@
-"""`lightning-attention info`: what is here and what can run."""
+"""`lightning-attention info`: versions, devices and backends."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -14,7 +14,7 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "tokenizers", "safe
 
 
 def info() -> None:
-    """Show versions, devices, and which backends can run here; for those that cannot, why."""
+    """Show versions, devices, and the backends with the reasons why one cannot run."""
     console = Console(soft_wrap=True, markup=False, emoji=False)
     table = Table("package", "version", box=None)
     table.add_row("lightning-attention", _version("lightning-attention"))

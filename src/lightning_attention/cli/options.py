@@ -1,4 +1,4 @@
-"""Options of commands: what click would take in silence is refused."""
+"""Checks of options that click accepts silently."""
 
 from collections.abc import Iterable
 from math import isfinite
@@ -10,15 +10,15 @@ from typer.core import TyperCommand
 from .errors import is_out_of_memory
 
 MAY_BE_EMPTY = {"prompt"}
-# What takes memory, by the names of parameters.
+# Parameters that determine memory use.
 SIZES = "batch_size", "max_requests", "prefix_slots", "sequence_length", "segment_length", "length", "heads", "head_dim"
 SIZES += ("size",)
 
 
 class Command(TyperCommand):
-    """A command that refuses what click would take in silence, and says what to lower when memory runs out.
+    """Command that refuses options given twice, empty options, and numbers that are not finite or exceed 64 bits.
 
-    It refuses an option given twice, an empty one, and numbers that are not finite or beyond 64 bits.
+    If memory runs out, the error names the options to lower.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -51,14 +51,14 @@ class Command(TyperCommand):
 
 
 def check_at_least(least: int, **values: Any) -> None:
-    """Refuse options below a number.
+    """Check that options are at least `least`.
 
     Args:
-        least: the number.
-        values: by parameter: a number, numbers, or None, which passes.
+        least: the lower bound.
+        values: number, numbers, or None, which passes, by parameter.
 
     Raises:
-        ValueError: one is below.
+        ValueError: a value is below the bound.
     """
     for name, value in values.items():
         for x in _values(value):
@@ -67,18 +67,18 @@ def check_at_least(least: int, **values: Any) -> None:
 
 
 def given_options(context: typer.Context) -> set[str]:
-    """The parameters that stand on the command line."""
+    """Parameters that are given on the command line."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def option_names(parameters: Iterable[str]) -> str:
-    """Parameters as the user gives them: `--batch-size, --size`."""
+    """Options of parameters, for messages: `--batch-size, --size`."""
     return ", ".join("--" + name.replace("_", "-") for name in parameters)
 
 
 def show_help_without_command(context: typer.Context) -> None:
-    """Answer a group of commands that is given none with its help."""
+    """Show the help of a group of commands if no command is given."""
     if context.invoked_subcommand is None:
         print(context.get_help())
 

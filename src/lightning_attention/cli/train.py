@@ -1,8 +1,9 @@
-"""`lightning-attention train`: a language model from the user's own text."""
+"""`lightning-attention train`: train a language model on text files."""
 
 import os
 import sys
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,13 +13,14 @@ from typer import Option
 
 from .options import given_options, option_names
 
-DATA, MODEL, RUN = "Data", "Model", "Run"
-# What may differ from machine to machine on which a run goes on.
+# Options in the panels of the help.
+DATA, MODEL, RUN = (partial(Option, rich_help_panel=panel) for panel in ("Data", "Model", "Run"))
+# Options that may change on --resume, for another number of machines.
 SHARING = "sequence_parallel", "sequence_parallel_strategy", "fsdp", "timeout"
 
 
 class _Console(Console):
-    """A console whose reader may leave while the run goes on."""
+    """Console whose output is discarded once the reader of standard output has left."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -27,81 +29,62 @@ class _Console(Console):
 
 def train(
     context: typer.Context,
-    output: Annotated[Path, Option(help="Folder for checkpoints, metrics and plot.", rich_help_panel=RUN)] = Path(
-        "run"
-    ),
+    output: Annotated[Path, RUN(help="Folder for checkpoints, metrics and plot.")] = Path("run"),
     data: Annotated[
         list[Path] | None,
-        Option(
+        DATA(
             help="File or folder: text, code, .jsonl, .parquet, also .gz or .zst. Repeat for more. By default Python's "
-            "standard library.",
-            rich_help_panel=DATA,
+            "standard library."
         ),
     ] = None,
     text_field: Annotated[
-        str, Option(help="Field of a .jsonl line, or column of a .parquet, that holds the text.", rich_help_panel=DATA)
+        str, DATA(help="Field of a .jsonl line, or column of a .parquet file, with the text.")
     ] = "text",
-    tokenizer: Annotated[str, Option(help="'bytes', or the path of a tokenizer.json.", rich_help_panel=DATA)] = "bytes",
+    tokenizer: Annotated[str, DATA(help="'bytes', or the path of a tokenizer.json.")] = "bytes",
     eos_token: Annotated[
-        str | None,
-        Option(help="Token of its vocabulary that ends a document. By default its own.", rich_help_panel=DATA),
+        str | None, DATA(help="Token of the vocabulary that ends a document. By default the tokenizer's own.")
     ] = None,
-    sequence_length: Annotated[int, Option(help="Tokens in a row.", rich_help_panel=DATA)] = 1024,
+    sequence_length: Annotated[int, DATA(help="Tokens per sequence.")] = 1024,
     segment_length: Annotated[
-        int | None,
-        Option(help="Tokens of a row in memory at a time; gradients stay exact. By default all.", rich_help_panel=RUN),
+        int | None, RUN(help="Tokens per training segment; gradients stay exact. By default no segments.")
     ] = None,
-    held_out: Annotated[float, Option(help="Part of the tokens kept for evaluation.", rich_help_panel=DATA)] = 0.05,
-    eval_tokens: Annotated[int, Option(help="Held-out tokens to evaluate on, at most.", rich_help_panel=DATA)] = 1
-    << 18,
-    size: Annotated[str, Option(help="demo, 45M, 385M, 1B, 3B, 7B or 15B.", rich_help_panel=MODEL)] = "demo",
-    config: Annotated[
-        Path | None, Option(help="JSON file of a model configuration, instead of a size.", rich_help_panel=MODEL)
-    ] = None,
+    held_out: Annotated[float, DATA(help="Fraction of the tokens kept for evaluation.")] = 0.05,
+    eval_tokens: Annotated[int, DATA(help="Held-out tokens to evaluate on, at most.")] = 1 << 18,
+    size: Annotated[str, MODEL(help="demo, 45M, 385M, 1B, 3B, 7B or 15B.")] = "demo",
+    config: Annotated[Path | None, MODEL(help="JSON file of a model configuration, instead of a size.")] = None,
     decay_preset: Annotated[
-        str | None, Option(help="Decays by name. By default those of the configuration.", rich_help_panel=MODEL)
+        str | None, MODEL(help="Name of the decays. By default the preset of the configuration.")
     ] = None,
-    steps: Annotated[int, Option(help="Optimizer steps.", rich_help_panel=RUN)] = 1000,
-    batch_size: Annotated[int, Option(help="Rows a process takes at a time.", rich_help_panel=RUN)] = 8,
-    sequence_parallel: Annotated[
-        int,
-        Option(help="Processes, of those that torchrun starts, that share the tokens of a row.", rich_help_panel=RUN),
-    ] = 1,
+    steps: Annotated[int, RUN(help="Optimizer steps.")] = 1000,
+    batch_size: Annotated[int, RUN(help="Sequences per forward pass of a process.")] = 8,
+    sequence_parallel: Annotated[int, RUN(help="Number of processes, started by torchrun, that share a sequence.")] = 1,
     sequence_parallel_strategy: Annotated[
-        str, Option(help="How states travel between them: all-gather or ring.", rich_help_panel=RUN)
+        str, RUN(help="How they exchange states: all-gather or ring.")
     ] = "all-gather",
-    fsdp: Annotated[
-        bool,
-        Option(help="Spread the model over all processes, instead of keeping it whole on each.", rich_help_panel=RUN),
-    ] = False,
-    accumulate: Annotated[int, Option(help="Batches added up in a step.", rich_help_panel=RUN)] = 1,
-    learning_rate: Annotated[float, Option(help="Highest learning rate.", rich_help_panel=RUN)] = 2e-3,
-    warmup: Annotated[float, Option(help="Part of the steps over which it rises.", rich_help_panel=RUN)] = 0.05,
-    weight_decay: Annotated[float, Option(help="Of AdamW.", rich_help_panel=RUN)] = 0.1,
-    log_every: Annotated[int, Option(help="Steps between logs.", rich_help_panel=RUN)] = 10,
-    eval_every: Annotated[int, Option(help="Steps between evaluations.", rich_help_panel=RUN)] = 200,
-    save_every: Annotated[int, Option(help="Steps between checkpoints.", rich_help_panel=RUN)] = 200,
-    bf16: Annotated[bool, Option("--bf16", help="Train in bfloat16 autocast.", rich_help_panel=RUN)] = False,
-    compile: Annotated[bool, Option("--compile", help="torch.compile the model.", rich_help_panel=RUN)] = False,
-    gradient_checkpointing: Annotated[
-        bool, Option("--gradient-checkpointing", help="Recompute activations.", rich_help_panel=RUN)
-    ] = False,
-    timeout: Annotated[
-        float, Option(help="Seconds that processes wait for one of them that does not answer.", rich_help_panel=RUN)
-    ] = 1800.0,
-    seed: Annotated[int, Option(help="Of weights and data order.", rich_help_panel=RUN)] = 0,
+    fsdp: Annotated[bool, RUN(help="Shard the model over all processes.")] = False,
+    accumulate: Annotated[int, RUN(help="Batches accumulated per step.")] = 1,
+    learning_rate: Annotated[float, RUN(help="Highest learning rate.")] = 2e-3,
+    warmup: Annotated[float, RUN(help="Fraction of the steps for warm-up.")] = 0.05,
+    weight_decay: Annotated[float, RUN(help="Weight decay of AdamW.")] = 0.1,
+    log_every: Annotated[int, RUN(help="Steps between logs.")] = 10,
+    eval_every: Annotated[int, RUN(help="Steps between evaluations.")] = 200,
+    save_every: Annotated[int, RUN(help="Steps between checkpoints.")] = 200,
+    bf16: Annotated[bool, RUN("--bf16", help="Train in bfloat16 autocast.")] = False,
+    compile: Annotated[bool, RUN("--compile", help="torch.compile the model.")] = False,
+    gradient_checkpointing: Annotated[bool, RUN("--gradient-checkpointing", help="Recompute activations.")] = False,
+    timeout: Annotated[float, RUN(help="Seconds to wait for a process that does not answer.")] = 1800.0,
+    seed: Annotated[int, RUN(help="Seed of weights and data order.")] = 0,
     resume: Annotated[
         bool,
-        Option(
+        RUN(
             "--resume",
-            help="Go on with the run in --output, with the options it has; how processes share it may be given anew.",
-            rich_help_panel=RUN,
+            help="Resume the run in --output with its options; options on the number of processes may change.",
         ),
     ] = False,
 ) -> None:
-    """Train a language model on text; by default a small one on Python's standard library.
+    """Train a language model on text; by default a small model on Python's standard library.
 
-    Start it with torchrun to train on several GPUs or machines.
+    Start the command with torchrun to train on several GPUs or machines.
     """
     values: dict[str, Any] = dict(locals())
     from transformers.utils.logging import disable_progress_bar
