@@ -1,4 +1,4 @@
-"""Bad invocations of every command, and the files that they are about."""
+"""Faulty invocations of every command, and the files that they name."""
 
 import json
 import os
@@ -61,7 +61,7 @@ BAD_RUNS = {
 
 
 def files(folder: Path) -> Path:
-    """Fill a folder with what the invocations name."""
+    """Create the files that the invocations name."""
     text = "to be or not to be, that is the question. " * 40
     (folder / "text.txt").write_text(text)
     (folder / "short.txt").write_text("a")
@@ -117,7 +117,7 @@ def _checkpoints(folder: Path) -> None:
 
 
 def _numbers(command: list[str], option: str, *values: str, is_whole: bool = True) -> Iterator[list[str]]:
-    """A command whose option is no number at all, or one of these values."""
+    """Yield a command with values that are no numbers, and with `values`, for a numeric option."""
     others = (BEYOND_64_BITS, "-" + BEYOND_64_BITS, "1.5") if is_whole else ()
     command = _without(command, option)
     for value in dict.fromkeys(("nan", "inf", "-inf", *NO_NUMBERS, *others, *values)):
@@ -220,5 +220,5 @@ def words() -> Iterator[list[str]]:
 
 
 def faults() -> list[tuple[str, ...]]:
-    """Every bad invocation, once."""
+    """All faulty invocations, each once."""
     return list(dict.fromkeys(tuple(command) for command in (*numbers(), *paths(), *words())))

@@ -1,6 +1,6 @@
-"""Commands in processes of their own, a few milliseconds each: forks of one that has imported everything.
+"""Commands in forked processes, a few milliseconds each: the parent has imported all modules.
 
-As a script it is that process: it reads a request a line, and answers with the exit code, None after a timeout.
+As a script this is the parent: it reads one request per line and prints the exit code, None after a timeout.
 """
 
 import gc
@@ -23,7 +23,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Request:
-    """A command to run. Streams are paths to open, or None for a closed one."""
+    """Command to run; a stream is a path to open, or None for a closed stream."""
 
     arguments: list[str]
     folder: str
@@ -32,18 +32,18 @@ class Request:
     stderr: str | None = os.devnull
     environment: dict[str, str] = field(default_factory=dict)
     timeout: float = 30.0
-    max_file_bytes: int = resource.RLIM_INFINITY  # a write beyond fails, as on a full disk
+    max_file_bytes: int = resource.RLIM_INFINITY  # larger files fail, as on a full disk
 
 
 class Forks:
-    """A process whose forks run commands of `lightning-attention` or of `python -m benchmarks`."""
+    """Process whose forks run commands of `lightning-attention` or of `python -m benchmarks`."""
 
     def __init__(self, program: str = "lightning-attention") -> None:
         command = [sys.executable, __file__, program]
         self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def run(self, request: Request) -> int | None:
-        """Exit code of a command, minus the signal that ended it; None if it took too long."""
+        """Exit code of a command, negative for a signal; None after the timeout."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         print(json.dumps(asdict(request)), file=self._server.stdin, flush=True)
@@ -64,7 +64,7 @@ class Result:
 
 
 def run_command(forks: Forks, arguments: list[str], folder: Path, scratch: Path, **options: Any) -> Result:
-    """Run a command in a folder, with what it writes to its streams in files of `scratch`."""
+    """Run a command in a folder; its output goes to files in `scratch`."""
     out, err = scratch / "stdout", scratch / "stderr"
     for stream in (out, err):
         stream.write_bytes(b"")
@@ -73,7 +73,7 @@ def run_command(forks: Forks, arguments: list[str], folder: Path, scratch: Path,
     return Result(code, *(stream.read_text(errors="backslashreplace") for stream in (out, err)))
 
 
-kept: list[Any] = []  # streams of this process, which would close the descriptors of a fork's streams
+kept: list[Any] = []  # streams of the parent, which would close the descriptors of the fork if collected
 
 
 def serve(program: str) -> None:
@@ -91,7 +91,7 @@ def serve(program: str) -> None:
 
         main, command = partial(main, program, "benchmarks.commands"), "scaling"
     with redirect_stdout(StringIO()):
-        app.run(commands, program, [command])  # what typer imports at its first command
+        app.run(commands, program, [command])  # imports what typer needs for a command
     gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
@@ -99,11 +99,11 @@ def serve(program: str) -> None:
             print(json.dumps(_wait(pid, request["timeout"])), flush=True)
         else:
             _become(request)
-            os._exit(_exit_code(main))  # taking the imported modules down would take a second
+            os._exit(_exit_code(main))  # a normal exit would take a second
 
 
 def _exit_code(main: Callable[[], None]) -> int:
-    """The code of a process that runs `main`: of SystemExit, and what Python does at its end."""
+    """Exit code of a process that runs `main`, as at the exit of Python."""
     code: object = 0
     try:
         main()

@@ -1,4 +1,4 @@
-"""The commands as a user runs them, in this process."""
+"""Commands in this process."""
 
 import inspect
 import io
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
 def run(monkeypatch, capsys, *arguments: object, stdin: str = "") -> tuple[int, str, str]:
-    """Exit code, standard output and standard error."""
+    """Run a command; return exit code, standard output and standard error."""
     monkeypatch.setattr(sys, "argv", ["lightning-attention", *map(str, arguments)])
     monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
     try:
@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint-7")
 
 
-def test_train_and_generate(monkeypatch, capsys, tmp_path):
+def test_train_writes_a_run_that_generate_loads(monkeypatch, capsys, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.txt").write_text("to be or not to be, " * 200)
     (tmp_path / "model.json").write_text(
@@ -70,17 +70,17 @@ def test_train_and_generate(monkeypatch, capsys, tmp_path):
     )
 
 
-def test_generate_streams_what_the_model_writes(monkeypatch, capsys, checkpoint):
+def test_generate_prints_the_tokens_of_the_model(monkeypatch, capsys, checkpoint):
     model, tokenizer = load(checkpoint)
     ids = torch.tensor([[256, *b"hello"]])
-    written = model.generate(ids.to(model.device), max_new_tokens=20, do_sample=False)[0, 6:]
+    new_tokens = model.generate(ids.to(model.device), max_new_tokens=20, do_sample=False)[0, 6:]
     arguments = ["generate", "--checkpoint", checkpoint, "--max-new-tokens", 20, "--temperature", 0]
-    expected = "hello" + tokenizer.decode(written, skip_special_tokens=True) + "\n"
+    expected = f"hello{tokenizer.decode(new_tokens, skip_special_tokens=True)}\n"
     assert run(monkeypatch, capsys, *arguments, "--prompt", "hello")[:2] == (0, expected)
     assert run(monkeypatch, capsys, *arguments, stdin="hello")[:2] == (0, expected)
 
 
-def test_generate_answers_a_file(monkeypatch, capsys, checkpoint, tmp_path):
+def test_generate_answers_a_file_of_prompts(monkeypatch, capsys, checkpoint, tmp_path):
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text('{"prompt": "hello", "temperature": 0, "max_new_tokens": 20}\n\n{"prompt": 3}\n')
     arguments = ["generate", "--checkpoint", checkpoint]
@@ -99,7 +99,7 @@ def test_generate_answers_a_file(monkeypatch, capsys, checkpoint, tmp_path):
     assert [json.loads(line) for line in out.splitlines()] == answers
 
 
-def test_what_the_tokenizer_returns_is_what_the_model_takes(checkpoint):
+def test_padded_prompts_generate_as_alone(checkpoint):
     model, tokenizer = load(checkpoint)
     inputs = tokenizer(["a", "longer"], return_tensors="pt", padding=True).to(model.device)
     assert inputs["attention_mask"].tolist() == [[0, 0, 0, 0, 0, 1, 1], [1] * 7]
@@ -107,11 +107,11 @@ def test_what_the_tokenizer_returns_is_what_the_model_takes(checkpoint):
     assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False)[1:], alone)
 
 
-def test_the_run_folder_is_its_last_checkpoint(checkpoint):
+def test_loading_a_run_folder_takes_its_last_checkpoint(checkpoint):
     assert load(checkpoint.parent)[0].config.name_or_path == str(checkpoint)
 
 
-def test_sampling_follows_the_seed(checkpoint):
+def test_sampling_repeats_with_the_seed(checkpoint):
     model, tokenizer = load(checkpoint)
 
     def sample(**options) -> str:
@@ -123,7 +123,7 @@ def test_sampling_follows_the_seed(checkpoint):
     assert sample(seed=1, top_p=1e-6) == sample(temperature=0)
 
 
-def test_a_failure_while_writing_is_raised(checkpoint, monkeypatch):
+def test_stream_raises_errors_of_the_model(checkpoint, monkeypatch):
     model, tokenizer = load(checkpoint)
 
     def fail(*args, **kwargs):
@@ -134,12 +134,12 @@ def test_a_failure_while_writing_is_raised(checkpoint, monkeypatch):
         list(stream(model, tokenizer, "a", SamplingOptions()))
 
 
-def test_bfloat16(checkpoint):
+def test_load_in_bfloat16(checkpoint):
     assert load(checkpoint, bf16=True)[0].dtype == torch.bfloat16
 
 
 def broken(checkpoint: Path, folder: Path, how: str) -> Path:
-    """A copy of a checkpoint with something wrong."""
+    """Copy a checkpoint and damage it."""
     folder.mkdir()
     for file in checkpoint.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -182,7 +182,7 @@ def broken(checkpoint: Path, folder: Path, how: str) -> Path:
         ("bad json", "is not a checkpoint"),
     ],
 )
-def test_a_broken_checkpoint_is_one_line(monkeypatch, capsys, tmp_path, checkpoint, how, message):
+def test_a_broken_checkpoint_is_one_error_line(monkeypatch, capsys, tmp_path, checkpoint, how, message):
     folder = broken(checkpoint, tmp_path / "broken", how)
     code, out, err = run(monkeypatch, capsys, "generate", "--checkpoint", folder, "--prompt", "a")
     assert (code, out) == (2, "")
@@ -223,7 +223,7 @@ def test_a_broken_checkpoint_is_one_line(monkeypatch, capsys, tmp_path, checkpoi
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, capsys, tmp_path, arguments, message):
+def test_invalid_input_is_one_error_line_and_writes_no_file(monkeypatch, capsys, tmp_path, arguments, message):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "bad.jsonl").write_text("{}\n")
     (tmp_path / "here").mkdir()
@@ -236,14 +236,14 @@ def test_bad_input_is_one_line_and_writes_nothing(monkeypatch, capsys, tmp_path,
     assert list((tmp_path / "here").iterdir()) == []
 
 
-def test_the_command_has_the_defaults_of_the_library():
+def test_train_has_the_defaults_of_training_options():
     command = inspect.signature(train_command).parameters
     for field in fields(TrainingOptions):
         if field.name not in ("output", "data"):
             assert command[field.name].default == field.default, field.name
 
 
-def test_an_interrupted_command_fails(monkeypatch, capsys):
+def test_an_interrupted_command_exits_with_130(monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -251,7 +251,7 @@ def test_an_interrupted_command_fails(monkeypatch, capsys):
     assert run(monkeypatch, capsys, "info")[0] == 130
 
 
-def test_info(monkeypatch, capsys):
+def test_info_shows_versions_and_backends(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "info")
     assert code == 0
     for expected in ("torch", torch.__version__.split("+")[0], "chunked", "reference", "cpu", "yes"):

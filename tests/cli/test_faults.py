@@ -1,4 +1,4 @@
-"""What a user does wrong is one line on standard error and code 2, and leaves every file as it was."""
+"""Errors of users are one line on standard error and code 2, and leave every file unchanged."""
 
 import shutil
 import sys
@@ -12,15 +12,14 @@ from cli.forks import Forks, Result, run_command
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and files of /dev and /proc")
 
-# The table is long: `make test` runs the values that are an option's own, `make test-slow` those that are tried with
-# every option, and what a folder of a checkpoint or an output may be.
+# Values that are tried with every option or folder are marked slow; `make test` runs the others.
 COMMON = {"inf", "-inf", "1.5", "-" + faults.BEYOND_64_BITS, faults.BEYOND_64_BITS, *faults.NO_NUMBERS}
 COMMON |= {f"{file}-{name}" for file in ("tokenizer", "tokenizer_config", "weights") for name in faults.BAD_JSON}
 COMMON |= {*faults.UNWRITABLE[2:], "-x", "gpt2"}
 
 
 class Workspace:
-    """A folder with the files of the invocations, and a process whose forks run commands in it."""
+    """Folder with the files that the commands name, and a process whose forks run commands in it."""
 
     def __init__(self, root: Path):
         self.forks, self.scratch, self.folder = Forks(), root / "scratch", root / "folder"
@@ -37,7 +36,7 @@ class Workspace:
         return run_command(self.forks, list(arguments), self.folder, self.scratch, **options)
 
     def state(self) -> dict[str, object]:
-        """Every path, with its kind, size and time of change."""
+        """Mode, size and modification time of every path."""
         stats = {str(path.relative_to(self.folder)): path.lstat() for path in self.folder.rglob("*")}
         return {
             path: (stat.st_mode, None if S_ISDIR(stat.st_mode) else (stat.st_size, stat.st_mtime_ns))
@@ -45,7 +44,7 @@ class Workspace:
         }
 
     def changed(self) -> list[str]:
-        """Paths that a command has created, changed or removed; they are as they were after this call."""
+        """Return the paths that a command has created, changed or removed, and restore the folder."""
         after = self.state()
         changed = sorted(path for path in self.before.keys() | after.keys() if self.before.get(path) != after.get(path))
         if changed:
@@ -61,12 +60,12 @@ def workspace(tmp_path_factory) -> Iterator[Workspace]:
 
 
 def readable(arguments: tuple[str, ...]) -> str:
-    """The command, and what is wrong with it: its last arguments."""
-    words = [word for word in arguments[:2] if not word.startswith("-")]
-    return " ".join([*words, *(word[:40] for word in arguments[len(words) :][-2:])])
+    """Command with its last arguments, which are at fault."""
+    command = [word for word in arguments[:2] if not word.startswith("-")]
+    return " ".join([*command, *(word[:40] for word in arguments[len(command) :][-2:])])
 
 
-def is_one_line(result: Result) -> bool:
+def is_error_line(result: Result) -> bool:
     return result.err.startswith("lightning-attention: ") and result.err.count("\n") == 1
 
 
@@ -76,18 +75,18 @@ def marked(arguments: tuple[str, ...]):
 
 
 @pytest.mark.parametrize("arguments", [marked(arguments) for arguments in faults.faults()])
-def test_a_fault_is_one_line_and_changes_no_file(workspace, arguments):
+def test_a_fault_is_one_error_line_and_changes_no_file(workspace, arguments):
     result = workspace.run(*arguments)
     assert workspace.changed() == []
     assert (result.code, result.out) == (2, "")
-    assert is_one_line(result), result.err
+    assert is_error_line(result), result.err
     assert "TRACEBACK" not in result.err, result.err
 
 
-def test_out_of_memory_names_what_to_lower(workspace):
+def test_out_of_memory_names_the_options_to_lower(workspace):
     result = workspace.run(*faults.LINES, "--prefix-slots", faults.HUGE)
     assert (result.code, result.out) == (2, "")
-    assert is_one_line(result)
+    assert is_error_line(result)
     assert result.err.startswith("lightning-attention: out of memory: lower ")
     assert "--prefix-slots" in result.err
 
@@ -111,11 +110,11 @@ def test_out_of_memory_names_what_to_lower(workspace):
 def test_a_fault_names_the_option_or_file(workspace, arguments, named):
     result = workspace.run(*arguments)
     assert result.code == 2
-    assert is_one_line(result)
+    assert is_error_line(result)
     assert named in result.err
 
 
-def test_a_name_that_looks_like_markup_is_shown_as_it_is(workspace):
+def test_names_are_not_read_as_markup(workspace):
     name = "a[b]:dog:[red]"
     result = workspace.run(*faults.TRAIN[: faults.TRAIN.index("new")], name)
     assert {path.split("/")[0] for path in workspace.changed()} == {name}

@@ -42,7 +42,7 @@ def run(tmp_path_factory):
 
 
 def line_of(result: Result) -> str:
-    """The one line of an error."""
+    """Error line of a failed command."""
     assert result.code == 2
     assert result.err.startswith("lightning-attention: ")
     assert result.err.count("\n") == 1
@@ -50,19 +50,19 @@ def line_of(result: Result) -> str:
 
 
 @each_command
-def test_a_command_that_works_has_code_0_and_says_no_error(run, arguments):
+def test_a_command_exits_with_0_and_an_empty_standard_error(run, arguments):
     result = run(arguments)
     assert (result.code, result.err) == (0, "")
     assert result.out
 
 
-def test_no_command_is_help(run):
+def test_no_command_shows_the_help(run):
     result = run([])
     assert (result.code, result.err) == (0, "")
     assert result.out.strip() == run(["--help"]).out.strip()
 
 
-def test_version(run):
+def test_version_is_printed(run):
     assert run(["--version"]) == Result(0, f"{__version__}\n", "")
 
 
@@ -77,12 +77,12 @@ def test_a_full_standard_output_is_an_error(run, arguments):
 
 
 @pytest.mark.parametrize("stderr", [None, "/dev/full"], ids=["closed", "full"])
-def test_an_error_that_nobody_can_read_has_its_code(run, stderr):
+def test_an_unwritable_standard_error_keeps_the_exit_code(run, stderr):
     result = run(FAULT, stderr=stderr)
     assert (result.code, result.out, result.err) == (2, "", "")
 
 
-def test_an_output_file_does_not_take_the_place_of_a_closed_stream(run, tmp_path):
+def test_an_output_file_does_not_take_the_descriptor_of_a_closed_stream(run, tmp_path):
     prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     prompts.write_text('{"prompt": "a", "max_new_tokens": 2}\n')
     command = ["generate", "--checkpoint", "checkpoint", "--prompts", str(prompts), "--output", str(answers)]
@@ -91,7 +91,7 @@ def test_an_output_file_does_not_take_the_place_of_a_closed_stream(run, tmp_path
 
 
 @each_command
-def test_a_reader_that_left_is_no_error(run, arguments):
+def test_a_reader_that_left_is_code_1_without_a_message(run, arguments):
     reader, writer = os.pipe()
     try:
         os.close(reader)
@@ -116,13 +116,13 @@ def test_output_is_utf8_in_every_locale(run):
     assert result.out.startswith("ü")
 
 
-def test_a_name_that_is_no_text_is_shown(run, tmp_path):
+def test_a_name_that_is_not_utf8_is_escaped(run, tmp_path):
     (tmp_path / "\udcff").touch()
     assert "\\udcff" in line_of(run(["generate", "--checkpoint", str(tmp_path / "\udcff"), "--prompt", "a"]))
 
 
 @pytest.mark.parametrize("value", ["1", "0", ""])
-def test_a_traceback_is_shown_on_request_before_the_line(run, value):
+def test_a_traceback_is_shown_on_request_before_the_error_line(run, value):
     result = run(FAULT, environment={"LIGHTNING_ATTENTION_TRACEBACK": value})
     lines = result.err.splitlines()
     assert result.code == 2
@@ -132,7 +132,7 @@ def test_a_traceback_is_shown_on_request_before_the_line(run, value):
 
 
 def in_this_process(monkeypatch, capsys, failure: BaseException) -> tuple[object, str, str]:
-    """Exit code, standard output and standard error of a command that raises."""
+    """Run a command that raises; return exit code, standard output and standard error."""
 
     def fails(*_, **__):
         raise failure
@@ -159,7 +159,7 @@ def in_this_process(monkeypatch, capsys, failure: BaseException) -> tuple[object
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_mistake_of_ours_is_one_line_too(monkeypatch, capsys, failure):
+def test_a_bug_is_one_error_line(monkeypatch, capsys, failure):
     code, out, err = in_this_process(monkeypatch, capsys, failure)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"lightning-attention: unexpected {type(failure).__name__}")
@@ -177,7 +177,7 @@ def test_a_mistake_of_ours_is_one_line_too(monkeypatch, capsys, failure):
     ],
     ids=["python", "gpu", "cpu", "cublas", "system"],
 )
-def test_out_of_memory_is_one_line_of_a_user(monkeypatch, capsys, failure):
+def test_out_of_memory_is_one_error_line_without_a_traceback_hint(monkeypatch, capsys, failure):
     code, out, err = in_this_process(monkeypatch, capsys, failure)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("lightning-attention: out of memory")
@@ -189,12 +189,12 @@ def test_out_of_memory_is_one_line_of_a_user(monkeypatch, capsys, failure):
     [(KeyboardInterrupt(), 130), (SystemExit(130), 130), (SystemExit(143), 143), (SystemExit(1), 1)],
     ids=["Ctrl-C", "exit 130", "exit 143", "exit 1"],
 )
-def test_an_exit_code_passes_through(monkeypatch, capsys, failure, code):
+def test_exit_codes_are_kept(monkeypatch, capsys, failure, code):
     assert in_this_process(monkeypatch, capsys, failure) == (code, "", "")
 
 
 @pytest.mark.parametrize("module", ["lightning_attention", "lightning_attention.cli"])
-def test_python_m_is_the_command(module, tmp_path):
+def test_python_m_runs_the_command(module, tmp_path):
     command = [sys.executable, "-m", module]
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     run = subprocess.run(
@@ -211,7 +211,7 @@ def test_python_m_is_the_command(module, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_pipe_in_the_place_of_a_file_does_not_hang(tmp_path):
+def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for arguments in (["train", "--config", "pipe"], ["train", "--data", "pipe"]):
         command = [sys.executable, "-m", "lightning_attention", *arguments]

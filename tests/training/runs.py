@@ -1,4 +1,4 @@
-"""Real runs of a tiny model, in this process or as commands."""
+"""Training runs of a tiny model, in this process or as commands."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -24,14 +25,14 @@ def write_inputs(folder: Path) -> None:
     (folder / "model.json").write_text(json.dumps(MODEL))
 
 
-def options(files: Path, name: str = "run", **changes) -> TrainingOptions:
-    defaults = {"steps": 20, "save_every": 10, "eval_every": 10, "log_every": 5, "eval_tokens": 512}
-    sizes = {"sequence_length": 64, "batch_size": 2, "config": files / "model.json"}
-    return TrainingOptions(files / name, (files / "data.txt",), **defaults | sizes | changes)
+def options(files: Path, name: str = "run", **changes: Any) -> TrainingOptions:
+    defaults: dict[str, Any] = {"steps": 20, "save_every": 10, "eval_every": 10, "log_every": 5, "eval_tokens": 512}
+    defaults |= {"sequence_length": 64, "batch_size": 2, "config": files / "model.json"}
+    return TrainingOptions(files / name, (files / "data.txt",), **defaults | changes)
 
 
-def arguments(files: Path, name: str = "run", **changes) -> list[str]:
-    """Spell the run of `options` as a command line."""
+def arguments(files: Path, name: str = "run", **changes: Any) -> list[str]:
+    """Command line of the run with `options`."""
     values = {"output": files / name, "data": files / "data.txt"} | vars(options(files, name, **changes))
     values["data"] = files / "data.txt"
     flags = {key: value for key, value in values.items() if value is not None and not isinstance(value, bool)}
@@ -48,16 +49,17 @@ def losses(output: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in read_metrics(output / "metrics.jsonl") if "loss" in record}
 
 
-def command(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
-    """Run `lightning-attention` to its end."""
+def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run `lightning-attention` and wait for its end."""
     return subprocess.run(
         [*COMMAND, *map(str, arguments)], env=ON_CPU, capture_output=True, text=True, timeout=300, **options
     )
 
 
-def start(*arguments: object, **options) -> subprocess.Popen[str]:
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*COMMAND, *map(str, arguments)], **{"env": ON_CPU} | streams | options)
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """Start `lightning-attention` without waiting."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*COMMAND, *map(str, arguments)], env=ON_CPU, stdout=pipe, stderr=pipe, text=True)
 
 
 def torchrun(processes: int, *command: str, restarts: int = 0, where: Mapping[str, str] = ON_CPU) -> subprocess.Popen:
@@ -72,7 +74,7 @@ def torchrun(processes: int, *command: str, restarts: int = 0, where: Mapping[st
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
-    """Until a running command has written it."""
+    """Wait until a running command has written a file."""
     deadline = time.monotonic() + 120
     while not path.exists():
         assert time.monotonic() < deadline
@@ -81,7 +83,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 
 def workers_after(checkpoint: Path, launcher: subprocess.Popen) -> list[int]:
-    """The processes that torchrun has started, once they have written a checkpoint."""
+    """Process ids of the workers of torchrun, once they have written a checkpoint."""
     wait_for(checkpoint, launcher)
     return [int(child) for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
 
@@ -95,6 +97,6 @@ def wait_for_end(process: int, seconds: float) -> None:
 
 
 def error_lines(stderr: str) -> list[str]:
-    """The lines that the command itself has written."""
+    """Lines that the command itself has written."""
     assert "Traceback" not in stderr, stderr
     return [line for line in stderr.splitlines() if line.startswith("lightning-attention:")]

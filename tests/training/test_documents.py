@@ -1,4 +1,4 @@
-"""Which files are read, and what is in them."""
+"""Source files: search, formats and errors."""
 
 import bz2
 import gzip
@@ -20,7 +20,7 @@ DOCUMENTS = ["one", "two\nlines"]
 
 
 def texts(*paths: Path, text_field: str = "text", **options) -> list[str]:
-    return ["".join(pieces) for pieces in Sources.find(paths, text_field, **options).documents()]
+    return ["".join(parts) for parts in Sources.find(paths, text_field, **options).documents()]
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -31,12 +31,12 @@ def write(folder: Path, **files: str) -> Path:
 
 
 def zstd(*parts: bytes) -> bytes:
-    """A frame for each part."""
+    """Compress each part to a frame."""
     zstandard = pytest.importorskip("zstandard", reason="needs zstandard")
     return b"".join(zstandard.ZstdCompressor().compress(part) for part in parts)
 
 
-# A file's name, what is in it, and the documents.
+# Name and content of a file, and its documents.
 FILES: dict[str, tuple[str, Callable[[], bytes], list[str]]] = {
     "text": ("a.txt", lambda: "naïve\n".encode(), ["naïve\n"]),
     "code": ("a.py", lambda: b"pass", ["pass"]),
@@ -67,13 +67,13 @@ FILES: dict[str, tuple[str, Callable[[], bytes], list[str]]] = {
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "in a folder"])
 @pytest.mark.parametrize(("name", "content", "expected"), FILES.values(), ids=FILES)
-def test_a_file_holds_its_documents(tmp_path, name, content, expected, named):
+def test_documents_of_a_file(tmp_path, name, content, expected, named):
     (tmp_path / name).write_bytes(content())
     assert texts(tmp_path / name if named else tmp_path) == expected
 
 
 @pytest.mark.parametrize("text_type", ["string", "large_string", "dictionary"])
-def test_parquet_is_read_row_by_row(tmp_path, text_type):
+def test_a_parquet_row_is_a_document(tmp_path, text_type):
     pyarrow = pytest.importorskip("pyarrow", reason="needs pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
     rows = [f"text {i}" for i in range(1000)]
@@ -93,14 +93,14 @@ def test_parquet_is_read_row_by_row(tmp_path, text_type):
 
 @pytest.mark.parametrize("line", ["not json", '{"body": "x"}', '{"text": 3}', '["text"]', "3", "[" * 100_000])
 @pytest.mark.parametrize("name", ["data.jsonl", "data.ndjson.gz"])
-def test_a_bad_line_is_named(tmp_path, line, name):
+def test_an_invalid_line_is_named(tmp_path, line, name):
     content = ('{"text": "fine"}\n' + line + "\n").encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     with pytest.raises(ValueError, match=rf"{name}, line 2: not a JSON object with a text in 'text'$"):
         texts(tmp_path / name)
 
 
-# A file's name, what is in it, and the error.
+# Name and content of a file, and the error.
 DAMAGED: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "gzip, cut off": ("a.gz", lambda: gzip.compress(os.urandom(9999).hex().encode())[:-100], "a.gz is damaged"),
     "gzip, flipped": ("a.gz", lambda: gzip.compress(b"text" * 9)[:-8] + bytes(8), "a.gz is damaged"),
@@ -146,7 +146,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
         Sources.find(tmp_path)
 
 
-def test_folders_are_searched_and_what_is_skipped_is_counted(tmp_path):
+def test_folders_are_searched_and_skipped_files_counted(tmp_path):
     folder = write(tmp_path / "data", a_txt="one", b_py="two", c_jsonl='{"text": "three"}\n\n{"text": "four"}\n')
     (folder / "binary").write_bytes(b"\x00\x01")
     (folder / "latin").write_bytes("é".encode("latin-1"))
@@ -155,10 +155,10 @@ def test_folders_are_searched_and_what_is_skipped_is_counted(tmp_path):
     (folder / "itself").symlink_to("itself")
     write(folder / "tests", test_py="six")
     write(folder / "__pycache__", x_txt="no")
-    write(folder / ".git", HEAD="no text of the user's")
+    write(folder / ".git", HEAD="hidden")
     alone = write(tmp_path / "more", d_txt="five") / "d.txt"
     sources = Sources.find([folder, alone])
-    assert sorted("".join(pieces) for pieces in sources.documents()) == ["five", "four", "one", "six", "three", "two"]
+    assert sorted("".join(parts) for parts in sources.documents()) == ["five", "four", "one", "six", "three", "two"]
     assert sources.skipped == {
         "not UTF-8 text": 3,
         "dangling links": 2,
@@ -178,25 +178,25 @@ def test_folders_are_searched_and_what_is_skipped_is_counted(tmp_path):
     ["data/a.txt", "data", "data/../data/a.txt", "data/link.txt", "hard.txt", "folder", "folder/a.txt"],
 )
 @pytest.mark.parametrize("reverse", [False, True], ids=["first", "last"])
-def test_a_file_is_read_once_by_whichever_paths(tmp_path, again, reverse):
+def test_a_file_found_by_several_paths_is_read_once(tmp_path, again, reverse):
     data = write(tmp_path / "data", a_txt="some text")
     (data / "link.txt").symlink_to("a.txt")
     (tmp_path / "hard.txt").hardlink_to(data / "a.txt")
     (tmp_path / "folder").symlink_to(data)
     paths = [data, tmp_path / again]
     sources = Sources.find(paths[::-1] if reverse else paths)
-    assert ["".join(pieces) for pieces in sources.documents()] == ["some text"]
+    assert ["".join(parts) for parts in sources.documents()] == ["some text"]
     assert sources.skipped["found twice"] > 0
 
 
-def test_links_to_folders_are_followed_without_loops(tmp_path):
+def test_links_to_folders_are_followed_and_loops_end(tmp_path):
     data = write(tmp_path / "data", a_txt="one")
     elsewhere = write(tmp_path / "elsewhere" / "deep", b_txt="two")
     (data / "elsewhere").symlink_to(elsewhere.parent)
     (elsewhere / "back").symlink_to(data)
     (elsewhere / "here").symlink_to(".")
     sources = Sources.find(data)
-    assert sorted("".join(pieces) for pieces in sources.documents()) == ["one", "two"]
+    assert sorted("".join(parts) for parts in sources.documents()) == ["one", "two"]
     assert sources.skipped == {"found twice": 2}
 
 
@@ -206,7 +206,7 @@ def fifo(path: Path) -> None:
 
 def unix_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as opened:
-        opened.bind(os.path.relpath(path))  # a path of a socket has at most 107 bytes
+        opened.bind(os.path.relpath(path))  # the path of a socket has at most 107 bytes
 
 
 def device(path: Path) -> None:
@@ -215,7 +215,7 @@ def device(path: Path) -> None:
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "in a folder"])
 @pytest.mark.parametrize("create", [fifo, unix_socket, device])
-def test_what_is_no_regular_file_is_refused_and_never_opened(tmp_path, monkeypatch, create, named):
+def test_special_files_are_refused_and_not_opened(tmp_path, monkeypatch, create, named):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, a_txt="one")
     create(tmp_path / "special")
@@ -236,7 +236,7 @@ def test_what_is_no_regular_file_is_refused_and_never_opened(tmp_path, monkeypat
     ],
 )
 @pytest.mark.parametrize("parent_too", [False, True], ids=["alone", "after its folder"])
-def test_a_path_of_no_use_is_named(tmp_path, name, content, message, parent_too):
+def test_an_unusable_path_is_named(tmp_path, name, content, message, parent_too):
     path = tmp_path / "data" / name
     path.parent.mkdir()
     if content == "folder":
@@ -249,18 +249,18 @@ def test_a_path_of_no_use_is_named(tmp_path, name, content, message, parent_too)
         Sources.find([path.parent, path] if parent_too else path)
 
 
-def test_no_text_files_says_what_was_skipped(tmp_path):
+def test_an_empty_search_reports_skipped_files(tmp_path):
     (tmp_path / "dangling").symlink_to("nowhere")
     with pytest.raises(ValueError, match=r"no text files found; skipped files and folders: 1 dangling links$"):
         Sources.find(tmp_path)
 
 
-def test_a_file_that_changes_is_still_named(tmp_path):
+def test_a_file_that_is_damaged_after_the_search_is_named(tmp_path):
     sources = Sources((write(tmp_path, a_txt="x") / "a.txt",))
     (tmp_path / "a.txt").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"a.txt is not UTF-8 text"):
         list(next(sources.documents()))
 
 
-def test_the_standard_library_is_text():
+def test_the_standard_library_has_text_files():
     assert len(Sources.find([standard_library()]).files) > 100

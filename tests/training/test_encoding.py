@@ -1,4 +1,4 @@
-"""A long document has the tokens that it has as a whole."""
+"""Tokenization in windows equals tokenization at once."""
 
 import json
 import random
@@ -26,7 +26,7 @@ SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
 def llama() -> Tokenizer:
-    """A space before every text, and no words."""
+    """Tokenizer without a pre-tokenizer that puts a space before a text."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Replace("▁", " ")
@@ -59,7 +59,7 @@ def unigram(split: bool) -> Tokenizer:
 
 
 def threes() -> Tokenizer:
-    """Tokens of a run of one letter depend on where the run begins."""
+    """Tokenizer whose tokens for a run of one letter depend on the start of the run."""
     pieces = [("<unk>", 0.0), ("</s>", 0.0), ("<s>", 0.0), ("▁", -9.0), ("a", -9.0), ("aaa", -1.0)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
@@ -67,7 +67,7 @@ def threes() -> Tokenizer:
 
 
 def wordpiece() -> Tokenizer:
-    """A word of more than 100 characters is one unknown token."""
+    """Tokenizer to which a word of more than 100 characters is one unknown token."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -89,8 +89,8 @@ TOKENIZERS = {
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 @pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
-def test_a_long_document_has_the_tokens_of_the_whole(tmp_path, monkeypatch, make, text):
-    """It is cut into windows, between short documents, and joined without a trace."""
+def test_windows_have_the_tokens_of_the_document(tmp_path, monkeypatch, make, text):
+    """Long documents between short ones are cut into windows."""
     monkeypatch.setattr(encoding, "WINDOW", 3000)
     monkeypatch.setattr(encoding, "OVERLAP", 256)
     monkeypatch.setattr(encoding, "BATCH", 9000)

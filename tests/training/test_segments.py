@@ -1,7 +1,8 @@
-"""Training over segments is training on the whole."""
+"""Training by segments equals training at once."""
 
 import weakref
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
 
 
 def assert_alike(actual, expected, tolerance):
-    """Relative to each gradient, or to a hundredth of the largest one."""
+    """Compare norms of errors, relative to each gradient or to a hundredth of the largest one."""
     largest = max(gradient.norm() for gradient in expected.values())
     for name, gradient in expected.items():
         error = (actual[name] - gradient).norm() / max(gradient.norm(), largest / 100)
@@ -32,7 +33,7 @@ def assert_alike(actual, expected, tolerance):
 
 
 def restarts(T: int, *starts: int) -> torch.Tensor:
-    """Positions of documents that start at these tokens."""
+    """Position ids of documents that start at token 0 and at `starts`."""
     at = torch.arange(T)
     bounds = torch.tensor([0, *starts])
     return at - bounds[torch.searchsorted(bounds, at, right=True) - 1]
@@ -49,36 +50,34 @@ MODEL = make_model()
     st.lists(st.integers(1, 39), max_size=4),
     st.booleans(),
 )
-def test_loss_and_gradients_are_those_of_the_whole(B, T, segment_length, starts, some_are_ignored):
-    """Documents start anywhere, at the first token of a segment too, and in every row elsewhere."""
+def test_loss_and_gradients_equal_those_of_the_model(B, T, segment_length, starts, some_are_ignored):
+    """Documents start anywhere, also at segment starts, and differ between batch rows."""
     input_ids = tokens(B, T)
     labels = input_ids.masked_fill(tokens(B, T, seed=1) < 18, -100) if some_are_ignored else input_ids
-    labels[0, 1] = input_ids[0, 1]  # one at least
-    rows = [restarts(T, *sorted({(x + row) % T for x in starts} - {0})) for row in range(B)]
-    position_ids = torch.stack(rows) if starts else None
+    labels[0, 1] = input_ids[0, 1]  # at least one label
+    shifted = [restarts(T, *sorted({(x + b) % T for x in starts} - {0})) for b in range(B)]
+    position_ids = torch.stack(shifted) if starts else None
     expected = MODEL(input_ids, labels=labels, position_ids=position_ids).loss
     loss = segmented_loss(MODEL, input_ids, labels, position_ids=position_ids, segment_length=segment_length)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
     assert_alike(gradients(MODEL, loss), gradients(MODEL, expected), 1e-10)
 
 
-@pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
 @pytest.mark.parametrize("segment_length", [1, 7, 33, 99, 100, 128])
-def test_float32(segment_length, documents):
-    """The whole's gradients in float32, and the exact ones. Not of any shape: rounding grows in some of few tokens."""
+def test_float32_gradients_equal_those_of_the_model_and_of_float64(segment_length, documents):
     model, input_ids = make_model(torch.float32), tokens(4, 100)
     labels = input_ids.masked_fill(tokens(4, 100, seed=1) < 18, -100) if documents else input_ids
-    position_ids = torch.stack([restarts(100, 20 + row, 33, 80) for row in range(4)]) if documents else None
+    position_ids = torch.stack([restarts(100, 20 + b, 33, 80) for b in range(4)]) if documents else None
     loss = segmented_loss(model, input_ids, labels, position_ids=position_ids, segment_length=segment_length)
     actual = gradients(model, loss)
-    for whole in (model, MODEL):
-        expected = whole(input_ids, labels=labels, position_ids=position_ids).loss
+    for reference in (model, MODEL):
+        expected = reference(input_ids, labels=labels, position_ids=position_ids).loss
         torch.testing.assert_close(loss.double(), expected.double(), rtol=1e-5, atol=0)
-        assert_alike(actual, gradients(whole, expected), 1e-5)
+        assert_alike(actual, gradients(reference, expected), 1e-5)
 
 
-def test_gradients_are_added():
-    """Those of two backward passes, and a factor on the loss."""
+def test_gradients_accumulate_and_scale_with_the_loss():
     input_ids = tokens(2, 11)
     expected = gradients(MODEL, 5 * MODEL(input_ids, labels=input_ids).loss)
     MODEL.zero_grad()
@@ -87,7 +86,7 @@ def test_gradients_are_added():
     assert_alike({name: parameter.grad for name, parameter in MODEL.named_parameters()}, expected, 1e-10)
 
 
-def test_without_gradients_there_is_a_loss_alone():
+def test_without_gradients_only_the_loss_is_computed():
     input_ids = tokens(2, 11)
     with torch.no_grad():
         loss = segmented_loss(MODEL, input_ids, segment_length=4)
@@ -96,8 +95,7 @@ def test_without_gradients_there_is_a_loss_alone():
 
 
 @pytest.mark.parametrize("backward_is_within", [True, False], ids=["within", "after"])
-def test_autocast(backward_is_within):
-    """The backward pass reads the segments under the autocast of the call, wherever it is called."""
+def test_backward_uses_the_autocast_of_the_call(backward_is_within):
     model = make_model(torch.float32)
     input_ids = tokens(2, 33)
     with torch.autocast("cpu", torch.bfloat16):
@@ -109,7 +107,7 @@ def test_autocast(backward_is_within):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_gradient_checkpointing():
+def test_gradients_with_gradient_checkpointing():
     model, input_ids = make_model(), tokens(1, 23)
     expected = gradients(model, model(input_ids, labels=input_ids).loss)
     model.gradient_checkpointing_enable()
@@ -117,15 +115,14 @@ def test_gradient_checkpointing():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
-def test_compile():
+def test_gradients_of_a_compiled_model():
     model, input_ids = make_model(), tokens(2, 24)
     expected = gradients(model, model(input_ids, labels=input_ids).loss)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled: Any = torch.compile(model, backend="aot_eager")
     assert_alike(gradients(model, segmented_loss(compiled, input_ids, segment_length=8)), expected, 1e-10)
 
 
-def test_truncated_gradients():
-    """States go on, gradients do not."""
+def test_truncated_gradients_end_at_a_cut_while_states_do_not():
     input_ids = tokens(1, 20)
     exact = gradients(MODEL, segmented_loss(MODEL, input_ids, segment_length=5))
     uncut = segmented_loss(MODEL, input_ids, segment_length=5, truncate_every=4)
@@ -133,15 +130,15 @@ def test_truncated_gradients():
     loss = segmented_loss(MODEL, input_ids, segment_length=5, truncate_every=2)
     torch.testing.assert_close(loss, MODEL(input_ids, labels=input_ids).loss, rtol=1e-12, atol=0)
     actual = gradients(MODEL, loss)
-    following = F.pad(input_ids[:, 1:], (0, 1), value=-100)
+    labels = F.pad(input_ids[:, 1:], (0, 1), value=-100)
     states = [torch.zeros(1, *MODEL.config.layer_state_shape(i), dtype=torch.float64) for i in range(3)]
     expected = 0
     for half in (slice(0, 10), slice(10, 20)):
         outputs = MODEL(
             input_ids[:, half],
             position_ids=torch.arange(20)[None, half],
-            labels=following[:, half],
-            shift_labels=following[:, half],
+            labels=labels[:, half],
+            shift_labels=labels[:, half],
             num_items_in_batch=19,
             states=[state.detach() for state in states],
         )
@@ -150,10 +147,10 @@ def test_truncated_gradients():
     assert any((actual[name] - exact[name]).norm() > 1e-3 * exact[name].norm() for name in exact)
 
 
-def test_a_token_far_back():
-    """The only token of its kind, in the first of 40 segments, and a loss on the last token alone."""
+def test_the_gradient_of_a_token_39_segments_back():
+    """A token that occurs once, in the first of 40 segments, and a loss on the last token alone."""
     T = 400
-    model = make_model(decay_preset="paper", tie_word_embeddings=False)  # its first head never forgets
+    model = make_model(decay_preset="paper", tie_word_embeddings=False)  # its first head has no decay
     input_ids = torch.full((1, T), 7)
     input_ids[0, 3] = 8
     labels = torch.full((1, T), -100)
@@ -168,7 +165,7 @@ def test_a_token_far_back():
 
 
 class Memory(TorchDispatchMode):
-    """The most that lives of what operators make."""
+    """Peak memory of the tensors that operators create."""
 
     def __init__(self):
         super().__init__()
@@ -189,25 +186,24 @@ class Memory(TorchDispatchMode):
         self.now -= self.storages.pop(key)
 
 
-def test_memory_is_that_of_one_segment():
-    """From 4 segments to 64, apart from the states between them and the tokens."""
+def test_memory_for_activations_does_not_grow_with_segments():
+    """Memory without the states between segments and the tokens, at 4 and at 64 segments."""
     model = make_model(torch.float32)
     state_bytes = sum(4 * np.prod(model.config.layer_state_shape(i)) for i in range(3))
-    beyond = {}
+    activations = {}
     for num_segments in (4, 64):
         input_ids = tokens(1, 128 * num_segments)
         model.zero_grad()
         with Memory() as memory:
             segmented_loss(model, input_ids, segment_length=128).backward()
-        beyond[num_segments] = memory.peak - num_segments * state_bytes - input_ids.nbytes
-    assert beyond[64] <= 1.1 * beyond[4]
+        activations[num_segments] = memory.peak - num_segments * state_bytes - input_ids.nbytes
+    assert activations[64] <= 1.1 * activations[4]
     with Memory() as memory:
         model(input_ids[:, :1024], labels=input_ids[:, :1024]).loss.backward()
-    assert memory.peak > 3 * beyond[64]
+    assert memory.peak > 3 * activations[64]
 
 
-def test_tokens_may_lie_in_a_file(tmp_path):
-    """Of any integer dtype, memory-mapped."""
+def test_tokens_may_be_memory_mapped_in_any_integer_dtype(tmp_path):
     input_ids = tokens(1, 50)
     file = tmp_path / "tokens.bin"
     file.write_bytes(input_ids.numpy().astype(np.uint16).tobytes())
@@ -233,13 +229,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("changes", "error", "message"), REFUSED, ids=[message for *_, message in REFUSED])
-def test_what_it_refuses(changes, error, message):
-    arguments = {"model": MODEL, "input_ids": tokens(2, 7), "segment_length": 3} | changes
+def test_invalid_arguments_are_refused(changes, error, message):
+    arguments: dict[str, Any] = {"model": MODEL, "input_ids": tokens(2, 7), "segment_length": 3} | changes
     with pytest.raises(error, match=message):
         segmented_loss(**arguments)
 
 
-def test_states_of_a_model():
+def test_a_model_refuses_invalid_states():
     states = [torch.zeros(1, *MODEL.config.layer_state_shape(i), dtype=torch.float64) for i in range(3)]
     with pytest.raises(ValueError, match="states go with position_ids"):
         MODEL(tokens(1, 4), states=states)
@@ -249,14 +245,15 @@ def test_states_of_a_model():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("offload_states", [False, True], ids=["device", "host"])
-def test_on_a_gpu(offload_states):
-    """In bfloat16 autocast, as near to the gradients of float32 as the whole is; tokens stay on the host."""
-    model = make_model(torch.float32, hidden_size=96, num_attention_heads=3, initializer_range=0.02).cuda()
+def test_bfloat16_gradients_on_a_gpu(offload_states):
+    """Segments are as close to the float32 gradients as the model at once; tokens stay on the host."""
+    model: Any = make_model(torch.float32, hidden_size=96, num_attention_heads=3, initializer_range=0.02)
+    model.cuda()
     input_ids = tokens(2, 3000)
-    whole = input_ids.cuda()
-    expected = gradients(model, model(whole, labels=whole).loss)
+    on_gpu = input_ids.cuda()
+    expected = gradients(model, model(on_gpu, labels=on_gpu).loss)
     with torch.autocast("cuda", torch.bfloat16):
-        baseline = gradients(model, model(whole, labels=whole).loss)
+        baseline = gradients(model, model(on_gpu, labels=on_gpu).loss)
         loss = segmented_loss(model, input_ids, segment_length=700, offload_states=offload_states)
     actual = gradients(model, loss)
     largest = max(x.norm() for x in expected.values())
@@ -266,8 +263,9 @@ def test_on_a_gpu(offload_states):
 
 
 @pytest.mark.gpu
-def test_memory_on_a_gpu():
-    model = make_model(torch.float32, hidden_size=96, num_attention_heads=3).cuda()
+def test_memory_for_activations_on_a_gpu_does_not_grow_with_segments():
+    model: Any = make_model(torch.float32, hidden_size=96, num_attention_heads=3)
+    model.cuda()
     peaks = {}
     for num_segments in (4, 64):
         input_ids = tokens(1, 4096 * num_segments)
@@ -281,17 +279,17 @@ def test_memory_on_a_gpu():
 
 
 @pytest.mark.gpu
-def test_a_token_a_million_tokens_back():
-    """Of `test_a_token_far_back`."""
+def test_the_gradient_of_a_token_a_million_tokens_back():
     T, needle = 1 << 20, 5
     sizes = {"hidden_size": 48, "num_hidden_layers": 2}
-    model = make_model(torch.float32, decay_preset="paper", tie_word_embeddings=False, **sizes).cuda()
+    model: Any = make_model(torch.float32, decay_preset="paper", tie_word_embeddings=False, **sizes)
+    model.cuda()
     input_ids = torch.full((1, T), 7)
     input_ids[0, needle] = 8
     labels = torch.full((1, T), -100)
     labels[0, -1] = 9
-    whole = model(input_ids.cuda(), labels=labels.cuda(), use_cache=False).loss
-    expected = gradients(model, whole)["model.embed_tokens.weight"]
+    loss = model(input_ids.cuda(), labels=labels.cuda(), use_cache=False).loss
+    expected = gradients(model, loss)["model.embed_tokens.weight"]
     actual = gradients(model, segmented_loss(model, input_ids, labels, segment_length=1 << 16))
     assert expected[8].norm() > 0
     assert (actual["model.embed_tokens.weight"][8] - expected[8]).norm() < 0.01 * expected[8].norm()

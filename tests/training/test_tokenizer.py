@@ -1,4 +1,4 @@
-"""A tokenizer begins a text as training begins a document."""
+"""Tokenizers begin a text as training begins a document."""
 
 import json
 from collections.abc import Callable
@@ -47,11 +47,10 @@ T5 = template("$A </s>")
 BERT = template("[CLS] $A [SEP]")
 BOTH = template("<s> $A </s>")
 
-# The post-processor, the special tokens of tokenizer_config.json (None: a tokenizer.json alone), and the token that
-# documents begin with.
+# Post-processor, special tokens of tokenizer_config.json (None for a tokenizer.json alone), first token of documents.
 TOKENIZERS = {
     "BOS added": (LLAMA, {"bos_token": "<s>", "eos_token": "</s>"}, "<s>"),
-    "BOS added by a file alone": (LLAMA, None, "<s>"),
+    "BOS added, tokenizer.json alone": (LLAMA, None, "<s>"),
     "BOS and EOS added": (BOTH, {"bos_token": "<s>", "eos_token": "</s>"}, "<s>"),
     "BOS added after byte-level offsets": (
         processors.Sequence([TRIMMED, LLAMA]),
@@ -63,7 +62,7 @@ TOKENIZERS = {
     "BOS is EOS": (TRIMMED, {"bos_token": "</s>", "eos_token": "</s>"}, "</s>"),
     "no BOS, EOS added": (T5, {"eos_token": "</s>"}, None),
     "no BOS, CLS and SEP added": (BERT, {"cls_token": "[CLS]", "sep_token": "[SEP]"}, None),
-    "CLS added by a file alone": (BERT, None, "[CLS]"),
+    "CLS added, tokenizer.json alone": (BERT, None, "[CLS]"),
     "nothing": (None, None, None),
 }
 
@@ -80,7 +79,7 @@ def saved(folder: Path, post_processor: object | None, special_tokens: dict[str,
 
 
 def document(folder: Path, tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """As training reads it, without its EOS."""
+    """Tokens of a document in a corpus, without EOS."""
     folder.mkdir(parents=True)
     (folder / "data.jsonl").write_text(json.dumps({"text": text}))
     corpus = Corpus.prepare(folder / "corpus", Sources.find([folder / "data.jsonl"]), tokenizer, 0.5)
@@ -90,7 +89,7 @@ def document(folder: Path, tokenizer: PreTrainedTokenizerFast, text: str) -> lis
 
 
 @given(st.text())
-def test_the_byte_tokenizer_gives_the_bytes_back(text):
+def test_the_byte_tokenizer_decodes_to_the_text(text):
     tokenizer = byte_tokenizer()
     ids = tokenizer(text, split_special_tokens=True).input_ids
     assert ids == [BOS, *text.encode()]
@@ -98,7 +97,7 @@ def test_the_byte_tokenizer_gives_the_bytes_back(text):
     assert tokenizer(text, split_special_tokens=True, add_special_tokens=False).input_ids == list(text.encode())
 
 
-def test_every_way_to_call_the_byte_tokenizer():
+def test_calls_of_the_byte_tokenizer():
     tokenizer = byte_tokenizer()
     assert tokenizer("ab").input_ids == tokenizer.encode("ab") == encode(tokenizer, "ab") == [BOS, *b"ab"]
     assert tokenizer("ab", add_special_tokens=False).input_ids == [*b"ab"]
@@ -131,14 +130,14 @@ def test_a_tokenizer_begins_a_text_as_training_begins_a_document(tmp_path, post_
             )
         first, second = (plain.encode(text).ids for text in TEXTS[:2])
         assert again(TEXTS[:2]).input_ids == [[*begin_ids, *first], [*begin_ids, *second]]
-        assert again(*TEXTS[:2]).input_ids == [*begin_ids, *first, *second]
+        assert again(TEXTS[0], TEXTS[1]).input_ids == [*begin_ids, *first, *second]
         assert encode(again, TEXTS[0]) == [*begin_ids, *first]
         assert again.decode(encode(again, TEXTS[0]), skip_special_tokens=True) == TEXTS[0]
     ids = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     assert (again.bos_token_id, again.eos_token_id, again.pad_token_id) == ids
 
 
-def test_byte_level_offsets_stay(tmp_path):
+def test_byte_level_offsets_are_kept(tmp_path):
     tokenizer = load_tokenizer(saved(tmp_path / "given", TRIMMED, {"bos_token": "<s>", "eos_token": "</s>"}))
     begin_with_bos(tokenizer)
     offsets = tokenizer("some text", return_offsets_mapping=True)["offset_mapping"]
@@ -146,8 +145,7 @@ def test_byte_level_offsets_stay(tmp_path):
 
 
 @pytest.mark.parametrize("special_tokens", [None, {"bos_token": "<s>", "eos_token": "</s>"}], ids=["alone", "folder"])
-def test_nothing_is_truncated_or_padded(tmp_path, special_tokens):
-    """Neither documents nor prompts, and the tokenizer that a checkpoint holds does neither."""
+def test_documents_and_prompts_are_not_truncated_or_padded(tmp_path, special_tokens):
     folder = saved(tmp_path / "given", LLAMA, special_tokens)
     file = folder if special_tokens is None else folder / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
@@ -165,7 +163,7 @@ def test_nothing_is_truncated_or_padded(tmp_path, special_tokens):
         assert encode(again, TEXTS[1]) == expected
 
 
-# Vocabularies in which special tokens lie, as other pieces do.
+# Vocabularies whose special tokens are ordinary pieces.
 PIECES = ["<unk>", "<s>", "</s>", "<pad>", *"▁abcst</>p", "ab", "▁ab", "#", "##", "##a", "##b", "<s>ab"]
 
 
@@ -197,17 +195,17 @@ SPECIAL_PIECES: dict[str, Callable[[], Tokenizer]] = {
 }
 
 
-# Every text of up to three of these parts.
+# All texts of up to three of these parts.
 PARTS = ["</s>", "<s>", "<pad>", "ab", "a", "b", " ", "<", "s"]
 SPELLINGS = ["ab" + "".join(parts) for count in range(4) for parts in product(PARTS, repeat=count)]
 
 
-@pytest.mark.parametrize("is_added", [True, False], ids=["special tokens", "pieces only"])
+@pytest.mark.parametrize("is_special", [True, False], ids=["special tokens", "pieces only"])
 @pytest.mark.parametrize("make", SPECIAL_PIECES.values(), ids=SPECIAL_PIECES)
-def test_no_text_spells_a_special_token(tmp_path, make, is_added):
-    """Neither a document nor a prompt, which have the same tokens; other text has the tokens that it had."""
+def test_text_never_encodes_to_a_special_token(tmp_path, make, is_special):
+    """Documents and prompts have the same tokens; text without "<" has the tokens of the plain tokenizer."""
     given_tokenizer = make()
-    if is_added:
+    if is_special:
         given_tokenizer.add_special_tokens(["<s>", "</s>", "<pad>", "<unk>"])
     ids = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     PreTrainedTokenizerFast(tokenizer_object=given_tokenizer, **ids).save_pretrained(tmp_path / "given")
@@ -226,7 +224,7 @@ def test_no_text_spells_a_special_token(tmp_path, make, is_added):
             assert ids == plain.encode(text).ids
 
 
-def test_text_is_read_with_the_special_tokens_of_the_moment():
+def test_text_is_encoded_with_the_current_special_tokens():
     tokenizer = byte_tokenizer()
     assert encode(tokenizer, "<mark>") == [BOS, *b"<mark>"]
     tokenizer.add_tokens(["<mark>"])
@@ -236,8 +234,7 @@ def test_text_is_read_with_the_special_tokens_of_the_moment():
     assert encode(tokenizer, "a\ud800b") == [BOS, *"a\ufffdb".encode()]
 
 
-def test_a_special_token_of_one_character_is_text(tmp_path):
-    """It is all that the character can be written with."""
+def test_a_special_token_of_one_character_encodes_that_character(tmp_path):
     tokenizer = Tokenizer(models.BPE({"a": 0, "!": 1, "\n": 2}, []))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path, eos_token="\n")
@@ -245,7 +242,7 @@ def test_a_special_token_of_one_character_is_text(tmp_path):
     assert encode(loaded, "a!\na") == document(tmp_path / "corpus", loaded, "a!\na") == [0, 1, 2, 0]
 
 
-def test_text_that_a_tokenizer_has_no_token_for_is_an_error(tmp_path):
+def test_text_without_tokens_is_an_error(tmp_path):
     words(models.WordLevel({"a": 0, "</s>": 1}, unk_token="none")).save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
     assert encode(tokenizer, "a a") == [0, 0]
@@ -259,7 +256,7 @@ def bpe(*vocabulary: str) -> Tokenizer:
     return Tokenizer(models.BPE({token: i for i, token in enumerate(["a", "b", *vocabulary])}, []))
 
 
-# The vocabulary, the EOS token asked for, the EOS and padding tokens, and what is reported.
+# Vocabulary, requested EOS token, resulting EOS and padding tokens, and reports.
 CHOICES: dict[str, tuple[list[str], str | None, str, str, list[str]]] = {
     "GPT-2": (["<|endoftext|>"], None, "<|endoftext|>", "<|pad|>", ["EOS found", "padding added"]),
     "Llama 2": (["</s>", "<pad>"], None, "</s>", "<pad>", ["EOS found", "padding found"]),
@@ -271,7 +268,7 @@ CHOICES: dict[str, tuple[list[str], str | None, str, str, list[str]]] = {
 
 
 @pytest.mark.parametrize(("vocabulary", "asked", "eos", "pad", "reported"), CHOICES.values(), ids=CHOICES)
-def test_the_eos_token_is_that_of_the_vocabulary(tmp_path, vocabulary, asked, eos, pad, reported):
+def test_eos_and_padding_tokens_are_found_or_added(tmp_path, vocabulary, asked, eos, pad, reported):
     bpe(*vocabulary).save(str(tmp_path / "tokenizer.json"))
     lines: list[str] = []
     tokenizer = load_tokenizer(tmp_path, asked, lines.append)
@@ -289,7 +286,7 @@ def test_the_eos_token_is_that_of_the_vocabulary(tmp_path, vocabulary, asked, eo
     assert lines == []
 
 
-def test_tokens_of_a_configuration_that_are_added_are_reported(tmp_path):
+def test_added_tokens_of_a_configuration_are_reported(tmp_path):
     saved(tmp_path / "given", None, {"bos_token": "<begin>", "eos_token": "</s>", "pad_token": "</s>"})
     learned().save(str(tmp_path / "given" / "tokenizer.json"))
     lines: list[str] = []
@@ -309,8 +306,7 @@ def test_an_eos_token_must_be_in_the_vocabulary(tmp_path):
     assert load_tokenizer("bytes", "<|pad|>").eos_token_id == PAD
 
 
-def test_ids_with_holes_fit_the_model(tmp_path):
-    """The vocabulary of a model is the largest id, plus one, whatever the number of tokens."""
+def test_vocab_size_is_the_largest_token_id_plus_one(tmp_path):
     tokenizer = words(models.WordLevel({"a": 3, "b": 70_000, "</s>": 9, "[PAD]": 12}, unk_token="b"))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path)
@@ -321,18 +317,18 @@ def test_ids_with_holes_fit_the_model(tmp_path):
     assert corpus.unigram().shape == (70_001,)
 
 
-def test_a_prompt_that_cannot_be(tmp_path):
+def test_invalid_prompts_are_refused(tmp_path):
     tokenizer = load_tokenizer(saved(tmp_path / "given", None, None))
     with pytest.raises(ValueError, match="the prompt is empty, and the tokenizer has no token for the beginning"):
         encode(tokenizer, "")
     with pytest.raises(TypeError, match="prompt must be a string, got list"):
-        encode(tokenizer, ["a"])
+        encode(tokenizer, ["a"])  # pyright: ignore[reportArgumentType]
     unframed = PreTrainedTokenizerFast(tokenizer_object=learned(), bos_token="<s>")
     with pytest.raises(ValueError, match="the tokenizer does not begin a text with its BOS token <s>"):
         encode(unframed, "a")
 
 
-def test_what_is_no_tokenizer(tmp_path):
+def test_invalid_tokenizer_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer must be 'bytes' or a tokenizer.json, there is no file nowhere"):
         load_tokenizer("nowhere")
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -340,8 +336,7 @@ def test_what_is_no_tokenizer(tmp_path):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
 
 
-def test_no_text_is_too_long(tmp_path):
-    """Neither for this library nor for tools that read the length, and padding to it is not tried."""
+def test_model_max_length_is_unlimited(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     for tokenizer in (byte_tokenizer(), load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
         assert len(tokenizer("a" * 5000, truncation=True).input_ids) == 5001

@@ -1,7 +1,8 @@
-"""Losses, order of the data and counts of a run do not depend on how many processes share it, nor how."""
+"""Losses, data order and counts of a run do not depend on the number of processes or how they share it."""
 
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ EOS = 41
 
 
 def dataset(num_sequences: int, length: int = 4) -> PackedDataset:
-    """Sequence i holds the token i throughout."""
+    """Dataset whose sequence i holds only the token i."""
     text = np.repeat(np.arange(num_sequences, dtype=np.uint16), length)
     return PackedDataset(text, length, document_starts=np.array([0]))
 
@@ -39,7 +40,7 @@ def indices(batch: list[dict[str, Tensor]]) -> list[int]:
     return [int(item["input_ids"][0]) for item in batch]
 
 
-# Which sequences
+# Order of sequences
 
 
 @pytest.mark.parametrize("start", [0, 5, 7, 30], ids="from {}".format)
@@ -53,7 +54,7 @@ def test_every_epoch_reads_every_sequence_once(start):
 
 
 def step_sequences(processes: int, batch_size: int, accumulate: int, steps: int, start: int = 0) -> list[list[int]]:
-    """The sequences of each step, over all processes."""
+    """Sequences of each step, over all processes."""
     read = [
         TrainingBatches(dataset(29), indices, Share(rank, processes, batch_size), 0, 100, lambda: start)
         for rank in range(processes)
@@ -70,8 +71,8 @@ def step_sequences(processes: int, batch_size: int, accumulate: int, steps: int,
     [(1, 4, 2), (2, 4, 1), (4, 2, 1), (4, 1, 2), (8, 1, 1)],
     ids=lambda value: str(value),
 )
-def test_a_step_reads_the_same_sequences_on_any_processes(processes, batch_size, accumulate):
-    """Over four epochs of 29 sequences with 8 in a step; also from step 5, in the middle of an epoch."""
+def test_the_sequences_of_a_step_do_not_depend_on_the_processes(processes, batch_size, accumulate):
+    """Four epochs of 29 sequences, 8 per step, also from step 5 on, within an epoch."""
     expected = step_sequences(1, 8, 1, steps=15)
     assert step_sequences(processes, batch_size, accumulate, steps=15) == expected
     assert step_sequences(processes, batch_size, accumulate, steps=10, start=40) == expected[5:]
@@ -81,7 +82,7 @@ def test_a_step_reads_the_same_sequences_on_any_processes(processes, batch_size,
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 @pytest.mark.parametrize("processes", [1, 3, 4])
 def test_evaluation_reads_every_sequence_once(num_sequences, batch_size, processes):
-    """Ranks that have none left take part with sequences of which no label counts."""
+    """Ranks without a sequence read one without labels."""
     sequences = dataset(num_sequences)
     ranks = [list(held_out_batches(sequences, Share(rank, processes, batch_size))) for rank in range(processes)]
     counted = [item for batches in ranks for batch in batches for item in batch if num_labels([item])]
@@ -111,7 +112,7 @@ def test_without_labels_loss_and_gradients_are_zero(read, items):
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_losses_are_divided_by_the_number_given(read):
+def test_losses_are_divided_by_num_items_in_batch(read):
     model, ids = LightningForCausalLM(make_config()), tokens(2, 8)
     labels = ids.masked_fill(tokens(2, 8, seed=1) < 20, -100)
     count = (labels if read is READERS["shifted labels"] else labels[:, 1:]).ne(-100).sum()
@@ -120,8 +121,8 @@ def test_losses_are_divided_by_the_number_given(read):
         torch.testing.assert_close(read(model, ids, labels, num_items_in_batch=items) * items, mean * count)
 
 
-def test_shared_sequences_need_shifted_labels(monkeypatch):
-    """The label of a slice's last token is on the next rank."""
+def test_sequence_parallelism_needs_shifted_labels(monkeypatch):
+    """The label of the last token of a slice is on the next rank."""
     model, ids = make_model(), tokens(1, 8)
     monkeypatch.setattr(model.model, "sequence_parallel", object())
     with pytest.raises(ValueError, match="give shift_labels"):
@@ -131,8 +132,8 @@ def test_shared_sequences_need_shifted_labels(monkeypatch):
 # Means over held-out tokens
 
 
-class Noted(PackedDataset):
-    """A dataset that lists what is read."""
+class RecordingDataset(PackedDataset):
+    """Dataset that records the indices that are read."""
 
     def __init__(self, dataset: PackedDataset):
         self.__dict__ |= vars(dataset)
@@ -179,18 +180,18 @@ def trainer(
 
 
 def packed(*documents: int, length: int = 16) -> PackedDataset:
-    """Documents of so many tokens."""
+    """Dataset of documents with the given numbers of tokens."""
     text = [*(token for size in documents for token in [*tokens(size - 1).tolist(), EOS])]
     starts = np.cumsum([0, *documents[:-1]])
     return PackedDataset(np.array(text, dtype=np.uint16), length, starts)
 
 
-HELD_OUT = packed(1, 1, 1, 2, 30, 1, 1, 1, 20, 5, 50)  # 7 sequences, with unlike numbers of labels
+HELD_OUT = packed(1, 1, 1, 2, 30, 1, 1, 1, 20, 5, 50)  # 7 sequences with different numbers of labels
 
 
-@pytest.mark.parametrize("segment_length", [None, 5], ids=["whole", "by segments"])
+@pytest.mark.parametrize("segment_length", [None, 5], ids=["at once", "by segments"])
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 8])
-def test_the_held_out_loss_is_a_mean_over_tokens(tmp_path, batch_size, segment_length):
+def test_eval_loss_is_the_mean_over_tokens(tmp_path, batch_size, segment_length):
     model = LightningForCausalLM(make_config())
     counts = [num_labels([HELD_OUT[i]]) for i in range(len(HELD_OUT))]
     assert len(counts) == 7
@@ -231,7 +232,7 @@ def test_held_out_sequences_without_labels_are_refused(tmp_path):
     ],
     ids=str,
 )
-def test_numbers_that_evaluate_cannot_use(given, message):
+def test_evaluate_refuses_numbers_out_of_range(given, message):
     model = LightningForCausalLM(make_config())
     with pytest.raises(ValueError, match=message):
         evaluate(model, HELD_OUT, torch.zeros(50), **{"num_symbols": 50} | given)
@@ -240,7 +241,7 @@ def test_numbers_that_evaluate_cannot_use(given, message):
 # Runs: 29 sequences with 8 in a step, 7 held-out sequences
 
 STEPS = {"steps": 10, "save_every": 10, "eval_every": 10, "log_every": 1, "eval_tokens": 7 * 64, "held_out": 0.2}
-AT_REST = {"learning_rate": 1e-12, "batch_size": 8}  # weights stay, so that losses differ by a sum's rounding alone
+FROZEN = {"learning_rate": 1e-12, "batch_size": 8}  # constant weights: losses differ only by the rounding of sums
 
 
 @pytest.fixture
@@ -255,18 +256,18 @@ def numbers(output: Path, name: str) -> list[float]:
     return [record[name] for record in read_metrics(output / "metrics.jsonl") if name in record]
 
 
-def run(folder: Path, name: str, processes: int, **changes) -> Path:
+def run(folder: Path, name: str, processes: int, **changes: Any) -> Path:
     if processes == 1:
-        train(options(folder, name, **STEPS | AT_REST | changes), console=quiet())
+        train(options(folder, name, **STEPS | FROZEN | changes), console=quiet())
     else:
-        process = torchrun(processes, *arguments(folder, name, **STEPS | AT_REST | changes))
+        process = torchrun(processes, *arguments(folder, name, **STEPS | FROZEN | changes))
         output, _ = process.communicate()
         assert process.returncode == 0, output
     return folder / name
 
 
 def assert_alike(one: Path, other: Path) -> None:
-    """Losses, norms of gradients and held-out losses up to the rounding of float32 sums; counts exactly."""
+    """Compare losses and norms of gradients up to the rounding of float32 sums, and counts exactly."""
     for name in ("loss", "grad_norm", "eval_loss"):
         assert numbers(one, name) == pytest.approx(numbers(other, name), rel=2e-6), name
     for name in ("step", "tokens", "epoch"):
@@ -313,9 +314,9 @@ def test_losses_in_bfloat16_do_not_depend_on_the_processes(small):
 
 
 @pytest.mark.parametrize("batch_size", [3, 20], ids=["below the data", "above the data"])
-def test_tokens_are_those_read(tmp_path, batch_size):
-    """There are 7 sequences: a step of 20 reads each of them more than once."""
-    sequences = Noted(HELD_OUT)
+def test_the_token_count_equals_the_tokens_read(tmp_path, batch_size):
+    """Of 7 sequences, a step of 20 reads some three times."""
+    sequences = RecordingDataset(HELD_OUT)
     run = trainer(LightningForCausalLM(make_config()), tmp_path, sequences, steps=4, batch_size=batch_size)
     sequences.read.clear()
     run.train()
@@ -324,16 +325,16 @@ def test_tokens_are_those_read(tmp_path, batch_size):
     assert run.state.epoch == pytest.approx(len(sequences.read) / 7)
 
 
-def test_a_resumed_run_reads_on_in_the_middle_of_an_epoch(small):
+def test_a_resumed_run_reads_on_within_an_epoch(small):
     changes = {"eval_every": 5, "save_every": 5}
-    whole, part = run(small, "whole", 1, **changes), run(small, "part", 1, steps=5, **changes)
-    train(options(small, "part", **STEPS | AT_REST | changes), resume=True, console=quiet())
-    assert_alike(part, whole)
+    complete, part = run(small, "complete", 1, **changes), run(small, "part", 1, steps=5, **changes)
+    train(options(small, "part", **STEPS | FROZEN | changes), resume=True, console=quiet())
+    assert_alike(part, complete)
 
 
-def test_a_checkpoint_goes_on_with_steps_of_another_size(tmp_path):
-    """2 steps of 4 sequences, then 3 steps of 3: the order of 7 sequences goes on, and so does the count of tokens."""
-    model, sequences = LightningForCausalLM(make_config()), Noted(HELD_OUT)
+def test_a_resumed_run_with_other_step_sizes_continues_order_and_count(tmp_path):
+    """2 steps of 4 sequences, then 3 steps of 3, of 7 sequences."""
+    model, sequences = LightningForCausalLM(make_config()), RecordingDataset(HELD_OUT)
     first = trainer(model, tmp_path, sequences, steps=2, batch_size=2, accumulate=2)
     later = trainer(model, tmp_path, sequences, steps=5, batch_size=3)
     sequences.read.clear()

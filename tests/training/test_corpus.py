@@ -1,4 +1,4 @@
-"""From documents to sequences of tokens."""
+"""Corpora of tokens, and packed sequences."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def write(folder: Path, **files: str) -> Path:
 
 
 def documents(corpus: Corpus) -> list[bytes]:
-    """The text of each, by the bounds that are stored."""
+    """Text of each document, by the stored document starts."""
     tokens = [*corpus.train_tokens().tolist(), *corpus.held_out_tokens().tolist()]
     bounds = [*corpus.document_starts().tolist(), len(tokens)]
     framed = [tokens[start:stop] for start, stop in pairwise(bounds)]
@@ -38,8 +38,8 @@ def documents(corpus: Corpus) -> list[bytes]:
 
 
 @pytest.mark.parametrize("batch", [1, 10, 1 << 22])
-def test_the_corpus_is_the_documents(tmp_path, monkeypatch, batch):
-    """However they are cut into batches; what looks like a special token is text."""
+def test_a_corpus_holds_the_documents(tmp_path, monkeypatch, batch):
+    """Documents do not depend on batches; names of special tokens are text."""
     monkeypatch.setattr(encoding, "BATCH", batch)
     texts = ["a" * 50, "héllo wörld <|eos|> ", "x", "\r\n\n", "€" * 30]
     folder = write(tmp_path / "data", **{f"f{i}_txt": text for i, text in enumerate(texts)}, empty_txt="")
@@ -57,14 +57,14 @@ def test_the_held_out_part_starts_with_a_document(tmp_path):
     assert documents(corpus) == [f"document {i}".encode() for i in range(100)]
 
 
-def test_one_long_document_is_cut(tmp_path):
+def test_a_single_document_is_cut_at_the_held_out_part(tmp_path):
     (tmp_path / "data.txt").write_text("x" * 1000)
     corpus = Corpus.prepare(tmp_path / "corpus", Sources.find([tmp_path / "data.txt"]), byte_tokenizer(), 0.25)
     assert corpus.num_held_out == 251
     assert documents(corpus) == [b"x" * 1000]
 
 
-def test_tokens_are_kept_until_the_files_change(tmp_path):
+def test_a_corpus_is_kept_until_its_files_change(tmp_path):
     folder = write(tmp_path / "data", a_txt="some text")
     read: list[int] = []
 
@@ -83,7 +83,7 @@ def test_tokens_are_kept_until_the_files_change(tmp_path):
 def test_an_unfinished_corpus_is_not_used(tmp_path):
     folder = write(tmp_path / "data", a_txt="some text", b_txt="more")
     (tmp_path / "corpus").mkdir()
-    for name in ("tokens.bin", "tokens.bin.123.unfinished"):  # what a kill may leave
+    for name in ("tokens.bin", "tokens.bin.123.unfinished"):  # as a kill may leave
         (tmp_path / "corpus" / name).write_bytes(b"12345678")
     with pytest.raises(ValueError, match="no tokenized corpus"):
         Corpus.open(tmp_path / "corpus")
@@ -92,14 +92,13 @@ def test_an_unfinished_corpus_is_not_used(tmp_path):
     assert sorted(os.listdir(tmp_path / "corpus")) == ["corpus.json", "documents.bin", "tokens.bin"]
 
 
-@pytest.mark.parametrize("kept", ["nothing", "folder", "parent", "corpus"])
-def test_a_failed_preparation_leaves_what_was_there(tmp_path, kept):
-    """Folders of the user's stay, and a corpus that was there stays as it was; what was made is removed."""
+@pytest.mark.parametrize("exists", ["nothing", "folder", "parent", "corpus"])
+def test_a_failed_preparation_leaves_the_folder_unchanged(tmp_path, exists):
     data = write(tmp_path / "data", a_txt="some text")
     folder = tmp_path / "run" / "corpus"
-    if kept != "nothing":
-        (folder.parent if kept == "parent" else folder).mkdir(parents=True)
-    if kept == "corpus":
+    if exists != "nothing":
+        (folder.parent if exists == "parent" else folder).mkdir(parents=True)
+    if exists == "corpus":
         Corpus.prepare(folder, Sources.find([data]), byte_tokenizer(), 0.5)
 
     def everything() -> dict[Path, bytes]:
@@ -134,12 +133,12 @@ def flipped(content: bytes) -> bytes:
 
 
 def older(folder: Path) -> None:
-    """As version 1 had it."""
+    """Rewrite the description in format 1."""
     about = json.loads((folder / "corpus.json").read_text())["corpus"]
     (folder / "corpus.json").write_text(json.dumps(about, indent=1))
 
 
-# What was done to a corpus, and the error.
+# Damage to a corpus, and the error.
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "tokens missing": (lambda folder: (folder / "tokens.bin").unlink(), "tokens.bin is missing: restore it"),
     "tokens truncated": (overwrite("tokens.bin", lambda x: x[:-2]), r"tokens.bin has 24 bytes, 26 were written: rest"),
@@ -169,7 +168,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_corpus_is_one_error_and_can_be_made_again(tmp_path, damage, message):
+def test_a_damaged_corpus_is_an_error_and_can_be_prepared_again(tmp_path, damage, message):
     sources = Sources.find([write(tmp_path / "data", a_txt="some", b_txt="texts")])
     intact = Corpus.prepare(tmp_path / "corpus", sources, byte_tokenizer(), 0.5)
     damage(tmp_path / "corpus")
@@ -181,72 +180,70 @@ def test_a_damaged_corpus_is_one_error_and_can_be_made_again(tmp_path, damage, m
     assert sorted(documents(again)) == [b"some", b"texts"]
 
 
-def test_a_large_file_is_verified_in_blocks(tmp_path, monkeypatch):
-    """The first, the last, and some evenly spread in between; all of a file that has few."""
+def test_large_files_are_verified_in_evenly_spaced_blocks(tmp_path, monkeypatch):
     (tmp_path / "data.txt").write_text("x" * 1000)
     monkeypatch.setattr("lightning_attention.training.corpus.BLOCK", 100)
-    Corpus.prepare(tmp_path / "whole", Sources.find([tmp_path / "data.txt"]), byte_tokenizer(), 0.5)
-    for limit, seen in ((21, set(range(21))), (3, {0, 10, 20})):
+    Corpus.prepare(tmp_path / "intact", Sources.find([tmp_path / "data.txt"]), byte_tokenizer(), 0.5)
+    for limit, verified in ((21, set(range(21))), (3, {0, 10, 20})):
         monkeypatch.setattr("lightning_attention.training.corpus.VERIFIED_BLOCKS", limit)
         missed = set()
         for block in range(21):
             shutil.rmtree(tmp_path / "copy", ignore_errors=True)
-            shutil.copytree(tmp_path / "whole", tmp_path / "copy")
+            shutil.copytree(tmp_path / "intact", tmp_path / "copy")
             with (tmp_path / "copy" / "tokens.bin").open("r+b") as file:
                 file.seek(100 * block + 3)
                 file.write(b"\x55")
             with suppress(ValueError):
                 Corpus.open(tmp_path / "copy")
                 missed.add(block)
-        assert missed == set(range(21)) - seen
+        assert missed == set(range(21)) - verified
 
 
-def test_no_text(tmp_path):
+def test_documents_without_text_are_refused(tmp_path):
     folder = write(tmp_path / "data", a_txt="")
     with pytest.raises(ValueError, match="the data holds no text"):
         Corpus.prepare(tmp_path / "corpus", Sources.find([folder]), byte_tokenizer())
     assert not (tmp_path / "corpus").exists()
 
 
-def test_unigram(tmp_path):
+def test_unigram_counts_training_tokens(tmp_path):
     folder = write(tmp_path / "data", a_txt="aaab" * 10)
     corpus = Corpus.prepare(tmp_path / "corpus", Sources.find([folder]), byte_tokenizer(), 0.5)
     frequencies = corpus.unigram().exp()
     counts = np.bincount(corpus.train_tokens(), minlength=259) + 1
     np.testing.assert_allclose(frequencies.numpy(), counts / counts.sum())
     assert frequencies.sum().item() == pytest.approx(1)
-    rows = corpus.held_out_set(5)
+    sequences = corpus.held_out_set(5)
     expected = -np.mean([math.log(frequencies[token]) for token in corpus.held_out_tokens()])
-    assert rows.loss_of(corpus.unigram()) == pytest.approx(expected)
+    assert sequences.loss_of(corpus.unigram()) == pytest.approx(expected)
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(2, 20))
-def test_sequences_hold_every_token_and_positions_restart(lengths, sequence_length):
-    """Positions begin anew with each document, whatever its tokens are."""
+def test_sequences_hold_every_token_and_positions_restart_with_documents(lengths, sequence_length):
     starts = np.cumsum([0, *lengths])
     stream = np.arange(sum(lengths) + sequence_length, dtype=np.uint16) % 7
-    rows = PackedDataset(stream, sequence_length, starts)
-    for index in range(len(rows)):
-        row = rows[index]
+    sequences = PackedDataset(stream, sequence_length, starts)
+    for index in range(len(sequences)):
+        item = sequences[index]
         first = index * sequence_length
-        assert row["input_ids"].tolist() == stream[first : first + sequence_length].tolist()
+        assert item["input_ids"].tolist() == stream[first : first + sequence_length].tolist()
         for t in range(sequence_length):
             begin = max(first, *(int(start) for start in starts if start <= first + t))
-            assert row["position_ids"][t] == first + t - begin
-            assert row["labels"][t] == (-100 if first + t == begin else row["input_ids"][t])
-    assert len(rows) == len(stream) // sequence_length
+            assert item["position_ids"][t] == first + t - begin
+            assert item["labels"][t] == (-100 if first + t == begin else item["input_ids"][t])
+    assert len(sequences) == len(stream) // sequence_length
 
 
-def test_the_parts_of_a_corpus_as_sequences(tmp_path):
+def test_training_and_held_out_sequences(tmp_path):
     lines = "\n".join(json.dumps({"text": "x" * (1 + i % 5)}) for i in range(200))
     (tmp_path / "data.jsonl").write_text(lines)
     corpus = Corpus.prepare(tmp_path / "corpus", Sources.find([tmp_path / "data.jsonl"]), byte_tokenizer(), 0.3)
-    for rows, tokens in (
+    for sequences, tokens in (
         (corpus.training_set(16), corpus.train_tokens()),
         (corpus.held_out_set(16), corpus.held_out_tokens()),
         (corpus.held_out_set(16, max_tokens=70), corpus.held_out_tokens()[:64]),
     ):
-        items = [rows[i] for i in range(len(rows))]
+        items = [sequences[i] for i in range(len(sequences))]
         ids = torch.cat([item["input_ids"] for item in items])
         assert ids.tolist() == tokens[: len(tokens) // 16 * 16].tolist()
         for item in items:
@@ -254,17 +251,17 @@ def test_the_parts_of_a_corpus_as_sequences(tmp_path):
             assert torch.equal(item["position_ids"] == 0, begins)
 
 
-def test_rows_that_cannot_be():
+def test_invalid_sequences_are_refused():
     tokens, starts = np.zeros(10, dtype=np.uint16), np.array([0])
     with pytest.raises(ValueError, match="sequence_length must be at least 2, got 1"):
         PackedDataset(tokens, 1, starts)
     with pytest.raises(ValueError, match="there are 10 tokens, fewer than one sequence of 11"):
         PackedDataset(tokens, 11, starts)
-    for wrong in (EOS, starts.astype(np.uint64), [0]):  # a token id is what it once was
+    for wrong in (EOS, starts.astype(np.uint64), [0]):  # in 0.1.0 this was a token id
         with pytest.raises(TypeError, match="document_starts must be a NumPy array of int64, got"):
             PackedDataset(tokens, 4, wrong)  # pyright: ignore[reportArgumentType]
-    rows = PackedDataset(tokens, 4, starts, max_tokens=6)
-    assert len(rows) == 1
+    sequences = PackedDataset(tokens, 4, starts, max_tokens=6)
+    assert len(sequences) == 1
     with pytest.raises(IndexError):
-        rows[1]
-    assert rows[0]["input_ids"].dtype == torch.int64
+        sequences[1]
+    assert sequences[0]["input_ids"].dtype == torch.int64

@@ -1,11 +1,9 @@
-"""From a user's files to a trained model."""
+"""Runs on text files with various tokenizers."""
 
-import gzip
 import io
 import json
 import os
 import random
-import re
 import resource
 import time
 from pathlib import Path
@@ -34,16 +32,16 @@ def home(tmp_path: Path) -> Path:
 
 
 def write_documents(path: Path) -> None:
-    """Documents that all begin with q, and are otherwise letters by chance."""
+    """Write documents that begin with q, followed by random letters."""
     rng = random.Random(0)
     texts = ["q" + "".join(rng.choices("abcdefgh", k=rng.randint(3, 12))) for _ in range(600)]
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
 
 
-def run(home: Path, **changes) -> tuple[Path, str]:
-    """The checkpoint, and what was printed."""
+def run(home: Path, **changes: Any) -> tuple[Path, str]:
+    """Train; return the checkpoint and the printed text."""
     printed = io.StringIO()
-    options = {"output": home / "run", "data": home / "data.jsonl", "config": home / "model.json"}
+    options: dict[str, Any] = {"output": home / "run", "data": home / "data.jsonl", "config": home / "model.json"}
     checkpoint = train(TrainingOptions(**options | SMALL | changes), console=Console(file=printed, width=200))
     return checkpoint, printed.getvalue()
 
@@ -60,7 +58,7 @@ def gpt2(folder: Path, special_tokens: dict[str, str] | None, *vocabulary: str) 
     return folder
 
 
-def test_the_first_token_after_bos_is_learned_if_bos_is_eos(home):
+def test_the_first_token_of_a_document_is_learned_if_bos_is_eos(home):
     tokens = {"bos_token": END, "eos_token": END, "unk_token": END}
     tokenizer_folder = gpt2(home / "tokenizer", tokens, END)
     run(home, tokenizer=tokenizer_folder, steps=150, batch_size=8)
@@ -75,22 +73,22 @@ def test_the_first_token_after_bos_is_learned_if_bos_is_eos(home):
     assert corpus.num_train in corpus.document_starts()
     assert corpus.held_out_tokens()[0] == corpus.train_tokens()[-1] == 256
     labels = [corpus.training_set(32)[i]["labels"] for i in range(40)]
-    assert all((item[1:] == 256).any() for item in labels)  # ends are learned too
+    assert all((item[1:] == 256).any() for item in labels)  # EOS tokens are labels
 
 
 @pytest.mark.parametrize(
-    ("asked", "added", "end"),
-    [(None, ["<|pad|>"], END), ("<|im_end|>", ["<|pad|>"], "<|im_end|>")],
+    ("eos_token", "expected"),
+    [(None, END), ("<|im_end|>", "<|im_end|>")],
     ids=["found", "--eos-token"],
 )
-def test_a_run_says_which_tokens_it_adds(home, asked, added, end):
+def test_a_run_reports_the_tokens_it_adds(home, eos_token, expected):
     tokenizer_folder = gpt2(home / "tokenizer", None, "<|im_end|>", END)
-    _, printed = run(home, tokenizer=tokenizer_folder, eos_token=asked)
-    assert ("names no EOS token: <|endoftext|> found in the vocabulary\n" in printed) == (asked is None)
+    _, printed = run(home, tokenizer=tokenizer_folder, eos_token=eos_token)
+    assert ("names no EOS token: <|endoftext|> found in the vocabulary\n" in printed) == (eos_token is None)
     assert "the tokenizer names no padding token: <|pad|> added to the vocabulary\n" in printed
     model, tokenizer = load(home / "run")
-    assert tokenizer.eos_token == end
-    assert model.config.vocab_size == len(tokenizer) == 256 + 2 + len(added)
+    assert tokenizer.eos_token == expected
+    assert model.config.vocab_size == len(tokenizer) == 256 + 2 + 1
     corpus = Corpus.open(home / "run" / "corpus")
     assert corpus.train_tokens()[-1] == tokenizer.eos_token_id
     _, printed = resumed(home)
@@ -103,7 +101,7 @@ def resumed(home: Path) -> tuple[Path, str]:
     return train(options, resume=True, console=Console(file=printed, width=200)), printed.getvalue()
 
 
-def test_an_embedding_has_room_for_ids_with_holes(home):
+def test_the_embedding_has_room_for_the_largest_token_id(home):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: 3 * i for i, token in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -113,7 +111,7 @@ def test_an_embedding_has_room_for_ids_with_holes(home):
     assert model.config.vocab_size == max(tokenizer.get_vocab().values()) + 1 > len(tokenizer)
 
 
-def test_a_run_says_what_it_skips(home):
+def test_a_run_reports_skipped_files(home):
     (home / "data").mkdir()
     write_documents(home / "data" / "a.JSONL")
     (home / "data" / "binary").write_bytes(b"\0")
@@ -124,29 +122,16 @@ def test_a_run_says_what_it_skips(home):
     assert Corpus.open(home / "run" / "corpus").num_documents == 600
 
 
-@pytest.mark.parametrize("is_there", [True, False], ids=["the user's folder", "no folder"])
-def test_data_of_no_use_leaves_nothing_behind(home, is_there):
+@pytest.mark.parametrize("exists", [True, False], ids=["folder of the user", "no folder"])
+def test_unreadable_data_leaves_nothing_behind(home, exists):
     (home / "data").mkdir()
     os.mkfifo(home / "data" / "fifo")
-    if is_there:
+    if exists:
         (home / "run").mkdir()
     with pytest.raises(ValueError, match="fifo is no regular file"):
         run(home, data=home / "data")
-    assert (home / "run").exists() == is_there
-    assert not is_there or not os.listdir(home / "run")
-
-
-def test_the_page_about_data_runs_as_printed(home, monkeypatch):
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-    [block] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    monkeypatch.chdir(home)
-    (home / "texts").mkdir()
-    (home / "texts" / "a.txt").write_text("some text " * 500)
-    (home / "more.jsonl.gz").write_bytes(gzip.compress((home / "data.jsonl").read_bytes()))
-    names: dict[str, Any] = {}
-    exec(block, names)
-    assert names["corpus"].num_documents == 601
-    assert len(names["sequences"]) > 5
+    assert (home / "run").exists() == exists
+    assert not exists or not os.listdir(home / "run")
 
 
 @pytest.mark.slow
@@ -160,8 +145,7 @@ def test_the_page_about_data_runs_as_printed(home, monkeypatch):
     ],
     ids=["zeros", "truncated", "missing", "description"],
 )
-def test_a_run_with_a_damaged_corpus_is_not_resumed(home, damage, message):
-    """One line, code 2, and the checkpoint stays."""
+def test_a_run_with_a_damaged_corpus_is_not_resumed_and_keeps_its_checkpoint(home, damage, message):
     run(home)
     damage(home / "run" / "corpus")
     result = command("train", "--resume", "--output", home / "run")
@@ -186,8 +170,7 @@ def test_a_fifo_does_not_hang_a_run(home, named):
 
 
 @pytest.mark.slow
-def test_a_run_starts_anew_after_a_kill_that_left_half_a_corpus(home):
-    """Whatever was written is written again, and nothing of it stays beside the corpus."""
+def test_a_run_replaces_the_unfinished_corpus_of_a_killed_run(home):
     text = "".join(random.Random(0).choices("abc \n", k=1000)) * 20_000
     (home / "large.txt").write_text(text)
     arguments = "train", "--output", home / "run", "--config", home / "model.json", "--steps", 1
@@ -207,10 +190,10 @@ def test_a_run_starts_anew_after_a_kill_that_left_half_a_corpus(home):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_there", [True, False], ids=["the user's folder", "no folder"])
-def test_a_full_disk_while_tokenizing_leaves_nothing_behind(home, is_there):
-    """No file may grow past 4 KB."""
-    if is_there:
+@pytest.mark.parametrize("exists", [True, False], ids=["folder of the user", "no folder"])
+def test_a_full_disk_while_tokenizing_leaves_nothing_behind(home, exists):
+    """Files are limited to 4 KB."""
+    if exists:
         (home / "run").mkdir()
     limit = (4096, 4096)
     result = command(
@@ -223,5 +206,5 @@ def test_a_full_disk_while_tokenizing_leaves_nothing_behind(home, is_there):
     )
     assert result.returncode == 2
     assert f"File too large: '{home / 'run' / 'corpus' / 'tokens.bin'}'" in error_lines(result.stderr)[0]
-    assert (home / "run").exists() == is_there
-    assert not is_there or not os.listdir(home / "run")
+    assert (home / "run").exists() == exists
+    assert not exists or not os.listdir(home / "run")
