@@ -1,4 +1,4 @@
-"""A part whose packages are missing says what to install."""
+"""Import of a part of the library without its packages."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ import pytest
         ("inference", "transformers", "models"),
     ],
 )
-def test_the_extra_is_named(module, blocked, extra):
+def test_a_missing_package_names_the_extra(module, blocked, extra):
     program = f"import sys; sys.modules[{blocked!r}] = None; import lightning_attention.{module}"
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert process.returncode == 1

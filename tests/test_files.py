@@ -1,4 +1,4 @@
-"""A file is replaced whole or stays as it was."""
+"""A file is replaced atomically."""
 
 import os
 from errno import ENOSPC
@@ -18,13 +18,13 @@ def test_a_file_is_created_and_replaced(tmp_path, content):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_an_error_leaves_the_old_content_and_nothing_else(tmp_path):
+def test_an_error_leaves_the_old_content_and_no_other_file(tmp_path):
     path = tmp_path / "file"
     write(path, "old")
 
     def fail() -> None:
         with replacing(path) as file:
-            file.write("half of it")
+            file.write("unfinished")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -33,13 +33,13 @@ def test_an_error_leaves_the_old_content_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_lines_of_a_file_are_written_as_they_are(tmp_path):
+def test_line_ends_are_written_unchanged(tmp_path):
     write(tmp_path / "file", "a\r\nb\nc\r")
     assert (tmp_path / "file").read_bytes() == b"a\r\nb\nc\r"
 
 
 @pytest.mark.parametrize("named", [(), ("another file",)], ids=["no file named", "another file named"])
-def test_an_error_of_the_system_names_a_file(tmp_path, named):
+def test_a_system_error_names_the_file(tmp_path, named):
     with pytest.raises(OSError, match="No space left") as raised, replacing(tmp_path / "file"):
         raise OSError(ENOSPC, "No space left on device", *named)
     assert raised.value.filename == (named[0] if named else str(tmp_path / "file"))
@@ -56,7 +56,7 @@ def use_folder(folder: Path, *, fails: bool, writes: bool = False) -> None:
 
 
 @pytest.mark.parametrize("writes", [False, True], ids=["empty", "with a file"])
-@pytest.mark.parametrize("existed", [False, True], ids=["new", "of the user"])
+@pytest.mark.parametrize("existed", [False, True], ids=["new", "existing"])
 def test_an_error_removes_only_a_new_and_empty_folder(tmp_path, existed, writes):
     folder = tmp_path / "a" / "b"
     if existed:
@@ -73,7 +73,7 @@ def test_a_folder_is_created_and_kept_without_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["file", "file/a", 300 * "a"], ids=["a file", "in a file", "too long"])
-def test_a_folder_that_cannot_be_made_is_named(tmp_path, name):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path, name):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="cannot write to this folder"):
         use_folder(tmp_path / name, fails=False)

@@ -22,7 +22,7 @@ from lightning_attention.training.metrics import MetricsCallback, drop_after, pl
 
 
 class Place(os.PathLike):
-    """A path that is no `pathlib.Path`."""
+    """Path-like object that is not a `pathlib.Path`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -33,7 +33,7 @@ class Place(os.PathLike):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A run: data, a corpus, a checkpoint, metrics and options."""
+    """Folder with data, a corpus, checkpoints, metrics and options."""
     torch.manual_seed(0)
     home = tmp_path_factory.mktemp("home")
     (home / "data.txt").write_text("some text " * 50)
@@ -64,7 +64,7 @@ def benchmark(output: Any) -> list[Path]:
     return run("x", [], plot, cpu, dtype=torch.float32, command="", output=output, echo=lambda line: None)
 
 
-# The argument, a path in the folder of the run, and what to call with it.
+# Name of the argument, a path in the folder, and a call with a path.
 PATHS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "load": ("checkpoint", "run", lambda path: load(path)[0].config.name_or_path),
     "load_model": ("folder", "run/checkpoint-7", lambda path: load_model(path).config.name_or_path),
@@ -80,7 +80,7 @@ PATHS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "TrainingOptions.load": ("output", "options", TrainingOptions.load),
     "Sources.find": ("paths", "data.txt", lambda path: Sources.find([path])),
     "Sources.find, one": ("paths", "data.txt", Sources.find),
-    "Sources": ("files", "data.txt", lambda path: [[*pieces] for pieces in Sources((path,)).documents()]),
+    "Sources": ("files", "data.txt", lambda path: [[*parts] for parts in Sources((path,)).documents()]),
     "Corpus": ("folder", "corpus", lambda path: Corpus(path, "", 259, 257, 1, 9, 9, 0).train_tokens().tolist()),
     "Corpus.open": ("folder", "corpus", Corpus.open),
     "Corpus.prepare": ("folder", "new", lambda path: Corpus.prepare(path, Sources.find("data.txt"), byte_tokenizer())),
@@ -109,7 +109,7 @@ def test_a_path_is_a_str_or_path_like(monkeypatch, home, name, path, call):
     [*PATHS.values(), ("output", "", benchmark)],
     ids=[*PATHS, "bench, run"],
 )
-def test_nothing_else_is_a_path(monkeypatch, home, name, path, call, wrong):
+def test_other_types_are_refused(monkeypatch, home, name, path, call, wrong):
     monkeypatch.chdir(home)
     if name == "config" and wrong is None:  # no file
         return

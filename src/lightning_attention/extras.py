@@ -1,4 +1,4 @@
-"""Check of the packages that parts of the library need beside PyTorch."""
+"""Check of the packages that parts of the library need in addition to PyTorch."""
 
 from importlib.util import find_spec
 

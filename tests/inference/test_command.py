@@ -50,7 +50,7 @@ def read_lines(path: Path) -> dict[int, dict]:
 @pytest.fixture
 def run(monkeypatch, capsys, checkpoint):
     def run(*arguments: object, stdin: bytes | str = b"", checkpoint: Path = checkpoint) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error."""
+        """Run `generate`; return exit code, standard output and standard error."""
         defaults = ["--max-new-tokens", 5, *([] if "--temperature" in arguments else ["--temperature", 0])]
         given = ["generate", "--checkpoint", checkpoint, *defaults, *arguments]
         monkeypatch.setattr(sys, "argv", ["lightning-attention", *map(str, given)])
@@ -68,12 +68,13 @@ def run(monkeypatch, capsys, checkpoint):
 
 
 @pytest.fixture
-def whole(run, prompts, tmp_path) -> dict[int, dict]:
-    assert run("--prompts", prompts, "--output", tmp_path / "whole.jsonl") == (0, "", "")
-    return read_lines(tmp_path / "whole.jsonl")
+def complete(run, prompts, tmp_path) -> dict[int, dict]:
+    """Answers to all prompts, in complete.jsonl."""
+    assert run("--prompts", prompts, "--output", tmp_path / "complete.jsonl") == (0, "", "")
+    return read_lines(tmp_path / "complete.jsonl")
 
 
-def test_lines_that_fail_are_an_exit_code_and_one_line(run, tmp_path):
+def test_failed_lines_are_exit_code_1_and_one_line(run, tmp_path):
     lines = [LINES[0], "{", '{"prompt": "\\ud800", "\\ud800": 1}', "[" * 50_000, "", '{"prompt": "a", "seed": 1e400}']
     prompts, output = write_lines(tmp_path / "prompts.jsonl", *lines), tmp_path / "answers.jsonl"
     line = "4 of 5 lines could not be answered: their `error` says why\n"
@@ -83,8 +84,8 @@ def test_lines_that_fail_are_an_exit_code_and_one_line(run, tmp_path):
     assert run("--prompts", prompts) == (1, output.read_text(encoding="utf-8"), line)
 
 
-def test_a_rerun_continues_wherever_the_output_ends(run, prompts, whole, tmp_path):
-    content, output = (tmp_path / "whole.jsonl").read_bytes(), tmp_path / "answers.jsonl"
+def test_a_rerun_continues_an_output_cut_off_anywhere(run, prompts, complete, tmp_path):
+    content, output = (tmp_path / "complete.jsonl").read_bytes(), tmp_path / "answers.jsonl"
     ends = {0, 1, 5, 11, 30, len(content) - 1, len(content)}
     ends |= {i + d for i, byte in enumerate(content) if byte == ord("\n") for d in (0, 1, 2)} & {*range(len(content))}
     for end in sorted(ends):
@@ -92,28 +93,28 @@ def test_a_rerun_continues_wherever_the_output_ends(run, prompts, whole, tmp_pat
         assert run("--prompts", prompts, "--output", output)[0] == 0
         kept = content[: content[:end].rfind(b"\n") + 1]
         assert output.read_bytes().startswith(kept)
-        assert read_lines(output) == whole
+        assert read_lines(output) == complete
 
 
-def test_answers_that_are_there_are_not_computed_again(run, prompts, whole, tmp_path):
+def test_known_answers_are_kept(run, prompts, complete, tmp_path):
     output = tmp_path / "answers.jsonl"
-    changed = [answer | {"text": "as it was"} for answer in list(whole.values())[:-1]]
+    changed = [answer | {"text": "as it was"} for answer in list(complete.values())[:-1]]
     write_lines(output, *changed)
     output.chmod(0o600)
     assert run("--prompts", prompts, "--output", output) == (0, "", "")
-    last = list(whole)[-1]
-    assert read_lines(output) == {answer["index"]: answer for answer in changed} | {last: whole[last]}
+    last = list(complete)[-1]
+    assert read_lines(output) == {answer["index"]: answer for answer in changed} | {last: complete[last]}
     assert output.stat().st_mode & 0o777 == 0o600
 
 
-def test_errors_are_tried_again(run, prompts, whole, tmp_path):
-    output = write_lines(tmp_path / "answers.jsonl", {**LINES[2], "index": 2, "error": "out of memory"}, whole[0])
+def test_failed_lines_are_answered_again(run, prompts, complete, tmp_path):
+    output = write_lines(tmp_path / "answers.jsonl", {**LINES[2], "index": 2, "error": "out of memory"}, complete[0])
     assert run("--prompts", prompts, "--output", output) == (0, "", "")
-    assert read_lines(output) == whole
+    assert read_lines(output) == complete
 
 
-def test_answers_to_other_prompts_are_not_continued(run, prompts, whole, tmp_path):
-    output = tmp_path / "whole.jsonl"
+def test_an_output_with_answers_to_other_prompts_is_refused(run, prompts, complete, tmp_path):
+    output = tmp_path / "complete.jsonl"
     before = output.read_bytes()
     write_lines(prompts, *LINES[:3], {"prompt": "another"}, *LINES[4:])
     code, out, err = run("--prompts", prompts, "--output", output)
@@ -124,20 +125,20 @@ def test_answers_to_other_prompts_are_not_continued(run, prompts, whole, tmp_pat
 
 OTHER_FILES = {
     "safetensors": (b"\x10\0\0\0\0\0\0\0{}" + b"x" * 90, "holds no answers"),
-    "JSON on many lines": (b'{\n  "version": "1.0"\n}\n', "something else than answers, in line 1"),
-    "JSON on one line": (b'{"version": "1.0", "index": 3}', "something else than answers, in line 1"),
-    "JSON lines": (b'{"text": "a document"}\n' * 3, "something else than answers, in line 1"),
-    "half JSON": (b'{"prompt": "a", "ind', "something else than answers, in line 1"),
+    "JSON on many lines": (b'{\n  "version": "1.0"\n}\n', "other lines than answers, in line 1"),
+    "JSON on one line": (b'{"version": "1.0", "index": 3}', "other lines than answers, in line 1"),
+    "JSON lines": (b'{"text": "a document"}\n' * 3, "other lines than answers, in line 1"),
+    "half JSON": (b'{"prompt": "a", "ind', "other lines than answers, in line 1"),
     "text": (b"To be or not to be\n", "holds no answers"),
     "answers and more": (b'{"index": 0, "prompt": "a", "error": "x"}\nnotes\n', "than answers, in line 2"),
     "answers and prompts": (b'{"index": 0, "error": "x"}\n{"prompt": "b"}\n', "than answers, in line 2"),
     "the same answer twice": (b'{"index": 0, "error": "x"}\n' * 2, "holds two answers of index 0"),
-    "nested": (b'{"a":' * 50_000, "something else than answers, in line 1"),
+    "nested": (b'{"a":' * 50_000, "other lines than answers, in line 1"),
 }
 
 
 @pytest.mark.parametrize(("content", "message"), OTHER_FILES.values(), ids=OTHER_FILES)
-def test_no_other_file_is_written_over(run, prompts, tmp_path, content, message):
+def test_files_without_answers_are_not_overwritten(run, prompts, tmp_path, content, message):
     output = tmp_path / "other"
     output.write_bytes(content)
     code, out, err = run("--prompts", prompts, "--output", output, checkpoint=tmp_path / "nowhere")
@@ -147,7 +148,7 @@ def test_no_other_file_is_written_over(run, prompts, tmp_path, content, message)
     assert {path.name for path in tmp_path.iterdir()} == {"other", "prompts.jsonl"}
 
 
-def test_no_file_of_the_checkpoint_is_written_over(run, prompts, checkpoint):
+def test_files_of_the_checkpoint_are_not_overwritten(run, prompts, checkpoint):
     for path in checkpoint.iterdir():
         before = path.read_bytes()
         code, _, err = run("--prompts", prompts, "--output", path)
@@ -164,7 +165,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize(("name", "message"), PLACES.values(), ids=PLACES)
-def test_an_output_that_cannot_be_is_refused_first(run, prompts, tmp_path, name, message):
+def test_an_unusable_output_is_refused_before_loading(run, prompts, tmp_path, name, message):
     (tmp_path / "link").symlink_to(prompts)
     code, out, err = run("--prompts", prompts, "--output", tmp_path / name, checkpoint=tmp_path / "nowhere")
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -172,15 +173,15 @@ def test_an_output_that_cannot_be_is_refused_first(run, prompts, tmp_path, name,
     assert prompts.read_text().count("prompt") == 12
 
 
-def test_a_link_to_the_answers_stays_one(run, prompts, whole, tmp_path):
+def test_a_link_to_the_output_is_kept(run, prompts, complete, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "answers.jsonl")
-    (tmp_path / "answers.jsonl").write_bytes((tmp_path / "whole.jsonl").read_bytes()[:-5])
+    (tmp_path / "answers.jsonl").write_bytes((tmp_path / "complete.jsonl").read_bytes()[:-5])
     assert run("--prompts", prompts, "--output", tmp_path / "link") == (0, "", "")
     assert (tmp_path / "link").is_symlink()
-    assert read_lines(tmp_path / "answers.jsonl") == whole
+    assert read_lines(tmp_path / "answers.jsonl") == complete
 
 
-def test_prompts_come_through_a_fifo_and_standard_input(run, prompts, whole, tmp_path):
+def test_prompts_from_a_fifo_and_standard_input(run, prompts, complete, tmp_path):
     content = prompts.read_bytes()
     os.mkfifo(tmp_path / "fifo")
     writer = threading.Thread(target=lambda: (tmp_path / "fifo").write_bytes(content))
@@ -193,17 +194,17 @@ def test_prompts_come_through_a_fifo_and_standard_input(run, prompts, whole, tmp
     writer.join()
     for code, out, err in outputs:
         assert (code, err) == (0, "")
-        assert {answer["index"]: answer for answer in map(json.loads, out.splitlines())} == whole
+        assert {answer["index"]: answer for answer in map(json.loads, out.splitlines())} == complete
 
 
-def test_answers_go_through_a_fifo(run, prompts, whole, tmp_path):
+def test_answers_to_a_fifo(run, prompts, complete, tmp_path):
     os.mkfifo(tmp_path / "fifo")
     read = []
     reader = threading.Thread(target=lambda: read.append((tmp_path / "fifo").read_bytes()))
     reader.start()
     assert run("--prompts", prompts, "--output", tmp_path / "fifo") == (0, "", "")
     reader.join()
-    assert {answer["index"]: answer for answer in map(json.loads, read[0].splitlines())} == whole
+    assert {answer["index"]: answer for answer in map(json.loads, read[0].splitlines())} == complete
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +217,7 @@ def nan_checkpoint(checkpoint, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_weights_that_are_not_finite_are_an_error(run, nan_checkpoint, prompts, temperature):
+def test_nonfinite_weights_are_an_error(run, nan_checkpoint, prompts, temperature):
     message = "the model's logits are NaN or infinite"
     code, out, err = run("--temperature", temperature, "--prompt", "a", checkpoint=nan_checkpoint)
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -227,15 +228,15 @@ def test_weights_that_are_not_finite_are_an_error(run, nan_checkpoint, prompts, 
 
 
 BAD_INPUT = {
-    "an argument that is no text": (["--prompt", "a\udcff"], b"", "--prompt is not UTF-8"),
-    "standard input that is no text": ([], b"a\xff", "standard input is not UTF-8"),
-    "prompts that are a folder": (["--prompts", "."], b"", "Is a directory"),
+    "an argument that is not UTF-8": (["--prompt", "a\udcff"], b"", "--prompt is not UTF-8"),
+    "standard input that is not UTF-8": ([], b"a\xff", "standard input is not UTF-8"),
+    "a folder as prompts": (["--prompts", "."], b"", "Is a directory"),
     "temperature inf": (["--prompt", "a", "--temperature", "inf"], b"", "--temperature must be a finite number"),
 }
 
 
 @pytest.mark.parametrize(("arguments", "stdin", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
-def test_bad_input_is_one_line(run, arguments, stdin, message):
+def test_invalid_input_is_one_error_line(run, arguments, stdin, message):
     code, out, err = run(*arguments, stdin=stdin)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err
@@ -243,13 +244,13 @@ def test_bad_input_is_one_line(run, arguments, stdin, message):
 
 @pytest.fixture
 def start(checkpoint) -> Iterator[Callable[..., "Process"]]:
-    """Starts processes, and ends those that have not ended with the test."""
+    """Start processes, which are killed at the end of the test."""
     with ExitStack() as processes:
         yield lambda *arguments: processes.enter_context(Process(checkpoint, *arguments))
 
 
 class Process(subprocess.Popen):
-    """The command in a process of its own, whose locale is not UTF-8."""
+    """Process with the command, whose locale is not UTF-8."""
 
     def __init__(self, checkpoint: Path, *arguments: object):
         command = [sys.executable, "-m", "lightning_attention.cli", "generate", "--checkpoint", checkpoint, *arguments]
@@ -280,7 +281,7 @@ def test_text_is_utf_8_in_every_locale(start, as_argument):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [[], ["--prompts", "-"]], ids=["text", "answers"])
-def test_a_reader_who_leaves_is_no_error(start, arguments):
+def test_a_reader_who_leaves_is_code_1_without_a_message(start, arguments):
     process = start("--max-new-tokens", 1_000_000 if not arguments else 5, *arguments)
     assert process.stdin is not None
     assert process.stdout is not None
@@ -292,7 +293,7 @@ def test_a_reader_who_leaves_is_no_error(start, arguments):
 
 
 @pytest.mark.slow
-def test_an_interrupt_is_one_line(start):
+def test_an_interruption_is_one_line(start):
     process = start("--prompt", "a", "--max-new-tokens", 1_000_000)
     assert process.stdout is not None
     assert process.stdout.read(20)
@@ -302,7 +303,7 @@ def test_an_interrupt_is_one_line(start):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL], ids=lambda x: x.name)
-def test_answers_continue_after_an_interruption(start, tmp_path, run, stop):
+def test_a_rerun_continues_after_an_interruption(start, tmp_path, run, stop):
     lines = [{"prompt": f"prompt {i}", "max_new_tokens": 1 + i} for i in range(300)]
     prompts, output = write_lines(tmp_path / "prompts.jsonl", *lines), tmp_path / "answers.jsonl"
     process = start("--temperature", 0, "--prompts", prompts, "--output", output, "--max-requests", 2)
@@ -317,8 +318,8 @@ def test_answers_continue_after_an_interruption(start, tmp_path, run, stop):
     assert 10 < kept.count(b"\n") < 300
     assert run("--prompts", prompts, "--output", output) == (0, "", "")
     assert output.read_bytes().startswith(kept)
-    assert run("--prompts", prompts, "--output", tmp_path / "whole.jsonl") == (0, "", "")
-    assert read_lines(output) == read_lines(tmp_path / "whole.jsonl")
+    assert run("--prompts", prompts, "--output", tmp_path / "complete.jsonl") == (0, "", "")
+    assert read_lines(output) == read_lines(tmp_path / "complete.jsonl")
 
 
 @pytest.mark.slow

@@ -241,12 +241,12 @@ def test_a_size_below_one_is_refused(name):
 
 def test_bfloat16_states_take_half_the_memory():
     model = make_model(eos_token_id=None).float()
-    whole, half = Engine(model), Engine(model, pool_dtype=torch.bfloat16)
-    assert 2 * half.pool.nbytes == whole.pool.nbytes
+    full, half = Engine(model), Engine(model, pool_dtype=torch.bfloat16)
+    assert 2 * half.pool.nbytes == full.pool.nbytes
     given = prompts(4)
     agreements = [
         x == y
-        for one, other in zip(whole.run(given, GREEDY), half.run(given, GREEDY), strict=True)
+        for one, other in zip(full.run(given, GREEDY), half.run(given, GREEDY), strict=True)
         for x, y in zip(one.tokens, other.tokens, strict=True)
     ]
     assert sum(agreements) > len(agreements) / 2

@@ -214,8 +214,8 @@ def test_a_callback_gets_a_view_of_the_new_tokens(model):
     answer = []
     while engine.has_work:
         answer += [output.token for output in engine.step()]
-    beginnings = [answer[:n] for n in range(1, 6)]
-    assert seen == [(len(x), x[-1], x[-2:], x, x, True) for x in beginnings]
+    prefixes = [answer[:n] for n in range(1, 6)]
+    assert seen == [(len(x), x[-1], x[-2:], x, x, True) for x in prefixes]
     assert all(view is views[0] for view in views)
     with pytest.raises(IndexError):
         views[0][5]

@@ -1,4 +1,4 @@
-"""Text of tokens as they are generated."""
+"""Decoding of tokens one by one, and search for stop texts."""
 
 from typing import cast
 
@@ -38,7 +38,7 @@ TOKENIZERS = {
 }
 
 
-def pieces(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> list[str]:
+def decoded_one_by_one(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> list[str]:
     detokenizer = Detokenizer(tokenizer)
     return [*(detokenizer.add(token) for token in tokens), detokenizer.rest()]
 
@@ -58,24 +58,24 @@ def bytes_of(text: str) -> list[int]:
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_pieces_together_are_the_decoded_tokens(tokenizer, data):
-    # Bytes that make characters, or nearly, with special tokens and one that no token has.
+def test_texts_joined_equal_the_decoded_tokens(tokenizer, data):
+    # Bytes of characters and of incomplete characters, special tokens, and an id without a token.
     some = st.sampled_from([*range(0x78, 0x8A), 0xC3, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98, 0xFF, 256, 257, 999])
     ids = some if tokenizer is TOKENIZERS["bytes"] else st.integers(0, len(tokenizer))
     tokens = data.draw(st.lists(ids, max_size=60))
-    assert "".join(pieces(tokenizer, tokens)) == decoded(tokenizer, tokens)
+    assert "".join(decoded_one_by_one(tokenizer, tokens)) == decoded(tokenizer, tokens)
 
 
-def test_a_character_comes_whole_and_at_once():
+def test_a_character_is_returned_with_its_last_byte():
     text = "aé€😀\n b"
     expected = [c for character in text for c in [""] * (len(character.encode()) - 1) + [character]]
-    assert pieces(TOKENIZERS["bytes"], bytes_of(text)) == [*expected, ""]
+    assert decoded_one_by_one(TOKENIZERS["bytes"], bytes_of(text)) == [*expected, ""]
 
 
-def test_words_come_at_once_with_their_spaces():
+def test_a_word_is_returned_at_once_with_its_space():
     tokenizer = TOKENIZERS["SentencePiece with bytes"]
     ids = ids_of(tokenizer, ["▁a", "<|im_end|>", "▁a", "b", "▁", *BYTES[2:5], "b"])
-    assert pieces(tokenizer, ids) == ["a", "", " a", "b", " ", "", "", "", "€b", ""]
+    assert decoded_one_by_one(tokenizer, ids) == ["a", "", " a", "b", " ", "", "", "", "€b", ""]
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,11 @@ def test_words_come_at_once_with_their_spaces():
     [bytes_of("no line ends here " * 200), [0xFF] * 3000, bytes_of("€" * 1000), [256] * 3000],
     ids=["text", "no characters", "wide characters", "special tokens"],
 )
-def test_the_work_is_linear(monkeypatch, ids):
+def test_decoding_takes_linear_time(monkeypatch, ids):
     tokenizer, lengths = byte_tokenizer(), []
     decode = tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: lengths.append(len(ids)) or decode(ids, **options))
-    pieces(tokenizer, ids)
+    decoded_one_by_one(tokenizer, ids)
     assert max(lengths, default=0) <= 16
     assert sum(lengths) <= 20 * len(ids)
 
@@ -97,12 +97,12 @@ def test_a_long_run_of_byte_tokens_is_decoded_once(monkeypatch):
     decode = tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: lengths.append(len(ids)) or decode(ids, **options))
     run = ids_of(tokenizer, [*BYTES[2:5]] * 1000 + ["b"])
-    assert "".join(pieces(tokenizer, run)) == "€" * 1000 + "b"
+    assert "".join(decoded_one_by_one(tokenizer, run)) == "€" * 1000 + "b"
     assert sum(lengths) <= len(run) + 100
 
 
 EOS = 257
-# The tokenizer, the tokens, the stop texts, and the text before them with the tokens that it takes to know.
+# Tokenizer, tokens, stop texts, and the text before a stop text with the number of tokens that decide it.
 STOPS = {
     "over several tokens": ("bytes", bytes_of("to be, or"), ["be,"], ("to ", 6)),
     "the first of two": ("bytes", bytes_of("to be, or"), ["or", "e"], ("to b", 5)),
@@ -139,7 +139,7 @@ STOPS = {
 
 
 @pytest.mark.parametrize(("name", "tokens", "stop", "expected"), STOPS.values(), ids=STOPS)
-def test_text_ends_before_the_stop_text(name, tokens, stop, expected):
+def test_text_ends_before_a_stop_text(name, tokens, stop, expected):
     tokenizer = TOKENIZERS[name]
     ids = tokens if isinstance(tokens[0], int) else ids_of(tokenizer, tokens)
     generated = GeneratedText(tokenizer, stop)
@@ -150,7 +150,7 @@ def test_text_ends_before_the_stop_text(name, tokens, stop, expected):
 
 
 @given(st.lists(st.sampled_from([*b"abc", 0xC3, 0xA9, 256]), max_size=40), st.lists(st.text("abcé", min_size=1)))
-def test_a_stop_text_is_found_wherever_it_is(ids, stop):
+def test_a_stop_text_is_found_at_any_position(ids, stop):
     generated, tokenizer = GeneratedText(TOKENIZERS["bytes"], stop), TOKENIZERS["bytes"]
     for i, token in enumerate(ids, start=1):
         if generated.add(token):
@@ -158,5 +158,5 @@ def test_a_stop_text_is_found_wherever_it_is(ids, stop):
         assert not any(text in decoded(tokenizer, ids[:i]) for text in stop)
     text, is_stopped = generated.finish()
     assert not any(x in text for x in stop)
-    whole = decoded(tokenizer, ids)
-    assert whole.startswith(text) if is_stopped else text == whole
+    expected = decoded(tokenizer, ids)
+    assert expected.startswith(text) if is_stopped else text == expected

@@ -219,7 +219,7 @@ def test_special_files_are_refused_and_not_opened(tmp_path, monkeypatch, create,
     monkeypatch.chdir(tmp_path)
     write(tmp_path, a_txt="one")
     create(tmp_path / "special")
-    with pytest.raises(ValueError, match="special is no regular file but a FIFO, socket or device: copy"):
+    with pytest.raises(ValueError, match="special is not a regular file but a FIFO, socket or device: copy"):
         Sources.find(tmp_path / "special" if named else tmp_path)
 
 

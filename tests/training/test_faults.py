@@ -381,8 +381,8 @@ def test_a_signalled_run_saves_a_checkpoint_and_resumes_as_if_undisturbed(files,
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     step = int(checkpoints(files / "run")[-1].name.removeprefix("checkpoint-"))
-    go_on = f"lightning-attention train --resume --output {files / 'run'}"
-    message = f"lightning-attention: stopped by {number.name} after step {step}, which is saved; to go on: {go_on}"
+    resume = f"lightning-attention train --resume --output {files / 'run'}"
+    message = f"lightning-attention: stopped by {number.name} after step {step}, which is saved; to resume: {resume}"
     assert error_lines(errors) == [message]
     assert 20 <= step < 60
     train(TrainingOptions.load(files / "run"), resume=True, console=quiet())
@@ -550,7 +550,7 @@ def test_a_signal_to_torchrun_saves_a_checkpoint(files, number):
             os.kill(worker, number)
     output, _ = process.communicate(timeout=60)
     step = int(checkpoints(files / "run")[-1].name.removeprefix("checkpoint-"))
-    assert len(re.findall(rf"stopped by {number.name} after step {step}, which is saved; to go on:", output)) == 1
+    assert len(re.findall(rf"stopped by {number.name} after step {step}, which is saved; to resume:", output)) == 1
     assert "was lost" not in output
     load(files / "run")
 

@@ -128,7 +128,7 @@ def test_unreadable_data_leaves_nothing_behind(home, exists):
     os.mkfifo(home / "data" / "fifo")
     if exists:
         (home / "run").mkdir()
-    with pytest.raises(ValueError, match="fifo is no regular file"):
+    with pytest.raises(ValueError, match="fifo is not a regular file"):
         run(home, data=home / "data")
     assert (home / "run").exists() == exists
     assert not exists or not os.listdir(home / "run")
@@ -165,7 +165,7 @@ def test_a_fifo_does_not_hang_a_run(home, named):
     data = home / "data" / "fifo" if named else home / "data"
     result = command("train", "--data", data, "--output", home / "run")
     assert result.returncode == 2
-    assert error_lines(result.stderr)[0].endswith("FIFO, socket or device: copy what it gives to a file")
+    assert error_lines(result.stderr)[0].endswith("FIFO, socket or device: copy its content to a file")
     assert not (home / "run").exists()
 
 

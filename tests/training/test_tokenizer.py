@@ -191,7 +191,7 @@ SPECIAL_PIECES: dict[str, Callable[[], Tokenizer]] = {
     "WordLevel": lambda: words(models.WordLevel(VOCABULARY, unk_token="<unk>")),
     "WordPiece": lambda: words(models.WordPiece(VOCABULARY, unk_token="<unk>")),
     "BPE": lambda: words(models.BPE(MERGED, MERGES, unk_token="<unk>")),
-    "BPE, words whole": lambda: words(models.BPE(MERGED, MERGES, unk_token="<unk>", ignore_merges=True)),
+    "BPE, words that are pieces": lambda: words(models.BPE(MERGED, MERGES, unk_token="<unk>", ignore_merges=True)),
 }
 
 
@@ -319,7 +319,7 @@ def test_vocab_size_is_the_largest_token_id_plus_one(tmp_path):
 
 def test_invalid_prompts_are_refused(tmp_path):
     tokenizer = load_tokenizer(saved(tmp_path / "given", None, None))
-    with pytest.raises(ValueError, match="the prompt is empty, and the tokenizer has no token for the beginning"):
+    with pytest.raises(ValueError, match="the prompt is empty, and the tokenizer has no BOS token"):
         encode(tokenizer, "")
     with pytest.raises(TypeError, match="prompt must be a string, got list"):
         encode(tokenizer, ["a"])  # pyright: ignore[reportArgumentType]

@@ -315,7 +315,7 @@ def test_losses_in_bfloat16_do_not_depend_on_the_processes(small):
 
 @pytest.mark.parametrize("batch_size", [3, 20], ids=["below the data", "above the data"])
 def test_the_token_count_equals_the_tokens_read(tmp_path, batch_size):
-    """Of 7 sequences, a step of 20 reads some three times."""
+    """A step of 20 reads some of the 7 sequences three times."""
     sequences = RecordingDataset(HELD_OUT)
     run = trainer(LightningForCausalLM(make_config()), tmp_path, sequences, steps=4, batch_size=batch_size)
     sequences.read.clear()

@@ -335,7 +335,7 @@ def test_invalid_options_start_no_run(files, changes, message):
 
 
 def test_a_process_works_on_one_device(files, monkeypatch):
-    """On a machine with two, where the Trainer would use DataParallel with twice the batch size."""
+    """With two devices the Trainer would use DataParallel and twice the batch size."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
     single = training_arguments(options(files, batch_size=3))
     assert single.n_gpu == 1

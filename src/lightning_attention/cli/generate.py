@@ -51,7 +51,7 @@ def generate(
     disable_progress_bar()
     options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     if prompts is None and output is not None:
-        raise ValueError("--output goes with --prompts")
+        raise ValueError("--output needs --prompts")
     if prompt is not None and prompts is not None:
         raise ValueError("give --prompt or --prompts, not both")
     with _explaining_interruption(

@@ -97,7 +97,7 @@ def train(
     given = given_options(context)
     if resume:
         if extra := given - {"resume", "output", *SHARING}:
-            raise ValueError(f"--resume goes on with the options the run has; leave out {option_names(sorted(extra))}")
+            raise ValueError(f"--resume uses the options of the run; leave out {option_names(sorted(extra))}")
         options = TrainingOptions.load(output)
         options = replace(options, **{name: values[name] for name in SHARING if name in given})
     else:

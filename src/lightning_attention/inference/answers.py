@@ -39,7 +39,7 @@ def read_answers(path: Path) -> dict[int, Answer]:
                 if "error" not in answer:
                     answers[answer["index"]] = answer
             elif line.endswith(b"\n") or not (line.startswith(ANSWER_START) or ANSWER_START.startswith(line)):
-                raise ValueError(f"{path} holds something else than answers, in line {number}: choose another output")
+                raise ValueError(f"{path} holds other lines than answers, in line {number}: choose another output")
     return answers
 
 

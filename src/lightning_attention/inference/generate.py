@@ -78,7 +78,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
         )
     ids = begin + encode_texts(tokenizer, [well_formed(prompt)])[0].ids
     if not ids:
-        raise ValueError("the prompt is empty, and the tokenizer has no token for the beginning of a document")
+        raise ValueError("the prompt is empty, and the tokenizer has no BOS token")
     return ids
 
 

@@ -58,20 +58,17 @@ class SamplingOptions:
                 raise ValueError(f"{name} must be a number, got {value!r}")
             if not _is_finite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.max_new_tokens >= 1 << 63:
-            raise ValueError(f"max_new_tokens must be below 2^63, got {self.max_new_tokens}")
-        if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 64:
-            raise ValueError(f"seed must be at least -2^63 and below 2^64, got {self.seed}")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        for name, is_right, range_ in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("max_new_tokens", self.max_new_tokens < 1 << 63, "below 2^63"),
+            ("seed", self.seed is None or -(1 << 63) <= self.seed < 1 << 64, "at least -2^63 and below 2^64"),
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+        ):
+            if not is_right:
+                raise ValueError(f"{name} must be {range_}, got {getattr(self, name)}")
 
     def for_generate(self) -> dict[str, Any]:
         """Arguments of transformers' `generate()` for these options."""

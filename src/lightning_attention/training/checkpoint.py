@@ -114,7 +114,7 @@ class CheckpointingTrainer(GuardedTrainer):
         return prepared.model, prepared.optimizer.optimizer, prepared.lr_scheduler
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """Exclude the frequencies of rotary positions from weight decay, beside biases and norms."""
+        """Exclude the frequencies of rotary positions from weight decay, in addition to biases and norms."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("theta")]
 
 

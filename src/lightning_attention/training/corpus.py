@@ -155,8 +155,8 @@ class Corpus:
             raise ValueError(f"{file} is damaged: {REMEDY}")
         if (found := content.get("format", "fingerprint" in content)) not in (FORMAT, False):
             raise ValueError(
-                f"{file} is of another version of this library (format {int(found)}, not {FORMAT}): go on with that "
-                "version, or start a new run, which tokenizes its data again"
+                f"{file} is of another version of this library (format {int(found)}, not {FORMAT}): use that version, "
+                "or start a new run, which tokenizes its data again"
             )
         if content.pop("checksum", None) != _hash(content):
             raise ValueError(f"{file} is damaged: {REMEDY}")

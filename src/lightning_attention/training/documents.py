@@ -125,7 +125,7 @@ class _Search:
     def _add_file(self, file: Path) -> bool:
         """Add a file; return False if it is not text."""
         if not stat.S_ISREG(file.stat().st_mode):
-            raise ValueError(f"{file} is no regular file but a FIFO, socket or device: copy what it gives to a file")
+            raise ValueError(f"{file} is not a regular file but a FIFO, socket or device: copy its content to a file")
         if not self._is_found(file):
             if not formats.is_text(file, self.text_field):
                 return False

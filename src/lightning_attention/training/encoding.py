@@ -42,7 +42,7 @@ def tokenize(
         progress: called with the number of characters read so far.
     """
     begin, end = bos_ids(tokenizer), [cast(int, tokenizer.eos_token_id)]
-    previous: _EncodedWindow | None = None  # the window before, if the document goes on
+    previous: _EncodedWindow | None = None  # the window before, within a document
     characters = 0
     for batch in _batches(sources):
         encodings = encode_texts(tokenizer, (window.text for window in batch))

@@ -44,7 +44,7 @@ class RunFolder:
             raise ValueError(f"{self.path} holds a run already: resume it, or choose another output")
         for name in ("config.json", METRICS, PLOT):
             if (self.path / name).exists():
-                raise ValueError(f"{self.path} holds {name} of something else: choose another output")
+                raise ValueError(f"{self.path} holds {name}, but no run: choose another output")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -12,16 +12,15 @@ from ..paths import PathLike, to_path, to_paths
 
 FILE = "run.json"
 AT_LEAST_ONE = (
-    "segment_length",
-    "batch_size",
-    "sequence_parallel",
-    "accumulate",
-    "steps",
-    "eval_tokens",
-    "log_every",
-    "eval_every",
-    "save_every",
-)
+    "segment_length", "batch_size", "sequence_parallel", "accumulate", "steps", "eval_tokens", "log_every",
+    "eval_every", "save_every",
+)  # fmt: skip
+# Options that may change when a run resumes.
+MAY_CHANGE = {
+    "output", "steps", "segment_length", "batch_size", "sequence_parallel", "sequence_parallel_strategy", "fsdp",
+    "accumulate", "eval_tokens", "log_every", "eval_every", "save_every", "bf16", "compile", "gradient_checkpointing",
+    "timeout",
+}  # fmt: skip
 LIMIT = 1 << 53  # largest number: JSON readers keep integers up to here exactly, as floats
 
 
@@ -171,29 +170,8 @@ class TrainingOptions:
             raise ValueError(f"{file}: {error}") from error
 
 
-# Options that may change when a run resumes.
-MAY_CHANGE = {
-    "output",
-    "steps",
-    "segment_length",
-    "batch_size",
-    "sequence_parallel",
-    "sequence_parallel_strategy",
-    "fsdp",
-    "accumulate",
-    "eval_tokens",
-    "log_every",
-    "eval_every",
-    "save_every",
-    "bf16",
-    "compile",
-    "gradient_checkpointing",
-    "timeout",
-}
-
-
 def resumed_options(
-    options: TrainingOptions, record: dict[str, Any], data_size: int
+    options: TrainingOptions, record: dict[str, Any] | None, data_size: int
 ) -> tuple[TrainingOptions, list[str]]:
     """Return the options of a run that resumes from a checkpoint, and a line for every changed option.
 
@@ -201,12 +179,14 @@ def resumed_options(
 
     Args:
         options: options in `run.json`, perhaps edited.
-        record: options that the checkpoint was trained with, and `sequences_per_step`.
+        record: options that the checkpoint was trained with, and `sequences_per_step`; None if unknown.
         data_size: number of processes, or groups of processes, that read sequences of their own.
 
     Raises:
         ValueError: a changed option cannot change, or the processes cannot share the sequences of a step evenly.
     """
+    if record is None:
+        return options, []
     for name, (before, now) in _changes(options, record).items():
         if name not in MAY_CHANGE:
             raise ValueError(

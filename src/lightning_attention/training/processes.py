@@ -20,7 +20,7 @@ from ..models import LightningForCausalLM
 T = TypeVar("T")
 
 LOST = (
-    "another process of the run was lost; go on from the last checkpoint with --resume, "
+    "another process of the run was lost; resume from the last checkpoint with --resume, "
     "or have torchrun do so with --max-restarts"
 )
 # Other processes wait for one that tokenizes, which may take days.

@@ -104,7 +104,8 @@ class _OpenRun:
 
     @property
     def sequences_per_step(self) -> int:
-        return self.options.batch_size * _data_size(self.options, self.arguments) * self.options.accumulate
+        data_size = self.arguments.world_size // self.options.sequence_parallel
+        return self.options.batch_size * data_size * self.options.accumulate
 
 
 @contextmanager
@@ -125,7 +126,10 @@ def _open(options: TrainingOptions, resume: bool, console: Console | None) -> It
             on_first(folder.check_free)
         elif checkpoint := on_first(lambda: last_intact(folder.path, check_checkpoint, console.print)):
             console.print(f"resuming from {checkpoint}")
-            options = together(lambda: _resumed_options(options, checkpoint, arguments, console))
+            data_size = arguments.world_size // options.sequence_parallel
+            options, changes = together(lambda: resumed_options(options, read_record(checkpoint), data_size))
+            for change in changes:
+                console.print(change, markup=False)
             arguments = training_arguments(options)
         yield _OpenRun(options, arguments, folder, sequence_parallel, checkpoint, resumes, stop, console)
 
@@ -189,11 +193,11 @@ def _make_steps(run: _OpenRun, trainer: PackedTrainer) -> None:
     except FloatingPointError as error:
         good = checkpoints(folder)
         saved = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was saved before"
-        raise FloatingPointError(f"{error}; {saved}; try a lower learning rate, or look for damaged data") from None
+        raise FloatingPointError(f"{error}; {saved}; try a lower learning rate, or check the data") from None
     step = trainer.state.global_step
     if run.stop.answered and step < trainer.state.max_steps:
-        go_on = f"lightning-attention train --resume --output {shlex.quote(str(folder))}"
-        raise Interrupted(run.stop.answered, f"after step {step}, which is saved; to go on: {go_on}")
+        command = f"lightning-attention train --resume --output {shlex.quote(str(folder))}"
+        raise Interrupted(run.stop.answered, f"after step {step}, which is saved; to resume: {command}")
 
 
 class _SaveOptions(TrainerCallback):
@@ -213,23 +217,6 @@ def _sequence_parallel(options: TrainingOptions) -> SequenceParallel | None:
     if options.fsdp and not dist.is_initialized():
         raise ValueError("fsdp needs the processes that torchrun starts")
     return sequence_parallel_group(options.sequence_parallel, options.sequence_parallel_strategy, options.timeout)
-
-
-def _data_size(options: TrainingOptions, arguments: TrainingArguments) -> int:
-    """Number of processes, or groups of processes, that read sequences of their own."""
-    return arguments.world_size // options.sequence_parallel
-
-
-def _resumed_options(
-    options: TrainingOptions, checkpoint: Path, arguments: TrainingArguments, console: Console
-) -> TrainingOptions:
-    record = read_record(checkpoint)
-    if record is None:
-        return options
-    options, changes = resumed_options(options, record, _data_size(options, arguments))
-    for change in changes:
-        console.print(change, markup=False)
-    return options
 
 
 def _tokenizer(run: _OpenRun) -> PreTrainedTokenizerFast:
