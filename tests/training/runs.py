@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from lightning_attention.training import TrainingOptions
@@ -17,6 +18,7 @@ from lightning_attention.training.metrics import read_metrics
 TEXT = "".join(f"{i} times {j} is {i * j}\n" for i in range(40) for j in range(40))
 MODEL = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
 ON_CPU = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 COMMAND = [sys.executable, "-c", "from lightning_attention.cli import main; main()"]
 
 

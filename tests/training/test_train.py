@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from training.runs import (
     MODEL,
     ON_CPU,
     arguments,
+    linux_only,
     losses,
     options,
     quiet,
@@ -31,7 +31,6 @@ from training.runs import (
     wait_for,
     wait_for_end,
     workers_after,
-    write_inputs,
 )
 from transformers import TrainingArguments
 
@@ -44,12 +43,6 @@ from lightning_attention.training.checkpoint import CheckpointingTrainer
 from lightning_attention.training.metrics import drop_after, plot_loss, read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Path:
-    write_inputs(tmp_path)
-    return tmp_path
 
 
 def test_a_run_writes_checkpoints_metrics_and_plot(files):
@@ -265,7 +258,7 @@ def test_a_run_resumes_on_another_number_of_processes(files, processes, sharing,
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found in /proc")
+@linux_only
 def test_processes_restarted_after_a_loss_resume_as_if_undisturbed(files):
     changes: dict[str, Any] = {"steps": 100, "save_every": 20, "log_every": 10, "sequence_parallel": 2}
     process = torchrun(2, *arguments(files, "undisturbed", **changes))
@@ -278,7 +271,7 @@ def test_processes_restarted_after_a_loss_resume_as_if_undisturbed(files):
     assert losses(files / "disturbed") == pytest.approx(losses(files / "undisturbed"), rel=1e-4)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found in /proc")
+@linux_only
 def test_a_lost_process_ends_the_others_with_an_error_line(files):
     process = torchrun(2, *arguments(files, steps=10_000, save_every=20, sequence_parallel=2))
     os.kill(workers_after(files / "run" / "checkpoint-20", process)[-1], signal.SIGKILL)
@@ -291,7 +284,7 @@ def test_a_lost_process_ends_the_others_with_an_error_line(files):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found in /proc")
+@linux_only
 def test_sigterm_ends_a_process_that_waits_for_a_frozen_one(files):
     process = torchrun(2, *arguments(files, steps=10_000, save_every=20, sequence_parallel=2))
     waiting, stopped = workers_after(files / "run" / "checkpoint-20", process)

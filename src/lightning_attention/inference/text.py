@@ -102,9 +102,9 @@ class GeneratedText:
         if text := self._detokenizer.add(token):
             self._append(text, text)
         if self._search_with_names.texts and token in self._detokenizer.special:
-            held = self._detokenizer.rest()
-            self._found(self._search_with_names.add(held, self._length))
-            name, end = self._detokenizer.special[token], self._length + len(held)
+            rest = self._detokenizer.rest()
+            self._found(self._search_with_names.add(rest, self._length))
+            name, end = self._detokenizer.special[token], self._length + len(rest)
             self._found(self._search_with_names.add(name, end, is_special=True))
         return self._end is not None
 
