@@ -48,9 +48,9 @@ class CheckpointingTrainer(GuardedTrainer):
         super().__init__(*args, **options)
         self.record = record
 
-    def _init_training_state(self, max_steps: int, *args: Any) -> Any:
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Take the intervals of logs, evaluations and checkpoints from the options, not from the checkpoint."""
-        state = super()._init_training_state(max_steps, *args)
+        state = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
         return state
 
@@ -98,7 +98,7 @@ class CheckpointingTrainer(GuardedTrainer):
             torch.save(state, Path(output_dir, OPTIMIZER))
             torch.save(scheduler.state_dict(), Path(output_dir, SCHEDULER))
 
-    def _load_from_checkpoint(self, *_: Any) -> None:
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         pass  # the model holds the weights of the checkpoint
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

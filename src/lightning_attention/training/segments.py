@@ -108,8 +108,8 @@ class _SegmentedLoss(torch.autograd.Function):
         return passes.forward(keep_states=True)
 
     @staticmethod
-    def backward(ctx, d_loss):
-        ctx.passes.backward(d_loss)
+    def backward(ctx, *grad_outputs):
+        ctx.passes.backward(*grad_outputs)
         return None, None
 
 
