@@ -213,7 +213,7 @@ class _Passes:
         for index in reversed(range(len(self.segments))):
             kept = [state.to(self.device, non_blocking=True) for state in self.kept[index]]
             states = [state.detach().requires_grad_() for state in kept]
-            # Gradients are exchanged between processes once, after the last segment read.
+            # Processes exchange gradients once, with the first segment, which is read last.
             with nullcontext() if index == 0 else _no_sync(self.model):
                 loss, after = self._read(index, states)
                 if d_after is None:
@@ -233,7 +233,7 @@ class _Passes:
         return outputs.loss, list(outputs.states)
 
     def _sum_over_ranks(self, states: list[Tensor]) -> list[Tensor]:
-        """Give every rank the states that one rank holds; the others hold zeros."""
+        """Sum states, or their gradients, over the ranks that share the segments."""
         parallel = self.segments.parallel
         return states if parallel is None else parallel.sum([state.contiguous() for state in states])
 
