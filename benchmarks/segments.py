@@ -1,16 +1,13 @@
 """Time against the number of segments with few heads, to which the cost model in `ops/hopper/config.py` is fitted."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
-from unittest.mock import patch
 
 import torch
 
-from lightning_attention.ops import hopper
-from lightning_attention.ops import triton as portable
+from lightning_attention.ops.gpu import scans
+from lightning_attention.ops.gpu.segments import Segments, ceil_div
 from lightning_attention.ops.hopper import config
-from lightning_attention.ops.triton.config import Segments, ceil_div
 
 from .cases import BACKWARD, FORWARD, OpCase
 from .harness import Call, interleaved_times, release
@@ -23,8 +20,6 @@ LENGTHS = (2048, 8192, 32_768)
 LONG = {(1, 131_072, 16): [2, 4, 8], (1, 1 << 20, 1): [32, 66, 132], (2, 1 << 20, 8): [2, 4, 8]}
 # Numbers of segments by packed sequences in 32,768 tokens, and heads of 128.
 PACKED = {(20, 16): [2, 4, 8], (20, 32): [1, 2, 3, 4], (20, 64): [1, 2], (4, 32): [1, 2, 3, 4], (4, 64): [1, 2]}
-
-Choose = Callable[..., Segments]
 
 
 def cases() -> Iterator[tuple[OpCase, list[int]]]:
@@ -46,9 +41,12 @@ def measure(case: OpCase, counts: list[int], device: torch.device) -> Record:
     """Milliseconds of forward and backward as chosen, with the portable kernels, and in every number of segments."""
     inputs = Inputs(case, device)
     (q, k, v), do, log_decay, cu_seqlens = inputs.qkv, inputs.do, inputs.log_decay, inputs.cu_seqlens
+    from lightning_attention.ops.hopper import launch as hopper
+    from lightning_attention.ops.triton import launch as portable
+
     passes = {
-        FORWARD: lambda backend: backend.forward(q, k, v, log_decay, None, cu_seqlens, 1.0, False),
-        BACKWARD: lambda backend: backend.backward(q, k, v, do, log_decay, None, None, cu_seqlens, 1.0),
+        FORWARD: lambda cut: scans.forward(cut, q, k, v, log_decay, None, cu_seqlens, 1.0, False),
+        BACKWARD: lambda cut: scans.backward(cut, q, k, v, do, log_decay, None, None, cu_seqlens, 1.0),
     }
     record: Record = {
         "batch_size": case.batch_size,
@@ -56,14 +54,14 @@ def measure(case: OpCase, counts: list[int], device: torch.device) -> Record:
         "num_heads": case.num_heads,
         "head_dim": case.head_dim,
         "documents": case.packed_sequences,
-        "chosen": [_chosen_count(partial(call, hopper)) for call in passes.values()],
+        "chosen": [_chosen_count(call) for call in passes.values()],
     }
     for direction, call in passes.items():
         calls: dict[str, Call] = {
-            "chosen": partial(call, hopper),
-            "portable": partial(call, portable),
+            "chosen": partial(call, hopper.Scans),
+            "portable": partial(call, portable.Scans),
         }
-        calls |= {str(count): _with_segments(count, calls["chosen"]) for count in counts}
+        calls |= {str(count): partial(call, _scans_of(count)) for count in counts}
         times, failures = interleaved_times(calls, 0.012, device)
         if failures:
             raise RuntimeError(f"{case} failed: {failures}")
@@ -72,36 +70,30 @@ def measure(case: OpCase, counts: list[int], device: torch.device) -> Record:
     return record
 
 
-@contextmanager
-def _segments_from(choose: Choose) -> Iterator[None]:
-    with patch.object(config, "segments", choose):
-        yield
+def _scans_of(count: int) -> type[scans.Scans]:
+    """Scans of Hopper's kernels over `count` segments."""
+    from lightning_attention.ops.hopper.launch import Scans
+
+    class Cut(Scans):
+        def cut(self) -> Segments:
+            if count == 2:
+                return config.two_segments(self.T, self.mean_sequence_length)
+            segment = ceil_div(self.T, count * config.C) * config.C
+            return Segments(segment, segment, ceil_div(self.T, segment))
+
+    return Cut
 
 
-def _with_segments(count: int, call: Call) -> Call:
-    """Call with every tensor in `count` segments."""
-
-    def choose(length: int, sequence: int, *_: object, **__: object) -> Segments:
-        if count == 2:
-            return config.two_segments(length, sequence)
-        segment = ceil_div(length, count * config.C) * config.C
-        return Segments(segment, segment, ceil_div(length, segment))
-
-    def run() -> object:
-        with _segments_from(choose):
-            return call()
-
-    return run
-
-
-def _chosen_count(call: Call) -> int:
+def _chosen_count(call: Callable[[type[scans.Scans]], object]) -> int:
     """Number of segments that the cost model chooses for a call."""
-    chosen, choose = [], config.segments
+    from lightning_attention.ops.hopper.launch import Scans
 
-    def recorded(*arguments: int | float, **options: bool) -> Segments:
-        chosen.append(choose(*arguments, **options))
-        return chosen[-1]
+    chosen = []
 
-    with _segments_from(recorded):
-        call()
+    class Observed(Scans):
+        def cut(self) -> Segments:
+            chosen.append(super().cut())
+            return chosen[-1]
+
+    call(Observed)
     return chosen[0].count
