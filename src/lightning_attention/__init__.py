@@ -1,4 +1,4 @@
-"""Lightning Attention: causal linear attention with exponential decay, at constant time and memory per token."""
+"""Lightning Attention: causal linear attention with exponential decay, with a state of constant size."""
 
 from .ops import decay
 from .ops.api import (

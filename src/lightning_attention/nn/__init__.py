@@ -1,4 +1,4 @@
-"""Layers of models with lightning attention. They need nothing but PyTorch."""
+"""Layers with lightning attention, in plain PyTorch."""
 
 from .attention import GatedLightningAttention, Slots
 from .glu import SimpleGLU

@@ -1,4 +1,4 @@
-"""Token mixing."""
+"""The lightning attention layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from .sizes import check_size
 
 
 class Decay(Float32Module):
-    """The decay of one layer, `[H]` float32, natural logarithm per token. A constant, so no part of a checkpoint.
+    """Constant decay of one layer: `log_decay` `[H]` float32, natural logarithm per token, not in checkpoints.
 
-    Its values outlive the device "meta": `to_empty` brings them back.
+    A module on the device "meta" keeps the values, and `to_empty` restores them.
     """
 
     log_decay: Tensor
@@ -27,16 +27,16 @@ class Decay(Float32Module):
     def __init__(self, log_decay: Tensor):
         super().__init__()
         _check_constant_decay(log_decay)
-        self.rates = log_decay.tolist()
+        self.values: list[float] = log_decay.tolist()
         self.register_buffer("log_decay", self.initial_log_decay(), persistent=False)
 
     def initial_log_decay(self, device: torch.device | str | None = None) -> Tensor:
-        return torch.tensor(self.rates, dtype=torch.float32, device=device)
+        return torch.tensor(self.values, dtype=torch.float32, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decay":
         super()._apply(fn, recurse)
         if not self.log_decay.is_meta:
-            # `to_empty` has left memory as it was, and there is no telling it from other functions.
+            # After `to_empty` memory is uninitialised, and fn may be any function.
             with torch.no_grad(), torch.inference_mode(self.log_decay.is_inference()):
                 self.log_decay.copy_(self.initial_log_decay("cpu"))
         return self
@@ -57,12 +57,12 @@ def _check_constant_decay(log_decay: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Slots:
-    """Which states of a pool `[num_slots, H, K, V]` the sequences of a call have; the same in every layer.
+    """Slots of a call's sequences in state pools `[num_slots, H, K, V]`; the same in every layer.
 
     Attributes:
-        of_sequences: `[N]` int64; -1 is a row of padding, where single tokens are decoded.
-        saved: `[M]` int64, slots that get the states after so many tokens:
-        saved_after: `[M]` int64, positions in the packed row, rising.
+        of_sequences: `[N]` int64, slot of each sequence; when single tokens are decoded, -1 is padding.
+        saved: `[M]` int64, slots for copies of the state after
+        saved_after: `[M]` int64, numbers of tokens of the packed input, in rising order.
     """
 
     of_sequences: Tensor
@@ -71,23 +71,33 @@ class Slots:
 
 
 class GatedLightningAttention(nn.Module):
-    """GLA: `O = SRMSNorm(attention(q, k, v)) ⊙ u`, then a projection; q and k through SiLU, v and u linear, no biases.
+    """Gated lightning attention (GLA): `W_o(SRMSNorm(attention(q, k, v)) ⊙ u)`.
 
-    The norm runs over all heads together.
+    `q = silu(x W_q)`, `k = silu(x W_k)`, `v = x W_v`, `u = x W_u`, without biases. The norm runs over all heads
+    together.
 
     Args:
         hidden_size: width W of input and output, a multiple of `num_heads`.
-        num_heads: number of heads H; a head is D = W / H wide.
-        log_decay: `[H]` float32, <= 0, see `lightning_attention`.
-        lrpe: whether queries and keys carry positions by LRPE-d, which makes K = 2 D.
-        eps: of the norm.
+        num_heads: number of heads H, of D = W / H channels each.
+        log_decay: `[H]` float32, natural logarithm of the decay per token, <= 0.
+        lrpe: whether LRPE-d encodes positions in queries and keys, so that K = 2 D.
+        eps: added to the mean square in the norm.
 
     Raises:
-        ValueError: `hidden_size` is not a multiple of `num_heads`, a size is less than 1, eps is negative, or log_decay
+        ValueError: `hidden_size` is not a multiple of `num_heads`; a size is less than 1; eps is negative; or log_decay
             is not `[H]`, not <= 0, on the device meta, or requires a gradient.
-        TypeError: a size is not an integer, or log_decay no float32 tensor.
+        TypeError: a size is not an integer, or log_decay is not a float32 tensor.
 
     Source: TransNormerLLM (arXiv 2307.14995), section 3.1.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attention import decay, nn
+        >>> layer = nn.GatedLightningAttention(64, 4, decay.log_decay(4, preset="alibi"))
+        >>> x, positions = torch.randn(2, 10, 64), torch.arange(10)[None]
+        >>> y, _ = layer(x, positions)
+        >>> y.shape
+        torch.Size([2, 10, 64])
     """
 
     def __init__(self, hidden_size: int, num_heads: int, log_decay: Tensor, *, lrpe: bool = False, eps: float = 1e-6):
@@ -114,18 +124,18 @@ class GatedLightningAttention(nn.Module):
         state: Tensor | None = None,
         slots: Slots | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """
+        """Mix tokens.
+
         Args:
             x: `[B, T, W]`.
-            positions: `[B, T]` or `[1, T]` integers, read by LRPE-d alone.
-            cu_seqlens: `[N + 1]`, packed sequences in one row, see `lightning_attention`. Where `sequence_parallel` is
-                set these are the sequences of all its ranks, and x the slice of this one.
-            state: `[N, H, K, V]` float32, the state before these tokens. A single token without gradients updates it
-                in place.
-            slots: where `state` is a pool, which of its states are used, and updated in place.
+            positions: `[B, T]` or `[1, T]` integers, read by LRPE-d only.
+            cu_seqlens: `[N + 1]` bounds of sequences packed into one batch row, see `lightning_attention`. With
+                `sequence_parallel`, bounds in the tokens of all ranks, while x is this rank's slice.
+            state: `[N, H, K, V]` float32, before the tokens. A single token without gradients updates it in place.
+            slots: if `state` is a pool, the slots of the sequences, updated in place.
 
         Returns:
-            `[B, T, W]`, and the state after these tokens, with gradients; None where none was given.
+            Output `[B, T, W]`, and the state after the tokens, with gradients; None without `state`.
         """
         q, k, v, u = self.qkvu_proj(x).chunk(4, dim=-1)
         q, k, v = (y.unflatten(-1, (self.num_heads, self.head_dim)) for y in (F.silu(q), F.silu(k), v))
@@ -155,20 +165,13 @@ class GatedLightningAttention(nn.Module):
     def _prefill(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, pool: Tensor, slots: Slots
     ) -> Tensor:
-        log_decay, initial_state = self.decay.log_decay, pool[slots.of_sequences].to(state_dtype(q.dtype))
+        """Attend from the pool's states, and store the final states and copies in between in the pool."""
+        inputs = {"initial_state": pool[slots.of_sequences].to(state_dtype(q.dtype)), "cu_seqlens": cu_seqlens}
         if slots.saved is None or slots.saved_after is None:
-            o, final_state = lightning_attention(
-                q, k, v, log_decay, initial_state=initial_state, output_final_state=True, cu_seqlens=cu_seqlens
-            )
+            o, final_state = lightning_attention(q, k, v, self.decay.log_decay, output_final_state=True, **inputs)
         else:
             o, final_state, saved = lightning_attention_prefill(
-                q,
-                k,
-                v,
-                log_decay,
-                state_positions=slots.saved_after,
-                initial_state=initial_state,
-                cu_seqlens=cu_seqlens,
+                q, k, v, self.decay.log_decay, state_positions=slots.saved_after, **inputs
             )
             pool[slots.saved] = saved[0].to(pool.dtype)
         assert final_state is not None

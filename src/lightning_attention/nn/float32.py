@@ -1,4 +1,4 @@
-"""What must not be rounded when a model is."""
+"""Modules whose parameters stay float32 under `.to(bfloat16)`."""
 
 from collections.abc import Callable
 
@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 
 class Float32Module(nn.Module):
-    """Keeps its own parameters and buffers as they are when a model is cast: `model.bfloat16()` only moves them.
+    """Module that keeps the dtype of its own parameters and buffers when a model is cast; they still move.
 
-    For rates that are multiplied by a position or raised to a power: in bfloat16 a slow decay is exactly 1, and an
-    angle is wrong by radians after a thousand tokens.
+    For constants that are multiplied by a position: in bfloat16 a slow decay rounds to 1, and an angle is off by
+    radians after a thousand tokens.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Float32Module":

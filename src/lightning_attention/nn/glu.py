@@ -1,4 +1,4 @@
-"""Channel mixing."""
+"""Gated linear unit."""
 
 from torch import Tensor, nn
 
@@ -6,17 +6,23 @@ from .sizes import check_size
 
 
 class SimpleGLU(nn.Module):
-    """SGLU: `W_o((x W_v) ⊙ (x W_u))`, a gated linear unit without activation; no biases.
+    """SGLU: `W_o((x W_v) ⊙ (x W_u))`, a gated linear unit without activation function or biases.
 
     Args:
-        hidden_size: width of input and output.
-        intermediate_size: width between.
+        hidden_size: width W of input and output `[..., W]`.
+        intermediate_size: width of `x W_v` and `x W_u`.
 
     Raises:
         ValueError: a size is less than 1.
         TypeError: a size is not an integer.
 
     Source: TransNormerLLM (arXiv 2307.14995), section 3.1.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attention.nn import SimpleGLU
+        >>> SimpleGLU(64, 176)(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 64])
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int):

@@ -1,4 +1,4 @@
-"""Normalisation."""
+"""Norm without weights."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from .sizes import check_eps
 
 
 class SimpleRMSNorm(nn.Module):
-    """SRMSNorm: `x / (‖x‖₂ / √d)` over the last dimension, no weight.
+    """SRMSNorm: `x / (‖x‖₂ / √d)` over the last dimension `d`, without a weight.
 
     Args:
         eps: added to the mean square, >= 0.
@@ -17,6 +17,12 @@ class SimpleRMSNorm(nn.Module):
         TypeError: eps is not a number.
 
     Source: TransNormerLLM (arXiv 2307.14995), equation 10.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attention.nn import SimpleRMSNorm
+        >>> SimpleRMSNorm(eps=0.0)(torch.tensor([3.0, 4.0])).square().mean()
+        tensor(1.)
     """
 
     def __init__(self, eps: float = 1e-6):

@@ -1,4 +1,4 @@
-"""Positions."""
+"""Position encoding LRPE-d."""
 
 import math
 
@@ -8,32 +8,39 @@ from torch import Tensor, nn
 from .float32 import Float32Module
 from .sizes import check_size
 
+# Tokens per block of positions: within a block, θ t in float32 is off by less than 3e-4.
 BLOCK = 4096
-# 2π in two parts, of which the first has so few bits that its multiples are exact.
-TURN = 6.28125, 2 * math.pi - 6.28125
+# 2π as a sum whose first term has few bits, so that its multiples are exact in float32.
+TWO_PI_HIGH, TWO_PI_LOW = 6.28125, 2 * math.pi - 6.28125
 
 
-def _without_turns(angles: Tensor) -> Tensor:
-    """Less the nearest multiple of 2π, to the precision of float32, for angles up to some thousands."""
+def _reduce_angle(angles: Tensor) -> Tensor:
+    """Subtract the nearest multiple of 2π, to the precision of float32, for angles up to some thousands."""
     turns = (angles.detach() / (2 * math.pi)).round()
-    return (angles - turns * TURN[0]) - turns * TURN[1]
+    return (angles - turns * TWO_PI_HIGH) - turns * TWO_PI_LOW
 
 
 class LRPE(Float32Module):
-    """LRPE-d: `x -> [x cos(θ t), x sin(θ t)]` at position t, θ learned; doubles the head size.
+    """LRPE-d: `x -> [x cos(θ t), x sin(θ t)]` at position t with learned θ, `[B, T, H, D]` to `[B, T, H, 2 D]`.
 
-    The products of queries and keys then depend on distance alone. θ starts as `10000^(-2 i / d)`, `i = 0..d-1`, over
-    the `d` channels of all heads together. Angles are float32 whatever the dtype of the model.
+    Products of queries and keys then depend on positions only through their distance. θ is initialised as
+    `10000^(-2 i / d)`, `i = 0..d-1`, over the `d` channels of all heads. Angles are float32 in models of any dtype.
 
     Args:
         num_heads: number of heads H.
-        head_dim: head size D of the input.
+        head_dim: channels D of a head of the input.
 
     Raises:
         ValueError: a size is less than 1.
         TypeError: a size is not an integer.
 
     Source: TransNormerLLM (arXiv 2307.14995), equations 3 and 4.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attention.nn import LRPE
+        >>> LRPE(num_heads=4, head_dim=16)(torch.randn(2, 10, 4, 16), torch.arange(10)[None]).shape
+        torch.Size([2, 10, 4, 32])
     """
 
     theta: nn.Parameter
@@ -46,14 +53,14 @@ class LRPE(Float32Module):
 
     @staticmethod
     def initial_theta(num_heads: int, head_dim: int, device: torch.device | None = None) -> Tensor:
-        """`[H, D]` float32."""
+        """θ as published, `[H, D]` float32."""
         channels = num_heads * head_dim
         exponents = torch.arange(channels, dtype=torch.float64, device=device) * (-2 / channels)
         return torch.pow(10000.0, exponents).float().view(num_heads, head_dim)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x `[B, T, H, D]`, positions `[B, T]` or `[1, T]` integers; returns `[B, T, H, 2 D]`."""
-        # θ t in float32 is off by a quarter of a radian at 4 million tokens; what BLOCK positions turn is not.
+        """Encode integer `positions` `[B, T]` or `[1, T]` in x `[B, T, H, D]`; returns `[B, T, H, 2 D]`."""
+        # In float32 θ t is off by a quarter of a radian at 4 million tokens. The angle of a block is reduced first.
         blocks, rest = (t[..., None, None].to(self.theta.dtype) for t in (positions // BLOCK, positions % BLOCK))
-        angles = rest * self.theta + blocks * _without_turns(BLOCK * self.theta)
+        angles = rest * self.theta + blocks * _reduce_angle(BLOCK * self.theta)
         return torch.cat([x * angles.cos().to(x.dtype), x * angles.sin().to(x.dtype)], dim=-1)

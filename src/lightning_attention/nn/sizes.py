@@ -1,11 +1,11 @@
-"""Checks of the numbers that layers are made of."""
+"""Checks of the sizes of layers."""
 
 import math
 from numbers import Integral, Real
 
 
 def check_size(name: str, value: object) -> None:
-    """Refuse what is not an integer >= 1."""
+    """Raise unless the value is an integer >= 1."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if int(value) < 1:
@@ -13,7 +13,7 @@ def check_size(name: str, value: object) -> None:
 
 
 def check_eps(eps: object) -> None:
-    """Refuse what is not a finite number >= 0."""
+    """Raise unless eps is a finite number >= 0."""
     if isinstance(eps, bool) or not isinstance(eps, Real):
         raise TypeError(f"eps must be a number, got {eps!r}")
     if not 0 <= float(eps) < math.inf:
