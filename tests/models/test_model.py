@@ -67,7 +67,7 @@ def test_a_long_sequence_goes_in_pieces(model, monkeypatch, use_cache):
     ids = tokens(2, 70)
     with torch.no_grad():
         whole = model(ids, use_cache=use_cache, output_hidden_states=True)
-        monkeypatch.setattr("lightning_attention.models.model.PIECE", 16)
+        monkeypatch.setattr("lightning_attention.models.model.TOKENS_PER_PASS", 16)
         pieces = model(ids, use_cache=use_cache, output_hidden_states=True)
     torch.testing.assert_close(pieces.logits, whole.logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(pieces.hidden_states, whole.hidden_states, rtol=1e-4, atol=1e-4)

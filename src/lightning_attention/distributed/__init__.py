@@ -1,4 +1,4 @@
-"""Lightning Attention over the tokens of several devices: sequence parallelism."""
+"""Sequence parallelism: Lightning Attention over tokens on several devices."""
 
 from .attention import lightning_attention
 

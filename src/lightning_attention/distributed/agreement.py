@@ -1,7 +1,7 @@
 """Agreement of the ranks before a call: an error on one rank, or a difference between ranks, raises on every rank.
 
-Each rank sends one header: whether it failed, how many tokens it holds, and a digest of every term that must be equal.
-All headers have the same size, whatever the arguments. Only after a failure do the ranks exchange texts.
+Each rank sends one header of fixed size: whether it failed, how many tokens it holds, and a digest of every term that
+must be equal. The ranks exchange texts only after a failure.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,25 +18,25 @@ HEADER_SIZE = 32  # integers
 TEXT_SIZE = 1024  # bytes
 SHOWN_CHARACTERS = 80  # of a value that differs between ranks
 
-# The other ranks raise the same type as the rank that failed, so that one `except` serves all of them.
+# Types that the other ranks raise too, so that one `except` works on every rank; RuntimeError stands for all others.
 ERRORS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (ValueError, TypeError, NotImplementedError)}
 
 
 class Agreement:
-    """Context in which a rank checks its own arguments and then settles with the others.
+    """Context in which a rank checks its own arguments, and then compares them with the other ranks.
 
         with Agreement(group, q) as agreement:
-            ...  # may raise: then `settle` raises on the other ranks
-            lengths = agreement.settle(q.shape[1], {"V": v.shape[-1]})
+            ...  # an error here raises from `compare` on the other ranks
+            lengths = agreement.compare(q.shape[1], {"V": v.shape[-1]})
 
     Args:
         group: process group; None is the default group.
-        near: a tensor on the device that this rank works on, if it is one.
-        enabled: False leaves the other ranks alone.
+        tensor: any tensor on the device of this rank; another object is ignored.
+        enabled: False never tells the other ranks about an error.
     """
 
-    def __init__(self, group: "dist.ProcessGroup | None", near: object, *, enabled: bool = True):
-        self.group, self.near, self.is_open = group, near, enabled
+    def __init__(self, group: "dist.ProcessGroup | None", tensor: object, *, enabled: bool = True):
+        self.group, self.tensor, self.is_pending = group, tensor, enabled
 
     def __enter__(self) -> "Agreement":
         return self
@@ -44,39 +44,39 @@ class Agreement:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None and self.is_open and is_member(self.group):
-            self._tell(error)
+        if error is not None and self.is_pending and is_member(self.group):
+            self._send_error(error)
 
-    def settle(self, length: int, terms: Mapping[str, object]) -> list[int]:
-        """Compare the terms with those of the other ranks.
+    def compare(self, length: int, terms: Mapping[str, object]) -> list[int]:
+        """Compare the terms of all ranks.
 
         Args:
-            length: the number of tokens that this rank holds.
+            length: number of tokens on this rank.
             terms: values that must be equal on every rank, by their names in errors; the same names on every rank.
 
         Returns:
-            The lengths of all ranks.
+            Lengths of all ranks.
 
         Raises:
             ValueError: a term differs between ranks.
-            ValueError, TypeError, NotImplementedError, RuntimeError: another rank failed before it could settle.
+            ValueError, TypeError, NotImplementedError, RuntimeError: another rank raised an error before it compared.
         """
-        self.is_open = False  # before the others wait for the header: there is only one
+        self.is_pending = False  # from here on an error is not sent: each rank sends one header
         if dist.get_world_size(self.group) == 1:
             return [length]
         device = self._device()
         headers = self._gather(_header([0, length, *map(_digest, terms.values())]), device)
         failed, lengths, *digests = zip(*headers, strict=True)
         if any(failed):
-            raise _error_of_others(self._gather_texts("", device))
-        for (name, value), column in zip(terms.items(), digests, strict=False):  # the rest is padding
+            raise _remote_error(self._gather_texts("", device))
+        for (name, value), column in zip(terms.items(), digests, strict=False):  # digests are padded
             if len(set(column)) > 1:
                 raise _difference(name, column, self._gather_texts(repr(value), device))
         return list(lengths)
 
-    def _tell(self, error: BaseException) -> None:
-        """Take part in the collectives of the ranks that did not fail, for them to raise too."""
-        self.is_open = False
+    def _send_error(self, error: BaseException) -> None:
+        """Join the collectives of the other ranks, so that they raise too."""
+        self.is_pending = False
         try:
             if dist.get_world_size(self.group) > 1:
                 device, text = self._device(), f"{type(error).__name__}: {error}".removesuffix(": ")
@@ -85,11 +85,11 @@ class Agreement:
             error.add_note(f"The other ranks of the group could not be told: {failure}")
 
     def _device(self) -> torch.device:
-        """A device that the group's backend serves, whatever tensors were given: the CPU if it can."""
+        """Device for headers, one that the group's backend serves: the CPU if possible."""
         types = device_types(self.group)
         if "cpu" in types:
             return torch.device("cpu")
-        for device in (self._group.bound_device_id, self.near.device if isinstance(self.near, Tensor) else None):
+        for device in (self._group.bound_device_id, self.tensor.device if isinstance(self.tensor, Tensor) else None):
             if device is not None and device.type in types:
                 return device
         return torch.empty(0, device=types[0]).device
@@ -106,7 +106,7 @@ class Agreement:
 
     def _gather_texts(self, text: str, device: torch.device) -> list[str]:
         encoded = text.encode(errors="replace")[:TEXT_SIZE].ljust(TEXT_SIZE, b"\0")
-        return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in self._gather(list(encoded), device)]
+        return [bytes(sent).rstrip(b"\0").decode(errors="ignore") for sent in self._gather(list(encoded), device)]
 
 
 def is_member(group: "dist.ProcessGroup | None") -> bool:
@@ -117,7 +117,7 @@ def is_member(group: "dist.ProcessGroup | None") -> bool:
 
 
 def device_types(group: "dist.ProcessGroup | None") -> list[str]:
-    """The devices whose tensors the group's backends move: "cpu", "cuda"."""
+    """Types of devices that the group's backends serve, such as "cpu" and "cuda"."""
     return [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
 
 
@@ -127,11 +127,11 @@ def _header(values: list[int]) -> list[int]:
 
 
 def _digest(value: object) -> int:
-    """64 bits, the same in every process, unlike `hash`."""
+    """64-bit hash that is the same in every process."""
     return int.from_bytes(sha256(repr(value).encode()).digest()[:8], "little", signed=True)
 
 
-def _error_of_others(texts: list[str]) -> Exception:
+def _remote_error(texts: list[str]) -> Exception:
     raised = {rank: text for rank, text in enumerate(texts) if text}
     message = "; ".join(f"rank {rank} raised {text}" for rank, text in raised.items())
     name = next(iter(raised.values())).partition(":")[0]

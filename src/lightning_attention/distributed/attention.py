@@ -1,4 +1,4 @@
-"""The public call: check, see what this rank holds, and put the pieces together."""
+"""Lightning Attention over tokens that are spread over the ranks of a process group."""
 
 from collections.abc import Sequence
 from numbers import Integral
@@ -24,8 +24,8 @@ from ..ops.problem import (
 from ..ops.transforms import refuse_transforms
 from .agreement import Agreement, device_types, is_member
 from .exchange import STRATEGIES, Exchange
-from .slices import Slice, slice_of
-from .states import add_incoming_, on_device_of, outgoing_state, power
+from .slices import Slice, local_slice
+from .states import add_incoming_, copy_integers, outgoing_state, power
 
 
 @torch.compiler.disable(reason="distributed.lightning_attention is not traced: ranks must make the same collectives")
@@ -48,47 +48,55 @@ def lightning_attention(
     """`lightning_attention` over tokens that are spread over the ranks of a process group, in the order of the ranks.
 
     Rank r holds the next n_r tokens of every sequence; slices may differ in length, or be empty. With `M_r` the state
-    that a slice leaves from a zero start, `S_r` that which comes to it, and i counting its tokens from 0:
+    of a slice computed from zero, `S_r` its incoming state, and i the index of a token within the slice:
 
-        S_{r+1} = λ^{n_r} S_r + M_r        o_i = (that of the slice alone) + scale λ^{i+1} S_rᵀ q_i
+        S_{r+1} = λ^{n_r} S_r + M_r        o_i = (output within the slice) + scale λ^{i+1} S_rᵀ q_i
 
-    Outputs and gradients are those of one process. Only the states `[B, H, K, V]` travel, and their gradients, while
-    the slice alone is worked on. Every rank must make the call, and if gradients are needed its backward pass.
+    Outputs and gradients equal those of one process. Only the states `[B, H, K, V]` and their gradients are sent, while
+    the attention within the slice runs. Every rank must make the call, and its backward pass if gradients are needed.
 
-    The ranks compare their calls before a state travels: an error on one rank, or a difference, raises on every rank.
+    The ranks compare their calls before a state is sent: an error on one rank, or a difference, raises on every rank.
 
     Args:
-        q: queries of this rank's tokens `[B, n_r, H, K]`; otherwise as for one process, like all that follow.
+        q: queries of this rank's tokens `[B, n_r, H, K]`.
         k: keys, the shape and dtype of q.
         v: values `[B, n_r, H, V]`, the dtype of q.
-        log_decay: `[H]`, the same on every rank.
-        group: a `torch.distributed` process group; None is the default group. Of any backend that moves tensors of this
-            device: gloo does not send those of a GPU, as the ring has to.
+        log_decay: `[H]` float32, natural logarithm of the decay per token, <= 0, the same on every rank; None is no
+            decay.
+        group: a `torch.distributed` process group; None is the default group. Its backend must serve the device of q;
+            gloo cannot send tensors of a GPU, which "ring" needs.
         scale: factor on every output.
-        initial_state: `[N, H, K, V]`, given by every rank or none. Used by the rank on which a sequence begins; its
-            gradient is there, and zero elsewhere.
+        initial_state: `[N, H, K, V]`, given by every rank or none. Read by the rank on which a sequence begins, which
+            gets its gradient; zero elsewhere.
         output_final_state: also return the states after the last tokens.
-        cu_seqlens: `[N + 1]`, bounds of the sequences in the row of all ranks' tokens, the same on every rank, B = 1. A
+        cu_seqlens: `[N + 1]` bounds of the sequences in the tokens of all ranks, the same on every rank, B = 1. A
             sequence may lie on any number of ranks. Read by the host, so best on a CPU, whatever the device of q.
-        lengths: the n_r of all ranks, given by every rank or none; None has the check exchange them.
-        strategy: how states travel, "all-gather" or "ring": see `exchange`, also for the bytes.
-        backend: as for one process.
+        lengths: n_r of all ranks, given by every rank or none; None exchanges them in the check.
+        strategy: how states are sent, "all-gather" or "ring"; see `exchange`, also for the number of bytes.
+        backend: see `lightning_attention.lightning_attention`.
         check: compare the calls of all ranks, in one small collective that the host waits for. False, on every rank,
-            compares nothing and needs `lengths`: an error on one rank then leaves the others waiting.
+            compares nothing and needs `lengths`: after an error on one rank the others then wait until a timeout.
 
     Returns:
-        `output` `[B, n_r, H, V]`. `final_state` `[N, H, K, V]` or None: a sequence's state on the rank where it ends,
-        zero elsewhere. Without `cu_seqlens` sequences begin on the first rank and end on the last; with it, on the
-        ranks of their first and last tokens, and empty ones lie on the first rank whose slice reaches them.
+        `output` `[B, n_r, H, V]`, and `final_state` `[N, H, K, V]` or None: the state of a sequence on the rank where
+        the sequence ends, zero elsewhere. Without `cu_seqlens` sequences begin on the first rank and end on the last;
+        with it, on the ranks of their first and last tokens. An empty sequence lies on the first rank whose slice
+        reaches it.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as for one process, and on every rank what one of them raised;
-            ValueError also for an unknown strategy, a process that is not in the group, lengths that do not fit, and
-            what differs between ranks.
-        RuntimeError: another rank raised an error of any other type.
+        ValueError, TypeError, NotImplementedError: an argument does not fit, as for one process; the strategy is
+            unknown; the process is not in the group; lengths do not fit; the ranks differ; or another rank raised.
+        RuntimeError: another rank raised an error of another type.
 
     Example:
-        o = distributed.lightning_attention(q, k, v, log_decay).output  # within torchrun
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from lightning_attention import distributed
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun starts several
+        >>> q, k, v = torch.randn(3, 1, 100, 4, 16).unbind()
+        >>> distributed.lightning_attention(q, k, v, torch.full((4,), -0.1)).output.shape
+        torch.Size([1, 100, 4, 16])
+        >>> dist.destroy_process_group()
 
     Source: LASP-2 (arXiv 2502.07563), here with a decay; ZeCO (arXiv 2507.01004).
     """
@@ -103,9 +111,9 @@ def lightning_attention(
         scale = checked_scale(scale)
         check_output_final_state(output_final_state)
         check_backend(backend)
-        rank = _rank_in(group)
+        rank = _check_group(group)
         q, k, v = autocast(q, k, v)
-        # The host reads its values, wherever it is; only shape and dtype have to be checked.
+        # May be on another device than q, since the host reads it: only its shape and dtype are checked here.
         seqlens = None if cu_seqlens is None else torch.empty_like(cu_seqlens, device=q.device)
         problem = Problem.of_attention(q, k, v, log_decay, initial_state, seqlens)
         if q.device.type not in (types := device_types(group)):
@@ -116,7 +124,7 @@ def lightning_attention(
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
         if lengths is not None:
-            lengths = _checked_lengths(lengths, problem.length, rank, dist.get_world_size(group))
+            lengths = _check_lengths(lengths, problem.length, rank, dist.get_world_size(group))
         elif not check:
             raise ValueError("lengths must be given with check=False: no rank is asked for its length")
         check_log_decay(log_decay.cpu() if check and log_decay is not None else log_decay)
@@ -124,16 +132,16 @@ def lightning_attention(
             cu_seqlens = None if cu_seqlens is None else cu_seqlens.cpu()
             options = {"strategy": strategy, "scale": scale, "output_final_state": output_final_state}
             terms = _terms(problem, k, v, log_decay, initial_state, cu_seqlens) | options | {"lengths": lengths}
-            lengths = agreement.settle(problem.length, terms)
+            lengths = agreement.compare(problem.length, terms)
     assert lengths is not None
     bounds = None if cu_seqlens is None else sequence_bounds(cu_seqlens, sum(lengths))
-    held = slice_of(rank, lengths, bounds)
-    num_documents = 1 if bounds is None else problem.num_states
-    rates = finite_log_decay(q, log_decay)
-    exchange = Exchange(strategy, held, rates, group)
+    local = local_slice(rank, lengths, bounds)
+    num_sequences = 1 if bounds is None else problem.num_states
+    state_decay = finite_log_decay(q, log_decay)
+    exchange = Exchange(strategy, local, state_decay, group)
 
-    initial = None if initial_state is None else _states_here(initial_state, held, num_documents)
-    outgoing, k, v = outgoing_state(k, v, initial, rates, held, backend)
+    initial = None if initial_state is None else _local_states(initial_state, local, num_sequences)
+    outgoing, k, v = outgoing_state(k, v, initial, state_decay, local, backend)
     started = exchange.start(outgoing)
     o, final = attend(
         q,
@@ -143,13 +151,13 @@ def lightning_attention(
         scale=scale,
         initial_state=None if initial is None else initial.flatten(0, 1),
         output_final_state=output_final_state,
-        cu_seqlens=None if bounds is None else on_device_of(q, held.cu_seqlens),
+        cu_seqlens=None if bounds is None else copy_integers(local.cu_seqlens, like=q),
         backend=backend,
     )
     incoming = exchange.finish(started)
-    o = add_incoming_(o, q, incoming, rates, held.head, scale, backend)
+    o = add_incoming_(o, q, incoming, state_decay, local.prefix_length, scale, backend)
     if final is not None:
-        final = _states_of_all(final, incoming * power(rates, held.head), held, num_documents)
+        final = _global_states(final, incoming * power(state_decay, local.prefix_length), local, num_sequences)
     return LightningAttentionOutput(o, final)
 
 
@@ -161,7 +169,7 @@ def _terms(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> dict[str, object]:
-    """Sizes and values that have to be equal on every rank."""
+    """Sizes and values that must be equal on every rank."""
     differentiable = (k, v, initial_state) if torch.is_grad_enabled() else ()
     return {
         "B": problem.batch_size,
@@ -179,27 +187,30 @@ def _terms(
     }
 
 
-def _states_here(initial_state: Tensor, held: Slice, num_documents: int) -> Tensor:
-    """The states of the documents here `[D, B, H, K, V]`; zero for one that began elsewhere."""
-    states = initial_state.unflatten(0, (num_documents, -1 if num_documents else 1))
-    begun = held.documents.start + held.continues
-    return _padded(states[begun : held.documents.stop], int(held.continues), 0)
+def _local_states(initial_state: Tensor, local: Slice, num_sequences: int) -> Tensor:
+    """States before the sequences of this rank `[D, B, H, K, V]`; zero for a sequence that begins elsewhere."""
+    states = initial_state.unflatten(0, (num_sequences, -1 if num_sequences else 1))
+    first = local.sequences.start + local.starts_inside
+    return _pad(states[first : local.sequences.stop], int(local.starts_inside), 0)
 
 
-def _states_of_all(states: Tensor, incoming: Tensor, held: Slice, num_documents: int) -> Tensor:
-    """`[N, H, K, V]`: those of the documents that end here, the first with what came to it, and zeros."""
-    documents = held.documents
-    states = states.unflatten(0, (len(documents), incoming.shape[0])) + _padded(incoming[None], 0, len(documents) - 1)
-    ended = len(documents) - held.goes_on
-    return _padded(states[:ended], documents.start, num_documents - documents.start - ended).flatten(0, 1)
+def _global_states(states: Tensor, incoming: Tensor, local: Slice, num_sequences: int) -> Tensor:
+    """States after all sequences `[N, H, K, V]`; zero for a sequence that does not end on this rank.
+
+    `incoming` is the decayed incoming state, which is added to the state of the first sequence.
+    """
+    first, count = local.sequences.start, len(local.sequences)
+    states = states.unflatten(0, (count, incoming.shape[0])) + _pad(incoming[None], 0, count - 1)
+    ended = count - local.ends_inside
+    return _pad(states[:ended], first, num_sequences - first - ended).flatten(0, 1)
 
 
-def _padded(states: Tensor, before: int, after: int) -> Tensor:
-    """Zeros before and after the first dimension of five; cut where negative."""
+def _pad(states: Tensor, before: int, after: int) -> Tensor:
+    """Add zeros before and after the first of five dimensions; negative numbers cut."""
     return F.pad(states, (*(0,) * 8, before, after))
 
 
-def _rank_in(group: "dist.ProcessGroup | None") -> int:
+def _check_group(group: "dist.ProcessGroup | None") -> int:
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("group must be initialised: call torch.distributed.init_process_group first")
     if not is_member(group):
@@ -209,7 +220,7 @@ def _rank_in(group: "dist.ProcessGroup | None") -> int:
     return dist.get_rank(group)
 
 
-def _checked_lengths(lengths: object, length: int, rank: int, world_size: int) -> list[int]:
+def _check_lengths(lengths: object, length: int, rank: int, world_size: int) -> list[int]:
     expected = f"the numbers of tokens of {world_size} ranks, {length} of rank {rank}"
     if not isinstance(lengths, Sequence) or isinstance(lengths, (str, bytes)):
         raise TypeError(f"lengths must be {expected}, got {type(lengths).__name__}")

@@ -1,12 +1,13 @@
-"""How states travel. Each rank gives one, and gets those of the ranks before it, decayed; backward, of those after it.
+"""Exchange of states between ranks.
 
-A strategy launches that, and returns what waits for it. Both send states and nothing else: with W ranks and states of
-S = B·H·K·V·4 bytes (8 in float64), per layer and direction, whatever the length:
+Each rank sends one state and receives the decayed sum of the states of earlier ranks; backward, of later ranks. A
+strategy starts the transfer and returns a function that waits for the result. Only states are sent: with W ranks and
+states of S = B·H·K·V·4 bytes (8 in float64), per layer and direction, for any sequence length:
 
     all-gather    (W - 1) S from every rank, in one collective
-    ring          S from every rank to its neighbour, if a document crosses to it; W - 1 steps, pipelined over blocks
+    ring          S from every rank to its neighbour, if a sequence crosses to it; W - 1 steps, pipelined over blocks
 
-LASP-2 (arXiv 2502.07563) is the first; LASP (arXiv 2404.02882) and ZeCO (arXiv 2507.01004) are the second.
+Source: all-gather, LASP-2 (arXiv 2502.07563); ring, LASP (arXiv 2404.02882) and ZeCO (arXiv 2507.01004).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .slices import Route, Slice
-from .states import on_device_of, power, powers
+from .states import copy_integers, power, powers
 
 # The last of W ranks waits for (b + W - 2) / b transfers of a state in b blocks: 1.75 with 8 ranks and 8 blocks, not 7.
 RING_BLOCKS = 8
@@ -28,26 +29,26 @@ RING_BLOCKS = 8
 Wait = Callable[[], Tensor]
 
 
-def all_gather(state: Tensor, route: Route, rates: Tensor, group: "dist.ProcessGroup | None") -> Wait:
-    """Every state to every rank: `Σ_j λ^(distance to j) M_j` over the sources."""
+def all_gather(state: Tensor, route: Route, log_decay: Tensor, group: "dist.ProcessGroup | None") -> Wait:
+    """Send every state to every rank; each computes `Σ_j λ^(distance to j) M_j` over its sources."""
     state = state.contiguous()
-    distances = on_device_of(rates, route.distances)
+    distances = copy_integers(route.distances, like=log_decay)
     gathered = state.new_empty(dist.get_world_size(group), *state.shape)
-    # The call into one tensor is deprecated since torch 2.13.
+    # A list of views, since gathering into one tensor is deprecated since torch 2.13.
     work: Any = dist.all_gather(list(gathered), state, group=group, async_op=True)
 
     def wait() -> Tensor:
         work.wait()
-        decay = powers(rates, distances)[:, None, :, None, None]
+        decay = powers(log_decay, distances)[:, None, :, None, None]
         return (gathered[route.sources.start : route.sources.stop] * decay).sum(0)
 
     return wait
 
 
-def ring(state: Tensor, route: Route, rates: Tensor, group: "dist.ProcessGroup | None") -> Wait:
-    """From neighbour to neighbour, block by block: what comes, decayed by the tokens here, plus `state` goes on.
+def ring(state: Tensor, route: Route, log_decay: Tensor, group: "dist.ProcessGroup | None") -> Wait:
+    """Send from neighbour to neighbour in blocks: the incoming state, decayed by the tokens here, plus `state`.
 
-    On an accelerator a stream of its own does that, on a CPU the wait, where a state passes through this rank.
+    The sum of a state that passes through this rank is computed on a CUDA stream of its own, or on a CPU in `wait`.
     """
     if state.is_cuda:
         _connect(dist.group.WORLD if group is None else group, state.device)
@@ -56,24 +57,25 @@ def ring(state: Tensor, route: Route, rates: Tensor, group: "dist.ProcessGroup |
     sent_blocks, received_blocks = _blocks(sent), _blocks(received)
     sends: list[Any] = _operations(dist.isend, sent_blocks, group, route.target)
     receives = _operations(dist.irecv, received_blocks, group, route.source)
-    # A block goes on while the next one comes. So it is sent one batch later than it is received, on every rank that it
-    # passes through, and the batches of all ranks can be put in one order: none waits for a later one.
-    if route.passing is not None:
+    # A block is sent while the next one is received. So every rank that a state passes through sends a block one batch
+    # after receiving it, which puts the batches of all ranks into one order: none waits for a later one.
+    if route.passed_tokens is not None:
         sends.insert(0, None)
     batches = [[operation for operation in pair if operation] for pair in zip_longest(receives, sends)]
     works: Iterable[list[Any]] = map(dist.batch_isend_irecv, batches)
-    if route.passing is None:
+    if route.passed_tokens is None:
         works = list(works)
 
     def finish() -> None:
-        decay = None if route.passing is None else _blocks(power(rates, route.passing).expand(*state.shape[:-1], 1))
+        passed = route.passed_tokens
+        decay = None if passed is None else _blocks(power(log_decay, passed).expand(*state.shape[:-1], 1))
         for i, batch in enumerate(works):
             for work in batch:
                 work.wait()
             if decay is not None and i < len(decay):
                 sent_blocks[i].addcmul_(received_blocks[i], decay[i])
 
-    stream = torch.cuda.Stream(state.device) if state.is_cuda and route.passing is not None else None
+    stream = torch.cuda.Stream(state.device) if state.is_cuda and route.passed_tokens is not None else None
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream(state.device))
         with torch.cuda.stream(stream):
@@ -93,31 +95,31 @@ STRATEGIES = {"all-gather": all_gather, "ring": ring}
 
 
 class Exchange:
-    """The exchange of one call, there and back.
+    """Exchange of one attention call, forward and backward.
 
-    Autograd runs what was made last first. With the local work made between `start` and `finish`, both directions
-    overlap it: forward, start sends and finish waits; backward, finish sends and start waits.
+    Autograd runs backward in the reverse order of creation. If the local attention runs between `start` and `finish`,
+    both directions overlap it: forward, `start` sends and `finish` waits; backward, `finish` sends and `start` waits.
     """
 
-    def __init__(self, strategy: str, held: Slice, rates: Tensor, group: "dist.ProcessGroup | None"):
-        self.strategy, self.held, self.rates, self.group = STRATEGIES[strategy], held, rates, group
+    def __init__(self, strategy: str, local: Slice, log_decay: Tensor, group: "dist.ProcessGroup | None"):
+        self.strategy, self.local, self.log_decay, self.group = STRATEGIES[strategy], local, log_decay, group
         self.pending: list[Wait] = []
 
     def start(self, state: Tensor) -> Tensor:
-        """Send the state that this rank leaves; returns what `finish` takes."""
+        """Send this rank's outgoing state; returns the argument of `finish`."""
         return _Start.apply(state, self)
 
     def finish(self, started: Tensor) -> Tensor:
-        """The state that comes to this rank, zero where none does."""
+        """Wait for the incoming state of this rank; zero if there is none."""
         return _Finish.apply(started, self)
 
     def launch(self, state: Tensor, route: Route) -> None:
-        """Nothing is sent of states without elements."""
-        wait = self.strategy(state, route, self.rates, self.group) if state.numel() else lambda: state
+        """Start a transfer, unless states have no elements."""
+        wait = self.strategy(state, route, self.log_decay, self.group) if state.numel() else lambda: state
         self.pending.append(wait)
 
     def wait(self) -> Tensor:
-        """Once for a launch: what it holds is then free."""
+        """Wait for the transfer, and free its buffers."""
         return self.pending.pop()()
 
 
@@ -125,12 +127,12 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, state: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
-        exchange.launch(state, exchange.held.from_left)
+        exchange.launch(state, exchange.local.state_route)
         return state.new_empty(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _):
+    def backward(ctx, *_):
         return ctx.exchange.wait(), None
 
 
@@ -142,13 +144,14 @@ class _Finish(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_state):
-        ctx.exchange.launch(d_state, ctx.exchange.held.from_right)
+    def backward(ctx, *gradients):
+        (d_state,) = gradients
+        ctx.exchange.launch(d_state, ctx.exchange.local.gradient_route)
         return d_state.new_empty(0), None
 
 
 def _blocks(x: Tensor) -> tuple[Tensor, ...]:
-    """`[B, H, K, D]` cut along its rows into views; of a tensor that has to be copied, only to be read."""
+    """Views of `[B, H, K, D]`, cut along all dimensions but the last; read-only if x is not contiguous."""
     return x.reshape(-1, x.shape[-1]).chunk(RING_BLOCKS)
 
 
@@ -162,5 +165,5 @@ def _operations(
 
 @cache
 def _connect(group: "dist.ProcessGroup", device: torch.device) -> None:
-    """If a batch is the first call of a group, NCCL waits for one of every rank; some may have nothing to send."""
+    """Initialise NCCL by a collective: a first batch would wait for every rank, and some may have nothing to send."""
     dist.all_reduce(torch.zeros(1, device=device), group=group)

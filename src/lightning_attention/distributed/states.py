@@ -1,7 +1,6 @@
-"""The state that a slice leaves, and what a state adds to a slice. Each is the other's derivative.
+"""The state that a slice adds, and the effect of a state on a slice. Each is the derivative of the other.
 
-A backend may have kernels for both. Here they are in PyTorch, in the dtype of the state, and read `CHUNK_SIZE` tokens
-at a time, so that no float32 copy of all keys or queries is made.
+`log_decay` is `[H]`, finite, in the dtype of the states; λ is its exponential.
 """
 
 from collections.abc import Sequence
@@ -13,82 +12,85 @@ from torch.autograd.function import once_differentiable
 from ..ops.backends import BACKENDS
 from .slices import Slice
 
-
-def powers(rates: Tensor, exponents: Tensor) -> Tensor:
+def powers(log_decay: Tensor, exponents: Tensor) -> Tensor:
     """`λ^n` `[len(exponents), H]`, for exponents >= 0."""
-    return torch.exp(rates * exponents[:, None])
+    return torch.exp(log_decay * exponents[:, None])
 
 
-def power(rates: Tensor, exponent: int) -> Tensor:
-    """`λ^n` `[H, 1, 1]`, to multiply a state."""
-    return torch.exp(rates * exponent)[:, None, None]
+def power(log_decay: Tensor, exponent: int) -> Tensor:
+    """`λ^n` `[H, 1, 1]`, a factor on states."""
+    return torch.exp(log_decay * exponent)[:, None, None]
 
 
-def on_device_of(x: Tensor, values: Sequence[int]) -> Tensor:
-    """`[len(values)]` int64; the host does not wait for the copy."""
-    pinned = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=x.is_cuda)
-    return pinned.to(x.device, non_blocking=True)
+def copy_integers(values: Sequence[int], like: Tensor) -> Tensor:
+    """`[len(values)]` int64 on the device of `like`, without a wait of the host."""
+    pinned = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=like.is_cuda)
+    return pinned.to(like.device, non_blocking=True)
 
 
 def outgoing_state(
-    k: Tensor, v: Tensor, initial: Tensor | None, rates: Tensor, held: Slice, backend: str
+    k: Tensor, v: Tensor, initial: Tensor | None, log_decay: Tensor, local: Slice, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What goes on: `Σ_j λ^(m-1-j) k_j v_jᵀ + λ^m S_0` over the last `m = held.tail` tokens `[B, H, K, V]`.
+    """State for the next rank `[B, H, K, V]`: `Σ_j λ^(m-1-j) k_j v_jᵀ + λ^m S_0` over the last `m` tokens.
 
-    `initial` `[D, B, H, K, V]` are the states of the documents here before their first tokens here. Also returns k and
-    v for the work on the slice: its gradients then come here, and what the state adds to them is added in place.
+    m is `local.suffix_length`. `initial` `[D, B, H, K, V]` are the states of the sequences here before their first
+    tokens here. Also returns k and v for the attention within the slice: their gradients then come back through here,
+    and the gradient of the state is added to them in place.
     """
-    state, k, v = _Write.apply(k, v, rates, held.tail, backend)
+    state, k, v = _OutgoingState.apply(k, v, log_decay, local.suffix_length, backend)
     if initial is not None:
-        # A sum over one document or none: gradients then have the same way on every rank.
-        carried = initial[len(initial) - held.goes_on :].sum(0)
-        state = state + carried * power(rates, held.tail)
+        # A sum over one sequence or none, so that every rank has the same autograd graph.
+        carried = initial[len(initial) - local.ends_inside :].sum(0)
+        state = state + carried * power(log_decay, local.suffix_length)
     return state, k, v
 
 
-def add_incoming_(o: Tensor, q: Tensor, state: Tensor, rates: Tensor, head: int, scale: float, backend: str) -> Tensor:
-    """`o_i += scale λ^(i+1) q_i S` for the first `head` tokens, in place."""
-    return _Read.apply(o, q, state, rates, head, scale, backend)
+def add_incoming_(
+    o: Tensor, q: Tensor, state: Tensor, log_decay: Tensor, prefix_length: int, scale: float, backend: str
+) -> Tensor:
+    """`o_i += scale λ^(i+1) q_i S` for the first `prefix_length` tokens, in place."""
+    return _AddIncoming.apply(o, q, state, log_decay, prefix_length, scale, backend)
 
 
-class _Write(torch.autograd.Function):
+class _OutgoingState(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, k: Tensor, v: Tensor, rates: Tensor, tail: int, backend: str):
-        ctx.save_for_backward(k, v, rates)
-        ctx.tail, ctx.backend = tail, backend
-        state = BACKENDS[backend].write_state(_last(k, tail), _last(v, tail), rates, reverse=False)
+    def forward(ctx, k: Tensor, v: Tensor, log_decay: Tensor, length: int, backend: str):
+        ctx.save_for_backward(k, v, log_decay)
+        ctx.length, ctx.backend = length, backend
+        state = BACKENDS[backend].write_state(_last(k, length), _last(v, length), log_decay, reverse=False)
         return state, k.view_as(k), v.view_as(v)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_state, dk, dv):
-        k, v, rates = ctx.saved_tensors
+    def backward(ctx, *gradients):
+        k, v, log_decay = ctx.saved_tensors
+        d_state, dk, dv = gradients
         read_ = BACKENDS[ctx.backend].read_state_
-        read_(_last(dk, ctx.tail), _last(v, ctx.tail), d_state.mT, rates, reverse=True, add=True)
-        read_(_last(dv, ctx.tail), _last(k, ctx.tail), d_state, rates, reverse=True, add=True)
+        read_(_last(dk, ctx.length), _last(v, ctx.length), d_state.mT, log_decay, reverse=True, add=True)
+        read_(_last(dv, ctx.length), _last(k, ctx.length), d_state, log_decay, reverse=True, add=True)
         return dk, dv, None, None, None
 
 
-class _Read(torch.autograd.Function):
+class _AddIncoming(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, o: Tensor, q: Tensor, state: Tensor, rates: Tensor, head: int, scale: float, backend: str):
-        ctx.save_for_backward(q, state, rates)
+    def forward(ctx, o: Tensor, q: Tensor, state: Tensor, log_decay: Tensor, length: int, scale: float, backend: str):
+        ctx.save_for_backward(q, state, log_decay)
         ctx.mark_dirty(o)
-        ctx.head, ctx.scale, ctx.backend = head, scale, backend
-        BACKENDS[backend].read_state_(o[:, :head], q[:, :head], scale * state, rates, reverse=False, add=True)
+        ctx.length, ctx.scale, ctx.backend = length, scale, backend
+        BACKENDS[backend].read_state_(o[:, :length], q[:, :length], scale * state, log_decay, reverse=False, add=True)
         return o
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, do):
-        q, state, rates = ctx.saved_tensors
-        head, dq = ctx.head, None
-        if head:
+    def backward(ctx, *gradients):
+        q, state, log_decay = ctx.saved_tensors
+        (do,), length, dq = gradients, ctx.length, None
+        if length:
             dq = torch.empty_like(q, memory_format=torch.contiguous_format)
             read_ = BACKENDS[ctx.backend].read_state_
-            read_(dq[:, :head], do[:, :head], ctx.scale * state.mT, rates, reverse=False, add=False)
-            dq[:, head:] = 0
-        d_state = ctx.scale * BACKENDS[ctx.backend].write_state(q[:, :head], do[:, :head], rates, reverse=True)
+            read_(dq[:, :length], do[:, :length], ctx.scale * state.mT, log_decay, reverse=False, add=False)
+            dq[:, length:] = 0
+        d_state = ctx.scale * BACKENDS[ctx.backend].write_state(q[:, :length], do[:, :length], log_decay, reverse=True)
         return do, dq, d_state, None, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""Language models with lightning attention, as Hugging Face models. Needs `lightning-attention[models]`."""
+"""Hugging Face models with lightning attention. Requires `lightning-attention[models]`."""
 
 from ..extras import require
 

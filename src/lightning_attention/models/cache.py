@@ -1,30 +1,39 @@
-"""Recurrent-state cache for `generate()`: one state a layer, the same size after any number of tokens."""
+"""Recurrent-state cache for `generate()`: one state per layer, of constant size."""
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-# What transformers calls a cache among arguments and outputs: `cache` since 5.24, `past_key_values` before.
+# transformers' name of the cache among arguments and outputs: `cache` since 5.24, `past_key_values` before.
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 
 class LightningCache(Cache):
-    """The states of all layers, in transformers' own `LinearAttentionLayer`, and how far each sequence has come.
+    """Recurrent states of all layers `[B, H, K, V]`, and the position of each batch row.
 
-    A class of its own because transformers' `DynamicCache` fails for a model of nothing but linear attention: it has
-    no sequence length, which `generate` asks for, and no positions, which LRPE-d needs to go on.
+    transformers' `DynamicCache` does not work for a model of linear attention alone: it has no sequence length, which
+    `generate` reads, and no positions, which LRPE-d needs.
 
     Args:
         num_layers: number of layers.
 
     Attributes:
-        length: columns fed so far, padding included.
-        positions: `[B]` int64, position of the next token of every sequence, padding not counted; None before the
+        length: columns read so far, padding included.
+        positions: `[B]` int64, position of the next token of each batch row, padding not counted; None before the
             first call.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attention.models import LightningCache, LightningConfig, LightningForCausalLM
+        >>> model = LightningForCausalLM(LightningConfig.from_size("demo", vocab_size=256)).eval()
+        >>> cache = LightningCache(model.config.num_hidden_layers)
+        >>> text = model.generate(torch.tensor([[72, 105]]), cache=cache, max_new_tokens=3, do_sample=False)
+        >>> cache.get_seq_length()
+        4
     """
 
     layers: list[LinearAttentionLayer]
@@ -41,13 +50,11 @@ class LightningCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """False, or transformers takes this for a cache that knows no length, and feeds the whole text of a
-        conversation again.
-        """
+        """False, or transformers assumes that the cache has no length, and reads a whole conversation again."""
         return [False] * len(self.layers)
 
     def state(self, layer_idx: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The state of a layer `[B, H, K, V]`; zeros at first.
+        """State of a layer `[B, H, K, V]`; zero before the first token.
 
         Raises:
             ValueError: the cache holds states of another shape.
@@ -66,13 +73,13 @@ class LightningCache(Cache):
         return state
 
     def put(self, states: list[Tensor]) -> None:
-        """The states of all layers after more tokens; without their gradients."""
+        """Replace the states of all layers, in place and without gradients."""
         for layer, state in zip(self.layers, states, strict=True):
             if (kept := layer.recurrent_states[0]) is not state and kept is not None:
                 kept.copy_(state.detach())
 
     def advance(self, columns: int, tokens: int | Tensor, batch_size: int, device: torch.device) -> None:
-        """Count what was fed: columns, and of them the tokens of each sequence."""
+        """Count columns that were read, and the tokens among them in each batch row."""
         if self.positions is None:
             self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.length += columns
@@ -86,7 +93,7 @@ class LightningCache(Cache):
         self.length, self.positions = 0, None
 
     def crop(self, *_: Any, **__: Any) -> None:
-        """Refused: a state cannot be rolled back.
+        """Not supported: a state cannot be rolled back.
 
         Raises:
             NotImplementedError: always.
@@ -98,8 +105,8 @@ class LightningCache(Cache):
         if self.positions is not None:
             self.positions = self.positions[beam_idx.to(self.positions.device)]
 
-    def batch_select_indices(self, indices: torch.LongTensor) -> None:
-        self.reorder_cache(indices)
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(cast(torch.LongTensor, indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         for layer in self.layers:
@@ -114,12 +121,12 @@ class LightningCache(Cache):
         return sum(state.nbytes for layer in self.layers if (state := layer.recurrent_states[0]) is not None)
 
 
-def one_cache(cache: object, past_key_values: object) -> LightningCache | None:
-    """The cache, by whichever of its two names it was given.
+def resolve_cache(cache: object, past_key_values: object) -> LightningCache | None:
+    """Return the cache given as `cache` or as `past_key_values`.
 
     Raises:
-        ValueError: two different ones.
-        TypeError: not a `LightningCache`.
+        ValueError: the two names have different values.
+        TypeError: the value is not a `LightningCache`.
     """
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError("cache and past_key_values are two names of one argument: give one of them")

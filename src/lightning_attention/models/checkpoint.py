@@ -1,4 +1,4 @@
-"""Checkpoints on disk: finding them, and loading them without trusting them."""
+"""Find checkpoints on disk, and load their weights without running code from the folder."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,28 +15,26 @@ from .configuration import LightningConfig
 from .heads import LightningForCausalLM
 
 PREFIX = "checkpoint-"
-# What transformers and safetensors raise for files that are damaged, or hold something else.
+# Errors of transformers and safetensors for files that are damaged or of another kind.
 UNUSABLE = OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, SafetensorError
 
 
 def checkpoints(folder: PathLike) -> list[Path]:
-    """Complete checkpoints of a training run, oldest first."""
-    found = [
-        path for path in to_path(folder, "folder").glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal()
-    ]
-    return sorted(found, key=checkpoint_step)
+    """List the complete checkpoints of a training run, oldest first."""
+    paths = to_path(folder, "folder").glob(f"{PREFIX}*")
+    return sorted((path for path in paths if path.name.removeprefix(PREFIX).isdecimal()), key=checkpoint_step)
 
 
 def checkpoint_step(checkpoint: PathLike) -> int:
-    """The optimizer step it was taken at."""
+    """Optimizer step of a checkpoint, from its name."""
     return int(to_path(checkpoint, "checkpoint").name.removeprefix(PREFIX))
 
 
 def last_checkpoint(folder: PathLike) -> Path:
-    """The checkpoint to load: the folder itself if it holds a model, else the last complete one of a run.
+    """Find the checkpoint to load: the folder itself if it contains a model, else the last complete one of a run.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder contains no checkpoint.
     """
     folder = to_path(folder, "folder")
     if (folder / "config.json").is_file():
@@ -47,37 +45,36 @@ def last_checkpoint(folder: PathLike) -> Path:
 
 
 def load_model(folder: PathLike, dtype: torch.dtype = torch.float32) -> LightningForCausalLM:
-    """A model with exactly the weights of a checkpoint, on the CPU.
+    """Load a model with exactly the weights of a checkpoint, on the CPU.
 
-    Weights are read from safetensors, never from pickles, and no code of the folder is run.
+    Weights are read from safetensors, never from pickles, and no code from the folder is run.
 
     Raises:
-        TypeError: the folder is no path.
-        ValueError: the folder holds no model of this library, or weights that do not fit its configuration.
+        TypeError: the folder is not a path.
+        ValueError: the folder contains no model of this library, or weights that do not fit its configuration.
     """
     folder = to_path(folder, "folder")
     try:
         model_type = LightningConfig.get_config_dict(folder)[0].get("model_type", LightningConfig.model_type)
-        if model_type != LightningConfig.model_type:  # which transformers would only warn of
+        if model_type != LightningConfig.model_type:  # transformers would only warn
             raise ValueError(f"its model_type is {model_type!r}, not {LightningConfig.model_type!r}")
-        if (folder / GENERATION_CONFIG_NAME).exists():  # which transformers would ignore if it is damaged
+        if (folder / GENERATION_CONFIG_NAME).exists():  # transformers would ignore a damaged file
             GenerationConfig.from_pretrained(folder)
-        with torch.device("cpu"), _errors_only():  # whatever the default device is
+        with torch.device("cpu"), _errors_only():
             loaded: Any = LightningForCausalLM.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except UNUSABLE as error:
         raise ValueError(f"{folder} is not a checkpoint: {error}") from error
     model, report = loaded
-    wrong = [f"{kind.removesuffix('_keys')} {_name(keys)}" for kind, keys in report.items() if keys]
-    if wrong:
+    if wrong := [f"{kind.removesuffix('_keys')} {_describe(keys)}" for kind, keys in report.items() if keys]:
         raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(wrong)}")
     return model
 
 
 @contextmanager
 def _errors_only() -> Iterator[None]:
-    """Silence transformers' report of weights that do not fit: an error says so."""
+    """Silence transformers' warning about weights that do not fit, since `load_model` raises an error."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -86,6 +83,6 @@ def _errors_only() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _name(keys: Iterable[str | tuple]) -> str:
+def _describe(keys: Iterable[str | tuple]) -> str:
     names = sorted(key if isinstance(key, str) else key[0] for key in keys)
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

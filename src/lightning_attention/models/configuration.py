@@ -18,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 POSITIONS = ("mix", "lrpe-d", "decay")
 SIZE_OPTIONS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# Options that are no fields, and that transformers itself takes or writes.
+# Options that are not fields, and that transformers takes or writes.
 TRANSFORMERS_OPTIONS = frozenset(
     {
         "_attn_implementation",
@@ -39,7 +39,7 @@ TRANSFORMERS_OPTIONS = frozenset(
         "torch_dtype",
     }
 )
-# Options of `from_pretrained` that say where to load from, and how; some come through to `from_dict`.
+# Options of `from_pretrained` that say where and how to load; some of them are passed on to `from_dict`.
 LOADER_OPTIONS = frozenset(
     {
         "cache_dir",
@@ -57,8 +57,9 @@ LOADER_OPTIONS = frozenset(
     }
 )
 
-# TransNormerLLM (arXiv 2307.14995, 2401.04658). The papers give the GLU width of 385M and 1B, 2.75 times the model's;
-# the larger ones keep the ratio. Counted with the vocabulary of the paper's 385M, 50272; others have 64000.
+# TransNormerLLM (arXiv 2307.14995, 2401.04658). The papers give the GLU width of 385M and 1B, 2.75 times the width;
+# the larger sizes keep the ratio. Names are the papers', which count "385M" with a vocabulary of 50272 tokens: it has
+# 399M parameters with the default of 64000. "45M" has 21M with a vocabulary of bytes.
 SIZES: dict[str, dict[str, int]] = {
     "demo": {"num_hidden_layers": 4, "hidden_size": 192, "num_attention_heads": 4, "intermediate_size": 512},
     "45M": {"num_hidden_layers": 6, "hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 1408},
@@ -79,22 +80,27 @@ class LightningConfig(PreTrainedConfig):
         intermediate_size: width of the GLU.
         num_hidden_layers: number of layers L.
         num_attention_heads: number of heads H.
-        positions: "mix", LRPE-d in the first layer and decay alone in the rest; "lrpe-d", in every layer; "decay", in
-            none.
-        decay_preset: the decays of every head and layer, by name: see `decay.log_decay`. A model must be served with
-            the preset that it was trained with.
-        log_decay: L lists of H numbers <= 0, natural logarithm of the decay per token, instead of the preset.
-        norm_eps: of all norms.
+        positions: "mix", LRPE-d in the first layer and decay alone in the others; "lrpe-d", LRPE-d in every layer;
+            "decay", decay alone in every layer.
+        decay_preset: name of the decays of all heads and layers, see `decay.log_decay`. A trained model must keep its
+            preset.
+        log_decay: L lists of H numbers <= 0, natural logarithm of the decay per token; replaces the preset.
+        norm_eps: added to the mean square in every norm.
         initializer_range: standard deviation of new weights.
-        use_cache: whether a call returns its state by default.
-        max_position_embeddings: longest context that tools such as lm-eval should use; None is no limit. The model has
-            none, and does not read it.
-        layer_types: "linear_attention" for every layer, which is the only type there is.
-        bos_token_id, eos_token_id, pad_token_id: special tokens, in `[0, vocab_size)`, or None.
+        use_cache: whether a forward pass returns its cache by default.
+        max_position_embeddings: longest context length that tools such as lm-eval should use; None is no limit. The
+            model itself has no limit and does not read this option.
+        layer_types: "linear_attention" for every layer, the only type.
+        bos_token_id, eos_token_id, pad_token_id: special tokens in `[0, vocab_size)`, or None.
 
     Raises:
-        TypeError: an option that is not known, by name, or a value of the wrong type.
+        TypeError: an option is unknown, or a value has the wrong type.
         ValueError: a value is out of range or does not fit the others.
+
+    Example:
+        >>> from lightning_attention.models import LightningConfig
+        >>> LightningConfig.from_size("385M", vocab_size=50272).num_hidden_layers
+        24
     """
 
     model_type: ClassVar[str] = "lightning"
@@ -142,7 +148,7 @@ class LightningConfig(PreTrainedConfig):
                 raise ValueError(
                     f"log_decay must be {self.num_hidden_layers} lists of {self.num_attention_heads} numbers"
                 )
-            if not all(rate <= 0 for layer in self.log_decay for rate in layer):
+            if not all(log_decay <= 0 for layer in self.log_decay for log_decay in layer):
                 raise ValueError("log_decay must be <= 0")
         if self.layer_types is None:
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
@@ -158,7 +164,7 @@ class LightningConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def check_token_ids(self, vocab_size: int) -> None:
-        """Refuse special tokens that a vocabulary of this size does not have.
+        """Check that special tokens are in a vocabulary of this size.
 
         Raises:
             TypeError: a token is not an integer.
@@ -175,10 +181,10 @@ class LightningConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers', which `from_pretrained` calls; options given beside the dictionary are checked too.
+        """Build a configuration from a dictionary and options that replace its values; used by `from_pretrained`.
 
         Raises:
-            TypeError, ValueError: as the constructor; TypeError also for options that are not known, unless
+            TypeError, ValueError: see the constructor; TypeError also for unknown options, unless
                 `return_unused_kwargs` returns them.
         """
         return_unused = kwargs.pop("return_unused_kwargs", False)
@@ -192,10 +198,10 @@ class LightningConfig(PreTrainedConfig):
         return config
 
     def to_json_file(self, json_file_path: PathLike, use_diff: bool = True) -> None:
-        """Save as JSON. A `config.json` gets the module beside it that its `auto_map` names: see `remote_code`.
+        """Save as JSON; next to a `config.json`, also save the module that its `auto_map` names (see `remote_code`).
 
-        Attributes that other software has set on this object are left out, with a warning: a configuration with
-        options that are not known could not be loaded.
+        Attributes that other software has set on this object are left out with a warning, because a configuration with
+        unknown options could not be loaded.
         """
         path, config = to_path(json_file_path, "json_file_path"), self
         known = {field.name for field in fields(self)} | TRANSFORMERS_OPTIONS
@@ -210,16 +216,16 @@ class LightningConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """For classes derived from this one: save their source with them. Its own needs none, see `remote_code`."""
+        """Save the source of a derived class with it; this class needs none, see `remote_code`."""
         if not is_ours(cls):
             super().register_for_auto_class(auto_class)
 
     @classmethod
     def from_size(cls, size: str, **options: Any) -> "LightningConfig":
-        """The configuration of a size in `SIZES`, with any other option on top.
+        """Configuration of a size in `SIZES`, with other options added or replaced.
 
         Raises:
-            ValueError: no such size.
+            ValueError: the size is unknown.
         """
         if size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
@@ -227,17 +233,18 @@ class LightningConfig(PreTrainedConfig):
         return cls(**sizes)
 
     def layer_log_decay(self, layer_idx: int) -> Tensor:
-        """The decays of one layer, `[H]` float32 on the CPU."""
+        """Natural logarithm of one layer's decay per token, `[H]` float32 on the CPU."""
         if self.log_decay is not None:
             return torch.tensor(self.log_decay[layer_idx], dtype=torch.float32, device="cpu")
         layer = {} if self.decay_preset in LAYERLESS_PRESETS else {"layer_idx": layer_idx}
         return log_decay(self.num_attention_heads, num_layers=self.num_hidden_layers, preset=self.decay_preset, **layer)
 
     def layer_has_lrpe(self, layer_idx: int) -> bool:
+        """True if the layer encodes positions by LRPE-d."""
         return self.positions == "lrpe-d" or (self.positions == "mix" and layer_idx == 0)
 
     def layer_state_shape(self, layer_idx: int) -> tuple[int, int, int]:
-        """`(H, K, V)` of the state of one sequence; LRPE-d doubles K."""
+        """Shape `(H, K, V)` of a layer's state of one sequence; LRPE-d doubles K."""
         head_dim = self.hidden_size // self.num_attention_heads
         return self.num_attention_heads, head_dim * (2 if self.layer_has_lrpe(layer_idx) else 1), head_dim
 

@@ -1,4 +1,4 @@
-"""What is built on `LightningModel`: the language model, and transformers' generic heads for classification."""
+"""Heads on `LightningModel`: the language model, and transformers' generic heads for classification."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,30 +16,40 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from .cache import CACHE, LightningCache, one_cache
+from .cache import CACHE, LightningCache, resolve_cache
 from .configuration import LightningConfig
 from .model import LightningModel, LightningPreTrainedModel
 
-# What `transformers.loss.ForCausalLMLoss` takes beside logits, labels and vocab_size.
+# Keyword arguments of `transformers.loss.ForCausalLMLoss` other than logits, labels and vocab_size.
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
-IGNORED = -100  # the label of a token that is not to be predicted
+IGNORED = -100  # label of a token that is left out of the loss
 
 
 @dataclass
 class LightningOutput(CausalLMOutputWithPast):
-    """transformers' output, and `states` as in `LightningModelOutput`."""
+    """transformers' output, with `states` as in `LightningModelOutput`."""
 
     states: tuple[Tensor, ...] | None = None
 
     if CACHE == "past_key_values":
 
         @property
-        def cache(self) -> Cache | None:
+        def cache(self) -> Cache | None:  # pyright: ignore[reportIncompatibleVariableOverride]
             return self.past_key_values
 
 
 class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
-    """The language model: `LightningModel`, and logits over the vocabulary."""
+    """Causal language model: `LightningModel` and logits over the vocabulary.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attention.models import LightningConfig, LightningForCausalLM
+        >>> model = LightningForCausalLM(LightningConfig.from_size("demo", vocab_size=256))
+        >>> tokens = torch.randint(256, (2, 10))
+        >>> output = model(tokens, labels=tokens)
+        >>> output.logits.shape, output.loss.shape
+        (torch.Size([2, 10, 256]), torch.Size([]))
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -68,24 +78,24 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
         past_key_values: LightningCache | None = None,
         **kwargs: Any,
     ) -> LightningOutput:
-        """
+        """Compute logits, and the loss if labels are given.
+
         Args:
-            labels: `[B, T]` tokens, usually `input_ids`: they are shifted here, so that token t predicts t + 1. -100
-                is left out of the loss.
-            logits_to_keep: which logits to compute; 0 is all. A number: those of the last so many tokens. Indices:
-                `[M]`, or `[B, M]` for every batch row. A bool mask `[B, T]`: logits are then `[tokens, vocab_size]`.
-            kwargs: `num_items_in_batch`, by which the sum of losses is divided instead of the number of labels; 0
-                counts as 1; `shift_labels`, labels that are shifted already, which a rank of sequence parallelism
-                gives; `ignore_index` instead of -100; and what `LightningModel` takes.
-            others: as for `LightningModel`.
+            labels: `[B, T]` tokens, usually `input_ids`; shifted here, so that token t predicts label t + 1. Labels of
+                -100 are left out of the loss.
+            logits_to_keep: tokens whose logits are computed; 0 is all. A number n: the last n. Indices: `[M]`, or
+                `[B, M]` for each batch row. A bool mask `[B, T]`: logits are then `[tokens, vocab_size]`.
+            kwargs: `num_items_in_batch`, a divisor of the summed loss in place of the number of labels (0 counts as
+                1); `shift_labels`, labels that are already shifted, which a rank of sequence parallelism must give;
+                `ignore_index` in place of -100; and arguments of `LightningModel`.
+            others: see `LightningModel.forward`.
 
         Returns:
-            Logits `[B, T, vocab_size]`, the mean loss in nats a token where labels are given, the cache, and the states
-            after these tokens where those before were given. Where all labels are ignored, the loss and its gradients
-            are 0.
+            Logits `[B, T, vocab_size]`; with labels, the mean loss in nats per token (0 with gradients of 0 if all
+            labels are ignored); the cache; and, if `states` are given, the states after the tokens.
 
         Raises:
-            TypeError, ValueError: as `LightningModel`; ValueError also for labels with only some of the logits.
+            TypeError, ValueError: see `LightningModel.forward`; ValueError also for labels with only some logits.
         """
         for_loss = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         has_labels = labels is not None or for_loss.get("shift_labels") is not None
@@ -97,7 +107,7 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=one_cache(cache, past_key_values),
+            cache=resolve_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cu_seqlens=cu_seqlens,
@@ -108,11 +118,11 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(_kept(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(_select_tokens(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if has_labels:
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **_divided(labels, **for_loss)
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **_loss_arguments(labels, **for_loss)
             )
         returned: dict[str, Any] = {CACHE: outputs.cache}
         return LightningOutput(
@@ -120,15 +130,15 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
         )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`; the cache of an earlier call as `cache` or `past_key_values`."""
-        cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
-        mixin: Any = super()  # transformers types its methods for a protocol that its own models do not satisfy
+        """Generate as transformers does; `cache` or `past_key_values` continues an earlier call."""
+        cache = resolve_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        mixin: Any = super()  # typed for a protocol that transformers' own models do not satisfy
         return mixin.generate(*args, **kwargs | ({} if cache is None else {CACHE: cache}))
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """transformers' generate() calls this; the cache of this model is `LightningCache` and no other."""
+        self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Give transformers' generate() a `LightningCache`, the only cache of this model."""
         if generation_config.cache_implementation is not None:
             raise ValueError(
                 f"cache_implementation must be None, got {generation_config.cache_implementation!r}: this model's "
@@ -142,31 +152,31 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
 
 
 class LightningForSequenceClassification(GenericForSequenceClassification, LightningPreTrainedModel):
-    """A label for every text, from its last token that is not `pad_token_id`."""
+    """Classifier of texts: logits `[B, num_labels]` from the last token that is not `pad_token_id`."""
 
     accepts_loss_kwargs = False
 
 
 class LightningForTokenClassification(GenericForTokenClassification, LightningPreTrainedModel):
-    """A label for every token."""
+    """Classifier of tokens: logits `[B, T, num_labels]`."""
 
     accepts_loss_kwargs = False
 
 
 class LightningForQuestionAnswering(GenericForQuestionAnswering, LightningPreTrainedModel):
-    """First and last token of an answer."""
+    """Extractive question answering: logits `[B, T]` of the first and of the last token of the answer."""
 
     accepts_loss_kwargs = False
 
 
-def _divided(
+def _loss_arguments(
     labels: Tensor | None,
     *,
     num_items_in_batch: int | Tensor | None = None,
     shift_labels: Tensor | None = None,
     ignore_index: int = IGNORED,
 ) -> dict[str, Any]:
-    """Arguments of the loss function, with a number of labels to divide by that is not 0."""
+    """Arguments of the loss function, with a divisor that is at least 1."""
     count = num_items_in_batch
     if count is None:
         predicted = cast(Tensor, labels)[..., 1:] if shift_labels is None else shift_labels
@@ -178,7 +188,7 @@ def _divided(
     }
 
 
-def _kept(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+def _select_tokens(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     if isinstance(logits_to_keep, int):
         return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
     if logits_to_keep.dim() == 2 and logits_to_keep.dtype != torch.bool:

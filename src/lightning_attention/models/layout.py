@@ -1,7 +1,7 @@
-"""Sequences of a batch: which tokens belong together, and how they are packed for the layers.
+"""Layout of a batch: where its sequences start, and how they are packed for the layers.
 
-The layers know two forms: a full rectangle `[B, T]`, or packed sequences `[1, tokens]` with `cu_seqlens`. Padding is
-left out before the layers, so it costs nothing and touches no state, wherever it stands in a batch row.
+The layers take a full rectangle `[B, T]`, or packed sequences `[1, tokens]` with `cu_seqlens`. Padding, left, right or
+inside a batch row, is removed before the layers, so it costs nothing and changes no state.
 """
 
 from dataclasses import dataclass
@@ -14,200 +14,208 @@ from torch import Tensor
 from ..ops.problem import sequence_bounds
 from .cache import LightningCache
 
-SEVERAL = (
+SEVERAL_SEQUENCES = (
     "position_ids that restart, seq_idx or attention_mask describe several documents in a batch row, which a cache "
     "cannot hold: leave out the cache, or use_cache"
 )
 
 
 @dataclass(frozen=True)
+class BatchDescription:
+    """The arguments of `LightningModel.forward` that say where sequences start and where padding is."""
+
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    seq_idx: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    @property
+    def may_split_rows(self) -> bool:
+        """True if an argument other than the mask may start a sequence inside a batch row."""
+        return not (self.position_ids is self.seq_idx is self.cu_seqlens is None)
+
+
+@dataclass(frozen=True)
 class Layout:
-    """`pack` brings `[B, T, ...]` into the form of the layers, `unpack` back.
+    """Form of a batch in the layers: `pack` brings `[B, T, ...]` into it, `unpack` back.
 
     Attributes:
         batch_shape: `(B, T)`.
         positions: `[B or 1, T]`, or `[1, tokens]` when packed.
         cu_seqlens: `[N + 1]` when packed.
-        tokens: indices into the flattened batch, where packing leaves padding out.
-        has_documents: whether a batch row may hold more than one sequence.
-        slots: `[B]`, where single tokens are decoded and some batch rows have none: the row's state, or -1.
+        token_indices: `[tokens]` indices into the flattened batch, if packing removes padding.
+        splits_rows: True if a batch row may hold more than one sequence.
+        slots: `[B]`, for decoding single tokens when some batch rows have none: index of the row's state, or -1.
     """
 
     batch_shape: tuple[int, int]
     positions: Tensor
     cu_seqlens: Tensor | None = None
-    tokens: Tensor | None = None
-    has_documents: bool = False
+    token_indices: Tensor | None = None
+    splits_rows: bool = False
     slots: Tensor | None = None
 
     def pack(self, x: Tensor) -> Tensor:
+        """`[B, T, ...]` in the form of the layers."""
         if self.cu_seqlens is None:
             return x
         x = x.flatten(0, 1)
-        return (x if self.tokens is None else x[self.tokens])[None]
+        return (x if self.token_indices is None else x[self.token_indices])[None]
 
     def unpack(self, x: Tensor) -> Tensor:
-        """Zero in the padding."""
+        """Outputs of the layers as `[B, T, ...]`, zero in the padding."""
         if self.slots is not None:
             return x * (self.slots >= 0)[:, None, None]
         if self.cu_seqlens is None:
             return x
         x = x[0]
-        if self.tokens is not None:
+        if self.token_indices is not None:
             batch_size, length = self.batch_shape
-            x = x.new_zeros(batch_size * length, *x.shape[1:]).index_copy(0, self.tokens, x)
+            x = x.new_zeros(batch_size * length, *x.shape[1:]).index_copy(0, self.token_indices, x)
         return x.unflatten(0, self.batch_shape)
 
     def count_tokens(self) -> int | Tensor:
-        """Tokens of every batch row, padding not counted; for a layout without documents."""
+        """Number of tokens in each batch row without padding; for rows of one sequence each."""
         if self.slots is not None:
             return (self.slots >= 0).long()
         return self.batch_shape[1] if self.cu_seqlens is None else self.cu_seqlens.diff()
 
     def before_sequences(self, states: Tensor) -> Tensor:
-        """From the states before every batch row `[B, ...]` to those before every sequence `[N, ...]`, mostly zero."""
+        """Spread states before batch rows `[B, ...]` to states before sequences `[N, ...]`, zero inside a row."""
         if self.cu_seqlens is None:
             return states
-        first = self._first_of_rows.to(states.device)
+        first = self._first_sequences.to(states.device)
         return states.new_zeros(len(self.cu_seqlens) - 1, *states.shape[1:]).index_copy(0, first, states)
 
     def after_rows(self, states: Tensor) -> Tensor:
-        """From the states after every sequence `[N, ...]` to those after every batch row `[B, ...]`."""
+        """Select states after batch rows `[B, ...]` from states after sequences `[N, ...]`."""
         if self.cu_seqlens is None:
             return states
-        return states[self._first_of_rows.roll(-1) - 1]  # -1, the last one, for the last row
+        return states[self._first_sequences.roll(-1) - 1]  # for the last row -1, the last sequence
 
     @cached_property
-    def _first_of_rows(self) -> Tensor:
-        """`[B]`, which sequence every batch row begins with."""
+    def _first_sequences(self) -> Tensor:
+        """`[B]`, index of the first sequence of each batch row."""
         assert self.cu_seqlens is not None
         batch_size, length = self.batch_shape
         starts = torch.arange(batch_size, device=self.cu_seqlens.device) * length
         return torch.searchsorted(self.cu_seqlens, starts)
 
 
-def layout_of(
-    x: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cache: LightningCache | None,
-    *,
-    keeps_state: bool,
-) -> Layout:
-    """The layout of inputs `x` `[B, T, W]` as `LightningModel.forward` takes them.
+def build_layout(x: Tensor, given: BatchDescription, cache: LightningCache | None, *, one_per_row: bool) -> Layout:
+    """Build the layout of inputs `x` `[B, T, W]`.
 
-    A document starts with every batch row, and wherever one of the descriptions says so: `position_ids` that do not go
-    on, another number in `seq_idx` or in the mask, a bound of `cu_seqlens`. While a graph is traced no value can be
-    looked at: then inputs that may describe documents are packed as documents.
+    A sequence starts with every batch row, and wherever an argument says so: `position_ids` that do not continue,
+    another number in `seq_idx` or in the mask, a bound of `cu_seqlens`. A traced graph cannot read values: inputs that
+    may describe several sequences are then packed.
 
     Args:
-        cache: what came before.
-        keeps_state: whether a cache gets the state after every batch row, so that a row must be one sequence.
+        x: embeddings.
+        given: the caller's arguments.
+        cache: states and positions of earlier tokens.
+        one_per_row: refuse batch rows of several sequences, because a cache keeps one state per batch row.
 
     Raises:
-        ValueError: a shape or value does not fit, or a row holds several documents and `keeps_state`.
-        TypeError: not a tensor, or the wrong dtype.
+        ValueError: a shape or value does not fit, or a batch row holds several sequences and `one_per_row` is set.
+        TypeError: an argument is not a tensor, or has the wrong dtype.
     """
     batch_size, length = x.shape[:2]
-    keep, numbers = _parse_mask(attention_mask, batch_size, length, 0 if cache is None else cache.length)
-    position_ids = _parse("position_ids", position_ids, batch_size, length)
-    seq_idx = _parse("seq_idx", seq_idx, batch_size, length)
-    if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, batch_size, length)
-        if keep is not None:
+    is_token, numbers = _parse_mask(given.attention_mask, batch_size, length, 0 if cache is None else cache.length)
+    position_ids = _parse_integers("position_ids", given.position_ids, batch_size, length)
+    seq_idx = _parse_integers("seq_idx", given.seq_idx, batch_size, length)
+    if given.cu_seqlens is not None:
+        _check_cu_seqlens(given.cu_seqlens, batch_size, length)
+        if is_token is not None:
             raise ValueError("cu_seqlens goes with no padding: leave attention_mask out, or padding tokens")
-        if keeps_state:
+        if one_per_row:
             raise ValueError("cu_seqlens goes with no cache: a cache holds one sequence of each batch row")
         if position_ids is seq_idx is numbers is None:
-            return _of_packed(cu_seqlens, length)
+            return _layout_from_cu_seqlens(given.cu_seqlens, length)
 
-    tokens = None if keep is None else keep.flatten().nonzero()[:, 0]
-    documents = position_ids, seq_idx, numbers, cu_seqlens
-    if length > 1 and any(x is not None for x in documents):
+    tokens = None if is_token is None else is_token.flatten().nonzero()[:, 0]
+    if length > 1 and (given.may_split_rows or numbers is not None):
         index = torch.arange(batch_size * length, device=x.device) if tokens is None else tokens
-        starts, row_starts = _starts(index, length, *documents)
-        if _has_documents(starts, row_starts, keeps_state):
-            return _of_documents(x, index, starts, position_ids, tokens)
+        row_starts = _changes(index // length) != 0
+        starts = _sequence_starts(index, length, position_ids, (seq_idx, numbers), given.cu_seqlens) | row_starts
+        if _splits_rows(starts & ~row_starts, one_per_row):
+            cu_seqlens, positions = _pack_sequences(index, starts, position_ids)
+            return Layout((batch_size, length), positions, cu_seqlens, tokens, splits_rows=True)
 
     if position_ids is None:
-        counted = torch.arange(length, device=x.device)[None] if keep is None else keep.cumsum(dim=1) - 1
+        columns = torch.arange(length, device=x.device)[None] if is_token is None else is_token.cumsum(dim=1) - 1
         past = None if cache is None else cache.positions
-        position_ids = counted if past is None else past[:, None] + counted
-    if keep is None:
+        position_ids = columns if past is None else past[:, None] + columns
+    if is_token is None:
         return Layout((batch_size, length), position_ids)
-    if keeps_state and length == 1 and not torch.is_grad_enabled():
-        slots = torch.where(keep[:, 0], torch.arange(batch_size, device=x.device), -1)
+    if one_per_row and length == 1 and not torch.is_grad_enabled():
+        slots = torch.where(is_token[:, 0], torch.arange(batch_size, device=x.device), -1)
         return Layout((batch_size, length), position_ids, slots=slots)
     assert tokens is not None
-    cu_seqlens = F.pad(keep.sum(dim=1).cumsum(dim=0), (1, 0))
-    positions = position_ids.expand_as(keep).flatten()[tokens][None]
+    cu_seqlens = F.pad(is_token.sum(dim=1).cumsum(dim=0), (1, 0))
+    positions = position_ids.expand_as(is_token).flatten()[tokens][None]
     return Layout((batch_size, length), positions, cu_seqlens, tokens)
 
 
-def _of_packed(cu_seqlens: Tensor, length: int) -> Layout:
-    """The sequences of one batch row, without a look at values."""
+def _layout_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Layout:
+    """Layout of one batch row of packed sequences, without reading values on the host."""
     token = torch.arange(length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     starts = cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]
-    return Layout((1, length), (token - starts)[None], cu_seqlens, has_documents=True)
+    return Layout((1, length), (token - starts)[None], cu_seqlens, splits_rows=True)
 
 
-def _of_documents(
-    x: Tensor, index: Tensor, starts: Tensor, position_ids: Tensor | None, tokens: Tensor | None
-) -> Layout:
+def _pack_sequences(index: Tensor, starts: Tensor, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`cu_seqlens` `[N + 1]` and positions `[1, tokens]` of sequences that begin where `starts` is true."""
     first = starts.nonzero()[:, 0]
-    count = torch.ones_like(index).sum()[None]  # the number of tokens, which no graph knows
+    count = torch.ones_like(index).sum()[None]  # the number of tokens, unknown while a graph is traced
     if position_ids is None:
-        positions = torch.arange(index.shape[0], device=x.device) - first[starts.cumsum(dim=0) - 1]
+        positions = torch.arange(index.shape[0], device=index.device) - first[starts.cumsum(dim=0) - 1]
     else:
         positions = position_ids.flatten()[index]
-    return Layout((x.shape[0], x.shape[1]), positions[None], torch.cat([first, count]), tokens, has_documents=True)
+    return torch.cat([first, count]), positions[None]
 
 
-def _starts(
+def _changes(x: Tensor) -> Tensor:
+    """Difference of every element from the one before; for the first, from -1."""
+    return x - F.pad(x, (1, 0), value=-1).narrow(0, 0, x.shape[0])  # unlike diff(), also traceable for any size
+
+
+def _sequence_starts(
     index: Tensor,
     length: int,
     position_ids: Tensor | None,
-    seq_idx: Tensor | None,
-    numbers: Tensor | None,
+    numbers: tuple[Tensor | None, ...],
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`[tokens]`: where documents start among the tokens at `index` of the flattened batch, and where rows do."""
-    count = index.shape[0]
-
-    def change(x: Tensor) -> Tensor:
-        return x - F.pad(x, (1, 0)).narrow(0, 0, count)  # unlike diff() of any size, also while a graph is traced
-
-    starts = row_starts = (torch.arange(count, device=index.device) == 0) | (change(index // length) != 0)
-    for number in (seq_idx, numbers):
+) -> Tensor:
+    """`[tokens]` bool: true where a sequence starts among the tokens at `index` of the flattened batch."""
+    starts = torch.zeros_like(index, dtype=torch.bool)
+    for number in numbers:
         if number is not None:
-            starts = starts | (change(number.flatten()[index]) != 0)
+            starts = starts | (_changes(number.flatten()[index]) != 0)
     if position_ids is not None:
-        step = change(position_ids.flatten()[index])
-        # Positions go on by one, or by as many columns as there are between two tokens, where padding is counted.
-        starts = starts | ((step != 1) & (step != change(index % length)))
+        step = _changes(position_ids.flatten()[index])
+        # Positions continue by 1, or by the columns between two tokens if padding is counted.
+        starts = starts | ((step != 1) & (step != _changes(index % length)))
     if cu_seqlens is not None:
         starts = starts | torch.isin(index, cu_seqlens)
-    return starts, row_starts
+    return starts
 
 
-def _has_documents(starts: Tensor, row_starts: Tensor, keeps_state: bool) -> bool:
-    """Whether a batch row holds several documents, which is refused where a cache keeps its state."""
-    several = (starts & ~row_starts).any()
+def _splits_rows(starts_inside: Tensor, one_per_row: bool) -> bool:
+    """True if a sequence may start inside a batch row, which is an error if each row must be one sequence."""
+    several = starts_inside.any()
     if torch.compiler.is_compiling():
-        if keeps_state:
-            torch._assert_async(~several, SEVERAL)  # pyright: ignore[reportPrivateImportUsage]
-        return not keeps_state
-    if keeps_state and bool(several):
-        raise ValueError(SEVERAL)
+        if one_per_row:
+            torch._assert_async(~several, SEVERAL_SEQUENCES)  # pyright: ignore[reportPrivateImportUsage]
+        return not one_per_row
+    if one_per_row and bool(several):
+        raise ValueError(SEVERAL_SEQUENCES)
     return bool(several)
 
 
 def _parse_mask(
     mask: Tensor | None, batch_size: int, length: int, past_length: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The mask of these tokens: `[B, T]`, true for tokens, None where all are; and the numbers of their documents."""
+    """Split a mask into `[B, T]` bool, true for tokens (None if all are), and `[B, T]` sequence numbers or None."""
     if mask is None:
         return None, None
     if not isinstance(mask, Tensor):
@@ -220,21 +228,21 @@ def _parse_mask(
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(
             f"attention_mask must be bool, or integers that are 0 in the padding, got {mask.dtype}: masks that are "
-            "added to scores are not understood"
+            "added to scores are not supported"
         )
     mask = mask[:, mask.shape[1] - length :]
     if mask.dtype == torch.bool:
         return (mask if torch.compiler.is_compiling() or not bool(mask.all()) else None), None
     if torch.compiler.is_compiling():
-        return mask != 0, mask
+        return mask != 0, mask.long()
     low, high = torch.stack(mask.aminmax()).tolist() if mask.numel() else (1, 1)
     if low < 0:
         raise ValueError(f"attention_mask must be 0 in the padding and at least 1 elsewhere, got {low}")
-    return (None if low else mask != 0), (mask if high > 1 else None)
+    return (None if low else mask != 0), (mask.long() if high > 1 else None)
 
 
-def _parse(name: str, x: Tensor | None, batch_size: int, length: int) -> Tensor | None:
-    """`[B, T]` integers."""
+def _parse_integers(name: str, x: Tensor | None, batch_size: int, length: int) -> Tensor | None:
+    """Check `[B, T]` or `[1, T]` integers, and return them as `[B, T]` int64."""
     if x is None:
         return None
     if not isinstance(x, Tensor):

@@ -1,4 +1,4 @@
-"""TransNormerLLM: `x ← x + GLA(SRMSNorm(x))`, `x ← x + SGLU(SRMSNorm(x))`, in every layer.
+"""TransNormerLLM: in every layer `x ← x + GLA(SRMSNorm(x))`, then `x ← x + SGLU(SRMSNorm(x))`.
 
 Shapes: B batch rows, T tokens, W width, H heads, L layers.
 Source: TransNormerLLM (arXiv 2307.14995), figure 1 and section 3.
@@ -27,24 +27,24 @@ from ..nn import LRPE, GatedLightningAttention, SimpleGLU, SimpleRMSNorm
 from ..nn.attention import Decay, Slots
 from ..ops.problem import state_dtype
 from ..paths import to_path
-from .cache import CACHE, LightningCache, one_cache
+from .cache import CACHE, LightningCache, resolve_cache
 from .configuration import LightningConfig
-from .layout import Layout, layout_of
+from .layout import BatchDescription, Layout, build_layout
 from .remote_code import is_ours
-from .sequence_parallel import fails_on_every_rank, settle
+from .sequence_parallel import compare_ranks, raises_on_every_rank, slice_layout
 
 logger = logging.get_logger(__name__)
 
-# Without gradients a long sequence goes through the layers in pieces of so many tokens, so that their activations take
-# constant memory. Measured on a CPU: a demo model is 1.4 times faster at 65536 tokens than in one piece.
-PIECE = 4096
+# Tokens that go through the layers at once when no gradient is needed, so that activations take constant memory.
+# Measured on a CPU: a demo model reads 65536 tokens 1.4 times faster than all at once.
+TOKENS_PER_PASS = 4096
 
 
 @dataclass
 class LightningModelOutput(BaseModelOutputWithPast):
-    """transformers' output, and `states` of every layer `[B, H, K, V]` after the last token of every batch row.
+    """transformers' output, with `states`: of every layer `[B, H, K, V]`, after the last token of each batch row.
 
-    The cache is there as `cache` and as `past_key_values`, whichever of them transformers calls it.
+    The cache has both names, `cache` and `past_key_values`.
     """
 
     states: tuple[Tensor, ...] | None = None
@@ -52,11 +52,13 @@ class LightningModelOutput(BaseModelOutputWithPast):
     if CACHE == "past_key_values":
 
         @property
-        def cache(self) -> Cache | None:
+        def cache(self) -> Cache | None:  # pyright: ignore[reportIncompatibleVariableOverride]
             return self.past_key_values
 
 
 class LightningDecoderLayer(GradientCheckpointingLayer):
+    """One layer: gated lightning attention and a GLU, each with a norm before and a residual connection."""
+
     def __init__(self, config: LightningConfig, layer_idx: int):
         super().__init__()
         self.attention_norm = SimpleRMSNorm(config.norm_eps)
@@ -84,27 +86,29 @@ class LightningDecoderLayer(GradientCheckpointingLayer):
 
 
 class LightningPreTrainedModel(PreTrainedModel):
+    """Initialisation, saving and loading of all models with a `LightningConfig`."""
+
     config: LightningConfig
     config_class = LightningConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LightningDecoderLayer"]
-    # The state cannot be rolled back, so transformers must not offer assisted generation.
+    # No assisted generation: the state cannot be rolled back.
     _is_stateful = True
     _keep_in_fp32_modules_strict = ["theta"]
-    # In transformers' sense, within generate() and with its static cache: this model has a cache of its own.
-    # torch.compile(model, fullgraph=True) works.
+    # Means generate() with transformers' static cache, which this model does not take; torch.compile(fullgraph=True)
+    # works.
     _can_compile_fullgraph = False
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """For classes derived from these: save their source with them. Their own needs none, see `remote_code`."""
+        """Save the source of a derived class with it; classes of this package need none, see `remote_code`."""
         if not is_ours(cls):
             super().register_for_auto_class(auto_class)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """New weights are normal; decays and positions are what the configuration says."""
+        """Draw weights from a normal distribution; set decays and LRPE-d angles as the configuration says."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if (bias := getattr(module, "bias", None)) is not None:
@@ -115,7 +119,7 @@ class LightningPreTrainedModel(PreTrainedModel):
             init.copy_(module.log_decay, module.initial_log_decay(module.log_decay.device))
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As transformers', with every weight: a head that is the embedding once, any other head as its own."""
+        """Save as transformers does, with every weight: a head tied to the embedding once, any other head itself."""
         if (head := self.get_output_embeddings()) is not None:
             is_tied = head.weight is self.get_input_embeddings().weight
             self.config.tie_word_embeddings = is_tied
@@ -124,7 +128,7 @@ class LightningPreTrainedModel(PreTrainedModel):
         _share_mode(to_path(save_directory, "save_directory"))
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As transformers'.
+        """Resize as transformers does.
 
         Raises:
             ValueError: the vocabulary would be too small for a special token of the configuration.
@@ -135,18 +139,26 @@ class LightningPreTrainedModel(PreTrainedModel):
 
 
 def _share_mode(folder: Path) -> None:
-    """Give weights the mode of the configuration beside them: safetensors lets nobody but their owner read them."""
+    """Give weights the file mode of config.json: safetensors makes them readable by their owner alone."""
     config = folder / CONFIG_NAME
     for weights in folder.glob("model*.safetensors") if config.is_file() else []:
         weights.chmod(stat.S_IMODE(config.stat().st_mode))
 
 
 class LightningModel(LightningPreTrainedModel):
-    """The layers, from tokens to normalised hidden states."""
+    """Embedding, L layers and the final norm: from tokens `[B, T]` to normalised hidden states `[B, T, W]`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attention.models import LightningConfig, LightningModel
+        >>> model = LightningModel(LightningConfig.from_size("demo", vocab_size=256))
+        >>> model(torch.randint(256, (2, 10))).last_hidden_state.shape
+        torch.Size([2, 10, 192])
+    """
 
     def __init__(self, config: LightningConfig):
         super().__init__(config)
-        # Without padding_idx: padding is left out anyway, and a token that also pads must be learned.
+        # No padding_idx: padding is removed, and a token that is also used as padding must be learned.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([LightningDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = SimpleRMSNorm(config.norm_eps)
@@ -156,10 +168,11 @@ class LightningModel(LightningPreTrainedModel):
         self.post_init()
 
     def set_sequence_parallel(self, sequence_parallel: SequenceParallel | None) -> None:
-        """From now on inputs are this rank's slice of one sequence of documents, with `position_ids`, and the
-        `cu_seqlens` of the whole.
+        """Share the tokens of a batch row among the ranks of a process group; None stops sharing.
 
-        Every forward pass compares the ranks before the layers: an error or a difference raises on every rank.
+        Inputs are then this rank's slice of one batch row, with `position_ids`, and the `cu_seqlens` of the complete
+        batch row. Every forward pass compares the ranks before the layers: an error on one rank, or a difference
+        between ranks, raises on every rank.
         """
         self.sequence_parallel = sequence_parallel
         for module in self.modules():
@@ -167,7 +180,7 @@ class LightningModel(LightningPreTrainedModel):
                 module.sequence_parallel = sequence_parallel
 
     @can_return_tuple
-    @fails_on_every_rank
+    @raises_on_every_rank
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -188,33 +201,37 @@ class LightningModel(LightningPreTrainedModel):
         max_length_k: int | None = None,
         **kwargs: Any,
     ) -> LightningModelOutput:
-        """
-        Args:
-            input_ids: `[B, T]` tokens; or else `inputs_embeds` `[B, T, W]`.
-            attention_mask: `[B, T]` bool or integers, or `[B, past + T]` as transformers passes it: 0 marks padding,
-                anywhere in a batch row. Numbers above 1 tell documents apart (1, 1, 2, 2).
-            position_ids: `[B, T]`. Where they do not go on by one a new document starts, and sees nothing of the one
-                before; across padding they may also go on by the columns in between. By default they go on from the
-                cache, or from 0.
-            cache: the state of what came before; advanced in place. Also as `past_key_values`.
-            use_cache: whether to return the state; by default as the configuration says, outside training and for
-                batch rows of one document each.
-            cu_seqlens: `[N + 1]`, documents packed in one batch row (B = 1), as for `lightning_attention`.
-            seq_idx: `[B, T]`, the number of the document of every token, as for Mamba-2.
-            states: of every layer `[B, H, K, V]` float32, before the first token of every batch row; zero where a
-                document starts there. Gradients flow to them. They go with `position_ids`, which may restart.
-            output_hidden_states: also return the L + 1 hidden states: embeddings, after every layer but the last, and
-                the normalised ones after the last.
-            output_attentions: refused if true; there are no attention weights.
-            cu_seq_lens_q, cu_seq_lens_k: `cu_seqlens` by the names that flash attention has for them; equal.
-            max_length_q, max_length_k: accepted beside them, and not needed.
+        """Run the layers.
 
-        While a graph is traced (torch.compile, torch.export) no values are looked at: inputs with `position_ids` or
-        `seq_idx` are packed as documents, and return no state, unless a cache is given or `use_cache=True`.
+        Args:
+            input_ids: `[B, T]` tokens; or give `inputs_embeds` `[B, T, W]`.
+            attention_mask: `[B, T]` bool or integers, or `[B, past + T]` as transformers passes it: 0 marks padding,
+                anywhere in a batch row. Numbers above 1 separate packed sequences (1, 1, 2, 2).
+            position_ids: `[B, T]`. A new sequence, which does not attend to the one before, starts where positions do
+                not continue by 1; across padding they may also continue by the number of columns. By default positions
+                continue from the cache, or start at 0.
+            cache: states of earlier tokens, updated in place. Also accepted as `past_key_values`.
+            use_cache: whether to return the cache; by default as the configuration says, outside training and for
+                batch rows of one sequence each.
+            cu_seqlens: `[N + 1]` bounds of sequences packed into one batch row (B = 1), see `lightning_attention`.
+            seq_idx: `[B, T]` number of the sequence of each token, as for Mamba-2.
+            states: of every layer `[B, H, K, V]` float32, before the first token of each batch row; ignored where a
+                sequence starts. Gradients flow to them. They need `position_ids`, which may restart.
+            output_hidden_states: also return L + 1 hidden states: the embeddings, the output of every layer but the
+                last, and the normalised output of the last.
+            output_attentions: must be false, since there are no attention weights.
+            cu_seq_lens_q, cu_seq_lens_k: `cu_seqlens` by the names of flash attention; equal.
+            max_length_q, max_length_k: accepted with `cu_seq_lens_q`, and not needed.
+
+        A traced graph (torch.compile, torch.export) cannot read values: inputs with `position_ids` or `seq_idx` are
+        packed as several sequences and return no cache, unless a cache is given or `use_cache=True`.
+
+        Returns:
+            `last_hidden_state` `[B, T, W]`, zero in the padding; and the cache, hidden states and states if requested.
 
         Raises:
             TypeError: an argument is unknown or has the wrong type; the cache is not a `LightningCache`.
-            ValueError: inputs that contradict each other.
+            ValueError: arguments contradict each other.
         """
         if kwargs:
             raise TypeError(f"{type(self).__name__}.forward() does not know the argument {', '.join(kwargs)}")
@@ -222,71 +239,36 @@ class LightningModel(LightningPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError("output_attentions must be False: linear attention has no attention weights")
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        cache = one_cache(cache, past_key_values)
-        if cu_seq_lens_q is None and not (max_length_q is max_length_k is None):
-            raise ValueError("max_length_q and max_length_k go with cu_seq_lens_q and cu_seq_lens_k")
-        cu_seqlens = _one_cu_seqlens(cu_seqlens, cu_seq_lens_q, cu_seq_lens_k)
-        is_traced = torch.compiler.is_compiling()
-        checkpointing = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        if cache is not None and len(cache.layers) != len(self.layers):
-            raise ValueError(f"the cache has {len(cache.layers)} layers, the model {len(self.layers)}")
-        if cache is not None and checkpointing:
-            raise ValueError("gradient checkpointing would advance the cache twice: leave one of them out")
-        if states is not None and use_cache:
-            raise ValueError("states go with no use_cache=True: the states after these tokens are returned as they are")
-        if checkpointing and use_cache:
-            logger.warning_once("use_cache=True is not possible with gradient checkpointing: no cache is returned")
-        must_cache = bool(use_cache) or (is_traced and position_ids is seq_idx is cu_seqlens is None)
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        use_cache = use_cache and not checkpointing and states is None
+        cache = resolve_cache(cache, past_key_values)
+        cu_seqlens = _resolve_cu_seqlens(cu_seqlens, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        given = BatchDescription(attention_mask, position_ids, seq_idx, cu_seqlens)
+        returns_cache, one_per_row = self._resolve_use_cache(use_cache, cache, states, given)
+        keeps_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
-        x = self._scaled(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
-        if x.dim() != 3:
-            raise ValueError(f"input_ids must be [B, T], or inputs_embeds [B, T, W], got {x.dim() - 1} dimensions")
-        batch_size, length = x.shape[:2]
-        if self.sequence_parallel is not None:
-            layout = _layout_of_slice(x, attention_mask, position_ids, seq_idx, cu_seqlens, cache)
+        embeddings = self._scale(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
+        if embeddings.dim() != 3:
+            dimensions = embeddings.dim() - 1
+            raise ValueError(f"input_ids must be [B, T], or inputs_embeds [B, T, W], got {dimensions} dimensions")
+        if self.sequence_parallel is None:
+            layout = build_layout(embeddings, given, cache, one_per_row=one_per_row)
         else:
-            keeps_state = cache is not None or (use_cache and must_cache)
-            layout = layout_of(x, attention_mask, position_ids, seq_idx, cu_seqlens, cache, keeps_state=keeps_state)
+            layout = slice_layout(embeddings, given, cache)
         if states is not None:
-            _check_states(states, len(self.layers), layout, position_ids, cache)
+            self._check_states(states, layout, position_ids, cache)
         if self.agreement is not None:
-            settle(self, self.agreement, x, layout, states, checkpointing)
-        if cache is None and use_cache and not layout.has_documents:
-            cache = LightningCache(self.config.num_hidden_layers)
+            compare_ranks(self, self.agreement, embeddings, layout, states)
+        if cache is None and returns_cache and not layout.splits_rows:
+            cache = LightningCache(len(self.layers))
 
-        embeddings, x, carried = x, layout.pack(x), cache
-        pieces = [(x, layout.positions)]
-        is_in_pieces = layout.cu_seqlens is None and states is None and not (is_traced or torch.is_grad_enabled())
-        if is_in_pieces and length > PIECE:
-            pieces = list(zip(x.split(PIECE, dim=1), layout.positions.split(PIECE, dim=1), strict=True))
-            carried = LightningCache(self.config.num_hidden_layers) if cache is None else cache
-        # A single token without gradients updates its state in place, which must not be the caller's.
-        before = None if states is None else [layout.before_sequences(state).clone() for state in states]
-        slots = None if layout.slots is None else Slots(layout.slots)
-        outputs, after = [], []
-        for piece, positions in pieces:
-            if carried is not None:
-                before = self._states_of(carried, batch_size, x)
-            hidden_states, after = self._through_layers(
-                piece, positions, layout.cu_seqlens, before, slots, bool(output_hidden_states)
-            )
-            if carried is not None:
-                carried.put(after)
-            outputs.append(hidden_states)
-        hidden_states = outputs[0] if len(outputs) == 1 else [torch.cat(x, dim=1) for x in zip(*outputs, strict=True)]
-        hidden_states = [layout.unpack(x) for x in hidden_states]
+        hidden_states, states_after = self._run_layers(embeddings, layout, cache, states, bool(keeps_hidden_states))
         if cache is not None:
-            cache.advance(length, layout.count_tokens(), batch_size, x.device)
-        returned: dict[str, Any] = {CACHE: cache if use_cache else None}
+            batch_size, length = layout.batch_shape
+            cache.advance(length, layout.count_tokens(), batch_size, embeddings.device)
+        returned: dict[str, Any] = {CACHE: cache if returns_cache else None}
         return LightningModelOutput(
             last_hidden_state=hidden_states[-1],
-            hidden_states=(embeddings, *hidden_states) if output_hidden_states else None,
-            states=None if states is None else tuple(map(layout.after_rows, after)),
+            hidden_states=(embeddings, *hidden_states) if keeps_hidden_states else None,
+            states=None if states is None else tuple(map(layout.after_rows, states_after)),
             **returned,
         )
 
@@ -294,54 +276,115 @@ class LightningModel(LightningPreTrainedModel):
     def advance(
         self, input_ids: Tensor, positions: Tensor, states: list[Tensor], slots: Slots, cu_seqlens: Tensor | None = None
     ) -> Tensor:
-        """For serving: the next tokens of sequences whose states are slots of a pool, which advance in place.
+        """Read the next tokens of sequences whose states are slots of a pool, and update the pool in place.
 
         Args:
-            input_ids: `[N, 1]`, a token each; or `[1, T]`, some tokens of each, packed.
-            positions: the shape of `input_ids`, each token's in its sequence.
+            input_ids: `[N, 1]`, one token of each sequence; or `[1, T]`, several tokens of each, packed.
+            positions: of every token in its sequence, the shape of `input_ids`.
             states: of every layer `[num_slots, H, K, V]`.
-            slots: whose turn it is.
-            cu_seqlens: `[N + 1]`, where they are packed.
+            slots: of the N sequences.
+            cu_seqlens: `[N + 1]` bounds of packed sequences.
 
         Returns:
-            `[N, W]`, the normalised hidden states of the last token of every sequence.
+            `[N, W]`, normalised hidden states of the last token of each sequence.
         """
-        x = self._scaled(self.embed_tokens(input_ids))
+        x = self._scale(self.embed_tokens(input_ids))
         for layer, state in zip(self.layers, states, strict=True):
             x, _ = layer(x, positions, cu_seqlens, state, slots)
         return self.norm(x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:] - 1])
 
-    def _scaled(self, embeddings: Tensor) -> Tensor:
+    @property
+    def is_checkpointing(self) -> bool:
+        """True if the next forward pass recomputes activations in its backward pass."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+    def _scale(self, embeddings: Tensor) -> Tensor:
         return embeddings * self.config.hidden_size**0.5
 
-    def _through_layers(
+    def _resolve_use_cache(
         self,
-        x: Tensor,
-        positions: Tensor,
-        cu_seqlens: Tensor | None,
-        states: list[Tensor] | None,
-        slots: Slots | None,
-        keep_all: bool,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The normalised output, after those of all layers but the last if they are kept; and the states after."""
-        hidden_states, after = [], []
-        for layer, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
-            x, state = layer(x, positions, cu_seqlens, state, slots)
-            hidden_states = [*hidden_states, x] if keep_all else [x]
-            after.append(state)
-        return [*hidden_states[:-1], self.norm(x)], after
+        use_cache: bool | None,
+        cache: LightningCache | None,
+        states: Sequence[Tensor] | None,
+        given: BatchDescription,
+    ) -> tuple[bool, bool]:
+        """Return whether to return a cache, and whether a batch row of several sequences is an error."""
+        if cache is not None and len(cache.layers) != len(self.layers):
+            raise ValueError(f"the cache has {len(cache.layers)} layers, the model {len(self.layers)}")
+        if cache is not None and self.is_checkpointing:
+            raise ValueError("gradient checkpointing would advance the cache twice: leave one of them out")
+        if states is not None and use_cache:
+            raise ValueError("states go with no use_cache=True: the states after these tokens are returned as they are")
+        if self.is_checkpointing and use_cache:
+            logger.warning_once("use_cache=True is not possible with gradient checkpointing: no cache is returned")
+        returns_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        returns_cache = returns_cache and not self.is_checkpointing and states is None
+        is_required = bool(use_cache) or (torch.compiler.is_compiling() and not given.may_split_rows)
+        return returns_cache, cache is not None or (returns_cache and is_required)
 
-    def _states_of(self, cache: LightningCache, batch_size: int, x: Tensor) -> list[Tensor]:
+    def _check_states(
+        self, states: Sequence[Tensor], layout: Layout, position_ids: Tensor | None, cache: LightningCache | None
+    ) -> None:
+        if position_ids is None or layout.token_indices is not None or cache is not None:
+            raise ValueError("states go with position_ids, and with no padding or cache")
+        if len(states) != len(self.layers):
+            raise ValueError(f"states must be one for each of {len(self.layers)} layers, got {len(states)}")
+
+    def _run_layers(
+        self,
+        embeddings: Tensor,
+        layout: Layout,
+        cache: LightningCache | None,
+        states: Sequence[Tensor] | None,
+        keeps_hidden_states: bool,
+    ) -> tuple[list[Tensor], list[Any]]:
+        """Run the layers, for long inputs without gradients TOKENS_PER_PASS tokens at a time.
+
+        Returns:
+            Hidden states `[B, T, W]`: of every layer but the last if they are kept, then the normalised output; and of
+            every layer the state after the tokens, if there was one before.
+        """
+        x, slots = layout.pack(embeddings), None if layout.slots is None else Slots(layout.slots)
+        passes = [(x, layout.positions)]
+        needs_one_pass = layout.cu_seqlens is not None or states is not None or torch.is_grad_enabled()
+        if not needs_one_pass and not torch.compiler.is_compiling() and x.shape[1] > TOKENS_PER_PASS:
+            splits = (y.split(TOKENS_PER_PASS, dim=1) for y in passes[0])
+            passes = list(zip(*splits, strict=True))
+            cache = LightningCache(len(self.layers)) if cache is None else cache
+        current: list[Any] = [None] * len(self.layers)
+        if states is not None:
+            # Cloned, since a single token without gradients updates its state in place.
+            current = [layout.before_sequences(state).clone() for state in states]
+        outputs = []
+        for y, positions in passes:
+            if cache is not None:
+                current = self._read_cache(cache, layout.batch_shape[0], y)
+            kept = []
+            for i, layer in enumerate(self.layers):
+                y, current[i] = layer(y, positions, layout.cu_seqlens, current[i], slots)
+                if keeps_hidden_states:
+                    kept.append(y)
+            outputs.append([*kept[:-1], self.norm(y)])
+            if cache is not None:
+                cache.put(current)
+        hidden_states = outputs[0] if len(outputs) == 1 else [torch.cat(x, dim=1) for x in zip(*outputs, strict=True)]
+        return [layout.unpack(x) for x in hidden_states], current
+
+    def _read_cache(self, cache: LightningCache, batch_size: int, x: Tensor) -> list[Tensor]:
         states = [
             cache.state(i, (batch_size, *self.config.layer_state_shape(i)), state_dtype(x.dtype), x.device)
             for i in range(len(self.layers))
         ]
-        # What a backward pass may need must not be overwritten.
+        # Cloned with gradients, since a backward pass may read them after the cache is updated.
         return [state.clone() for state in states] if torch.is_grad_enabled() else states
 
 
-def _one_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor | None, k: Tensor | None) -> Tensor | None:
-    """The bounds of documents, by whichever name they were given."""
+def _resolve_cu_seqlens(
+    cu_seqlens: Tensor | None, q: Tensor | None, k: Tensor | None, max_length_q: int | None, max_length_k: int | None
+) -> Tensor | None:
+    """Return the bounds given as `cu_seqlens`, or as `cu_seq_lens_q` and `cu_seq_lens_k`."""
+    if q is None and not (max_length_q is max_length_k is None):
+        raise ValueError("max_length_q and max_length_k go with cu_seq_lens_q and cu_seq_lens_k")
     if q is None and k is None:
         return cu_seqlens
     if cu_seqlens is not None:
@@ -351,33 +394,3 @@ def _one_cu_seqlens(cu_seqlens: Tensor | None, q: Tensor | None, k: Tensor | Non
     if q is not k and (q.shape != k.shape or not (torch.compiler.is_compiling() or torch.equal(q, k))):
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be equal: every document attends to itself")
     return q
-
-
-def _check_states(
-    states: Sequence[Tensor], num_layers: int, layout: Layout, position_ids: Tensor | None, cache: LightningCache | None
-) -> None:
-    if position_ids is None or layout.tokens is not None or cache is not None:
-        raise ValueError("states go with position_ids, and with no padding or cache")
-    if len(states) != num_layers:
-        raise ValueError(f"states must be one for each of {num_layers} layers, got {len(states)}")
-
-
-def _layout_of_slice(
-    x: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-    cache: LightningCache | None,
-) -> Layout:
-    if (
-        x.shape[0] != 1
-        or position_ids is None
-        or cu_seqlens is None
-        or not (attention_mask is seq_idx is cache is None)
-    ):
-        raise ValueError(
-            "sequence parallelism takes a slice of one batch row (B = 1) with position_ids, and the cu_seqlens of the "
-            "whole row, and no attention_mask, seq_idx or cache"
-        )
-    return Layout((1, x.shape[1]), position_ids, cu_seqlens.cpu(), has_documents=True)

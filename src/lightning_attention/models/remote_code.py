@@ -1,7 +1,7 @@
-"""What makes a saved model open by its path with `trust_remote_code=True`, before this package was imported.
+"""Loading a saved model by its path with `trust_remote_code=True`, without importing this package first.
 
-`config.json` names the classes of a module that lies beside it (`auto_map`). The module holds no model code: it imports
-the classes of the installed package, so that they are the same objects, and registers them.
+`config.json` names the classes of a module in the same folder (`auto_map`). The module contains no model code: it
+imports the installed package, so the classes are the same objects, and registers them.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ AUTO_MAP = {
         "AutoModelForQuestionAnswering": "LightningForQuestionAnswering",
     }.items()
 }
-SOURCE = '''"""Opens this model with the installed package lightning-attention, which has its code."""
+SOURCE = '''"""Loads this model with the installed package lightning-attention, which contains its code."""
 
 try:
     from lightning_attention.models import *
@@ -33,14 +33,14 @@ except ImportError as error:
 
 
 def is_ours(cls: type) -> bool:
-    """Whether a class is of this package, and not derived from one elsewhere."""
+    """True if a class is defined in this package, rather than derived from one elsewhere."""
     return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def with_auto_map(auto_map: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The `auto_map` of a configuration: what it had, with the classes of this package in their places.
+    """Add the classes of this package to the `auto_map` of a configuration.
 
-    A configuration from the Hub may name them as `repository--module.Class`.
+    A configuration from the Hub may name them as `repository--module.Class`; those entries are replaced.
     """
     return dict(auto_map or {}) | AUTO_MAP
 
@@ -49,7 +49,7 @@ def write_remote_code(folder: PathLike) -> None:
     """Write the module that `AUTO_MAP` names.
 
     Raises:
-        TypeError: `folder` is no path.
+        TypeError: `folder` is not a path.
         OSError: the file cannot be written.
     """
     (to_path(folder, "folder") / f"{MODULE}.py").write_text(SOURCE)

@@ -1,4 +1,4 @@
-"""Errors and differences of the ranks that share the tokens of a model, found once a forward pass."""
+"""Sequence parallelism of a model: the layout of a slice, and a comparison of the ranks once per forward pass."""
 
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..distributed.agreement import Agreement
 from ..nn import GatedLightningAttention
-from .layout import Layout
+from .cache import LightningCache
+from .layout import BatchDescription, Layout
 
 
-def fails_on_every_rank(forward: Callable) -> Callable:
-    """Decorate the forward pass of a model: an error on one rank before `settle` raises on every rank."""
+def raises_on_every_rank(forward: Callable) -> Callable:
+    """Decorate a model's forward pass: an error on one rank before `compare_ranks` raises on every rank."""
 
     @wraps(forward)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -28,22 +29,27 @@ def fails_on_every_rank(forward: Callable) -> Callable:
     return call
 
 
+def slice_layout(x: Tensor, given: BatchDescription, cache: LightningCache | None) -> Layout:
+    """Build the layout of this rank's slice `x` `[1, T, W]`.
+
+    Raises:
+        ValueError: an argument is missing, or not supported with sequence parallelism.
+    """
+    is_supported = x.shape[0] == 1 and given.attention_mask is given.seq_idx is cache is None
+    if not is_supported or given.position_ids is None or given.cu_seqlens is None:
+        raise ValueError(
+            "sequence parallelism takes a slice of one batch row (B = 1) with position_ids, and the cu_seqlens of the "
+            "complete batch row, and no attention_mask, seq_idx or cache"
+        )
+    return Layout((1, x.shape[1]), given.position_ids, given.cu_seqlens.cpu(), splits_rows=True)
+
+
 @torch.compiler.disable(reason="ranks that share a sequence compare values on the host")
-def settle(
-    model: Any,
-    agreement: Agreement,
-    x: Tensor,
-    layout: Layout,
-    states: Sequence[Tensor] | None,
-    checkpointing: bool,
-) -> None:
-    """Raise on every rank unless all of them make the same forward pass; the layers then compare nothing more."""
+def compare_ranks(model: Any, agreement: Agreement, x: Tensor, layout: Layout, states: Sequence[Tensor] | None) -> None:
+    """Raise on every rank unless all of them run the same forward pass; the layers then compare nothing more."""
     assert layout.cu_seqlens is not None
-    log_decay = [
-        module.decay.log_decay.to(x.device) for module in model.modules() if isinstance(module, GatedLightningAttention)
-    ]
-    has_gradients = torch.is_grad_enabled()
-    leaves = (x, *(states or ()), *model.parameters()) if has_gradients else ()
+    layers = [module for module in model.modules() if isinstance(module, GatedLightningAttention)]
+    leaves = (x, *(states or ()), *model.parameters()) if torch.is_grad_enabled() else ()
     device = x.device.type
     terms = {
         "the width of the model": x.shape[-1],
@@ -52,9 +58,9 @@ def settle(
         if torch.is_autocast_enabled(device)
         else None,
         "the device of the model": device,
-        "log_decay of the layers": torch.stack(log_decay).tolist(),
+        "log_decay of the layers": torch.stack([layer.decay.log_decay.to(x.device) for layer in layers]).tolist(),
         "states": None if states is None else [(*state.shape, str(state.dtype)) for state in states],
-        "gradient checkpointing": checkpointing,
+        "gradient checkpointing": model.is_checkpointing,
         "a gradient for inputs, states or parameters": [leaf.requires_grad for leaf in leaves],
     }
-    model.sequence_parallel.settle(agreement, x.shape[1], layout.cu_seqlens, terms)
+    model.sequence_parallel.compare(agreement, x.shape[1], layout.cu_seqlens, terms)

@@ -1,4 +1,4 @@
-"""Tokenizers that read a prompt as training reads the beginning of a document."""
+"""Tokenization of documents and prompts: a prompt is read as the beginning of a training document."""
 
 import json
 import secrets
@@ -11,24 +11,24 @@ from transformers import PreTrainedTokenizerFast
 
 
 def vocab_size(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Size of an embedding for the tokenizer: its largest token id, plus one. Ids may have holes."""
+    """Smallest embedding size for the tokenizer: its largest token id plus one, since ids may have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def bos_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Token ids before the text of a training document: the BOS token if the tokenizer has one, else nothing.
 
-    It may be the EOS token too, as in GPT-2: documents are then `[eos] text eos`.
+    BOS and EOS may be the same token, as in GPT-2; documents are then `[eos] text eos`.
     """
     bos = tokenizer.bos_token_id
     return [bos] if isinstance(bos, int) else []
 
 
 def begin_with_bos(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Make `tokenizer(text)` the beginning of a training document: `bos_ids` and the text, without an EOS token.
+    """Change a tokenizer so that `tokenizer(text)` gives `bos_ids` and the text, without an EOS token.
 
-    A pair of texts is one document. What the tokenizer added before (BOS, EOS, `[CLS]`, `[SEP]`) is replaced, and
-    truncation and padding that its file asks for are switched off. The change is saved with the tokenizer.
+    A pair of texts is one document. Special tokens that the tokenizer added before (BOS, EOS, `[CLS]`, `[SEP]`) are
+    replaced, and truncation and padding from its file are switched off. The change is saved with the tokenizer.
     """
     begin = [str(tokenizer.bos_token)] if bos_ids(tokenizer) else []
     template = processors.TemplateProcessing(
@@ -46,17 +46,17 @@ def begin_with_bos(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def well_formed(text: str) -> str:
-    """The text with U+FFFD for lone surrogates, which JSON can spell and tokenizers cannot read."""
+    """Replace lone surrogates, which JSON can contain and tokenizers cannot read, by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[Encoding]:
-    """Tokens of texts alone: whole, unpadded, and without any special token, whatever the texts spell.
+    """Encode texts without truncation, padding or special tokens, even if a text contains their spelling.
 
-    The one way from text to tokens, in training and for prompts.
+    Training and prompts both use this function.
 
     Raises:
-        ValueError: the tokenizer has no token for a text, not even an unknown one.
+        ValueError: the tokenizer has no token for a text, not even an unknown token.
     """
     backend = _text_backend(tokenizer)
     try:
@@ -69,7 +69,7 @@ _TEXT_BACKENDS: WeakKeyDictionary[PreTrainedTokenizerFast, tuple[Any, Tokenizer]
 
 
 def _text_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy for `encode_texts`, made anew when tokens were added or became special."""
+    """Copy of a tokenizer for `encode_texts`, made again after tokens are added or become special."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= set(tokenizer.all_special_tokens)
     key = len(tokenizer), special
@@ -83,21 +83,21 @@ def _text_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 
 def _without_special_spellings(content: dict[str, Any], special: set[str]) -> dict[str, Any]:
-    """A tokenizer.json in which no text spells a special token.
+    """Rename special tokens in a tokenizer.json so that no text contains them.
 
-    `encode_special_tokens` keeps added tokens from being found in a text, but the model would still find those that lie
-    in its vocabulary, as it finds any other piece. They keep their ids under names that no text contains. A special
-    token of one character stays: it is what the character's text is written with.
+    `encode_special_tokens` prevents matches of added tokens, but the model would still match special tokens in its
+    vocabulary. They keep their ids under random names. A special token of one character keeps its name, since it also
+    encodes that character.
     """
     model, vocabulary = content["model"], content["model"]["vocab"]
-    is_list = isinstance(vocabulary, list)  # Unigram: pieces with scores, by their ids
-    pieces = {piece for piece, _ in vocabulary} if is_list else set(vocabulary)
+    is_list = isinstance(vocabulary, list)  # Unigram: [token, score] in the order of ids
+    tokens = {token for token, _ in vocabulary} if is_list else set(vocabulary)
     secret = secrets.token_hex(16)
-    names = {token: f"{secret} {i}" for i, token in enumerate(special & pieces) if len(token) > 1}
+    names = {token: f"{secret} {i}" for i, token in enumerate(special & tokens) if len(token) > 1}
     if is_list:
-        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+        model["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
     else:
-        model["vocab"] = {names.get(piece, piece): index for piece, index in vocabulary.items()}
+        model["vocab"] = {names.get(token, token): index for token, index in vocabulary.items()}
     if "merges" in model:
         prefix = len(model.get("continuing_subword_prefix") or "")
         model["merges"] = [
@@ -107,14 +107,14 @@ def _without_special_spellings(content: dict[str, Any], special: set[str]) -> di
         ]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
-    for token in content["added_tokens"]:
-        token["special"] |= token["content"] in special
-        token["content"] = names.get(token["content"], token["content"])
+    for added in content["added_tokens"]:
+        added["special"] |= added["content"] in special
+        added["content"] = names.get(added["content"], added["content"])
     return content | {"truncation": None, "padding": None, "post_processor": None}
 
 
 def _byte_level(processor: Any) -> list[processors.ByteLevel]:
-    """The parts of a post-processor that correct offsets and add no token."""
+    """Steps of a post-processor that correct offsets and add no token."""
     is_sequence = isinstance(processor, processors.Sequence)
     parts: list[Any] = list(cast(Any, processor)) if is_sequence else [processor]
     return [part for part in parts if isinstance(part, processors.ByteLevel)]
