@@ -121,6 +121,16 @@ class LightningCache(Cache):
         return sum(state.nbytes for layer in self.layers if (state := layer.recurrent_states[0]) is not None)
 
 
+class CacheName:
+    """Output whose cache is called `cache` in every version of transformers."""
+
+    if CACHE == "past_key_values":
+
+        @property
+        def cache(self) -> Cache | None:
+            return getattr(self, CACHE)
+
+
 def resolve_cache(cache: object, past_key_values: object) -> LightningCache | None:
     """Return the cache given as `cache` or as `past_key_values`.
 

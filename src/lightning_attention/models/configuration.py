@@ -19,43 +19,16 @@ logger = logging.get_logger(__name__)
 POSITIONS = ("mix", "lrpe-d", "decay")
 SIZE_OPTIONS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Options that are not fields, and that transformers takes or writes.
-TRANSFORMERS_OPTIONS = frozenset(
-    {
-        "_attn_implementation",
-        "_attn_implementation_internal",
-        "_commit_hash",
-        "_experts_implementation_internal",
-        "_name_or_path",
-        "attn_implementation",
-        "auto_map",
-        "experts_implementation",
-        "loss_type",
-        "model_type",
-        "name_or_path",
-        "num_labels",
-        "output_attentions",
-        "quantization_config",
-        "tokenizer_class",
-        "torch_dtype",
-    }
-)
+TRANSFORMERS_OPTIONS = frozenset({
+    "_attn_implementation", "_attn_implementation_internal", "_commit_hash", "_experts_implementation_internal",
+    "_name_or_path", "attn_implementation", "auto_map", "experts_implementation", "loss_type", "model_type",
+    "name_or_path", "num_labels", "output_attentions", "quantization_config", "tokenizer_class", "torch_dtype",
+})  # fmt: skip
 # Options of `from_pretrained` that say where and how to load; some of them are passed on to `from_dict`.
-LOADER_OPTIONS = frozenset(
-    {
-        "cache_dir",
-        "code_revision",
-        "dtype",
-        "force_download",
-        "gguf_file",
-        "local_files_only",
-        "proxies",
-        "revision",
-        "subfolder",
-        "token",
-        "torch_dtype",
-        "trust_remote_code",
-    }
-)
+LOADER_OPTIONS = frozenset({
+    "cache_dir", "code_revision", "dtype", "force_download", "gguf_file", "local_files_only", "proxies", "revision",
+    "subfolder", "token", "torch_dtype", "trust_remote_code",
+})  # fmt: skip
 
 # TransNormerLLM (arXiv 2307.14995, 2401.04658). The papers give the GLU width of 385M and 1B, 2.75 times the width;
 # the larger sizes keep the ratio. Names are the papers', which count "385M" with a vocabulary of 50272 tokens: it has

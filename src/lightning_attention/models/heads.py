@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -16,7 +15,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from .cache import CACHE, LightningCache, resolve_cache
+from .cache import CACHE, CacheName, LightningCache, resolve_cache
 from .configuration import LightningConfig
 from .model import LightningModel, LightningPreTrainedModel
 
@@ -26,16 +25,10 @@ IGNORED = -100  # label of a token that is left out of the loss
 
 
 @dataclass
-class LightningOutput(CausalLMOutputWithPast):
+class LightningOutput(CacheName, CausalLMOutputWithPast):
     """transformers' output, with `states` as in `LightningModelOutput`."""
 
     states: tuple[Tensor, ...] | None = None
-
-    if CACHE == "past_key_values":
-
-        @property
-        def cache(self) -> Cache | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-            return self.past_key_values
 
 
 class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):

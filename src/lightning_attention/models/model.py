@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import CONFIG_NAME, logging
@@ -27,7 +26,7 @@ from ..nn import LRPE, GatedLightningAttention, SimpleGLU, SimpleRMSNorm
 from ..nn.attention import Decay, Slots
 from ..ops.problem import state_dtype
 from ..paths import to_path
-from .cache import CACHE, LightningCache, resolve_cache
+from .cache import CACHE, CacheName, LightningCache, resolve_cache
 from .configuration import LightningConfig
 from .layout import BatchDescription, Layout, build_layout
 from .remote_code import is_ours
@@ -41,19 +40,13 @@ TOKENS_PER_PASS = 4096
 
 
 @dataclass
-class LightningModelOutput(BaseModelOutputWithPast):
+class LightningModelOutput(CacheName, BaseModelOutputWithPast):
     """transformers' output, with `states`: of every layer `[B, H, K, V]`, after the last token of each batch row.
 
     The cache has both names, `cache` and `past_key_values`.
     """
 
     states: tuple[Tensor, ...] | None = None
-
-    if CACHE == "past_key_values":
-
-        @property
-        def cache(self) -> Cache | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-            return self.past_key_values
 
 
 class LightningDecoderLayer(GradientCheckpointingLayer):

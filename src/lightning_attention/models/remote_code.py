@@ -11,15 +11,12 @@ from ..paths import PathLike, to_path
 
 MODULE = "modeling_lightning"
 AUTO_MAP = {
-    auto_class: f"{MODULE}.{name}"
-    for auto_class, name in {
-        "AutoConfig": "LightningConfig",
-        "AutoModel": "LightningModel",
-        "AutoModelForCausalLM": "LightningForCausalLM",
-        "AutoModelForSequenceClassification": "LightningForSequenceClassification",
-        "AutoModelForTokenClassification": "LightningForTokenClassification",
-        "AutoModelForQuestionAnswering": "LightningForQuestionAnswering",
-    }.items()
+    "AutoConfig": f"{MODULE}.LightningConfig",
+    "AutoModel": f"{MODULE}.LightningModel",
+    "AutoModelForCausalLM": f"{MODULE}.LightningForCausalLM",
+    "AutoModelForSequenceClassification": f"{MODULE}.LightningForSequenceClassification",
+    "AutoModelForTokenClassification": f"{MODULE}.LightningForTokenClassification",
+    "AutoModelForQuestionAnswering": f"{MODULE}.LightningForQuestionAnswering",
 }
 SOURCE = '''"""Loads this model with the installed package lightning-attention, which contains its code."""
 
