@@ -1,6 +1,7 @@
-"""A model small enough to check by hand, and tokens for it."""
+"""A model of 3 layers and 24 channels, and tokens for it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,8 @@ from lightning_attention.training import byte_tokenizer
 VOCAB = 50
 
 
-def make_config(**options) -> LightningConfig:
-    sizes = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
+def make_config(**options: Any) -> LightningConfig:
+    sizes: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return LightningConfig(**sizes | {"num_attention_heads": 3, "initializer_range": 0.2} | ids | options)
 
@@ -21,17 +22,17 @@ def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make_model(dtype: torch.dtype = torch.float64, **options) -> LightningForCausalLM:
+def make_model(dtype: torch.dtype = torch.float64, **options: Any) -> LightningForCausalLM:
     torch.manual_seed(0)
     model = LightningForCausalLM(make_config(**options)).to(dtype)
-    for parameter in model.parameters():  # angles too, which no cast changes
+    for parameter in model.parameters():  # `theta` too, which `to` leaves in float32
         parameter.data = parameter.data.to(dtype)
-    model.loss_function = mean_loss  # transformers' own is float32, whatever the model
+    model.loss_function = mean_loss  # transformers' loss is float32 in every dtype
     return model
 
 
 def save_checkpoint(folder: Path) -> Path:
-    """A small model of bytes and its tokenizer, in `folder`."""
+    """Save a small model of bytes and its tokenizer in `folder`."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     ids = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}

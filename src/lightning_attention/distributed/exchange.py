@@ -132,7 +132,7 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *_):
+    def backward(ctx, _):
         return ctx.exchange.wait(), None
 
 
@@ -144,8 +144,7 @@ class _Finish(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gradients):
-        (d_state,) = gradients
+    def backward(ctx, d_state):
         ctx.exchange.launch(d_state, ctx.exchange.local.gradient_route)
         return d_state.new_empty(0), None
 

@@ -62,9 +62,8 @@ class _OutgoingState(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gradients):
+    def backward(ctx, d_state, dk, dv):
         k, v, log_decay = ctx.saved_tensors
-        d_state, dk, dv = gradients
         read_ = BACKENDS[ctx.backend].read_state_
         read_(_last(dk, ctx.length), _last(v, ctx.length), d_state.mT, log_decay, reverse=True, add=True)
         read_(_last(dv, ctx.length), _last(k, ctx.length), d_state, log_decay, reverse=True, add=True)
@@ -82,9 +81,9 @@ class _AddIncoming(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gradients):
+    def backward(ctx, do):
         q, state, log_decay = ctx.saved_tensors
-        (do,), length, dq = gradients, ctx.length, None
+        length, dq = ctx.length, None
         if length:
             dq = torch.empty_like(q, memory_format=torch.contiguous_format)
             read_ = BACKENDS[ctx.backend].read_state_

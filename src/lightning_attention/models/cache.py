@@ -1,7 +1,7 @@
 """Recurrent-state cache for `generate()`: one state per layer, of constant size."""
 
 from dataclasses import fields
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,8 +105,8 @@ class LightningCache(Cache):
         if self.positions is not None:
             self.positions = self.positions[beam_idx.to(self.positions.device)]
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.reorder_cache(cast(torch.LongTensor, indices))
+    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+        self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         for layer in self.layers:

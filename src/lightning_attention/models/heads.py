@@ -25,7 +25,7 @@ IGNORED = -100  # label of a token that is left out of the loss
 
 
 @dataclass
-class LightningOutput(CacheName, CausalLMOutputWithPast):
+class LightningOutput(CacheName, CausalLMOutputWithPast):  # pyright: ignore[reportIncompatibleVariableOverride]
     """transformers' output, with `states` as in `LightningModelOutput`."""
 
     states: tuple[Tensor, ...] | None = None

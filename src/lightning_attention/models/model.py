@@ -9,7 +9,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ TOKENS_PER_PASS = 4096
 
 
 @dataclass
-class LightningModelOutput(CacheName, BaseModelOutputWithPast):
+class LightningModelOutput(CacheName, BaseModelOutputWithPast):  # pyright: ignore[reportIncompatibleVariableOverride]
     """transformers' output, with `states`: of every layer `[B, H, K, V]`, after the last token of each batch row.
 
     The cache has both names, `cache` and `past_key_values`.
@@ -92,6 +92,11 @@ class LightningPreTrainedModel(PreTrainedModel):
     # Means generate() with transformers' static cache, which this model does not take; torch.compile(fullgraph=True)
     # works.
     _can_compile_fullgraph = False
+
+    if TYPE_CHECKING:
+        # transformers wraps these methods in a decorator that hides their types.
+        def to(self, *args: Any, **kwargs: Any) -> Self: ...  # pyright: ignore[reportIncompatibleVariableOverride]
+        def cuda(self, *args: Any) -> Self: ...  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
