@@ -13,9 +13,10 @@ VOCAB = 50
 
 
 def make_config(**options: Any) -> LightningConfig:
-    sizes: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
+    sizes = {"vocab_size": VOCAB, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3}
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return LightningConfig(**sizes | {"num_attention_heads": 3, "initializer_range": 0.2} | ids | options)
+    chosen: dict[str, Any] = sizes | {"num_attention_heads": 3, "initializer_range": 0.2} | ids | options
+    return LightningConfig(**chosen)
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -1,5 +1,8 @@
+"""Configurations: sizes, decays, refused options, and what is saved and loaded."""
+
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -26,10 +29,9 @@ def test_parameter_counts(size):
 
 
 @pytest.mark.parametrize("preset", decay.PRESETS)
-def test_the_decay_preset_travels_with_the_model(preset, tmp_path):
-    LightningConfig(hidden_size=12, num_attention_heads=3, num_hidden_layers=4, decay_preset=preset).save_pretrained(
-        tmp_path
-    )
+def test_decay_preset_is_saved(preset, tmp_path):
+    sizes: dict[str, Any] = {"hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 4}
+    LightningConfig(**sizes, decay_preset=preset).save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(config, LightningConfig)
     for layer in range(4):
@@ -38,48 +40,30 @@ def test_the_decay_preset_travels_with_the_model(preset, tmp_path):
 
 
 def test_explicit_decays_override_the_preset(tmp_path):
-    rates = [[-0.5, -0.25], [0.0, -math.log(2)]]
-    config = LightningConfig(hidden_size=4, num_attention_heads=2, num_hidden_layers=2, log_decay=rates)
+    log_decay = [[-0.5, -0.25], [0.0, -math.log(2)]]
+    config = LightningConfig(hidden_size=4, num_attention_heads=2, num_hidden_layers=2, log_decay=log_decay)
     config.save_pretrained(tmp_path)
     config = LightningConfig.from_pretrained(tmp_path)
-    assert [config.layer_log_decay(i).tolist() for i in range(2)] == torch.tensor(rates).tolist()
     model = LightningForCausalLM(config)
-    assert model.model.layers[1].attention.decay.log_decay.tolist() == torch.tensor(rates[1]).tolist()
+    for i, expected in enumerate(torch.tensor(log_decay)):
+        assert torch.equal(config.layer_log_decay(i), expected)
+        assert torch.equal(model.get_buffer(f"model.layers.{i}.attention.decay.log_decay"), expected)
 
 
 @pytest.mark.parametrize(
     ("positions", "lrpe"), [("mix", [True, False, False]), ("lrpe-d", [True] * 3), ("decay", [False] * 3)]
 )
-def test_positions(positions, lrpe):
+def test_positions_choose_the_layers_with_lrpe(positions, lrpe):
     config = LightningConfig.from_size("demo", num_hidden_layers=3, positions=positions)
     assert [config.layer_has_lrpe(i) for i in range(3)] == lrpe
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"hidden_size": 10, "num_attention_heads": 3},
-            "hidden_size must be a multiple of num_attention_heads = 3, got 10",
-        ),
-        ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1, got 0"),
-        ({"vocab_size": -1}, "vocab_size must be at least 1, got -1"),
-        ({"positions": "rope"}, "positions must be one of mix, lrpe-d, decay, got 'rope'"),
-        ({"decay_preset": "lightning"}, "decay_preset must be one of .* got 'lightning'"),
-        ({"log_decay": [[-1.0]]}, "log_decay must be 24 lists of 8 numbers"),
-        ({"num_hidden_layers": 1, "num_attention_heads": 1, "log_decay": [[1.0]]}, "log_decay must be <= 0"),
-    ],
-)
-def test_errors(options, message):
-    with pytest.raises(ValueError, match=message):
-        LightningConfig(**options)
-
-
-def test_an_unknown_size():
+def test_unknown_size_is_refused():
     with pytest.raises(ValueError, match=r"size must be one of demo, 45M, .* got '2B'"):
         LightningConfig.from_size("2B")
 
 
+ONE_HEAD = {"num_hidden_layers": 1, "num_attention_heads": 1}
 UNKNOWN = [
     "attention",
     "head_dim",
@@ -93,11 +77,12 @@ UNKNOWN = [
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_options_are_refused_by_name(name, tmp_path):
+    options: dict[str, Any] = {name: 32}
     with pytest.raises(TypeError, match=f"LightningConfig has no option {name}"):
-        LightningConfig(**{name: 32})
+        LightningConfig(**options)
     LightningConfig().save_pretrained(tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {name: 32}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
     with pytest.raises(TypeError, match=f"LightningConfig has no option {name}"):
         LightningConfig.from_pretrained(tmp_path)
 
@@ -105,6 +90,13 @@ def test_unknown_options_are_refused_by_name(name, tmp_path):
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
+        ({"hidden_size": 10, "num_attention_heads": 3}, ValueError, "must be a multiple of .* = 3, got 10"),
+        ({"num_hidden_layers": 0}, ValueError, "num_hidden_layers must be at least 1, got 0"),
+        ({"vocab_size": -1}, ValueError, "vocab_size must be at least 1, got -1"),
+        ({"positions": "rope"}, ValueError, "positions must be one of mix, lrpe-d, decay, got 'rope'"),
+        ({"decay_preset": "lightning"}, ValueError, "decay_preset must be one of .* got 'lightning'"),
+        ({"log_decay": [[-1.0]]}, ValueError, "log_decay must be 24 lists of 8 numbers"),
+        (ONE_HEAD | {"log_decay": [[1.0]]}, ValueError, "log_decay must be <= 0"),
         ({"layer_types": ["full_attention"] * 24}, ValueError, "layer_types must be 24 times"),
         ({"layer_types": ["full_attention", "nonsense"]}, ValueError, "layer_types must be 24 times"),
         ({"layer_types": ["linear_attention"]}, ValueError, "layer_types must be 24 times"),
@@ -122,13 +114,15 @@ def test_unknown_options_are_refused_by_name(name, tmp_path):
     ],
     ids=str,
 )
-def test_values_that_cannot_be(options, kind, message):
+def test_bad_values_are_refused(options, kind, message):
     with pytest.raises(kind, match=message):
         LightningConfig(**options)
 
 
-def test_options_of_transformers_are_taken():
-    config = LightningConfig(num_labels=3, output_attentions=False, torch_dtype="float16", name_or_path="here")
+def test_options_of_transformers_are_accepted():
+    options: dict[str, Any] = {"num_labels": 3, "output_attentions": False, "torch_dtype": "float16"}
+    options["name_or_path"] = "here"
+    config = LightningConfig(**options)
     assert config.num_labels == 3
     assert config.dtype == torch.float16
     assert config.max_position_embeddings is None
@@ -146,18 +140,19 @@ def test_options_of_transformers_are_taken():
     ],
     ids=str,
 )
-def test_options_given_at_loading_are_checked(auto, options, kind, message, tmp_path):
+def test_bad_options_of_from_pretrained_are_refused(auto, options, kind, message, tmp_path):
     LightningConfig().save_pretrained(tmp_path)
     with pytest.raises(kind, match=message):
         auto.from_pretrained(tmp_path, **options)
 
 
 @pytest.mark.parametrize("auto", [LightningConfig, AutoConfig])
-def test_options_given_at_loading_are_taken(auto, tmp_path):
+def test_options_of_from_pretrained_are_applied(auto, tmp_path):
     LightningConfig().save_pretrained(tmp_path)
     config = auto.from_pretrained(tmp_path, positions="decay", num_labels=5, dtype=torch.float16, pad_token_id=7)
     assert (config.positions, config.num_labels, config.dtype, config.pad_token_id) == ("decay", 5, torch.float16, 7)
-    loader = {"revision": "main", "gguf_file": None, "subfolder": "", "token": None, "trust_remote_code": True}
-    assert auto.from_pretrained(tmp_path, **loader | {"code_revision": None, "local_files_only": True}).num_labels == 2
+    loader: dict[str, Any] = {"revision": "main", "gguf_file": None, "subfolder": "", "token": None}
+    loader |= {"trust_remote_code": True, "code_revision": None, "local_files_only": True}
+    assert auto.from_pretrained(tmp_path, **loader).num_labels == 2
     _, unused = auto.from_pretrained(tmp_path, made_up=1, return_unused_kwargs=True)
     assert unused == {"made_up": 1}

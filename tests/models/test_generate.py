@@ -1,3 +1,5 @@
+"""`generate()` with a cache writes the text that the model gives without one."""
+
 import pytest
 import torch
 from tiny_model import make_config, tokens
@@ -12,29 +14,37 @@ def model() -> LightningForCausalLM:
 
 
 def greedy(model, ids: torch.Tensor, count: int) -> torch.Tensor:
-    """Without a cache: the whole text through the model for every token."""
+    """Greedy text without a cache: the model reads the complete text for every token."""
     with torch.no_grad():
         for _ in range(count):
             ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(dim=-1)], dim=1)
     return ids
 
 
-def test_greedy(model):
+def test_greedy_equals_no_cache(model):
     ids = tokens(2, 9)
     assert torch.equal(model.generate(ids, max_new_tokens=30, do_sample=False), greedy(model, ids, 30))
 
 
-def test_left_padding(model):
-    lengths = [3, 9, 6]
+LENGTHS = [3, 9, 6]
+
+
+def left_padded() -> tuple[torch.Tensor, torch.Tensor]:
+    """`[3, 9]` ids and mask; batch row b has the tokens of seed b."""
     ids, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
-    for row, n in enumerate(lengths):
-        ids[row, 9 - n :], mask[row, 9 - n :] = tokens(n, seed=row), 1
+    for b, n in enumerate(LENGTHS):
+        ids[b, 9 - n :], mask[b, 9 - n :] = tokens(n, seed=b), 1
+    return ids, mask
+
+
+def test_left_padded_equals_unpadded(model):
+    ids, mask = left_padded()
     batch = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
-    for row, n in enumerate(lengths):
-        assert torch.equal(batch[row, 9 - n :], greedy(model, tokens(1, n, seed=row), 20)[0])
+    for b, n in enumerate(LENGTHS):
+        assert torch.equal(batch[b, 9 - n :], greedy(model, tokens(1, n, seed=b), 20)[0])
 
 
-def test_sampling_follows_the_seed(model):
+def test_sampling_depends_on_the_seed_alone(model):
     def sample(seed):
         torch.manual_seed(seed)
         return model.generate(tokens(1, 5), max_new_tokens=30, do_sample=True, num_return_sequences=2)
@@ -45,16 +55,15 @@ def test_sampling_follows_the_seed(model):
 
 
 @pytest.mark.parametrize("num_beams", [2, 4])
-def test_beams_are_those_without_a_cache(model, num_beams):
-    """So states and positions follow their beam when beams are reordered."""
+def test_beam_search_equals_no_cache(model, num_beams):
+    """States and positions follow their beam when beams are reordered."""
     options = {"max_new_tokens": 15, "num_beams": num_beams, "do_sample": False}
     ids, mask = tokens(2, 7), torch.tensor([[1] * 7, [0, 0] + [1] * 5])
     cached = model.generate(ids, attention_mask=mask, use_cache=True, **options)
     assert torch.equal(cached, model.generate(ids, attention_mask=mask, use_cache=False, **options))
 
 
-def test_a_conversation_goes_on(model):
-    """generate() again, with the state of the last one and the text so far, as chat loops do."""
+def test_cache_continues_a_conversation(model):
     cache, ids = LightningCache(3), tokens(1, 8)
     first = model.generate(ids, max_new_tokens=10, do_sample=False, past_key_values=cache)
     text = torch.cat([first, tokens(1, 5, seed=3)], dim=1)
@@ -62,7 +71,7 @@ def test_a_conversation_goes_on(model):
     assert torch.equal(second, greedy(model, text, 10))
 
 
-def test_the_cache_follows_its_rows(model):
+def test_cache_repeats_selects_and_resets_batch_rows(model):
     ids = tokens(3, 10)
     with torch.no_grad():
         cache = model(ids[:, :9], use_cache=True).past_key_values
@@ -77,24 +86,22 @@ def test_the_cache_follows_its_rows(model):
         torch.testing.assert_close(again, expected[[2, 0]], rtol=1e-4, atol=1e-4)
 
 
-def test_repeated_rows_go_on_where_they_were(model):
-    """Rows of unequal lengths, each as several beams in a row: a beam has the state and the position of its text."""
-    lengths, beams, following = [3, 9, 6], 2, tokens(6, 1, seed=9)
-    ids, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
-    for row, n in enumerate(lengths):
-        ids[row, 9 - n :], mask[row, 9 - n :] = tokens(n, seed=row), 1
+def test_repeated_batch_rows_keep_states_and_positions(model):
+    """Batch rows of different lengths, each repeated for its beams."""
+    beams, following = 2, tokens(6, 1, seed=9)
+    ids, mask = left_padded()
     with torch.no_grad():
-        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        cache = model(ids, attention_mask=mask, use_cache=True).cache
         cache.batch_repeat_interleave(beams)
-        logits = model(following, past_key_values=cache).logits
-        for beam in range(3 * beams):
-            row = beam // beams
-            text = torch.cat([tokens(1, lengths[row], seed=row), following[beam : beam + 1]], dim=1)
+        logits = model(following, cache=cache).logits
+        for i in range(6):
+            b = i // beams
+            text = torch.cat([tokens(1, LENGTHS[b], seed=b), following[i : i + 1]], dim=1)
             expected = model(text, use_cache=False).logits[:, -1:]
-            torch.testing.assert_close(logits[beam : beam + 1], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(logits[i : i + 1], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_the_state_cannot_do_is_refused(model):
+def test_assisted_generation_and_static_caches_are_refused(model):
     with pytest.raises(ValueError, match="assisted generation is not supported"):
         model.generate(tokens(1, 5), max_new_tokens=5, prompt_lookup_num_tokens=2)
     with pytest.raises(ValueError, match="cache_implementation must be None"):

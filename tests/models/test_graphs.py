@@ -1,4 +1,4 @@
-"""Compiled and exported models: one graph, for inputs whose values it has not seen."""
+"""Compiled and exported models equal the eager model, with one graph for inputs of any values."""
 
 import warnings
 
@@ -17,14 +17,14 @@ def model() -> LightningForCausalLM:
 
 
 @pytest.fixture(autouse=True)
-def compile_anew():
+def reset_compiler():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # what some versions of PyTorch import here
+        warnings.simplefilter("ignore", DeprecationWarning)  # from imports of some PyTorch versions
         torch.compiler.reset()
 
 
 def padded(T: int) -> torch.Tensor:
-    """Rows of T columns with padding on either side, and inside."""
+    """`[2, T]` mask with padding on the left, inside and on the right."""
     mask = torch.ones(2, T, dtype=torch.long)
     mask[0, : T // 4], mask[1, T // 2 : T // 2 + 3], mask[1, -2:] = 0, 0, 0
     return mask
@@ -35,12 +35,13 @@ def restarting(T: int) -> torch.Tensor:
 
 
 INPUTS = {
+    "nothing": lambda T: {},
     "mask": lambda T: {"attention_mask": padded(T)},
     "bool mask": lambda T: {"attention_mask": padded(T).bool()},
     "mask without padding": lambda T: {"attention_mask": torch.ones(2, T, dtype=torch.long)},
     "position_ids": lambda T: {"position_ids": torch.arange(T).expand(2, -1).contiguous()},
-    "documents": lambda T: {"position_ids": restarting(T)},
-    "documents and a mask": lambda T: {"position_ids": restarting(T), "attention_mask": padded(T)},
+    "packed": lambda T: {"position_ids": restarting(T)},
+    "packed and a mask": lambda T: {"position_ids": restarting(T), "attention_mask": padded(T)},
     "seq_idx": lambda T: {"seq_idx": torch.arange(T).expand(2, -1) // 7},
     "mask of numbers": lambda T: {"attention_mask": padded(T) * (1 + torch.arange(T) // 7), "use_cache": False},
 }
@@ -48,7 +49,7 @@ INPUTS = {
 
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("case", INPUTS)
-def test_compiled_without_a_graph_break(model, case, train):
+def test_compiled_equals_eager_without_graph_breaks(model, case, train):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for T in (30,) if train else (30, 37):
         ids, inputs = tokens(2, T), INPUTS[case](T)
@@ -63,18 +64,21 @@ def test_compiled_without_a_graph_break(model, case, train):
                 torch.testing.assert_close(compiled(ids, **inputs).logits[at], model(ids, **inputs).logits[at])
 
 
-def test_compiled_decoding_with_a_mask(model):
-    ids, mask = tokens(2, 30), padded(30)
+@pytest.mark.parametrize("is_padded", [False, True], ids=["no mask", "mask"])
+def test_compiled_decoding_equals_one_call(model, is_padded):
+    ids, mask = tokens(2, 30), padded(30) if is_padded else torch.ones(2, 30)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        expected, cache, logits = model(ids, attention_mask=mask).logits, LightningCache(1), []
+        expected = model(ids, attention_mask=mask if is_padded else None).logits
+        cache, logits = LightningCache(1), []
         for start, stop in ((0, 6), *((t, t + 1) for t in range(6, 24)), (24, 30)):
-            logits.append(compiled(ids[:, start:stop], attention_mask=mask[:, :stop], cache=cache).logits)
+            past = mask[:, :stop] if is_padded else None
+            logits.append(compiled(ids[:, start:stop], attention_mask=past, cache=cache).logits)
     at = mask == 1
     torch.testing.assert_close(torch.cat(logits, dim=1)[at], expected[at], rtol=1e-4, atol=1e-4)
 
 
-def test_a_compiled_cache_holds_no_documents(model):
+def test_compiled_cache_refuses_packed_sequences(model):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad(), pytest.raises(RuntimeError, match="which a cache cannot hold"):
         compiled(tokens(2, 30), position_ids=restarting(30), use_cache=True)
@@ -90,11 +94,10 @@ class Logits(torch.nn.Module):
 
 
 @pytest.mark.parametrize("is_dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("case", ["nothing", *INPUTS])
-def test_exported(model, case, is_dynamic):
+@pytest.mark.parametrize("case", INPUTS)
+def test_exported_equals_eager(model, case, is_dynamic):
     def inputs_of(T):
-        inputs = INPUTS[case](T) if case in INPUTS else {}
-        return {"input_ids": tokens(2, T)} | {name: x for name, x in inputs.items() if name != "use_cache"}
+        return {"input_ids": tokens(2, T)} | {name: x for name, x in INPUTS[case](T).items() if name != "use_cache"}
 
     inputs = inputs_of(30)
     module = Logits(model, list(inputs))

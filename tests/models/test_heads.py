@@ -1,4 +1,4 @@
-"""Transformers' generic heads on this model."""
+"""transformers' generic heads on this model."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_heads_train_and_load(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_padding_changes_no_label(name):
+def test_padded_equals_unpadded(name):
     auto, _, _ = HEADS[name]
     model = auto.from_config(make_config(num_labels=3)).eval()
     ids, mask = torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long)
@@ -49,8 +49,8 @@ def test_padding_changes_no_label(name):
     ids[1, :7], mask[1, :7] = tokens(7, seed=2), 1
     with torch.no_grad():
         padded = logits_of(model(ids, attention_mask=mask))
-        for row in range(2):
-            at = mask[row] == 1
-            alone = logits_of(model(ids[row, at][None]))
-            found = padded[row] if name == "sequence" else padded[row, at] if name == "token" else padded[:, row, at]
+        for b in range(2):
+            at = mask[b] == 1
+            alone = logits_of(model(ids[b, at][None]))
+            found = padded[b] if name == "sequence" else padded[b, at] if name == "token" else padded[:, b, at]
             torch.testing.assert_close(found, alone[:, 0] if name == "question" else alone[0], rtol=1e-4, atol=1e-5)

@@ -1,4 +1,6 @@
-"""How a batch is described: masks, positions and bounds of documents, and the arguments that are not known."""
+"""Arguments of the forward pass: masks, positions, bounds of packed sequences, caches, and refused arguments."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -29,25 +31,25 @@ def model() -> LightningForCausalLM:
 
 
 def numbered(lengths: list[list[int]], width: int) -> torch.Tensor:
-    """`[B, width]`: the number of the document that every token belongs to, from 1; a negative length is padding."""
-    rows = []
-    for row in lengths:
+    """`[B, width]` numbers of sequences, from 1 in each batch row; a negative length is padding, numbered 0."""
+    batch = []
+    for batch_row in lengths:
         number, columns = 0, []
-        for n in row:
+        for n in batch_row:
             number += n > 0
             columns += [number if n > 0 else 0] * abs(n)
-        rows.append(columns + [0] * (width - len(columns)))
-    return torch.tensor(rows)
+        batch.append(columns + [0] * (width - len(columns)))
+    return torch.tensor(batch)
 
 
 def positions_of(numbers: torch.Tensor, *, padding: int = 0) -> torch.Tensor:
-    """Positions that start at 0 with every document."""
+    """Positions that start at 0 with every sequence."""
     positions = torch.full_like(numbers, padding)
-    for row in range(numbers.shape[0]):
-        for number in numbers[row].unique():
+    for b in range(numbers.shape[0]):
+        for number in numbers[b].unique():
             if number > 0:
-                at = numbers[row] == number
-                positions[row, at] = torch.arange(int(at.sum()))
+                at = numbers[b] == number
+                positions[b, at] = torch.arange(int(at.sum()))
     return positions
 
 
@@ -65,40 +67,38 @@ DESCRIPTIONS = {
 LAYOUTS = {
     "right padding": [[5, 4], [7, -2]],
     "left padding": [[-3, 6], [4, 5]],
-    "padding between documents": [[3, -2, 4], [1, 1, -1, 6]],
+    "padding between sequences": [[3, -2, 4], [1, 1, -1, 6]],
     "a batch row of padding": [[4, 5], [-9]],
-    "padding inside a row and out": [[-1, 3, -1, 3, -1], [2, 2, 2, 2, -1]],
+    "padding everywhere": [[-1, 3, -1, 3, -1], [2, 2, 2, 2, -1]],
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("how", DESCRIPTIONS)
-def test_documents_do_not_leak_whatever_tells_them_apart(model, how, layout):
+def test_packed_and_padded_equals_separate(model, how, layout):
     numbers = numbered(LAYOUTS[layout], 9)
     ids = torch.where(numbers > 0, tokens(2, 9), 0)
     with torch.no_grad():
         output = model(ids, **DESCRIPTIONS[how](numbers))
-        for row in range(2):
-            for number in range(1, int(numbers[row].max()) + 1):
-                at = numbers[row] == number
-                alone = model(ids[row, at][None], use_cache=False).logits[0]
-                torch.testing.assert_close(output.logits[row, at], alone, rtol=1e-4, atol=1e-4)
+        for b in range(2):
+            for number in range(1, int(numbers[b].max()) + 1):
+                at = numbers[b] == number
+                alone = model(ids[b, at][None], use_cache=False).logits[0]
+                torch.testing.assert_close(output.logits[b, at], alone, rtol=1e-4, atol=1e-4)
     assert output.cache is None
 
 
 @pytest.mark.parametrize("counted", ["tokens", "columns"])
-def test_padding_inside_a_document_does_not_cut_it(counted):
-    """Whether positions count the padding or not; here the model does not read them, so both are the same text."""
+def test_padding_does_not_split_a_sequence(counted):
+    """Positions may count tokens or columns. This model has no LRPE-d, so its logits do not depend on positions."""
     model = make_model(torch.float32, positions="decay").eval()
     ids, mask = tokens(2, 7), torch.tensor([[1, 1, 0, 0, 1, 1, 1], [0, 1, 0, 1, 1, 0, 1]])
     positions = {"tokens": (mask.cumsum(1) - 1).clamp_min(0), "columns": torch.arange(7).expand(2, -1)}[counted]
     with torch.no_grad():
         output = model(ids, attention_mask=mask, position_ids=positions)
-        for row in range(2):
-            at = mask[row] == 1
-            torch.testing.assert_close(
-                output.logits[row, at], model(ids[row, at][None]).logits[0], rtol=1e-4, atol=1e-4
-            )
+        for b in range(2):
+            at = mask[b] == 1
+            torch.testing.assert_close(output.logits[b, at], model(ids[b, at][None]).logits[0], rtol=1e-4, atol=1e-4)
     assert output.cache is not None
 
 
@@ -120,19 +120,20 @@ def flattened(**options):
     ],
     ids=str,
 )
-def test_what_the_flattening_collator_gives_is_understood(model, options):
+def test_batches_of_the_flattening_collator_equal_separate(model, options):
     batch = flattened(**options)
     logits = model(**batch).logits[0].split([5, 9, 1, 6])
     for document, found in zip((5, 9, 1, 6), logits, strict=True):
         torch.testing.assert_close(found, model(tokens(1, document, seed=document)).logits[0], rtol=1e-4, atol=1e-4)
 
 
-def test_max_length_hints_change_nothing(model):
+def test_flash_attention_names_equal_cu_seqlens(model):
     ids, bounds = tokens(1, 9), torch.tensor([0, 5, 9], dtype=torch.int32)
     flash = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds.clone(), "max_length_q": 5, "max_length_k": 5}
     torch.testing.assert_close(model(ids, **flash).logits, model(ids, cu_seqlens=bounds).logits)
 
 
+PACKED = {"input_ids": tokens(1, 6), "cu_seqlens": torch.tensor([0, 2, 6])}
 BAD_INPUTS = {
     "additive mask": ({"attention_mask": torch.zeros(2, 6)}, TypeError, "attention_mask must be bool, or integers"),
     "float mask": ({"attention_mask": torch.ones(2, 6)}, TypeError, "attention_mask must be bool, or integers"),
@@ -141,15 +142,15 @@ BAD_INPUTS = {
     "4D mask": ({"attention_mask": torch.ones(2, 1, 6, 6).bool()}, ValueError, r"must be \[B, T\] = \[2, 6\]"),
     "mask of a list": ({"attention_mask": [[1] * 6] * 2}, TypeError, "attention_mask must be a tensor, got list"),
     "mask of a dict": ({"attention_mask": {}}, TypeError, "attention_mask must be a tensor, got dict"),
-    "mask of other rows": ({"attention_mask": torch.ones(1, 6).long()}, ValueError, r"must be \[B, T\]"),
+    "mask of other batch rows": ({"attention_mask": torch.ones(1, 6).long()}, ValueError, r"must be \[B, T\]"),
     "long mask": ({"attention_mask": torch.ones(2, 7).long()}, ValueError, r"must be \[B, T\]"),
     "float positions": ({"position_ids": torch.arange(6.0).expand(2, -1)}, TypeError, "position_ids must be integers"),
     "bool seq_idx": ({"seq_idx": torch.ones(2, 6).bool()}, TypeError, "seq_idx must be integers"),
     "short seq_idx": ({"seq_idx": torch.ones(2, 5).long()}, ValueError, r"seq_idx must be \[B, T\] = \[2, 6\]"),
     "list of positions": ({"position_ids": list(range(6))}, TypeError, "position_ids must be a tensor, got list"),
-    "cu_seqlens of two rows": ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, "one batch row"),
+    "cu_seqlens of two batch rows": ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, "one batch row"),
     "attentions": ({"output_attentions": True}, ValueError, "output_attentions must be False"),
-    "documents, use_cache": (
+    "several sequences, use_cache": (
         {"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]] * 2), "use_cache": True},
         ValueError,
         "which a cache cannot hold",
@@ -159,6 +160,23 @@ BAD_INPUTS = {
         ValueError,
         "which a cache cannot hold",
     ),
+    "restarting positions, cache": (
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]] * 2), "cache": LightningCache(3)},
+        ValueError,
+        "which a cache cannot hold",
+    ),
+    "ids and embeddings": (
+        {"inputs_embeds": torch.zeros(2, 6, 24)},
+        ValueError,
+        "exactly one of input_ids and inputs_embeds",
+    ),
+    "neither ids nor embeddings": ({"input_ids": None}, ValueError, "exactly one of input_ids and inputs_embeds"),
+    "cu_seqlens and padding": (
+        PACKED | {"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])},
+        ValueError,
+        "cu_seqlens goes with no padding",
+    ),
+    "cu_seqlens and cache": (PACKED | {"cache": LightningCache(3)}, ValueError, "cu_seqlens goes with no cache"),
     "only cu_seq_lens_q": ({"cu_seq_lens_q": torch.tensor([0, 6])}, ValueError, "go together"),
     "cu_seq_lens that differ": (
         {"cu_seq_lens_q": torch.tensor([0, 3, 6]), "cu_seq_lens_k": torch.tensor([0, 2, 6])},
@@ -183,10 +201,17 @@ BAD_INPUTS = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUTS)
-def test_what_is_not_understood_is_refused(model, case):
+def test_bad_inputs_are_refused(model, case):
     options, kind, message = BAD_INPUTS[case]
     with pytest.raises(kind, match=message):
-        model(tokens(2, 6), **options)
+        model(**{"input_ids": tokens(2, 6)} | options)
+
+
+def test_cache_of_another_batch_size_is_refused(model):
+    with torch.no_grad():
+        cache = model(tokens(2, 6), use_cache=True).cache
+    with pytest.raises(ValueError, match=r"the cache holds states of shape \(2, 3, 16, 8\)"):
+        model(tokens(1, 6), cache=cache)
 
 
 @pytest.mark.parametrize("ids", [tokens(6), tokens(1, 2, 6)], ids=["one dimension", "three dimensions"])
@@ -206,7 +231,7 @@ def test_ids_of_other_dimensions_are_refused(model, ids):
     ],
     ids=str,
 )
-def test_bounds_that_do_not_fit_are_refused(model, bounds, kind, message):
+def test_bad_cu_seqlens_are_refused(model, bounds, kind, message):
     with pytest.raises(kind, match=message):
         model(tokens(1, 6), cu_seqlens=bounds)
 
@@ -219,8 +244,8 @@ def test_unknown_arguments_are_refused_by_name(head, name):
 
 
 @pytest.mark.parametrize("make", [DynamicCache, StaticCache], ids=["dynamic", "static"])
-def test_other_caches_are_refused_by_the_name_of_ours(model, make):
-    options = {"max_cache_len": 9} if make is StaticCache else {}
+def test_other_caches_are_refused(model, make):
+    options: dict[str, Any] = {"max_cache_len": 9} if make is StaticCache else {}
     with pytest.raises(TypeError, match="must be a LightningCache"):
         model.generate(tokens(1, 4), past_key_values=make(config=model.config, **options), max_new_tokens=3)
 
@@ -229,10 +254,10 @@ def test_other_caches_are_refused_by_the_name_of_ours(model, make):
 def test_the_cache_has_both_names(model, name):
     ids, cache = tokens(2, 9), LightningCache(3)
     with torch.no_grad():
-        whole = model(ids).logits
+        expected = model(ids).logits[:, 5:]
         output = model(ids[:, :5], **{name: cache})
         assert output.cache is output.past_key_values is cache
-        torch.testing.assert_close(model(ids[:, 5:], **{name: cache}).logits, whole[:, 5:], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(ids[:, 5:], **{name: cache}).logits, expected, rtol=1e-4, atol=1e-4)
         base = model.model(ids[:, :5], use_cache=True)
         assert base.cache is base.past_key_values is not None
     first = model.generate(ids[:, :4], max_new_tokens=4, do_sample=False, **{name: (again := LightningCache(3))})
@@ -252,38 +277,16 @@ def test_loss_arguments_reach_the_loss(model):
         model(ids, labels=ids, logits_to_keep=1)
 
 
-def test_which_logits_are_kept(model):
-    ids = tokens(2, 9)
-    with torch.no_grad():
-        every = model(ids).logits
-        indices, mask = torch.tensor([[0, 8], [3, 4]]), ids > 20
-        picked = torch.stack([every[0, [0, 8]], every[1, [3, 4]]])
-        torch.testing.assert_close(model(ids, logits_to_keep=indices).logits, picked)
-        torch.testing.assert_close(model(ids, logits_to_keep=mask).logits, every[mask])
-
-
-@pytest.mark.parametrize("positions", ["mix", "lrpe-d"])
-def test_the_last_hidden_state_is_the_normalised_one(positions):
-    """transformers' convention, by which hidden_states[-1] goes through the head."""
-    model = make_model(torch.float32, positions=positions).eval()
-    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
-    with torch.no_grad():
-        output = model(tokens(2, 4), attention_mask=mask, output_hidden_states=True)
-        torch.testing.assert_close(model.lm_head(output.hidden_states[-1]), output.logits)
-    assert len(output.hidden_states) == 4
-    assert output.hidden_states[-1] is not output.hidden_states[-2]
-
-
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
-def test_generate_in_training_mode_with_gradient_checkpointing(model):
-    """As TRL's GRPO does between two steps."""
+def test_generate_works_with_gradient_checkpointing(model):
+    """TRL's GRPO generates between two training steps."""
     ids = tokens(2, 6)
     expected = model.generate(ids, max_new_tokens=6, do_sample=False)
     model.gradient_checkpointing_enable()
     assert torch.equal(model.train().generate(ids, max_new_tokens=6, do_sample=False), expected)
 
 
-def test_a_cache_of_inference_mode_goes_on_outside(model):
+def test_cache_of_inference_mode_continues_outside(model):
     ids = tokens(2, 9)
     with torch.inference_mode():
         cache = model(ids[:, :4], use_cache=True).cache
@@ -294,19 +297,6 @@ def test_a_cache_of_inference_mode_goes_on_outside(model):
     torch.testing.assert_close(torch.cat([step, rest], dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_single_tokens_of_some_rows(model):
-    """Rows without a token keep their states, in one step of decoding."""
-    ids, mask = tokens(3, 5), torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 0]])
-    with torch.no_grad():
-        cache = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True).cache
-        before = [layer.recurrent_states[0].clone() for layer in cache.layers]
-        logits = model(ids[:, 4:], attention_mask=mask, cache=cache).logits
-    assert cache.positions.tolist() == [4, 5, 2]
-    torch.testing.assert_close(logits[1], model(ids[1:2]).logits[0, 4:], rtol=1e-4, atol=1e-4)
-    for layer, state in zip(cache.layers, before, strict=True):
-        assert torch.equal(layer.recurrent_states[0][[0, 2]], state[[0, 2]])
-
-
-def test_a_cache_cannot_be_rolled_back():
+def test_crop_is_refused():
     with pytest.raises(NotImplementedError, match="cannot be cropped"):
         LightningCache(2).crop(-1)

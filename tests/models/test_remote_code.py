@@ -1,4 +1,4 @@
-"""A saved model opens by its path, in a process that has not imported this package."""
+"""A saved model loads by its path, in a process that has not imported this package."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def fresh(script: str, *arguments: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run it in a process of its own, without standard input, as `python -c`."""
+    """Run a script in a new process, as `python -c`, without standard input."""
     modules = str(arguments[0].parent / "modules")
     settings = {"HF_MODULES_CACHE": modules, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ROOT, "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
@@ -49,7 +49,7 @@ ours = lambda: sys.modules.get("lightning_attention.models")
 assert ours() is None
 """
 
-OPENED = {
+SCRIPTS = {
     "AutoConfig": """
 config = AutoConfig.from_pretrained(path, trust_remote_code=True)
 assert type(config) is ours().LightningConfig
@@ -84,8 +84,8 @@ assert tokenizer("ab").input_ids == [256, 97, 98]
 }
 
 
-@pytest.mark.parametrize("script", OPENED.values(), ids=OPENED)
-def test_it_opens_by_its_path(checkpoint, tmp_path, script):
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_model_loads_by_its_path(checkpoint, tmp_path, script):
     result = fresh(HEADER + script, checkpoint, tmp_path / "again")
     assert "Do you wish" not in result.stdout
     if "save_pretrained" in script:
@@ -93,7 +93,7 @@ def test_it_opens_by_its_path(checkpoint, tmp_path, script):
         assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 
-def test_without_trust_there_is_one_clear_error(checkpoint):
+def test_without_trust_the_error_says_what_to_pass(checkpoint):
     result = fresh(HEADER + "AutoModelForCausalLM.from_pretrained(path)", checkpoint, check=False)
     assert result.returncode == 1
     error = result.stderr[result.stderr.rindex("\nValueError: ") :]
@@ -101,7 +101,7 @@ def test_without_trust_there_is_one_clear_error(checkpoint):
     assert "Please pass the argument `trust_remote_code=True`" in error
 
 
-def test_without_the_package_there_is_one_clear_error(checkpoint):
+def test_without_the_package_the_error_says_what_to_install(checkpoint):
     script = 'import sys; sys.modules["lightning_attention"] = None' + HEADER.replace("assert ours() is None", "")
     result = fresh(script + "AutoConfig.from_pretrained(path, trust_remote_code=True)", checkpoint, check=False)
     assert result.returncode == 1
@@ -112,7 +112,7 @@ def test_without_the_package_there_is_one_clear_error(checkpoint):
     )
 
 
-def test_with_the_package_imported_nothing_is_asked(checkpoint, monkeypatch):
+def test_imported_package_needs_no_trust(checkpoint, monkeypatch):
     def asked(*_: object) -> str:
         raise AssertionError("a question")
 
@@ -137,7 +137,7 @@ SAVED = {
 
 
 @pytest.mark.parametrize("save", SAVED.values(), ids=SAVED)
-def test_every_way_to_save_writes_the_module(tmp_path, save):
+def test_saving_writes_the_module(tmp_path, save):
     folder = tmp_path / "saved"
     save(folder)
     assert [path.name for path in folder.glob("*.py")] == [MODULE_FILE]
@@ -146,14 +146,14 @@ def test_every_way_to_save_writes_the_module(tmp_path, save):
     assert LightningConfig.from_pretrained(folder).auto_map == AUTO_MAP
 
 
-def test_a_configuration_from_the_hub_is_saved_as_ours(tmp_path):
+def test_configuration_from_the_hub_gets_our_classes(tmp_path):
     from_hub = {name: f"someone/model--{reference}" for name, reference in AUTO_MAP.items()}
     config = LightningConfig.from_dict(make_config().to_dict() | {"auto_map": from_hub | {"AutoModelForX": "x.X"}})
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP | {"AutoModelForX": "x.X"}
 
 
-def test_another_file_than_config_json_stands_alone(tmp_path):
+def test_other_json_files_get_no_module(tmp_path):
     make_config().to_json_file(tmp_path / "model.json")
     assert [path.name for path in tmp_path.iterdir()] == ["model.json"]
 
@@ -170,21 +170,20 @@ def test_push_to_hub_uploads_the_module(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(HfApi, "create_commit", commit)
     monkeypatch.setattr(HfApi, "create_branch", lambda *_, **__: None)
     monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", lambda *_, **__: Card())
-    make_config().save_pretrained(tmp_path)  # an older save in the same folder
+    make_config().save_pretrained(tmp_path)  # an older save, whose files are not uploaded again unless rewritten
     os.utime(tmp_path / MODULE_FILE, (0, 0))
     kind().save_pretrained(str(tmp_path), push_to_hub=True, repo_id="someone/model")
     assert {"config.json", MODULE_FILE} <= set(uploaded)
 
 
 class Card:
-    """No model card: the real one asks the Hub."""
+    """Empty model card, since the real one asks the Hub."""
 
     def save(self, path: str) -> None:
         Path(path).write_text("")
 
 
-def test_a_class_derived_elsewhere_brings_its_own_code(tmp_path):
-    """Its configuration is not ours to open."""
+def test_derived_class_saves_its_own_source(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from lightning_attention.models import LightningConfig\n"
         "class MyConfig(LightningConfig):\n"
@@ -199,7 +198,7 @@ def test_a_class_derived_elsewhere_brings_its_own_code(tmp_path):
     assert saved["auto_map"] == {"AutoConfig": "mine.MyConfig"}
 
 
-def test_load_runs_no_code_of_the_folder(checkpoint, tmp_path):
+def test_load_runs_no_code_from_the_folder(checkpoint, tmp_path):
     folder = tmp_path / "checkpoint-1"
     folder.mkdir()
     for file in checkpoint.glob("*.*"):

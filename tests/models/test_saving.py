@@ -1,14 +1,16 @@
-"""What is saved is what is loaded: every weight, whatever was done to the model before."""
+"""Saved models load with every weight, whichever way the model was changed before."""
 
 import copy
 import os
 import stat
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from tiny_model import VOCAB, make_config, tokens
 from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
 
 from lightning_attention.models import LightningConfig, LightningForCausalLM, LightningModel
 
@@ -32,31 +34,32 @@ def new_embedding(model):
 
 
 def trained_copy(model):
-    """What PEFT's `modules_to_save=["lm_head"]` leaves after `merge_and_unload`."""
+    """The head that PEFT's `modules_to_save=["lm_head"]` leaves after `merge_and_unload`."""
     head = copy.deepcopy(model.lm_head)
     head.weight.data += 1
     model.lm_head = head
 
 
-def option_alone(model):
-    """Says that the head is its own, where it is not."""
+def wrong_option(model):
+    """Configure an untied head, although the head is tied."""
     model.config.tie_word_embeddings = False
 
 
-CHANGES = [new_parameter, new_head, new_embedding, trained_copy, option_alone]
+CHANGES = [new_parameter, new_head, new_embedding, trained_copy, wrong_option]
 
 
 @pytest.mark.parametrize("change", [*CHANGES, None], ids=lambda change: change.__name__ if change else "as built")
-@pytest.mark.parametrize("as_trainer", [False, True], ids=["save_pretrained", "state_dict given"])
-def test_no_weight_is_lost(model, change, as_trainer, tmp_path):
+@pytest.mark.parametrize("gives_state_dict", [False, True], ids=["model", "state_dict"])
+def test_loaded_equals_saved(model, change, gives_state_dict, tmp_path):
     if change:
         change(model)
     is_tied = model.lm_head.weight is model.model.embed_tokens.weight
-    state = {name: x.clone() for name, x in model.state_dict().items()} if as_trainer else None
-    model.save_pretrained(tmp_path, **{"state_dict": state} if state else {})
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    model.save_pretrained(tmp_path, **{"state_dict": state} if gives_state_dict else {})
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert ("lm_head.weight" in file.keys()) != is_tied  # noqa: SIM118, a file is no dictionary
-    loaded, report = LightningForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert ("lm_head.weight" in file.keys()) != is_tied  # noqa: SIM118, not a dictionary
+    loaded_with_report: Any = LightningForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, report = loaded_with_report
     assert not any(report.values())
     assert torch.equal(loaded.eval()(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
     assert loaded.config.tie_word_embeddings == is_tied
@@ -66,7 +69,7 @@ def test_no_weight_is_lost(model, change, as_trainer, tmp_path):
     assert torch.equal(again(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
 
 
-def test_a_head_tied_after_building_is_stored_once(tmp_path):
+def test_head_tied_after_building_is_saved_once(tmp_path):
     model = LightningForCausalLM(make_config(tie_word_embeddings=False)).eval()
     model.lm_head.weight = model.model.embed_tokens.weight
     model.save_pretrained(tmp_path)
@@ -75,20 +78,33 @@ def test_a_head_tied_after_building_is_stored_once(tmp_path):
     assert torch.equal(loaded(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
 
 
-@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_auto_classes_load_saved_models(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is LightningForCausalLM
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(loaded) is LightningModel
+    assert torch.equal(loaded(tokens(1, 9))[0], model.model(tokens(1, 9))[0])
+
+
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("size", [VOCAB + 6, 20])
-def test_a_resized_vocabulary_loads(tie, size, tmp_path):
-    model = LightningForCausalLM(make_config(tie_word_embeddings=tie)).eval()
+def test_resized_vocabulary_keeps_logits_and_loads(is_tied, size, tmp_path):
+    model = LightningForCausalLM(make_config(tie_word_embeddings=is_tied)).eval()
+    ids = tokens(1, 9) % 20
+    before = model(ids).logits
     model.resize_token_embeddings(size, mean_resizing=False)
+    after, kept = model(ids).logits, min(size, VOCAB)
+    assert after.shape[-1] == size
+    torch.testing.assert_close(after[..., :kept], before[..., :kept])
     model.save_pretrained(tmp_path)
     loaded = LightningForCausalLM.from_pretrained(tmp_path).eval()
-    ids = tokens(1, 9) % 20
     assert loaded.config.vocab_size == size
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert torch.equal(loaded(ids).logits, after)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == is_tied
 
 
 @pytest.mark.parametrize("name", ["pad_token_id", "eos_token_id", "bos_token_id"])
-def test_a_vocabulary_keeps_its_special_tokens(name):
+def test_vocabulary_without_its_special_tokens_is_refused(name):
     model = LightningForCausalLM(make_config(**{name: 40}))
     with pytest.raises(ValueError, match=rf"{name} must be None or in \[0, vocab_size = 30\), got 40"):
         model.resize_token_embeddings(30)
@@ -96,30 +112,32 @@ def test_a_vocabulary_keeps_its_special_tokens(name):
 
 
 @pytest.mark.parametrize("padding", [None, 2, 1, 0, VOCAB - 1], ids=["none", "eos", "bos", "first", "last"])
-def test_every_token_is_learned(padding):
-    """A token that also pads, where it stands for itself."""
+def test_padding_token_is_learned(padding):
+    """Outside of padding, where the token stands for itself."""
     model = LightningForCausalLM(make_config(pad_token_id=padding, tie_word_embeddings=False))
     ids = torch.arange(VOCAB)[None]
     model(ids, labels=ids).loss.backward()
-    assert (model.model.embed_tokens.weight.grad[:-1].abs().sum(dim=1) > 0).all()
+    gradient = model.model.embed_tokens.weight.grad
+    assert gradient is not None
+    assert gradient[:-1].any(dim=1).all()
 
 
-def test_attributes_that_others_set_are_not_saved(model, tmp_path, caplog):
+def test_unknown_attributes_are_not_saved(model, tmp_path, caplog):
     model.config.made_up = 3
     model.save_pretrained(tmp_path)
     assert not hasattr(LightningConfig.from_pretrained(tmp_path), "made_up")
     assert model.config.made_up == 3
 
 
-def test_a_model_without_a_head(model, tmp_path):
+def test_base_model_loads(model, tmp_path):
     model.model.save_pretrained(tmp_path)
     loaded = LightningModel.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(tokens(1, 9))[0], model.model(tokens(1, 9))[0])
 
 
 @pytest.mark.parametrize("preset", ["transnormer", "retnet"])
-def test_decays_survive_meta_tensors(preset, tmp_path):
-    """Built without memory, then filled: decays are no weights, and not in the file."""
+def test_model_on_meta_gets_its_decays(preset):
+    """`to_empty` restores decays, which are not in the state dictionary."""
     torch.manual_seed(0)
     model = LightningForCausalLM(make_config(decay_preset=preset)).eval()
     with torch.device("meta"):
@@ -127,14 +145,15 @@ def test_decays_survive_meta_tensors(preset, tmp_path):
     empty = empty.to_empty(device="cpu").eval()
     empty.load_state_dict(model.state_dict())
     empty.tie_weights()
-    for i, layer in enumerate(empty.model.layers):
-        assert torch.equal(layer.attention.decay.log_decay, model.config.layer_log_decay(i))
+    for i in range(3):
+        log_decay = empty.get_buffer(f"model.layers.{i}.attention.decay.log_decay")
+        assert torch.equal(log_decay, model.config.layer_log_decay(i))
     assert torch.equal(empty(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077], ids=oct)
 @pytest.mark.parametrize("shards", [1, 3], ids="{} files".format)
-def test_weights_have_the_mode_of_the_other_files(model, tmp_path, umask, shards):
+def test_weights_have_the_file_mode_of_the_configuration(model, tmp_path, umask, shards):
     before = os.umask(umask)
     try:
         model.save_pretrained(tmp_path, max_shard_size="5GB" if shards == 1 else "12KB")
