@@ -1,13 +1,14 @@
-"""Layers check what they are made of."""
+"""Layers check the arguments of their constructors."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from lightning_attention.nn import LRPE, GatedLightningAttention, SimpleGLU, SimpleRMSNorm
 
-GOOD = {"hidden_size": 24, "num_heads": 3, "log_decay": -torch.ones(3)}
+GOOD: dict[str, Any] = {"hidden_size": 24, "num_heads": 3, "log_decay": -torch.ones(3)}
 BAD_ATTENTION = [
     ({"hidden_size": 24.0}, TypeError, "hidden_size must be an integer, got 24.0"),
     ({"hidden_size": "24"}, TypeError, "hidden_size must be an integer, got '24'"),
@@ -27,26 +28,25 @@ BAD_ATTENTION = [
 ]
 
 
+BAD_LAYERS = [
+    (SimpleRMSNorm, (-1.0,), ValueError, "eps must be finite and >= 0, got -1.0"),
+    (SimpleRMSNorm, (math.nan,), ValueError, "eps must be finite and >= 0, got nan"),
+    (SimpleRMSNorm, ("1e-6",), TypeError, "eps must be a number, got '1e-6'"),
+    (SimpleRMSNorm, (None,), TypeError, "eps must be a number, got None"),
+    (LRPE, (0, 4), ValueError, "num_heads must be at least 1, got 0"),
+    (LRPE, (2, 4.0), TypeError, "head_dim must be an integer, got 4.0"),
+    (SimpleGLU, (0, 4), ValueError, "hidden_size must be at least 1, got 0"),
+    (SimpleGLU, (4, "8"), TypeError, "intermediate_size must be an integer, got '8'"),
+]
+
+
 @pytest.mark.parametrize(("change", "kind", "message"), BAD_ATTENTION, ids=lambda x: str(x)[:40])
-def test_attention(change, kind, message):
+def test_bad_arguments_of_attention_are_refused(change, kind, message):
     with pytest.raises(kind, match=message):
         GatedLightningAttention(**GOOD | change)
 
 
-@pytest.mark.parametrize(
-    ("make", "kind", "message"),
-    [
-        (lambda: SimpleRMSNorm(-1.0), ValueError, "eps must be finite and >= 0, got -1.0"),
-        (lambda: SimpleRMSNorm(math.nan), ValueError, "eps must be finite and >= 0, got nan"),
-        (lambda: SimpleRMSNorm("1e-6"), TypeError, "eps must be a number, got '1e-6'"),
-        (lambda: SimpleRMSNorm(None), TypeError, "eps must be a number, got None"),
-        (lambda: LRPE(0, 4), ValueError, "num_heads must be at least 1, got 0"),
-        (lambda: LRPE(2, 4.0), TypeError, "head_dim must be an integer, got 4.0"),
-        (lambda: SimpleGLU(0, 4), ValueError, "hidden_size must be at least 1, got 0"),
-        (lambda: SimpleGLU(4, "8"), TypeError, "intermediate_size must be an integer, got '8'"),
-    ],
-    ids=["eps-negative", "eps-nan", "eps-str", "eps-None", "lrpe-heads", "lrpe-dim", "glu-hidden", "glu-between"],
-)
-def test_others(make, kind, message):
+@pytest.mark.parametrize(("layer", "arguments", "kind", "message"), BAD_LAYERS)
+def test_bad_arguments_of_other_layers_are_refused(layer, arguments, kind, message):
     with pytest.raises(kind, match=message):
-        make()
+        layer(*arguments)

@@ -1,4 +1,4 @@
-"""A layer made without memory: its decay is a constant, and right however memory comes to it."""
+"""A layer on the device "meta" gets the right decay, however its memory is allocated later."""
 
 import copy
 import io
@@ -24,8 +24,8 @@ def on_meta() -> GatedLightningAttention:
 
 
 def emptied(module: GatedLightningAttention) -> GatedLightningAttention:
-    """`to_empty`, with memory that was used before."""
-    torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
+    """`to_empty`, with memory full of NaN."""
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
         return module.to_empty(device="cpu")
     finally:
@@ -49,7 +49,7 @@ def saved(module: GatedLightningAttention) -> GatedLightningAttention:
     return torch.load(file, weights_only=False)
 
 
-WAYS: dict[str, Callable[[], GatedLightningAttention]] = {
+ALLOCATIONS: dict[str, Callable[[], GatedLightningAttention]] = {
     "to_empty": lambda: emptied(on_meta()),
     "copy, to_empty": lambda: emptied(copy.deepcopy(on_meta())),
     "to_empty, copy": lambda: copy.deepcopy(emptied(on_meta())),
@@ -66,14 +66,14 @@ WAYS: dict[str, Callable[[], GatedLightningAttention]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_decay_is_right(way):
-    module = WAYS[way]()
-    assert torch.equal(module.decay.log_decay, LOG_DECAY)
-    assert module.decay.log_decay.dtype == torch.float32
+@pytest.mark.parametrize("allocate", ALLOCATIONS.values(), ids=ALLOCATIONS)
+def test_allocated_layer_has_its_decay(allocate):
+    log_decay = allocate().decay.log_decay
+    assert torch.equal(log_decay, LOG_DECAY)
+    assert log_decay.dtype == torch.float32
 
 
-def test_a_loaded_layer_is_the_one_saved():
+def test_loaded_layer_equals_saved():
     source, target = layer(), emptied(on_meta())
     assert not any("decay" in name for name in source.state_dict())
     target.load_state_dict(source.state_dict())
@@ -81,7 +81,7 @@ def test_a_loaded_layer_is_the_one_saved():
     torch.testing.assert_close(target(x, positions), source(x, positions), rtol=0, atol=0)
 
 
-def test_loading_by_accelerate(tmp_path):
+def test_layer_loaded_by_accelerate_equals_saved(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     source = layer()
     torch.save(source.state_dict(), tmp_path / "layer.bin")
@@ -92,7 +92,7 @@ def test_loading_by_accelerate(tmp_path):
     torch.testing.assert_close(target(x, positions), source(x, positions), rtol=0, atol=0)
 
 
-def test_setting_tensors_by_accelerate():
+def test_layer_filled_by_accelerate_has_its_decay():
     utils = pytest.importorskip("accelerate.utils")
     source, target = layer(), under_accelerate(False)
     for name, value in source.state_dict().items():
@@ -100,14 +100,14 @@ def test_setting_tensors_by_accelerate():
     assert torch.equal(target.decay.log_decay, LOG_DECAY)
 
 
-def test_memory_stays_where_nothing_moves():
-    """A CUDA graph holds on to its address."""
+def test_casts_keep_the_address_of_the_decay():
+    """A CUDA graph reads from its address."""
     module = layer()
     address = module.decay.log_decay.data_ptr()
     assert module.to("cpu").half().decay.log_decay.data_ptr() == address
 
 
-def test_a_layer_on_meta_does_not_run():
+def test_decay_on_meta_is_refused_by_the_forward_pass():
     x, positions = torch.randn(2, 7, 24), torch.arange(7)[None]
     module = layer()
     module.decay.to("meta")
@@ -115,6 +115,6 @@ def test_a_layer_on_meta_does_not_run():
         module(x, positions)
 
 
-def test_a_decay_without_values_is_refused():
+def test_decay_on_meta_is_refused_by_the_constructor():
     with pytest.raises(ValueError, match="log_decay must have values, got a tensor on meta"):
         GatedLightningAttention(24, 3, torch.empty(3, device="meta"))
