@@ -1,4 +1,4 @@
-"""Calls with something wrong on one rank, by name, and what every rank makes of them."""
+"""Calls of attention with a fault on one rank, by name, and the errors of all ranks."""
 
 import time
 import warnings
@@ -18,8 +18,8 @@ CU_SEQLENS = torch.tensor([0, 4, 9])
 LOG_DECAY = torch.tensor([-0.5, -1.0])
 
 
-def whole() -> dict[str, Any]:
-    """The arguments of one process that holds all tokens."""
+def all_arguments() -> dict[str, Any]:
+    """Arguments of one process with all tokens."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, sum(LENGTHS), 2, 4, generator=generator) for _ in range(3))
     initial_state = torch.randn(2, 2, 4, 4, generator=generator)
@@ -28,12 +28,12 @@ def whole() -> dict[str, Any]:
 
 
 def arguments_of(rank: int, lengths: Sequence[int] = LENGTHS) -> dict[str, Any]:
-    arguments, start = whole(), sum(lengths[:rank])
+    arguments, start = all_arguments(), sum(lengths[:rank])
     return arguments | {name: arguments[name][:, start : start + lengths[rank]] for name in "qkv"}
 
 
 class Interrupted(list):
-    """A list that Ctrl-C, or another error, interrupts."""
+    """List that raises KeyboardInterrupt when it is read."""
 
     error: type[BaseException] = KeyboardInterrupt
 
@@ -46,7 +46,7 @@ class OutOfMemory(Interrupted):
 
 
 def sized(B: int = 1, N: int = 2, H: int = 2, K: int = 4, V: int = 4, dtype: torch.dtype = torch.float32) -> dict:
-    """Two tokens of other sizes than the other ranks have."""
+    """Two tokens with sizes that differ from those of other ranks."""
     q, k, v = (torch.randn(B, 2, H, D, dtype=dtype) for D in (K, K, V))
     state = torch.zeros(N, H, K, V, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     return {"q": q, "k": k, "v": v, "initial_state": state, "log_decay": -torch.ones(H)}
@@ -54,7 +54,7 @@ def sized(B: int = 1, N: int = 2, H: int = 2, K: int = 4, V: int = 4, dtype: tor
 
 TWO = torch.zeros(1, 2, 2, 4)
 
-# Wrong by themselves: the change of the arguments, and the error of the rank that has it.
+# Faults of one rank alone: the change of its arguments, and its error.
 RAISED: dict[str, tuple[dict[str, Any], str]] = {
     "q-no-tensor": ({"q": "x"}, "TypeError: q must be a dense tensor, got str"),
     "v-None": ({"v": None}, "TypeError: v must be a dense tensor, got NoneType"),
@@ -104,7 +104,7 @@ RAISED: dict[str, tuple[dict[str, Any], str]] = {
     "out-of-memory": ({"lengths": OutOfMemory(LENGTHS)}, "MemoryError"),
 }
 
-# Right by themselves, and not what the other ranks have: the change, and what every rank says of it.
+# Differences between ranks: the change of the arguments of one rank, and the error of every rank.
 DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
     "B": (sized(B=2) | {"cu_seqlens": None}, "B must be the same on every rank of the group, got [1, 2, 1, 1]"),
     "H": (sized(H=3), "H must be the same on every rank of the group, got [2, 3, 2, 2]"),
@@ -147,7 +147,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def attend_under(name: str, group: Any, arguments: dict[str, Any]) -> Any:
-    """The call, under a transform that the name may say."""
+    """Call attention, under a transform if the name is that of one."""
 
     def call(**given: Any) -> Any:
         return distributed.lightning_attention(**given, group=group)
@@ -159,15 +159,15 @@ def attend_under(name: str, group: Any, arguments: dict[str, Any]) -> Any:
     if name == "tangent":
         with (
             forward_ad.dual_level(),
-            warnings.catch_warnings(action="ignore"),
-        ):  # of torch.jit, at the first dual tensor
+            warnings.catch_warnings(action="ignore"),  # from torch.jit, for the first dual tensor
+        ):
             q = forward_ad.make_dual(arguments["q"], torch.ones_like(arguments["q"]))
             return call(**arguments | {"q": q})
     return call(**arguments)
 
 
-def complaint(call: Callable[[], Any]) -> tuple[str, float]:
-    """The error of a call, and the seconds that it took."""
+def error_of(call: Callable[[], Any]) -> tuple[str, float]:
+    """Text of the error that a call raises, and the seconds that it takes."""
     start = time.monotonic()
     try:
         call()
@@ -180,14 +180,14 @@ def complaint(call: Callable[[], Any]) -> tuple[str, float]:
 def outcome(
     group: Any, fault: str | dict[str, Any], faulty: Sequence[int], options: dict[str, Any]
 ) -> tuple[str, float, Tensor, Tensor]:
-    """The complaint about a call that some ranks make with a fault, by name or as a change of the arguments.
+    """Error of a call that some ranks make with a fault, by name or as a change of arguments, and its seconds.
 
-    Then the output and the final state of the right call.
+    Then the output and final state of the right call.
     """
     rank, arguments = dist.get_rank(group), arguments_of(dist.get_rank(group)) | options
     name, changes = (fault, (RAISED | DIFFERENT)[fault][0]) if isinstance(fault, str) else ("", fault)
     wrong = arguments | changes if rank in faulty else arguments
-    text, seconds = complaint(lambda: attend_under(name if rank in faulty else "", group, wrong))
+    text, seconds = error_of(lambda: attend_under(name if rank in faulty else "", group, wrong))
     output, final_state = distributed.lightning_attention(**arguments, group=group)
     assert final_state is not None
     return text, seconds, output, final_state
@@ -199,19 +199,26 @@ def outcome_with_two_errors(group: Any) -> tuple[str, float, Tensor, Tensor]:
     return outcome(group, changes, (1, 3), {})
 
 
-def complaint_of_two(group: Any, changes: dict[str, Any]) -> str:
-    """The complaint in a group of two, the second with a fault."""
+def error_outside_the_group(_: Any) -> str:
+    group: Any = dist.new_group([0, 1])
+    if dist.get_rank() < 2:
+        return "none"
+    return error_of(lambda: distributed.lightning_attention(**arguments_of(dist.get_rank()), group=group))[0]
+
+
+def error_in_a_group_of_two(group: Any, changes: dict[str, Any]) -> str:
+    """Error of a call in a group of two ranks, the second with a fault."""
     rank = dist.get_rank(group)
     arguments = arguments_of(rank, (7, 2)) | (changes if rank == 1 else {})
-    return complaint(lambda: distributed.lightning_attention(**arguments, group=group))[0]
+    return error_of(lambda: distributed.lightning_attention(**arguments, group=group))[0]
 
 
-def complaint_about_group(_: Any, group: Any) -> str:
-    return complaint(lambda: distributed.lightning_attention(**arguments_of(dist.get_rank()), group=group))[0]
+def error_of_bad_group(_: Any, group: Any) -> str:
+    return error_of(lambda: distributed.lightning_attention(**arguments_of(dist.get_rank()), group=group))[0]
 
 
 def collectives(group: Any, options: dict[str, Any]) -> int:
-    """The number of gathers in a call with the ring, which has none of its own."""
+    """Number of gathers in a call with the ring, which itself does not gather."""
     count, gather = 0, dist.ProcessGroup.allgather
 
     def counted(*arguments):
@@ -239,15 +246,15 @@ def results_by_check(group: Any, check: bool, strategy: str) -> tuple[Tensor, ..
     return output, final_state, *torch.autograd.grad(output.square().sum() + final_state.square().sum(), leaves)
 
 
-def complaint_of_one_rank(group: Any) -> tuple[str, float]:
-    """Make a call without checks that the other ranks do not make."""
+def error_of_one_rank(group: Any) -> tuple[str, float]:
+    """Error of a call without checks that only rank 1 makes."""
     arguments = arguments_of(dist.get_rank(group)) | {"check": False, "strategy": "tree", "lengths": LENGTHS}
     if dist.get_rank(group) == 1:
-        return complaint(lambda: distributed.lightning_attention(**arguments, group=group))
+        return error_of(lambda: distributed.lightning_attention(**arguments, group=group))
     return "none", 0.0
 
 
 def expected() -> tuple[Tensor, Tensor]:
-    output, final_state = lightning_attention(**whole())
+    output, final_state = lightning_attention(**all_arguments())
     assert final_state is not None
     return output, final_state

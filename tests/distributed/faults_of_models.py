@@ -1,4 +1,4 @@
-"""Forward passes of a model whose tokens are shared, with something wrong on one rank."""
+"""Forward passes of a model with sequence parallelism and a fault on one rank."""
 
 import warnings
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed.faults import complaint
+from distributed.faults import error_of
 from distributed.models import positions
 from tiny_model import make_model, tokens
 from torch import Tensor
@@ -18,7 +18,7 @@ from lightning_attention.models import LightningForCausalLM
 T, STARTS = 21, [7, 10]
 
 
-def whole() -> dict[str, Tensor]:
+def all_inputs() -> dict[str, Tensor]:
     return {"input_ids": tokens(1, T), "position_ids": positions(T, STARTS)}
 
 
@@ -33,7 +33,7 @@ def freeze(model: LightningForCausalLM) -> dict:
 
 
 def checkpoint(model: LightningForCausalLM) -> dict:
-    with warnings.catch_warnings(action="ignore"):  # transformers 5.24 has another name for it
+    with warnings.catch_warnings(action="ignore"):  # deprecated in transformers 5.24
         model.gradient_checkpointing_enable()
     return {}
 
@@ -50,7 +50,7 @@ def zero_states(model: LightningForCausalLM) -> dict:
     return {"states": [torch.zeros(1, *shape, dtype=torch.float64) for shape in shapes]}
 
 
-# Wrong by themselves: what a rank does to its model or arguments, and its error.
+# Faults of one rank alone: the change of its model or arguments, and its error.
 RAISED: dict[str, tuple[Callable[[LightningForCausalLM], dict], str]] = {
     "token-unknown": (lambda _: {"input_ids": torch.full((1, 5), 1000)}, "IndexError: index out of range"),
     "argument-unknown": (
@@ -69,7 +69,7 @@ RAISED: dict[str, tuple[Callable[[LightningForCausalLM], dict], str]] = {
         "ValueError: states must be one",
     ),
 }
-# Right by themselves, and not what the other ranks have.
+# Differences between ranks, and the error of every rank.
 DIFFERENT: dict[str, tuple[Callable[[LightningForCausalLM], dict], str]] = {
     "slice-too-short": (
         lambda _: {"input_ids": tokens(1, 4), "position_ids": torch.arange(4)[None]},
@@ -89,24 +89,24 @@ DIFFERENT: dict[str, tuple[Callable[[LightningForCausalLM], dict], str]] = {
 
 
 def outcome(group: Any, name: str) -> tuple[str, float, Tensor]:
-    """The complaint about the forward pass that rank 1 makes with a fault, and what the right one gives after it."""
+    """Error of a forward pass with a fault on rank 1, its seconds, and the logits of the right one after it."""
     return _outcome(group, name, lambda model: model)
 
 
 def outcome_compiled(group: Any, name: str) -> tuple[str, float, Tensor]:
-    with warnings.catch_warnings(action="ignore"):  # of Dynamo
+    with warnings.catch_warnings(action="ignore"):  # from Dynamo
         return _outcome(group, name, partial(torch.compile, backend="aot_eager"))
 
 
 def _outcome(group: Any, name: str, prepare: Callable) -> tuple[str, float, Tensor]:
     rank, parallel = dist.get_rank(group), SequenceParallel(group)
-    held = {key: x[:, parallel.slice(T)] for key, x in whole().items()}
-    held |= {"cu_seqlens": torch.tensor([0, *STARTS, T])}
+    local = {key: x[:, parallel.slice(T)] for key, x in all_inputs().items()}
+    local |= {"cu_seqlens": torch.tensor([0, *STARTS, T])}
     wrong, right = make_model().train(), make_model().train()
     for model in (wrong, right):
         model.model.set_sequence_parallel(parallel)
     changes = (RAISED | DIFFERENT)[name][0](wrong) if rank == 1 else {}
-    text, seconds = complaint(lambda: prepare(wrong)(**held | changes))
-    logits = prepare(right)(**held).logits
+    text, seconds = error_of(lambda: prepare(wrong)(**local | changes))
+    logits = prepare(right)(**local).logits
     logits.square().sum().backward()
     return text, seconds, logits.detach()

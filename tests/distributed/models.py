@@ -1,4 +1,4 @@
-"""What a process does of the training of a model whose tokens are shared."""
+"""Jobs of a rank in the training of a model with sequence parallelism."""
 
 import warnings
 from typing import Any
@@ -18,12 +18,12 @@ from lightning_attention.training import segmented_loss
 
 
 def positions(T: int, starts: list[int]) -> Tensor:
-    """`[1, T]`, of documents that begin at 0 and at these tokens."""
+    """Positions `[1, T]` of packed sequences that start at 0 and at `starts`."""
     at = torch.arange(T)
     return (at - torch.tensor([0, *starts])[torch.searchsorted(torch.tensor(starts), at, right=True)])[None]
 
 
-def gradients_of_whole(T: int, starts: list[int]) -> dict[str, Tensor]:
+def gradients_of_one_process(T: int, starts: list[int]) -> dict[str, Tensor]:
     model = make_model()
     return _gradients(model, model(tokens(1, T), labels=tokens(1, T), position_ids=positions(T, starts)).loss)
 
@@ -31,7 +31,7 @@ def gradients_of_whole(T: int, starts: list[int]) -> dict[str, Tensor]:
 def gradients_by_segments(
     group: Any, T: int, starts: list[int], segment_length: int, strategy: str
 ) -> dict[str, Tensor]:
-    """This process's part of them."""
+    """This rank's part of the gradients of `segmented_loss`."""
     model = make_model()
     model.model.set_sequence_parallel(SequenceParallel(group, strategy))
     position_ids = positions(T, starts)
@@ -41,7 +41,7 @@ def gradients_by_segments(
 
 
 def gradients_of_last_labels(group: Any, T: int, num_labels: int, segment_length: int | None) -> dict[str, Tensor]:
-    """This process's part of the gradients of a sequence of which only the last labels count, if any."""
+    """This rank's part of the gradients of a loss over the last labels of a sequence."""
     model = make_model()
     if dist.is_initialized():
         model.model.set_sequence_parallel(SequenceParallel(group))
@@ -49,32 +49,32 @@ def gradients_of_last_labels(group: Any, T: int, num_labels: int, segment_length
     labels = ids.masked_fill(torch.arange(T) < T - num_labels, -100)
     if segment_length is not None:
         return _gradients(model, segmented_loss(model, ids, labels, segment_length=segment_length))
-    held = slice(T) if parallel is None else parallel.slice(T)
+    local = slice(T) if parallel is None else parallel.slice(T)
     inputs = {
         "input_ids": ids,
         "position_ids": positions(T, []),
         "shift_labels": F.pad(labels[:, 1:], (0, 1), value=-100),
     }
-    given = {name: x[:, held] for name, x in inputs.items()}
+    given = {name: x[:, local] for name, x in inputs.items()}
     if parallel is not None:
         given["cu_seqlens"] = torch.tensor([0, T])
     return _gradients(model, model(**given, num_items_in_batch=num_labels).loss)
 
 
-def gradients_of_whole_on_a_gpu(T: int) -> dict[str, Tensor]:
-    """In float32."""
+def gradients_of_one_process_on_a_gpu(T: int) -> dict[str, Tensor]:
+    """Gradients of a float32 model."""
     model = make_model(torch.float32, hidden_size=96).cuda()
     return _gradients(model, model(tokens(1, T).cuda(), labels=tokens(1, T).cuda()).loss)
 
 
 def gradients_on_a_gpu(group: Any, T: int, segment_length: int, strategy: str) -> dict[str, Tensor]:
-    """This process's part of them, on a GPU that it shares with the others."""
+    """This rank's part of the gradients, on one GPU for all ranks."""
     with messages_by_way_of_the_host():
         return _gradients_on_gpus(group, T, segment_length, strategy)
 
 
 def gradients_over_nccl(group: Any, T: int, segment_length: int, strategy: str) -> dict[str, Tensor]:
-    """This process's part of them, on a GPU of its own."""
+    """This rank's part of the gradients, on a GPU of its own."""
     return _gradients_on_gpus(over_nccl(group), T, segment_length, strategy)
 
 
@@ -86,13 +86,14 @@ def _gradients_on_gpus(group: Any, T: int, segment_length: int, strategy: str) -
 
 
 def gradients_sharded(group: Any, T: int, segment_length: int | None) -> dict[str, Tensor]:
-    """Of a model whose layers `fully_shard` has spread over the group, each process with a row of its own."""
+    """Gradients of a model sharded over the group by `fully_shard`, with one batch row per rank."""
     model = make_model(torch.float32)
-    mesh = DeviceMesh.from_group(group or dist.group.WORLD, "cpu")
+    world: Any = group or dist.group.WORLD
+    mesh = DeviceMesh.from_group(world, "cpu")
     for module in (*model.model.layers, model):
         fully_shard(module, mesh=mesh)
     input_ids = tokens(1, T, seed=dist.get_rank(group))
-    # Of states, which nothing changes in place.
+    # The views are states, which are not changed in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if segment_length is None:
         loss = model(input_ids, labels=input_ids).loss

@@ -1,4 +1,4 @@
-"""Processes that stay, so that a test of several ranks costs milliseconds; and what they do."""
+"""Processes for tests of several ranks, started once per session, and the jobs that they run."""
 
 import io
 import os
@@ -24,13 +24,13 @@ from lightning_attention.distributed import exchange
 from lightning_attention.ops import chunked, states
 
 WORLD_SIZE = 4
-TIMEOUT_SECONDS = 180  # for many that start at once, and on a GPU compile
+TIMEOUT_SECONDS = 180  # many processes start at once, and compile kernels on a GPU
 
 
 class Ranks:
-    """`ranks(job, *arguments)` runs `job(group, *arguments)` on the world ranks `members`, whose results it returns.
+    """`ranks(job, *arguments)` runs `job(group, *arguments)` on the world ranks `members` and returns their results.
 
-    The group has its ranks in the order of `members`.
+    Group ranks are in the order of `members`.
     """
 
     def __init__(self, folder: str):
@@ -48,7 +48,7 @@ class Ranks:
             pipe.send((job, arguments, tuple(members)))
         results = []
         for rank, pipe in enumerate(self.pipes):
-            assert pipe.poll(TIMEOUT_SECONDS), f"rank {rank} does not answer"
+            assert pipe.poll(TIMEOUT_SECONDS), f"rank {rank} did not answer"
             results.append(torch.load(io.BytesIO(pipe.recv()), weights_only=False))
         for result in results:
             if isinstance(result, Exception):
@@ -69,15 +69,15 @@ def _serve(rank: int, store: str, pipe: Any) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     timeout = timedelta(seconds=TIMEOUT_SECONDS / 2)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD_SIZE, timeout=timeout)
-    groups = {tuple(range(WORLD_SIZE)): None}
+    groups: dict[tuple[int, ...], Any] = {tuple(range(WORLD_SIZE)): None}
     while (message := pipe.recv()) is not None:
         job, arguments, members = message
         if members not in groups:
-            order = {} if list(members) == sorted(members) else {"sort_ranks": False}
+            order: dict[str, Any] = {} if list(members) == sorted(members) else {"sort_ranks": False}
             groups[members] = dist.new_group(list(members), **order)
         try:
             result = job(groups[members], *arguments) if rank in members else None
-        except Exception as error:  # raised where the job was given
+        except Exception as error:  # raised by the test
             result = error
         buffer = io.BytesIO()
         torch.save(result, buffer)
@@ -85,8 +85,8 @@ def _serve(rank: int, store: str, pipe: Any) -> None:
     dist.destroy_process_group()
 
 
-def held_by(group: Any, inputs: Inputs, lengths: Sequence[int]) -> Inputs:
-    """The inputs with only this rank's tokens."""
+def local_inputs(group: Any, inputs: Inputs, lengths: Sequence[int]) -> Inputs:
+    """Inputs of this rank's tokens."""
     rank = dist.get_rank(group)
     stop = list(accumulate(lengths))[rank]
     here = slice(stop - lengths[rank], stop)
@@ -94,7 +94,7 @@ def held_by(group: Any, inputs: Inputs, lengths: Sequence[int]) -> Inputs:
 
 
 def attention(group: Any, **given: Any) -> Callable:
-    """The operator with its final state, as `oracle.run` calls it."""
+    """Attention with its final state, in the form that `oracle.run` calls."""
 
     def call(q, k, v, log_decay, **options):
         return distributed.lightning_attention(
@@ -105,7 +105,7 @@ def attention(group: Any, **given: Any) -> Callable:
 
 
 def without(attention: Callable, names: Sequence[str]) -> Callable:
-    """With some inputs or outputs that no gradient goes through."""
+    """Attention with some inputs or outputs detached."""
 
     def call(q, k, v, log_decay, **options):
         given = {"q": q, "k": k, "v": v} | options
@@ -128,14 +128,14 @@ def results(
 ) -> dict[str, Tensor]:
     """Outputs and gradients of this rank."""
     with patch.object(states, "CHUNK_SIZE", chunk_size):
-        return run(without(attention(group, **given), detached), held_by(group, make_inputs(case, dtype), lengths))
+        return run(without(attention(group, **given), detached), local_inputs(group, make_inputs(case, dtype), lengths))
 
 
 @contextmanager
 def messages_by_way_of_the_host() -> Iterator[None]:
-    """Gloo gathers and adds tensors of a GPU, but does not send them; NCCL wants a GPU for every process.
+    """Send GPU tensors through the host, which gloo cannot do itself; NCCL needs a GPU for every process.
 
-    As with NCCL, what arrives is there for the stream that waits.
+    As with NCCL, a received tensor is ready for the stream that waits.
     """
     run, kept = dist.batch_isend_irecv, []
 
@@ -165,8 +165,8 @@ def messages_by_way_of_the_host() -> Iterator[None]:
 def results_on_a_gpu(
     group: Any, case: Case, dtype: torch.dtype, lengths: Sequence[int], strategy: str
 ) -> dict[str, Tensor]:
-    """Outputs and gradients of this rank, which shares one GPU with the others."""
-    inputs = held_by(group, make_inputs(case, dtype), lengths).on("cuda")
+    """Outputs and gradients of this rank, on one GPU for all ranks."""
+    inputs = local_inputs(group, make_inputs(case, dtype), lengths).on("cuda")
     with messages_by_way_of_the_host():
         found = run(attention(group, strategy=strategy), inputs)
     return {name: x.cpu() for name, x in found.items()}
@@ -174,7 +174,7 @@ def results_on_a_gpu(
 
 @cache
 def over_nccl(group: Any) -> Any:
-    """A group of the same ranks, each with a GPU."""
+    """NCCL group of the same ranks, each with a GPU."""
     torch.cuda.set_device(dist.get_rank(group))
     return dist.new_group(dist.get_process_group_ranks(group), backend="nccl", use_local_synchronization=True)
 
@@ -182,15 +182,15 @@ def over_nccl(group: Any) -> Any:
 def results_over_nccl(
     group: Any, case: Case, dtype: torch.dtype, lengths: Sequence[int], given: dict
 ) -> dict[str, Tensor]:
-    """Outputs and gradients of this rank, which has a GPU of its own."""
+    """Outputs and gradients of this rank, on a GPU of its own."""
     group = over_nccl(group)
-    inputs = held_by(group, make_inputs(case, dtype), lengths).on("cuda")
+    inputs = local_inputs(group, make_inputs(case, dtype), lengths).on("cuda")
     return {name: x.cpu() for name, x in run(attention(group, **given), inputs).items()}
 
 
 def gradients(group: Any, case: Case, lengths: Sequence[int], given: dict) -> dict[str, Tensor | None]:
-    """What `backward` leaves on this rank."""
-    inputs = held_by(group, make_inputs(case), lengths)
+    """Gradients that `backward` leaves on this rank."""
+    inputs = local_inputs(group, make_inputs(case), lengths)
     leaves = {name: getattr(inputs, name).requires_grad_() for name in ("q", "k", "v", "initial_state")}
     inputs = replace(inputs, **leaves)
     o, final_state = attention(group, **given)(inputs.q, inputs.k, inputs.v, inputs.log_decay, **inputs.options())
@@ -199,17 +199,17 @@ def gradients(group: Any, case: Case, lengths: Sequence[int], given: dict) -> di
 
 
 def results_checkpointed(group: Any, case: Case, lengths: Sequence[int], given: dict) -> dict[str, Tensor]:
-    """Of a call that the backward pass repeats."""
+    """Outputs and gradients under activation checkpointing."""
 
     def call(*arguments, **options):
         return checkpoint(attention(group, **given), *arguments, use_reentrant=False, **options)
 
-    return run(call, held_by(group, make_inputs(case), lengths))
+    return run(call, local_inputs(group, make_inputs(case), lengths))
 
 
 def output_under_autocast(group: Any, case: Case, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """And that of bfloat16 inputs."""
-    inputs = held_by(group, make_inputs(case, torch.float32), lengths)
+    """Outputs and states under autocast, and of bfloat16 inputs."""
+    inputs = local_inputs(group, make_inputs(case, torch.float32), lengths)
     call = attention(group)
     with torch.autocast("cpu", torch.bfloat16):
         under = call(inputs.q, inputs.k, inputs.v, inputs.log_decay, **inputs.options())
@@ -219,7 +219,7 @@ def output_under_autocast(group: Any, case: Case, lengths: Sequence[int]) -> tup
 
 
 def bytes_sent(group: Any, case: Case, dtype: torch.dtype, lengths: Sequence[int], strategy: str) -> tuple[int, int]:
-    """In the forward pass, and in the backward pass."""
+    """Bytes sent by this rank in the forward pass, and in the backward pass."""
     sent = 0
     gather, exchanged = dist.all_gather, dist.batch_isend_irecv
 
@@ -233,7 +233,7 @@ def bytes_sent(group: Any, case: Case, dtype: torch.dtype, lengths: Sequence[int
         sent += sum(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
         return exchanged(operations)
 
-    inputs = held_by(group, make_inputs(case, dtype), lengths)
+    inputs = local_inputs(group, make_inputs(case, dtype), lengths)
     call = attention(group, lengths=lengths, strategy=strategy)
     with patch.object(dist, "all_gather", counted_gather), patch.object(dist, "batch_isend_irecv", counted_batch):
         o, _ = call(inputs.q, inputs.k.requires_grad_(), inputs.v, inputs.log_decay, **inputs.options())
@@ -243,24 +243,24 @@ def bytes_sent(group: Any, case: Case, dtype: torch.dtype, lengths: Sequence[int
 
 
 def batches(group: Any, case: Case, lengths: Sequence[int]) -> list[list[tuple[str, int]]]:
-    """What a ring has under way at once, in order: with which ranks, forward and backward."""
+    """Batches of sends and receives of a ring with their peers, in order, forward and backward."""
     made = []
 
-    def noted(operations):
+    def recorded(operations):
         made.append([(operation.op.__name__, operation.group_peer) for operation in operations])
         return exchanged(operations)
 
     exchanged = dist.batch_isend_irecv
-    with patch.object(dist, "batch_isend_irecv", noted):
-        run(attention(group, strategy="ring"), held_by(group, make_inputs(case), lengths))
+    with patch.object(dist, "batch_isend_irecv", recorded):
+        run(attention(group, strategy="ring"), local_inputs(group, make_inputs(case), lengths))
     return made
 
 
 def events(group: Any, case: Case, lengths: Sequence[int], strategy: str) -> list[str]:
-    """What happens in two layers, forward and backward, in order."""
+    """Order of transfers and local attention in two layers, forward and backward."""
     happened = []
 
-    def noted(name: str, function: Callable) -> Callable:
+    def recorded(name: str, function: Callable) -> Callable:
         def call(*arguments):
             happened.append(name)
             return function(*arguments)
@@ -268,7 +268,7 @@ def events(group: Any, case: Case, lengths: Sequence[int], strategy: str) -> lis
         return call
 
     def launched(*arguments):
-        return noted("wait", noted("launch", launch)(*arguments))
+        return recorded("wait", recorded("launch", launch)(*arguments))
 
     def layers(q, k, v, log_decay, **options):
         layer = attention(group, strategy=strategy, backend="chunked")
@@ -278,22 +278,6 @@ def events(group: Any, case: Case, lengths: Sequence[int], strategy: str) -> lis
     with ExitStack() as patches:
         patches.enter_context(patch.dict(exchange.STRATEGIES, {strategy: launched}))
         for name in ("forward", "backward"):
-            patches.enter_context(patch.object(chunked, name, noted(name, getattr(chunked, name))))
-        run(layers, held_by(group, make_inputs(case), lengths))
+            patches.enter_context(patch.object(chunked, name, recorded(name, getattr(chunked, name))))
+        run(layers, local_inputs(group, make_inputs(case), lengths))
     return happened
-
-
-def complaint(group: Any, change: dict, of_rank: int | None, arguments: dict) -> str:
-    """The error of a call that is good but for a change, on one rank or on all."""
-    if of_rank in (None, dist.get_rank(group)):
-        arguments = arguments | change
-    try:
-        distributed.lightning_attention(**arguments, group=group)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "none"
-
-
-def complaint_of_outsiders(_: Any, arguments: dict) -> str:
-    group = dist.new_group([0, 1])
-    return complaint(group, {}, None, arguments) if dist.get_rank() > 1 else "none"

@@ -1,4 +1,4 @@
-"""Several processes, each with its tokens, against one with all of them."""
+"""Attention over several processes equals one process with all tokens."""
 
 import inspect
 from itertools import pairwise, zip_longest
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from oracle import Case, assert_accurate, attention, definition, error, make_inputs, needs_two_gpus, run
 from torch import Tensor
 
-from lightning_attention import distributed
 from lightning_attention.distributed.exchange import RING_BLOCKS
 from lightning_attention.ops.chunked import CHUNK_SIZE
 from lightning_attention.ops.problem import DTYPES
@@ -46,7 +45,7 @@ CASES = [
 
 
 def joined(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Tokens of the ranks side by side; states, which are zero but on one rank, added."""
+    """Concatenate tokens over the ranks, and sum states, which are zero except on one rank."""
     tokens = {name: torch.cat([result[name] for result in results], dim=1) for name in ("o", "dq", "dk", "dv")}
     states = (name for name in ("final_state", "dinitial_state") if name in results[0])
     return tokens | {name: torch.stack([result[name] for result in results]).sum(0) for name in states}
@@ -61,7 +60,7 @@ def assert_exact(results: list[dict[str, Tensor]], exact: dict[str, Tensor]) -> 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("case", "lengths"), CASES, ids=str)
-def test_ranks_are_one_process(ranks, case, lengths, strategy):
+def test_ranks_equal_one_process(ranks, case, lengths, strategy):
     results = ranks(jobs.results, case, torch.float64, lengths, {"strategy": strategy})
     assert_exact(results, run(definition, make_inputs(case)))
 
@@ -71,7 +70,7 @@ def test_ranks_are_one_process(ranks, case, lengths, strategy):
 @pytest.mark.parametrize(
     ("case", "lengths"), [(Case(T=2 * C), (C, 0, C - 7, 7)), (Case(lengths=(3, 50, 1)), (20, 20, 12, 2))], ids=str
 )
-def test_dtypes_are_as_accurate_as_plain_pytorch(ranks, case, lengths, strategy, dtype):
+def test_every_dtype_is_as_accurate_as_plain_pytorch(ranks, case, lengths, strategy, dtype):
     actual = joined(ranks(jobs.results, case, dtype, lengths, {"strategy": strategy}))
     assert actual["o"].dtype == dtype
     assert_accurate(actual, make_inputs(case, dtype))
@@ -83,7 +82,7 @@ def test_dtypes_are_as_accurate_as_plain_pytorch(ranks, case, lengths, strategy,
 @pytest.mark.parametrize(
     ("case", "lengths"), [(Case(T=2 * C), (C, 0, C - 7, 7)), (Case(lengths=(3, 250, 1)), (80, 80, 72, 22))], ids=str
 )
-def test_on_a_gpu(ranks, case, lengths, strategy, dtype):
+def test_one_gpu_is_as_accurate_as_plain_pytorch(ranks, case, lengths, strategy, dtype):
     actual = joined(ranks(jobs.results_on_a_gpu, case, dtype, lengths, strategy))
     assert_accurate(actual, make_inputs(case, dtype))
 
@@ -101,8 +100,8 @@ def test_on_a_gpu(ranks, case, lengths, strategy, dtype):
     ],
     ids=str,
 )
-def test_over_nccl(ranks, case, lengths, strategy, dtype):
-    """Tokens of ranks without a GPU go to the last one that has its own."""
+def test_nccl_is_as_accurate_as_plain_pytorch(ranks, case, lengths, strategy, dtype):
+    """Tokens of ranks without a GPU go to the last rank with one."""
     count = min(torch.cuda.device_count(), jobs.WORLD_SIZE)
     lengths = [*lengths[: count - 1], sum(lengths[count - 1 :])]
     for known in ({}, {"lengths": lengths}):
@@ -113,8 +112,7 @@ def test_over_nccl(ranks, case, lengths, strategy, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_nccl_of_one_process(tmp_path, strategy):
-    """All that one GPU allows."""
+def test_nccl_group_of_one_equals_one_process(tmp_path, strategy):
     inputs = make_inputs(Case(lengths=(3, 250, 1)), torch.float32).on("cuda")
     expected = run(attention(), inputs)
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -131,14 +129,14 @@ def layouts(draw) -> tuple[Case, list[int]]:
     lengths = draw(st.lists(st.integers(0, 12), min_size=4, max_size=4))
     total = sum(lengths)
     bounds = [0, *sorted(draw(st.lists(st.integers(0, total), max_size=5))), total]
-    documents = tuple(end - begin for begin, end in pairwise(bounds))
+    sequences = tuple(end - begin for begin, end in pairwise(bounds))
     slope = draw(st.sampled_from([None, 0.1, 3.0, 200.0]))
-    return Case(lengths=documents, K=3, V=4, H=2, slope=slope, state=draw(st.booleans())), lengths
+    return Case(lengths=sequences, K=3, V=4, H=2, slope=slope, state=draw(st.booleans())), lengths
 
 
 @settings(max_examples=60, deadline=None)
 @given(layout=layouts(), strategy=st.sampled_from(STRATEGIES))
-def test_documents_may_lie_anywhere(ranks, layout, strategy):
+def test_any_partition_of_sequences_equals_one_process(ranks, layout, strategy):
     case, lengths = layout
     results = ranks(jobs.results, case, torch.float64, lengths, {"strategy": strategy})
     assert_exact(results, run(definition, make_inputs(case)))
@@ -159,7 +157,7 @@ CAN_REORDER = "sort_ranks" in inspect.signature(dist.new_group).parameters
     ],
     ids=str,
 )
-def test_groups_have_an_order_of_their_own(ranks, members, lengths, strategy):
+def test_ranks_follow_the_order_of_the_group(ranks, members, lengths, strategy):
     case = Case()
     results = ranks(jobs.results, case, torch.float64, lengths, {"strategy": strategy}, members=members)
     assert_exact(results, run(definition, make_inputs(case)))
@@ -174,14 +172,14 @@ def test_groups_have_an_order_of_their_own(ranks, members, lengths, strategy):
 @pytest.mark.parametrize(
     ("case", "lengths"), [(Case(), (9, 9, 0, 19)), (Case(lengths=(9, 20, 0, 8)), (9, 9, 9, 10))], ids=str
 )
-def test_gradients_may_be_needed_in_part(ranks, case, lengths, detached, strategy):
-    """Every rank takes part in what the others need, also where its own part is nothing."""
+def test_partial_gradients_equal_one_process(ranks, case, lengths, detached, strategy):
+    """Every rank joins the exchange, also if it needs no gradient itself."""
     results = ranks(jobs.results, case, torch.float64, lengths, {"strategy": strategy}, detached)
     assert_exact(results, run(jobs.without(definition, detached), make_inputs(case)))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_long_slices_are_read_in_chunks(ranks, strategy):
+def test_long_slices_equal_one_process(ranks, strategy):
     case, lengths = Case(), (10, 11, 12, 4)
     results = ranks(jobs.results, case, torch.float64, lengths, {"strategy": strategy}, (), 5)
     assert_exact(results, run(definition, make_inputs(case)))
@@ -199,33 +197,33 @@ PACKED_RANKS = (5, 10, 0, 22)
     ],
     ids=["batch", "packed"],
 )
-def test_states_are_where_sequences_begin_and_end(ranks, case, lengths, begin, end):
+def test_states_lie_where_sequences_begin_and_end(ranks, case, lengths, begin, end):
     results = ranks(jobs.results, case, torch.float64, lengths, {})
-    left = ranks(jobs.gradients, case, lengths, {})
+    gradients = ranks(jobs.gradients, case, lengths, {})
     for rank in EVERYONE:
         assert results[rank]["final_state"].flatten(1).any(dim=1).tolist() == [owner == rank for owner in end]
-        assert left[rank]["initial_state"].flatten(1).any(dim=1).tolist() == [owner == rank for owner in begin]
-        assert left[rank]["k"].shape[1] == lengths[rank]
+        assert gradients[rank]["initial_state"].flatten(1).any(dim=1).tolist() == [owner == rank for owner in begin]
+        assert gradients[rank]["k"].shape[1] == lengths[rank]
 
 
 @pytest.mark.parametrize("given", [{"strategy": "ring"}, {"lengths": PACKED_RANKS}, {"backend": "reference"}], ids=str)
-def test_options_change_nothing(ranks, given):
+def test_options_keep_results(ranks, given):
     default = joined(ranks(jobs.results, PACKED, torch.float64, PACKED_RANKS, {}))
     assert_exact(ranks(jobs.results, PACKED, torch.float64, PACKED_RANKS, given), default)
 
 
-def test_calls_may_be_checkpointed(ranks):
+def test_checkpointed_equals_one_process(ranks):
     results = ranks(jobs.results_checkpointed, Case(), (9, 9, 9, 10), {})
     assert_exact(results, run(definition, make_inputs(Case())))
 
 
-def test_autocast_casts_once(ranks):
+def test_autocast_equals_cast_inputs(ranks):
     for under, plain in ranks(jobs.output_under_autocast, Case(), (9, 9, 9, 10)):
         assert torch.equal(under, plain)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_same_call_gives_the_same_bits(ranks, strategy):
+def test_results_are_deterministic(ranks, strategy):
     job = jobs.results, Case(T=200, B=3), torch.float32, (60, 50, 50, 40), {"strategy": strategy}
     for first, second in zip(ranks(*job), ranks(*job), strict=True):
         assert all(torch.equal(first[name], second[name]) for name in first)
@@ -245,7 +243,7 @@ def test_only_states_are_sent(ranks, tokens, dtype):
     assert ranks(jobs.bytes_sent, case, dtype, lengths, "ring") == [(S, 0), (S, S), (S, S), (0, S)]
 
 
-def test_a_ring_sends_where_documents_cross(ranks):
+def test_ring_sends_only_where_sequences_cross(ranks):
     case = Case(lengths=(10, 20, 10))
     S = state_bytes(case, torch.float64)
     sent = ranks(jobs.bytes_sent, case, torch.float64, (10, 10, 10, 10), "ring")
@@ -253,15 +251,15 @@ def test_a_ring_sends_where_documents_cross(ranks):
 
 
 def batches(left: int | None, right: int | None, passes: bool) -> list[list[tuple[str, int]]]:
-    """Of a rank: what comes from the left and what goes to the right, a batch later where it passes through."""
+    """Batches of a rank: receives from the left, sends to the right, one batch later if the state passes through."""
     received = [] if left is None else [[("irecv", left)]] * RING_BLOCKS
     sent = [] if right is None else [[]] * passes + [[("isend", right)]] * RING_BLOCKS
-    return [coming + going for coming, going in zip_longest(received, sent, fillvalue=[])]
+    return [receives + sends for receives, sends in zip_longest(received, sent, fillvalue=[])]
 
 
 @pytest.mark.parametrize("members", [(0, 1, 2, 3), (0, 2, 3)], ids=str)
-def test_a_ring_sends_and_receives_at_once(ranks, members):
-    """One document, and one that begins and ends in the middle of a rank, which then has nothing to pass on."""
+def test_ring_sends_and_receives_at_once(ranks, members):
+    """Also if a sequence begins and ends inside a slice, so that no state passes through its rank."""
     last = len(members) - 1
     for case, passes in ((Case(B=1, T=10 * len(members)), True), (Case(lengths=(15, 10 * last - 5)), False)):
         made = ranks(jobs.batches, case, [10] * len(members), members=members)
@@ -277,48 +275,3 @@ def test_both_directions_overlap_the_local_work(ranks, strategy):
     layer_backward = ["launch", "backward", "wait"]
     for happened in ranks(jobs.events, Case(), (9, 9, 9, 10), strategy):
         assert happened == layer * 2 + layer_backward * 2
-
-
-def good(tokens: int = 3) -> dict:
-    q, k, v = (torch.randn(1, tokens, 2, 4) for _ in range(3))
-    return {"q": q, "k": k, "v": v, "log_decay": torch.tensor([-0.5, -1.0])}
-
-
-def bad(name: str, value: object, message: str, rank: int | None = None):
-    where = "all" if rank is None else f"rank{rank}"
-    return pytest.param({name: value} if name else value, rank, message, id=f"{name or 'shape'}-{where}")
-
-
-@pytest.mark.parametrize(
-    ("change", "rank", "message"),
-    [
-        bad("strategy", "tree", "ValueError: strategy must be one of 'all-gather', 'ring', got 'tree'"),
-        bad("backend", "fast", "ValueError: backend must be 'auto' or one of"),
-        bad("log_decay", torch.tensor([-0.5, 0.1]), "ValueError: log_decay must be <= 0"),
-        bad("cu_seqlens", torch.tensor([0, 3]), "ValueError: cu_seqlens must run from 0 to T = 12, got 0 to 3"),
-        bad("cu_seqlens", torch.tensor([0, 7, 5, 12]), "ValueError: cu_seqlens must not decrease"),
-        bad("cu_seqlens", torch.tensor([0.0, 12.0]), "TypeError: cu_seqlens must be int32 or int64"),
-        bad("lengths", [3, 3, 3], "ValueError: lengths must be the numbers of tokens of 4 ranks, 3 of rank "),
-        bad("lengths", [4, 4, 4, 4], "ValueError: lengths must be the numbers of tokens of 4 ranks, 3 of rank "),
-        bad("strategy", "ring", "ValueError: strategy must be the same on every rank of the group, got", rank=1),
-        bad("initial_state", torch.zeros(1, 2, 4, 4), "ValueError: initial_state given must be the same", rank=2),
-        bad("cu_seqlens", torch.tensor([0, 12]), "ValueError: cu_seqlens given must be the same", rank=3),
-        bad("v", torch.randn(1, 3, 2, 5), "ValueError: V must be the same on every rank of the group, got [", rank=0),
-        bad("", {n: x.bfloat16() for n, x in good().items() if n in "qkv"}, "ValueError: dtype must be the", rank=0),
-        bad("k", torch.randn(1, 3, 2, 4, requires_grad=True), "ValueError: a gradient for k, v or", rank=1),
-    ],
-)
-def test_every_rank_gets_the_error(ranks, change, rank, message):
-    for complaint in ranks(jobs.complaint, change, rank, good()):
-        assert complaint.startswith(message)
-
-
-def test_a_process_outside_the_group_is_told(ranks):
-    message = "ValueError: group must contain this process, got one without rank"
-    outsiders = ranks(jobs.complaint_of_outsiders, good())[2:]
-    assert outsiders == [f"{message} 2", f"{message} 3"]
-
-
-def test_there_has_to_be_a_group():
-    with pytest.raises(ValueError, match=r"call torch\.distributed\.init_process_group first"):
-        distributed.lightning_attention(**good())

@@ -1,11 +1,11 @@
-"""A model whose tokens are shared learns what it would learn alone."""
+"""Gradients of a model with sequence parallelism or sharding equal those of one process."""
 
 import pytest
 import torch
 from distributed import faults_of_models as faults
 from distributed import models as jobs
 from distributed.ranks import WORLD_SIZE
-from distributed.test_agreement import SECONDS, heard
+from distributed.test_agreement import SECONDS, remote_error
 from oracle import needs_two_gpus
 from tiny_model import make_model
 from torch import Tensor
@@ -14,7 +14,7 @@ CASES = [(24, [], 24), (41, [], 10), (41, [7, 10, 20, 21], 10), (33, [5, 16], 40
 
 
 def assert_sum(parts: list[dict[str, Tensor]], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Relative to each, or to a hundredth of the largest one. `theta` is float32 in every model."""
+    """Check the sum of the ranks, relative to each gradient or a hundredth of the largest; `theta` is float32."""
     largest = max(x.norm() for x in expected.values())
     for name, exact in expected.items():
         error = (sum(part[name] for part in parts) - exact).norm() / max(exact.norm(), largest / 100)
@@ -24,16 +24,16 @@ def assert_sum(parts: list[dict[str, Tensor]], expected: dict[str, Tensor], tole
 @pytest.mark.parametrize("strategy", ["all-gather", "ring"])
 @pytest.mark.parametrize("members", [(0, 1), (0, 1, 2, 3)], ids=["two", "four"])
 @pytest.mark.parametrize(("T", "starts", "segment_length"), CASES)
-def test_gradients_by_segments(ranks, T, starts, segment_length, members, strategy):
-    """Sum over the processes, which share every segment; some have no token of the last one."""
+def test_segmented_gradients_equal_one_process(ranks, T, starts, segment_length, members, strategy):
+    """The ranks share every training segment; some have no token of the last one."""
     parts = ranks(jobs.gradients_by_segments, T, starts, segment_length, strategy, members=members)
-    assert_sum(parts, jobs.gradients_of_whole(T, starts), 1e-10)
+    assert_sum(parts, jobs.gradients_of_one_process(T, starts), 1e-10)
 
 
-@pytest.mark.parametrize("segment_length", [None, 7], ids=["whole", "by segments"])
+@pytest.mark.parametrize("segment_length", [None, 7], ids=["one pass", "training segments"])
 @pytest.mark.parametrize("num_labels", [0, 1, 9])
 def test_ranks_without_labels_add_nothing(ranks, num_labels, segment_length):
-    """Where no rank has a label, loss and gradients are 0."""
+    """Loss and gradients are 0 if no rank has a label."""
     parts = ranks(jobs.gradients_of_last_labels, 20, num_labels, segment_length)
     expected = jobs.gradients_of_last_labels(None, 20, num_labels, None)
     assert segment_length is not None or parts[0]["loss"] == 0
@@ -46,18 +46,18 @@ def test_ranks_without_labels_add_nothing(ranks, num_labels, segment_length):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("strategy", ["all-gather", "ring"])
-def test_gradients_by_segments_on_a_gpu(ranks, strategy):
+def test_segmented_gradients_on_one_gpu_equal_one_process(ranks, strategy):
     parts = ranks(jobs.gradients_on_a_gpu, 1000, 300, strategy)
-    assert_sum(parts, on_the_host(jobs.gradients_of_whole_on_a_gpu(1000)), 1e-4)
+    assert_sum(parts, on_the_host(jobs.gradients_of_one_process_on_a_gpu(1000)), 1e-4)
 
 
 @pytest.mark.gpu
 @needs_two_gpus
 @pytest.mark.parametrize("strategy", ["all-gather", "ring"])
-def test_gradients_by_segments_over_nccl(ranks, strategy):
+def test_segmented_gradients_over_nccl_equal_one_process(ranks, strategy):
     members = range(min(torch.cuda.device_count(), WORLD_SIZE))
     parts = ranks(jobs.gradients_over_nccl, 1000, 300, strategy, members=members)
-    assert_sum(parts, on_the_host(jobs.gradients_of_whole_on_a_gpu(1000)), 1e-4)
+    assert_sum(parts, on_the_host(jobs.gradients_of_one_process_on_a_gpu(1000)), 1e-4)
 
 
 def on_the_host(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -65,8 +65,7 @@ def on_the_host(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("members", [(0, 1), (0, 1, 2, 3)], ids=["two", "four"])
-def test_gradients_of_a_sharded_model(ranks, members):
-    """By segments they are those of the whole rows, which the processes average once."""
+def test_segmented_gradients_of_a_sharded_model_equal_one_pass(ranks, members):
     expected = ranks(jobs.gradients_sharded, 29, None, members=members)[0]
     actual = ranks(jobs.gradients_sharded, 29, 8, members=members)[0]
     assert len(expected) > 10
@@ -75,23 +74,23 @@ def test_gradients_of_a_sharded_model(ranks, members):
         assert (actual[name] - exact).norm() < 1e-5 * max(exact.norm(), largest / 100), name
 
 
-def assert_every_rank_complains(outcomes: list, name: str) -> None:
-    """Before the first layer, and the right forward pass after it gives what one process gets."""
+def assert_every_rank_raises(outcomes: list, name: str) -> None:
+    """Check the errors of all ranks, and that the right forward pass after them equals one process."""
     _, message = (faults.RAISED | faults.DIFFERENT)[name]
-    own, of_others = (message, heard(message, 1)) if name in faults.RAISED else (f"ValueError: {message}",) * 2
-    for rank, (complaint, seconds, _) in enumerate(outcomes):
-        assert complaint.startswith(own if rank == 1 else of_others), rank
+    own, of_others = (message, remote_error(message, 1)) if name in faults.RAISED else (f"ValueError: {message}",) * 2
+    for rank, (error, seconds, _) in enumerate(outcomes):
+        assert error.startswith(own if rank == 1 else of_others), rank
         assert seconds < SECONDS
-    expected = make_model()(**faults.whole()).logits
+    expected = make_model()(**faults.all_inputs()).logits
     torch.testing.assert_close(torch.cat([logits for *_, logits in outcomes], dim=1), expected)
 
 
 @pytest.mark.parametrize("name", [*faults.RAISED, *faults.DIFFERENT])
-def test_a_fault_of_one_rank_is_an_error_on_all(ranks, name):
-    assert_every_rank_complains(ranks(faults.outcome, name), name)
+def test_fault_of_one_rank_raises_on_every_rank(ranks, name):
+    assert_every_rank_raises(ranks(faults.outcome, name), name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["argument-unknown", "log_decay"])
-def test_a_fault_of_one_compiled_model_is_an_error_on_all(ranks, name):
-    assert_every_rank_complains(ranks(faults.outcome_compiled, name), name)
+def test_fault_of_one_compiled_model_raises_on_every_rank(ranks, name):
+    assert_every_rank_raises(ranks(faults.outcome_compiled, name), name)

@@ -1,4 +1,4 @@
-"""Who holds what, against a list of all tokens."""
+"""Partition of the tokens over ranks, compared with a list of all tokens."""
 
 from itertools import accumulate, pairwise
 
@@ -11,7 +11,7 @@ from lightning_attention.distributed.slices import local_slice
 
 @st.composite
 def layouts(draw) -> tuple[list[int], list[int]]:
-    """The tokens of every rank, and the bounds of documents over as many."""
+    """Number of tokens of every rank, and bounds of sequences over the sum."""
     lengths = draw(st.lists(st.integers(0, 6), min_size=1, max_size=6))
     total = sum(lengths)
     cuts = draw(st.lists(st.integers(0, total), max_size=6)) if total or draw(st.booleans()) else None
@@ -19,62 +19,62 @@ def layouts(draw) -> tuple[list[int], list[int]]:
 
 
 def ranks_of(lengths: list[int]) -> list[int]:
-    """Of every token."""
+    """Rank of every token."""
     return [rank for rank, length in enumerate(lengths) for _ in range(length)]
 
 
-def documents_of(bounds: list[int]) -> list[int]:
-    """Of every token."""
+def sequences_of(bounds: list[int]) -> list[int]:
+    """Sequence of every token."""
     return [n for n, (begin, end) in enumerate(pairwise(bounds)) for _ in range(begin, end)]
 
 
 @given(layouts())
-def test_every_token_is_in_its_document(layout):
+def test_every_token_lies_in_its_sequence(layout):
     lengths, bounds = layout
-    ranks, documents = ranks_of(lengths), documents_of(bounds)
+    ranks, sequences = ranks_of(lengths), sequences_of(bounds)
     for rank, length in enumerate(lengths):
-        held = local_slice(rank, lengths, bounds)
-        assert held.cu_seqlens[0] == 0
-        assert held.cu_seqlens[-1] == length
+        local = local_slice(rank, lengths, bounds)
+        assert local.cu_seqlens[0] == 0
+        assert local.cu_seqlens[-1] == length
         here = [
-            document
-            for document, (begin, end) in zip(held.sequences, pairwise(held.cu_seqlens), strict=True)
+            sequence
+            for sequence, (begin, end) in zip(local.sequences, pairwise(local.cu_seqlens), strict=True)
             for _ in range(begin, end)
         ]
-        assert here == [document for token, document in enumerate(documents) if ranks[token] == rank]
+        assert here == [sequence for token, sequence in enumerate(sequences) if ranks[token] == rank]
 
 
 @given(layouts())
-def test_every_document_begins_once_and_ends_once(layout):
+def test_every_sequence_begins_and_ends_once(layout):
     lengths, bounds = layout
     begun, ended = [], []
     for rank in range(len(lengths)):
-        held = local_slice(rank, lengths, bounds)
-        begun += held.sequences[held.starts_inside :]
-        ended += held.sequences[: len(held.sequences) - held.ends_inside]
+        local = local_slice(rank, lengths, bounds)
+        begun += local.sequences[local.starts_inside :]
+        ended += local.sequences[: len(local.sequences) - local.ends_inside]
     assert begun == ended == list(range(len(bounds) - 1))
 
 
 @given(layouts())
-def test_states_come_from_all_earlier_tokens_of_the_document(layout):
+def test_states_come_from_all_earlier_tokens_of_their_sequence(layout):
     lengths, bounds = layout
-    ranks, documents = ranks_of(lengths), documents_of(bounds)
+    ranks, sequences = ranks_of(lengths), sequences_of(bounds)
     starts = [0, *accumulate(lengths)]
     slices = [local_slice(rank, lengths, bounds) for rank in range(len(lengths))]
-    for rank, held in enumerate(slices):
-        sources = held.state_route.sources
+    for rank, local in enumerate(slices):
+        sources = local.state_route.sources
         tails = [token for i in sources for token in range(starts[i + 1] - slices[i].suffix_length, starts[i + 1])]
-        if held.prefix_length:
-            document = documents[starts[rank]]
-            assert tails == [t for t in range(starts[rank]) if documents[t] == document]
-            assert held.prefix_length == sum(documents[t] == document for t in range(len(ranks)) if ranks[t] == rank)
+        if local.prefix_length:
+            sequence = sequences[starts[rank]]
+            assert tails == [t for t in range(starts[rank]) if sequences[t] == sequence]
+            assert local.prefix_length == sum(sequences[t] == sequence for t in range(len(ranks)) if ranks[t] == rank)
         elif lengths[rank]:
-            assert not held.starts_inside
-        assert list(held.state_route.distances) == [starts[rank] - starts[i + 1] for i in sources]
+            assert not local.starts_inside
+        assert list(local.state_route.distances) == [starts[rank] - starts[i + 1] for i in sources]
 
 
 @given(layouts(), st.booleans())
-def test_gradients_go_the_way_of_states_back(layout, packed):
+def test_gradients_take_the_reverse_route_of_states(layout, packed):
     lengths, bounds = layout
     slices = [local_slice(rank, lengths, bounds if packed else None) for rank in range(len(lengths))]
     for left, right in pairwise(slices):
@@ -88,10 +88,9 @@ def test_gradients_go_the_way_of_states_back(layout, packed):
 
 
 @given(layouts())
-def test_a_chain_of_neighbours_gives_the_same_sum(layout):
-    """The sources are the ranks that a chain comes from, and the distances what it passes through."""
+def test_chain_of_neighbours_has_the_same_sources_and_distances(layout):
     lengths, bounds = layout
-    chain: dict[int, int] = {}  # of every source, the tokens since
+    chain: dict[int, int] = {}  # distance of every source
     for rank in range(len(lengths)):
         route = local_slice(rank, lengths, bounds).state_route
         assert chain == dict(zip(route.sources, route.distances, strict=True))
@@ -102,15 +101,15 @@ def test_a_chain_of_neighbours_gives_the_same_sum(layout):
 
 
 @pytest.mark.parametrize("lengths", [[3], [0, 4, 0], [0, 0]], ids=str)
-def test_without_bounds_the_document_is_on_every_rank(lengths):
+def test_sequence_without_bounds_lies_on_every_rank(lengths):
     for rank, length in enumerate(lengths):
-        held = local_slice(rank, lengths)
-        assert held.sequences == range(1)
-        assert held.cu_seqlens == (0, length)
-        assert held.starts_inside == (rank > 0)
-        assert held.ends_inside == (rank < len(lengths) - 1)
+        local = local_slice(rank, lengths)
+        assert local.sequences == range(1)
+        assert local.cu_seqlens == (0, length)
+        assert local.starts_inside == (rank > 0)
+        assert local.ends_inside == (rank < len(lengths) - 1)
 
 
-def test_an_empty_document_is_on_the_first_rank_that_reaches_it():
-    documents = [local_slice(rank, [0, 2, 0, 3], [0, 0, 2, 2, 5, 5]).sequences for rank in range(4)]
-    assert documents == [range(0, 1), range(1, 3), range(3, 3), range(3, 5)]
+def test_empty_sequence_lies_on_the_first_rank_that_reaches_it():
+    sequences = [local_slice(rank, [0, 2, 0, 3], [0, 0, 2, 2, 5, 5]).sequences for rank in range(4)]
+    assert sequences == [range(0, 1), range(1, 3), range(3, 3), range(3, 5)]

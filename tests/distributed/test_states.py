@@ -1,4 +1,4 @@
-"""What a slice writes to a state and reads of one, in PyTorch and by the kernels, against the formulas."""
+"""The state of a slice, and the effect of a state on a slice, in PyTorch and in the kernels, equal their formulas."""
 
 from collections.abc import Callable
 
@@ -37,8 +37,8 @@ directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "
 
 
 @pytest.fixture(autouse=True)
-def pieces(monkeypatch):
-    """So short that most rows have several."""
+def short_segments(monkeypatch):
+    """Segments and chunks so short that most inputs have several."""
 
     def cut(length: int, *_: int) -> config.Segments:
         return config.Segments(config.ceil_div(max(length, 1), 64) * 64, 64, 2)
@@ -49,26 +49,26 @@ def pieces(monkeypatch):
 
 
 def surrounded(*shape: int, seed: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Random numbers inside a larger tensor full of NaN, and that tensor."""
+    """Random numbers inside a larger tensor full of NaN, and the larger tensor."""
     larger = torch.full([size + 4 for size in shape], float("nan"), dtype=dtype, device=device)
     inner = larger[tuple(slice(2, 2 + size) for size in shape)]
     inner.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=FP64))
     return inner, larger
 
 
-def make_rates(slope: float | None, x: Tensor) -> Tensor:
+def make_log_decay(slope: float | None, x: Tensor) -> Tensor:
     H = x.shape[2]
     return finite_log_decay(x, None if slope is None else -slope * torch.arange(1, H + 1, device=x.device) / H)
 
 
-def weights(rates: Tensor, T: int, *, rising: bool) -> Tensor:
+def weights(log_decay: Tensor, T: int, *, rising: bool) -> Tensor:
     """`λ^1 .. λ^T` or `λ^(T-1) .. λ^0`, `[T, H, 1]`."""
     exponents = torch.arange(1, T + 1) if rising else torch.arange(T - 1, -1, -1)
-    return torch.exp(rates.cpu().double() * exponents[:, None])[..., None]
+    return torch.exp(log_decay.cpu().double() * exponents[:, None])[..., None]
 
 
 def assert_follows(actual: Tensor, formula: Callable[[torch.dtype], Tensor], dtype: torch.dtype) -> None:
-    """The rule of the suite: within twice the error of the formula in the dtype of the inputs, plus one rounding."""
+    """Check an error of at most twice that of the formula in the dtype of the inputs, plus one rounding."""
     exact = formula(FP64)
     allowed = 2 * error(formula(dtype), exact) + torch.finfo(actual.dtype).eps
     assert actual.shape == exact.shape
@@ -78,15 +78,15 @@ def assert_follows(actual: Tensor, formula: Callable[[torch.dtype], Tensor], dty
 @runs
 @sizes
 @directions
-def test_write(backend, dtype, sizes, reverse):
+def test_state_of_a_slice_equals_its_formula(backend, dtype, sizes, reverse):
     B, T, H, X, Y, slope = sizes
     x, y = (surrounded(B, T, H, D, seed=D, dtype=dtype, device=device_of(backend))[0] for D in (X, Y))
-    rates = make_rates(slope, x)
-    state = states._on(backend, states.write_state)(x, y, rates, reverse=reverse)
+    log_decay = make_log_decay(slope, x)
+    state = states._on(backend, states.write_state)(x, y, log_decay, reverse=reverse)
     assert state.dtype == FP32
 
     def formula(dtype: torch.dtype) -> Tensor:
-        decayed = x.cpu() * weights(rates, T, rising=reverse)
+        decayed = x.cpu() * weights(log_decay, T, rising=reverse)
         return torch.einsum("bthx,bthy->bhxy", decayed.to(dtype), y.cpu().to(dtype))
 
     assert_follows(state, formula, dtype)
@@ -96,7 +96,7 @@ def test_write(backend, dtype, sizes, reverse):
 @sizes
 @directions
 @pytest.mark.parametrize("add", [False, True], ids=["fresh", "added"])
-def test_read(backend, dtype, sizes, reverse, add):
+def test_effect_of_a_state_equals_its_formula(backend, dtype, sizes, reverse, add):
     B, T, H, X, Y, slope = sizes
     device = device_of(backend)
     x, _ = surrounded(B, T, H, X, seed=1, dtype=dtype, device=device)
@@ -105,38 +105,38 @@ def test_read(backend, dtype, sizes, reverse, add):
     before = out.cpu().clone()
     if not add:
         out.fill_(float("nan"))
-    rates = make_rates(slope, x)
-    states._on(backend, states.read_state_)(out, x, S, rates, reverse=reverse, add=add)
+    log_decay = make_log_decay(slope, x)
+    states._on(backend, states.read_state_)(out, x, S, log_decay, reverse=reverse, add=add)
 
     def formula(dtype: torch.dtype) -> Tensor:
-        decayed = x.cpu() * weights(rates, T, rising=not reverse)
-        rows = torch.einsum("bthx,bhxy->bthy", decayed.to(dtype), S.cpu().to(dtype))
-        return rows + before.to(dtype) if add else rows
+        decayed = x.cpu() * weights(log_decay, T, rising=not reverse)
+        product = torch.einsum("bthx,bhxy->bthy", decayed.to(dtype), S.cpu().to(dtype))
+        return product + before.to(dtype) if add else product
 
     assert_follows(out, formula, dtype)
     assert (~around.isnan()).sum() == out.numel()
 
 
 @runs
-def test_two_slices_are_one(backend, dtype):
-    """With gradients: a document that begins in the first slice and ends in the second, which both hold others."""
+def test_two_slices_equal_one(backend, dtype):
+    """With gradients, for a sequence that crosses from the first slice to the second, between other sequences."""
     lengths, bounds = (50, 40), (0, 20, 70, 90)
     first, second = (local_slice(rank, lengths, bounds) for rank in range(2))
     assert (first.suffix_length, second.prefix_length) == (30, 20)
 
     def call(q, k, v, log_decay, *, scale, **_):
         (q0, q1), (k0, k1), (v0, v1) = (x.split(lengths, dim=1) for x in (q, k, v))
-        rates = finite_log_decay(q, log_decay)
+        state_decay = finite_log_decay(q, log_decay)
 
-        def attend(held, *qkv):
-            cu_seqlens = torch.tensor(held.cu_seqlens, device=q.device)
-            return attention(backend)(*qkv, log_decay, cu_seqlens=cu_seqlens, scale=scale)
+        def attend(local, q, k, v):
+            cu_seqlens = torch.tensor(local.cu_seqlens, device=q.device)
+            return attention(backend)(q, k, v, log_decay, cu_seqlens=cu_seqlens, scale=scale)
 
-        state, k0, v0 = states.outgoing_state(k0, v0, None, rates, first, backend)
+        state, k0, v0 = states.outgoing_state(k0, v0, None, state_decay, first, backend)
         o0, final0 = attend(first, q0, k0, v0)
         o1, final1 = attend(second, q1, k1, v1)
-        o1 = states.add_incoming_(o1, q1, state, rates, second.prefix_length, scale, backend)
-        crossing = final1[:1] + state * states.power(rates, second.prefix_length)
+        o1 = states.add_incoming_(o1, q1, state, state_decay, second.prefix_length, scale, backend)
+        crossing = final1[:1] + state * states.power(state_decay, second.prefix_length)
         return torch.cat([o0, o1], dim=1), torch.cat([final0[:1], crossing, final1[1:]])
 
     case = Case(lengths=(20, 50, 20), H=2, K=24, V=16, slope=0.1, scale=0.3, state=False)
