@@ -1,4 +1,4 @@
-"""What must also hold on a GPU; the exact results are computed on the CPU, in float64."""
+"""Models, training and serving on a GPU; exact results are computed on the CPU, in float64."""
 
 import json
 from collections import defaultdict
@@ -12,7 +12,7 @@ from tiny_model import make_config, tokens
 
 from lightning_attention import lightning_attention_commit, lightning_attention_step, lightning_attention_verify
 from lightning_attention.inference import Engine, SamplingOptions, load, stream
-from lightning_attention.models import LightningForCausalLM
+from lightning_attention.models import LightningCache, LightningForCausalLM
 from lightning_attention.ops.chunked import CHUNK_SIZE
 from lightning_attention.training import TrainingOptions, train
 from lightning_attention.training.corpus import PackedDataset
@@ -38,7 +38,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_matches_the_definition(case, dtype):
+def test_attention_is_as_accurate_as_plain_pytorch(case, dtype):
     inputs = make_inputs(case, dtype)
     exact, baseline = run(definition, inputs.to(torch.float64)), run(plain, inputs)
     for name, value in run(attention(), inputs.on("cuda")).items():
@@ -47,12 +47,12 @@ def test_matches_the_definition(case, dtype):
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_slots(tokens):
+def test_decoding_from_slots_equals_reference(tokens):
     inputs = make_inputs(Case(B=3, T=tokens))
     pool = torch.randn(5, 3, 16, 16, dtype=torch.float64)
     indices, gpu, gpu_pool = torch.tensor([4, -1, 0]), inputs.on("cuda"), pool.cuda()
-    options = {"state": gpu_pool, "state_indices": indices.cuda()}
-    o = lightning_attention_step(gpu.q, gpu.k, gpu.v, gpu.log_decay, **options)
+    slots = indices.cuda()
+    o = lightning_attention_step(gpu.q, gpu.k, gpu.v, gpu.log_decay, state=gpu_pool, state_indices=slots)
     expected = lightning_attention_step(
         inputs.q, inputs.k, inputs.v, inputs.log_decay, state=pool, state_indices=indices, backend="reference"
     )
@@ -61,31 +61,29 @@ def test_slots(tokens):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_decode_is_prefill(dtype):
+def test_cached_calls_equal_one_call(dtype):
     torch.manual_seed(0)
     model = LightningForCausalLM(make_config(positions="lrpe-d")).eval().cuda().to(dtype)
-    ids = tokens(2, 150).cuda()
+    ids, cache, logits = tokens(2, 150).cuda(), LightningCache(3), []
     with torch.no_grad():
-        whole, cache, logits = model(ids, use_cache=False).logits, None, []
-        for piece in ids.split([100, 1, 1, 48], dim=1):
-            output = model(piece, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            logits.append(output.logits)
-    difference = (torch.cat(logits, dim=1) - whole).float().norm() / whole.float().norm()
+        expected = model(ids, use_cache=False).logits
+        for part in ids.split([100, 1, 1, 48], dim=1):
+            logits.append(model(part, cache=cache).logits)
+    difference = (torch.cat(logits, dim=1) - expected).float().norm() / expected.float().norm()
     assert difference < {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
-    assert model.model.layers[0].attention.decay.log_decay.dtype == torch.float32
+    assert model.get_buffer("model.layers.0.attention.decay.log_decay").dtype == torch.float32
 
 
 @pytest.fixture
 def default_device():
-    """Tensors are made on the GPU unless a device is named."""
+    """Create tensors on the GPU by default."""
     torch.set_default_device("cuda")
     yield
     torch.set_default_device(None)
 
 
-def test_a_model_and_an_engine_under_a_default_device(default_device):
-    """The model is built on the GPU; prompts come as lists."""
+def test_engine_equals_generate_under_a_default_device(default_device):
+    """The model is built on the GPU, and prompts are lists."""
     model = LightningForCausalLM(make_config(eos_token_id=None)).eval()
     assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
     engine = Engine(model, max_requests=2, prefill_tokens=16)
@@ -98,19 +96,19 @@ def test_a_model_and_an_engine_under_a_default_device(default_device):
     assert answer == ids[0, len(prompt) :].tolist()
 
 
-def test_a_packed_dataset_under_a_default_device(default_device):
-    """Batches are those of a CPU default, and can be read by worker processes: they stay on the CPU."""
+def test_packed_dataset_stays_on_the_cpu_under_a_default_device(default_device):
+    """Worker processes read it."""
     starts = np.array([0, 3, 7, 11, 15])
-    row = PackedDataset(np.array([5, 6, 2, 7, 8, 9, 2, 4] * 2), sequence_length=8, document_starts=starts)[1]
-    assert {x.device.type for x in row.values()} == {"cpu"}
-    assert row["position_ids"].tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
-    assert row["labels"].tolist() == [-100, 6, 2, -100, 8, 9, 2, -100]
+    sequence = PackedDataset(np.array([5, 6, 2, 7, 8, 9, 2, 4] * 2), sequence_length=8, document_starts=starts)[1]
+    assert {x.device.type for x in sequence.values()} == {"cpu"}
+    assert sequence["position_ids"].tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
+    assert sequence["labels"].tolist() == [-100, 6, 2, -100, 8, 9, 2, -100]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("parents", [None, [-1, 0, 0, 1]], ids=["chain", "tree"])
-def test_drafts_under_a_default_device(default_device, device, parents):
-    """On the device of the tensors, whatever the default is."""
+def test_verify_and_commit_equal_reference_under_a_default_device(default_device, device, parents):
+    """Results are on the device of the inputs."""
     with torch.device("cpu"):
         inputs = make_inputs(Case(T=4), torch.float32)
         last = torch.tensor([3, 2])
@@ -127,7 +125,7 @@ def test_drafts_under_a_default_device(default_device, device, parents):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_generate_is_that_of_the_cpu(num_beams):
+def test_generate_equals_the_cpu(num_beams):
     torch.manual_seed(1)
     model = LightningForCausalLM(make_config(eos_token_id=None)).eval()
     ids, mask = tokens(2, 7), torch.tensor([[1] * 7, [0, 0] + [1] * 5])
@@ -137,8 +135,8 @@ def test_generate_is_that_of_the_cpu(num_beams):
 
 
 @pytest.mark.parametrize("prefix_slots", [0, 8])
-def test_the_engine_is_generate(prefix_slots):
-    """Graphs of several sizes, with rows of padding; requests that come later."""
+def test_engine_equals_generate(prefix_slots):
+    """CUDA graphs of several sizes, with padding; requests arrive while others run."""
     torch.manual_seed(1)
     model = LightningForCausalLM(make_config(eos_token_id=None)).eval().cuda()
     options = SamplingOptions(max_new_tokens=30, temperature=0)
@@ -160,7 +158,7 @@ def test_the_engine_is_generate(prefix_slots):
 
 
 @compiler_warnings
-def test_compiled_gradients():
+def test_compiled_gradients_equal_eager():
     torch.manual_seed(0)
     model = LightningForCausalLM(make_config()).cuda()
     ids = tokens(2, 150).cuda()
@@ -171,7 +169,7 @@ def test_compiled_gradients():
 
 @compiler_warnings
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compile"])
-def test_a_run(tmp_path, compile):
+def test_training_lowers_the_loss_and_writes_text(tmp_path, compile):
     (tmp_path / "data.txt").write_text("".join(f"{i} times {j} is {i * j}\n" for i in range(40) for j in range(40)))
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
     (tmp_path / "model.json").write_text(json.dumps(sizes))

@@ -1,4 +1,4 @@
-"""Results do not depend on `torch.set_default_device`: whatever creates a tensor names its device."""
+"""Results do not depend on `torch.set_default_device`."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_attention.inference import Engine, SamplingOptions, StatePool, load, stream
 from lightning_attention.training import PackedDataset, evaluate, segmented_loss
-from lightning_attention.training.batches import join_sequences
+from lightning_attention.training.parallel import one_row
 
 EOS = 2
 GREEDY = SamplingOptions(max_new_tokens=6, temperature=0)
@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def on_meta() -> Iterator[Callable[[Callable[[], Any]], Any]]:
-    """Calls with the default device "meta"."""
+    """Call a function with the default device "meta"."""
 
     def call(function: Callable[[], Any]) -> Any:
         torch.set_default_device("meta")
@@ -46,7 +46,7 @@ def on_meta() -> Iterator[Callable[[Callable[[], Any]], Any]]:
     torch.set_default_device(None)
 
 
-def rows() -> list[dict[str, Tensor]]:
+def sequences() -> list[dict[str, Tensor]]:
     dataset = PackedDataset(STREAM, 10, STARTS)
     return [dataset[i] for i in range(len(dataset))]
 
@@ -66,16 +66,16 @@ def pooled() -> list[Tensor]:
 
 
 def gradients() -> list[Tensor]:
-    batch = join_sequences(rows())
+    batch: dict[str, Any] = one_row(sequences())
     MODEL.zero_grad()
     loss = segmented_loss(MODEL, **batch, segment_length=7)
     loss.backward()
-    return [loss.detach(), *(parameter.grad for parameter in MODEL.parameters())]
+    return [loss.detach(), *(parameter.grad for parameter in MODEL.parameters() if parameter.grad is not None)]
 
 
 CALLS: dict[str, Callable[[], Any]] = {
-    "PackedDataset": rows,
-    "join_sequences": lambda: join_sequences(rows()),
+    "PackedDataset": sequences,
+    "one_row": lambda: one_row(sequences()),
     "loss_of": lambda: PackedDataset(STREAM, 10, STARTS).loss_of(UNIGRAM),
     "Engine, greedy": lambda: served(GREEDY),
     "Engine, sampled": lambda: served(SAMPLED, prefill_tokens=4, max_requests=2),
@@ -87,12 +87,12 @@ CALLS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_the_default_device_changes_nothing(on_meta, call):
+def test_default_device_keeps_results(on_meta, call):
     torch.testing.assert_close(on_meta(call), call(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_checkpoint_writes_the_same_text(on_meta, checkpoint, options):
+def test_default_device_keeps_text_of_a_checkpoint(on_meta, checkpoint, options):
     def text() -> str:
         model, tokenizer = load(checkpoint)
         return "".join(stream(model, tokenizer, "some text", options))

@@ -1,6 +1,6 @@
-"""Print the versions of transformers that `make test-newest` has to test: the newest and the oldest allowed.
+"""Print the versions of transformers for `make test-newest`: the newest and the oldest allowed.
 
-The one that is installed is left out: `make test` tests it.
+The installed version is left out, since `make test` tests it.
 """
 
 import json
@@ -24,7 +24,7 @@ def main() -> None:
 
 
 def found_by_pip(requirement: str) -> str:
-    """The version that pip would install, asked of the index anew."""
+    """Version that pip would install from the index."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps"]
     report = subprocess.run([*command, "--report", "-", requirement], check=True, stdout=subprocess.PIPE).stdout
     [package] = json.loads(report)["install"]

@@ -1,4 +1,4 @@
-"""A model and a tokenizer for other people's libraries, made here: nothing is downloaded."""
+"""A small model and tokenizer for other libraries, without downloads."""
 
 from pathlib import Path
 
@@ -42,10 +42,10 @@ def checkpoint(model: LightningForCausalLM, tokenizer: PreTrainedTokenizerFast, 
     return str(tmp_path / "checkpoint")
 
 
-# What they do that is no fault of ours.
+# Warnings from code of these libraries.
 THEIR_WARNINGS = (
     "ignore:.*is deprecated and will be removed in v6:FutureWarning",  # PEFT and TRL use transformers' old names
-    # PEFT, when a head is trained apart from its embedding, which is what a test is about
+    # PEFT, when a head is trained apart from its embedding, as one test does
     "ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning",
     "ignore:Input and output embeddings are no longer tied after merging:UserWarning",
 )

@@ -1,4 +1,4 @@
-"""lm-eval: its log-likelihoods are the model's own."""
+"""lm-eval: its log-likelihoods equal the model's."""
 
 from pathlib import Path
 from typing import Any
@@ -23,21 +23,21 @@ def wrap(model: LightningForCausalLM, tokenizer: PreTrainedTokenizerFast, **opti
 
 
 def log_likelihood(model: LightningForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str, count: int) -> float:
-    """Sum over the last `count` tokens."""
+    """Sum of the log-likelihoods of the last `count` tokens."""
     ids = tokenizer(text, return_tensors="pt").input_ids
     with torch.no_grad():
         log_probabilities = model(ids).logits.log_softmax(-1)[0, :-1]
     return log_probabilities.gather(1, ids[0, 1:, None])[-count:].sum().item()
 
 
-def test_loglikelihood_is_the_models(model: LightningForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_loglikelihood_equals_the_model(model: LightningForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     requests = [api.Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(PAIRS)]
     answers = [answer for answer, _ in wrap(model.eval(), tokenizer).loglikelihood(requests)]
     expected = [log_likelihood(model, tokenizer, context + rest, len(rest.split())) for context, rest in PAIRS]
     assert answers == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_long_text_is_not_cut(model: LightningForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_long_text_is_not_truncated(model: LightningForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     context = " ".join(["the number one"] * 1000)  # 3000 tokens, more than lm-eval's 2048
     model.config.max_position_embeddings = 4096
     [(answer, _)] = wrap(model.eval(), tokenizer).loglikelihood(
@@ -46,8 +46,8 @@ def test_a_long_text_is_not_cut(model: LightningForCausalLM, tokenizer: PreTrain
     assert answer == pytest.approx(log_likelihood(model, tokenizer, context + " two", 1), rel=1e-4)
 
 
-def test_a_long_text_is_not_cut_by_default(model: LightningForCausalLM) -> None:
-    """Training saves a tokenizer without a longest text, and the configuration has no longest context."""
+def test_long_text_is_not_truncated_by_default(model: LightningForCausalLM) -> None:
+    """Neither the tokenizer of training nor the configuration limits the context length."""
     tokenizer, context = byte_tokenizer(), "number one " * 300 + "number"
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     wrapped = wrap(model.eval(), tokenizer)
@@ -56,7 +56,7 @@ def test_a_long_text_is_not_cut_by_default(model: LightningForCausalLM) -> None:
     assert answer == pytest.approx(log_likelihood(model, tokenizer, context + ".", 1), rel=1e-4)
 
 
-def test_a_checkpoint_is_evaluated_by_its_path(
+def test_checkpoint_is_evaluated_by_its_path(
     checkpoint: str, model: LightningForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     data = tmp_path / "task.jsonl"

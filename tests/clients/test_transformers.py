@@ -1,6 +1,7 @@
-"""What transformers and accelerate themselves do with a model."""
+"""transformers and accelerate: Trainer, pipeline, and loading of empty models."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lightning_attention.models import LightningForCausalLM
 
 pytestmark = pytest.mark.clients
 
-DOCUMENTS = [tokens(length, seed=length).tolist() for length in (3, 7, 1, 5)]
+SEQUENCES = [tokens(length, seed=length).tolist() for length in (3, 7, 1, 5)]
 FLATTENING = {
     "position-ids": {},
     "flash-attn-kwargs": {"return_flash_attn_kwargs": True},
@@ -23,16 +24,16 @@ FLATTENING = {
 
 
 @pytest.mark.parametrize("options", FLATTENING.values(), ids=FLATTENING)
-def test_flattened_documents_equal_separate_ones(model: LightningForCausalLM, options: dict[str, bool]) -> None:
-    packed = DataCollatorWithFlattening(**options)([{"input_ids": document} for document in DOCUMENTS])
+def test_flattened_equals_separate(model: LightningForCausalLM, options: dict[str, bool]) -> None:
+    packed = DataCollatorWithFlattening(**options)([{"input_ids": sequence} for sequence in SEQUENCES])
     with torch.no_grad():
         logits = model.eval()(**packed).logits[0]
-        separate = [model(input_ids=torch.tensor([document])).logits[0] for document in DOCUMENTS]
+        separate = [model(input_ids=torch.tensor([sequence])).logits[0] for sequence in SEQUENCES]
     torch.testing.assert_close(logits, torch.cat(separate))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient-checkpointing"])
-def test_trainer_learns_from_flattened_documents(
+def test_trainer_learns_from_flattened_sequences(
     model: LightningForCausalLM, tmp_path: Path, checkpointing: bool
 ) -> None:
     arguments = TrainingArguments(
@@ -47,7 +48,7 @@ def test_trainer_learns_from_flattened_documents(
         use_cpu=True,
         disable_tqdm=True,
     )
-    data = [{"input_ids": document} for document in DOCUMENTS]
+    data: Any = [{"input_ids": sequence} for sequence in SEQUENCES]
     collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
     trainer = Trainer(model, arguments, data_collator=collator, train_dataset=data)
     trainer.train()
@@ -55,7 +56,7 @@ def test_trainer_learns_from_flattened_documents(
     assert losses[-1] < losses[0] / 2
 
 
-def test_an_empty_model_is_filled_from_a_checkpoint(checkpoint: str, model: LightningForCausalLM) -> None:
+def test_empty_model_loads_a_checkpoint(checkpoint: str, model: LightningForCausalLM) -> None:
     with init_empty_weights():
         empty = LightningForCausalLM(model.config)
     empty.tie_weights()
@@ -65,13 +66,11 @@ def test_an_empty_model_is_filled_from_a_checkpoint(checkpoint: str, model: Ligh
         torch.testing.assert_close(filled.eval()(ids).logits, model.eval()(ids).logits)
 
 
-def test_layers_offloaded_to_disk_give_the_same_logits(
-    checkpoint: str, model: LightningForCausalLM, tmp_path: Path
-) -> None:
+def test_layers_offloaded_to_disk_keep_logits(checkpoint: str, model: LightningForCausalLM, tmp_path: Path) -> None:
     with init_empty_weights():
         empty = LightningForCausalLM(model.config)
     empty.tie_weights()
-    device_map = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.layers": "disk"}
+    device_map: Any = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.layers": "disk"}
     filled = load_checkpoint_and_dispatch(empty, checkpoint, device_map=device_map, offload_folder=str(tmp_path / "d"))
     ids = tokens(2, 8)
     with torch.no_grad():

@@ -31,7 +31,7 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def sft(model: LightningForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, **options: Any) -> Any:
+def sft(model: LightningForCausalLM | str, tokenizer: PreTrainedTokenizerFast, folder: Path, **options: Any) -> Any:
     return trl.SFTTrainer(
         model,
         args=trl.SFTConfig(output_dir=str(folder), **OPTIONS | {"max_length": 64} | options),
@@ -47,7 +47,7 @@ PACKING = {
 
 
 @pytest.mark.parametrize("options", PACKING.values(), ids=PACKING)
-def test_sft_on_packed_documents_has_the_loss_of_separate_ones(
+def test_sft_packed_equals_separate(
     model: LightningForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     total, count = 0.0, 0
@@ -68,7 +68,7 @@ def test_sft_learns(
     assert result[-1] < result[0] / 2
 
 
-def test_sft_opens_a_checkpoint_by_its_path(
+def test_sft_loads_a_checkpoint_by_its_path(
     checkpoint: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     trainer = sft(checkpoint, tokenizer, tmp_path, model_init_kwargs={"trust_remote_code": True})
@@ -79,13 +79,13 @@ def test_sft_opens_a_checkpoint_by_its_path(
 PAIRS = {"prompt": ["one is a", "red is a"] * 4, "chosen": [" number", " color"] * 4, "rejected": [" the", " not"] * 4}
 
 
-@pytest.mark.parametrize("opened_by", ["class", "path"])
-def test_dpo_prefers_what_is_chosen(
-    checkpoint: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, opened_by: str
+@pytest.mark.parametrize("loaded_by", ["class", "path"])
+def test_dpo_prefers_chosen_answers(
+    checkpoint: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, loaded_by: str
 ) -> None:
     options = OPTIONS | {"max_steps": 20, "per_device_train_batch_size": 8, "trust_remote_code": True}
     trainer = trl.DPOTrainer(
-        LightningForCausalLM.from_pretrained(checkpoint) if opened_by == "class" else checkpoint,
+        LightningForCausalLM.from_pretrained(checkpoint) if loaded_by == "class" else checkpoint,
         args=trl.DPOConfig(output_dir=str(tmp_path), **options),
         train_dataset=datasets.Dataset.from_dict(PAIRS),
         processing_class=tokenizer,
@@ -96,7 +96,7 @@ def test_dpo_prefers_what_is_chosen(
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient-checkpointing"])
-def test_grpo_learns_to_please(
+def test_grpo_raises_the_reward(
     model: LightningForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, checkpointing: bool
 ) -> None:
     def reward(completions: list[str], **_: Any) -> list[float]:

@@ -1,4 +1,4 @@
-"""Tester of our models for transformers' own tests; `run.py` puts it into their folder `tests/models/lightning/`."""
+"""Tester of our models for transformers' own tests; `run.py` copies it to their folder `tests/models/lightning/`."""
 
 import unittest
 from unittest.mock import patch
@@ -8,9 +8,9 @@ from transformers.models.auto import modeling_auto
 from lightning_attention import models
 from lightning_attention.models import LightningCache, LightningConfig, LightningForCausalLM, LightningModel
 
-from ...causal_lm_tester import CausalLMModelTest, CausalLMModelTester
+from ...causal_lm_tester import CausalLMModelTest, CausalLMModelTester  # pyright: ignore[reportMissingImports]
 
-# The suites know by these tables which labels a class takes, and whether it has a loss.
+# Tables in which the tests look up the labels and the loss of a class.
 HEADS = {
     "MODEL_MAPPING_NAMES": "LightningModel",
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "LightningForCausalLM",
@@ -31,7 +31,7 @@ class LightningModelTester(CausalLMModelTester):
 
 class LightningModelTest(CausalLMModelTest, unittest.TestCase):
     model_tester_class = LightningModelTester
-    # As Mamba2's tester: no attention weights exist that could be returned.
+    # As in Mamba2's tester, since there are no attention weights.
     has_attentions = False
 
     @classmethod
@@ -41,9 +41,11 @@ class LightningModelTest(CausalLMModelTest, unittest.TestCase):
             cls.enterClassContext(patch.dict(getattr(modeling_auto, table), {LightningConfig.model_type: name}))
 
     def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config) -> None:
-        """Check lightning layers. MiniMax's tester has its own check too: transformers' wants convolution states."""
+        """Check the states; transformers' own check expects convolution states, so MiniMax's tester has another too."""
         assert isinstance(past_key_values, LightningCache)
         assert past_key_values.get_seq_length() == seq_length
-        states = [layer.recurrent_states[0] for layer in past_key_values.layers]
         shapes = [(batch_size, *config.layer_state_shape(i)) for i in range(config.num_hidden_layers)]
-        assert [tuple(state.shape) for state in states] == shapes
+        for layer, shape in zip(past_key_values.layers, shapes, strict=True):
+            state = layer.recurrent_states[0]
+            assert state is not None
+            assert state.shape == shape

@@ -1,14 +1,14 @@
 """Run transformers' own model tests on our models: `make conformance`.
 
-The tests are those of the installed transformers. They come from, whichever is there first:
+The tests are those of the installed version of transformers, from the first source that is available:
 
 1. `TRANSFORMERS_SOURCE`, the folder of a checkout;
 2. GitHub's archive of the release;
-3. the source distribution on PyPI. It holds `tests/test_*.py` alone, hence `ModelTesterMixin` but neither
-   `GenerationTesterMixin`, `ExportTesterMixin` nor the causal-LM tests: the summary says so, and `--complete` makes
-   it a failure.
+3. the source distribution on PyPI. It contains only `tests/test_*.py`: `ModelTesterMixin`, but not
+   `GenerationTesterMixin`, `ExportTesterMixin` or the causal-LM tests. The summary says so, and with `--complete` the
+   run fails.
 
-Nothing of them is kept outside the folder named on the command line.
+Files are written only to the folder named on the command line.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ARCHIVE = "https://github.com/huggingface/transformers/archive/refs/tags/v{version}.tar.gz"
-# What the tests of a model import, in a checkout of transformers; of tests/models, only our own.
+# Files of a checkout that the tests of a model import; tests/models itself is left out.
 NEEDED = ("conftest.py", "pyproject.toml", "src", "tests", "utils")
 STAND_INS = {
     "tests/__init__.py": "",
@@ -42,7 +42,7 @@ STAND_INS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run transformers' own model tests on our models.")
     parser.add_argument("folder", type=Path, help="where to put the tests; emptied first")
-    parser.add_argument("--complete", action="store_true", help="fail if only a part of the tests can be had")
+    parser.add_argument("--complete", action="store_true", help="fail if only some of the tests are available")
     arguments = parser.parse_args()
     release, folder = version("transformers"), arguments.folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)
@@ -67,19 +67,19 @@ def main() -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.chdir(folder)
     options = ["-q", "-n", "2", "-p", "no:cacheprovider", "--tb=short", "--disable-warnings"]
-    options += ["-o", "log_cli=false"]  # theirs prints every test
+    options += ["-o", "log_cli=false"]  # transformers' setting prints every test
     code = pytest.main(
         [*options, "-c", "pyproject.toml", "--rootdir", ".", str(ours)],
         plugins=[Summary(f"transformers {release}, tests of {origin}, RUN_SLOW={os.environ.get('RUN_SLOW', '0')}")],
     )
     if not is_complete:
-        print("NOT RUN: GenerationTesterMixin, ExportTesterMixin and the causal-LM tests, which are in no source")
-        print("distribution. GitHub was not reached; name a checkout of this release with TRANSFORMERS_SOURCE=...")
+        print("NOT RUN: GenerationTesterMixin, ExportTesterMixin and the causal-LM tests. They are not in the source")
+        print("distribution, and GitHub was not reached; name a checkout of this release with TRANSFORMERS_SOURCE=...")
     return int(code) or (1 if arguments.complete and not is_complete else 0)
 
 
 def fetch(release: str, folder: Path) -> str:
-    """Bring the tests of a release into a folder, and say where they come from."""
+    """Copy the tests of a release to a folder, and return their source."""
     if source := os.environ.get("TRANSFORMERS_SOURCE"):
         for name in NEEDED:
             if (Path(source) / name).is_dir():
@@ -93,7 +93,7 @@ def fetch(release: str, folder: Path) -> str:
             shutil.copyfileobj(answer, file)
         origin = "GitHub's archive"
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        print(f"GitHub's archive of transformers {release} cannot be had ({error}); taking the source distribution")
+        print(f"GitHub's archive of transformers {release} is not available ({error}); using the source distribution")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
         subprocess.run([*command, "--dest", str(folder), f"transformers=={release}"], check=True)
         [archive] = folder.glob("*.tar.gz")
@@ -119,7 +119,7 @@ def source_version(folder: Path) -> str | None:
 
 
 class Summary:
-    """Print how many tests passed, failed and were skipped, and why they were skipped."""
+    """pytest plugin that prints how many tests passed, failed and were skipped, and why."""
 
     def __init__(self, title: str) -> None:
         self.title = title

@@ -1,13 +1,21 @@
-"""Stand-in for transformers' tests/causal_lm_tester.py, which its source distribution lacks: `ModelTesterMixin`."""
+"""Stand-in for tests/causal_lm_tester.py, which transformers' source distribution lacks: only `ModelTesterMixin`."""
+
+from typing import Any
 
 import torch
 
-from .generation.test_utils import GenerationTesterMixin
-from .test_modeling_common import ModelTesterMixin, ids_tensor, torch_device
+from .generation.test_utils import GenerationTesterMixin  # pyright: ignore[reportMissingImports]
+from .test_modeling_common import (  # pyright: ignore[reportMissingImports]
+    ModelTesterMixin,
+    ids_tensor,
+    torch_device,
+)
 
 
 class CausalLMModelTester:
-    """A small configuration, and right-padded inputs for it, as transformers' class of this name has them."""
+    """Small configuration and right-padded inputs, like transformers' class of this name."""
+
+    config_class: Any
 
     batch_size = 13
     seq_length = 7
