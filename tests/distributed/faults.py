@@ -147,7 +147,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def attend_under(name: str, group: Any, arguments: dict[str, Any]) -> Any:
-    """Call attention, under a transform if the name is that of one."""
+    """Call attention, under the transform of that name if there is one."""
 
     def call(**given: Any) -> Any:
         return distributed.lightning_attention(**given, group=group)

@@ -1,4 +1,4 @@
-"""Gradients of a model with sequence parallelism or sharding equal those of one process."""
+"""Models with sequence parallelism or sharding have the gradients of one process."""
 
 import pytest
 import torch

@@ -104,8 +104,8 @@ def test_padding_does_not_split_a_sequence(counted):
 
 def flattened(**options):
     collator = DataCollatorWithFlattening(return_tensors="pt", **options)
-    documents = [tokens(n, seed=n).tolist() for n in (5, 9, 1, 6)]
-    return collator([{"input_ids": document, "labels": document} for document in documents])
+    sequences = [tokens(n, seed=n).tolist() for n in (5, 9, 1, 6)]
+    return collator([{"input_ids": sequence, "labels": sequence} for sequence in sequences])
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ def flattened(**options):
 def test_batches_of_the_flattening_collator_equal_separate(model, options):
     batch = flattened(**options)
     logits = model(**batch).logits[0].split([5, 9, 1, 6])
-    for document, found in zip((5, 9, 1, 6), logits, strict=True):
-        torch.testing.assert_close(found, model(tokens(1, document, seed=document)).logits[0], rtol=1e-4, atol=1e-4)
+    for n, found in zip((5, 9, 1, 6), logits, strict=True):
+        torch.testing.assert_close(found, model(tokens(1, n, seed=n)).logits[0], rtol=1e-4, atol=1e-4)
 
 
 def test_flash_attention_names_equal_cu_seqlens(model):

@@ -89,19 +89,19 @@ def test_padded_equals_unpadded(model, side):
     lengths = [7, 12, 1]
     left = {"left": lambda n: 12 - n, "right": lambda n: 0, "both": lambda n: (12 - n) // 2}[side]
     ids, mask = torch.zeros(3, 12, dtype=torch.long), torch.zeros(3, 12, dtype=torch.long)
-    for row, n in enumerate(lengths):
+    for b, n in enumerate(lengths):
         at = slice(left(n), left(n) + n)
-        ids[row, at], mask[row, at] = tokens(n, seed=row), 1
+        ids[b, at], mask[b, at] = tokens(n, seed=b), 1
     following = tokens(3, 4, seed=9)
     with torch.no_grad():
         padded = model(ids, attention_mask=mask, use_cache=True)
         next_mask = torch.cat([mask, torch.ones(3, 4, dtype=torch.long)], dim=1)
         then = model(following, attention_mask=next_mask, cache=padded.cache)
-        for row, n in enumerate(lengths):
+        for b, n in enumerate(lengths):
             at = slice(left(n), left(n) + n)
-            alone = model(torch.cat([ids[row : row + 1, at], following[row : row + 1]], dim=1), use_cache=False)
-            torch.testing.assert_close(padded.logits[row, at], alone.logits[0, :n], rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(then.logits[row], alone.logits[0, n:], rtol=1e-4, atol=1e-4)
+            alone = model(torch.cat([ids[b : b + 1, at], following[b : b + 1]], dim=1), use_cache=False)
+            torch.testing.assert_close(padded.logits[b, at], alone.logits[0, :n], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(then.logits[b], alone.logits[0, n:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("length", [1, 3])

@@ -70,7 +70,7 @@ def lightning_attention(
             gets its gradient; zero elsewhere.
         output_final_state: also return the states after the last tokens.
         cu_seqlens: `[N + 1]` bounds of the sequences in the tokens of all ranks, the same on every rank, B = 1. A
-            sequence may lie on any number of ranks. Read by the host, so best on a CPU, whatever the device of q.
+            sequence may lie on any number of ranks. Read by the host, so best on a CPU.
         lengths: n_r of all ranks, given by every rank or none; None exchanges them in the check.
         strategy: how states are sent, "all-gather" or "ring"; see `exchange`, also for the number of bytes.
         backend: see `lightning_attention.lightning_attention`.

@@ -15,7 +15,7 @@ from ..ops.problem import sequence_bounds
 from .cache import LightningCache
 
 SEVERAL_SEQUENCES = (
-    "position_ids that restart, seq_idx or attention_mask describe several documents in a batch row, which a cache "
+    "position_ids that restart, seq_idx or attention_mask describe several sequences in a batch row, which a cache "
     "cannot hold: leave out the cache, or use_cache"
 )
 

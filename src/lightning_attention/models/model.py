@@ -7,6 +7,7 @@ Source: TransNormerLLM (arXiv 2307.14995), figure 1 and section 3.
 import os
 import stat
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -30,7 +31,7 @@ from .cache import CACHE, CacheName, LightningCache, resolve_cache
 from .configuration import LightningConfig
 from .layout import BatchDescription, Layout, build_layout
 from .remote_code import is_ours
-from .sequence_parallel import compare_ranks, raises_on_every_rank, slice_layout
+from .sequence_parallel import compare_ranks, slice_layout
 
 logger = logging.get_logger(__name__)
 
@@ -162,7 +163,6 @@ class LightningModel(LightningPreTrainedModel):
         self.norm = SimpleRMSNorm(config.norm_eps)
         self.gradient_checkpointing = False
         self.sequence_parallel: SequenceParallel | None = None
-        self.agreement: Agreement | None = None
         self.post_init()
 
     def set_sequence_parallel(self, sequence_parallel: SequenceParallel | None) -> None:
@@ -178,7 +178,6 @@ class LightningModel(LightningPreTrainedModel):
                 module.sequence_parallel = sequence_parallel
 
     @can_return_tuple
-    @raises_on_every_rank
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -231,30 +230,32 @@ class LightningModel(LightningPreTrainedModel):
             TypeError: an argument is unknown or has the wrong type; the cache is not a `LightningCache`.
             ValueError: arguments contradict each other.
         """
-        if kwargs:
-            raise TypeError(f"{type(self).__name__}.forward() does not know the argument {', '.join(kwargs)}")
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if self.config.output_attentions if output_attentions is None else output_attentions:
-            raise ValueError("output_attentions must be False: linear attention has no attention weights")
-        cache = resolve_cache(cache, past_key_values)
-        cu_seqlens = _resolve_cu_seqlens(cu_seqlens, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        given = BatchDescription(attention_mask, position_ids, seq_idx, cu_seqlens)
-        returns_cache, one_per_row = self._resolve_use_cache(use_cache, cache, states, given)
-        keeps_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-
-        embeddings = self._scale(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
-        if embeddings.dim() != 3:
-            dimensions = embeddings.dim() - 1
-            raise ValueError(f"input_ids must be [B, T], or inputs_embeds [B, T, W], got {dimensions} dimensions")
-        if self.sequence_parallel is None:
-            layout = build_layout(embeddings, given, cache, one_per_row=one_per_row)
-        else:
-            layout = slice_layout(embeddings, given, cache)
-        if states is not None:
-            self._check_states(states, layout, position_ids, cache)
-        if self.agreement is not None:
-            compare_ranks(self, self.agreement, embeddings, layout, states)
+        with self._agreement() as agreement:
+            if kwargs:
+                raise TypeError(f"{type(self).__name__}.forward() does not know the argument {', '.join(kwargs)}")
+            if (input_ids is None) == (inputs_embeds is None):
+                raise ValueError("give exactly one of input_ids and inputs_embeds")
+            if self.config.output_attentions if output_attentions is None else output_attentions:
+                raise ValueError("output_attentions must be False: linear attention has no attention weights")
+            cache = resolve_cache(cache, past_key_values)
+            cu_seqlens = _resolve_cu_seqlens(cu_seqlens, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+            given = BatchDescription(attention_mask, position_ids, seq_idx, cu_seqlens)
+            returns_cache, one_per_row = self._resolve_use_cache(use_cache, cache, states, given)
+            keeps_hidden_states = (
+                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            )
+            embeddings = self._scale(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
+            if embeddings.dim() != 3:
+                dimensions = embeddings.dim() - 1
+                raise ValueError(f"input_ids must be [B, T], or inputs_embeds [B, T, W], got {dimensions} dimensions")
+            if self.sequence_parallel is None:
+                layout = build_layout(embeddings, given, cache, one_per_row=one_per_row)
+            else:
+                layout = slice_layout(embeddings, given, cache)
+            if states is not None:
+                self._check_states(states, layout, position_ids, cache)
+            if agreement is not None:
+                compare_ranks(self, agreement, embeddings, layout, states)
         if cache is None and returns_cache and not layout.splits_rows:
             cache = LightningCache(len(self.layers))
 
@@ -295,6 +296,12 @@ class LightningModel(LightningPreTrainedModel):
     def is_checkpointing(self) -> bool:
         """True if the next forward pass recomputes activations in its backward pass."""
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+    def _agreement(self) -> AbstractContextManager[Agreement | None]:
+        """With sequence parallelism, context in which an error raises on every rank."""
+        if self.sequence_parallel is None:
+            return nullcontext()
+        return self.sequence_parallel.agreement(self.embed_tokens.weight)
 
     def _scale(self, embeddings: Tensor) -> Tensor:
         return embeddings * self.config.hidden_size**0.5
@@ -390,5 +397,5 @@ def _resolve_cu_seqlens(
     if q is None or k is None:
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k go together")
     if q is not k and (q.shape != k.shape or not (torch.compiler.is_compiling() or torch.equal(q, k))):
-        raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be equal: every document attends to itself")
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be equal: every sequence attends to itself")
     return q

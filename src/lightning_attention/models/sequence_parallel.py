@@ -1,7 +1,6 @@
 """Sequence parallelism of a model: the layout of a slice, and a comparison of the ranks once per forward pass."""
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,22 +10,6 @@ from ..distributed.agreement import Agreement
 from ..nn import GatedLightningAttention
 from .cache import LightningCache
 from .layout import BatchDescription, Layout
-
-
-def raises_on_every_rank(forward: Callable) -> Callable:
-    """Decorate a model's forward pass: an error on one rank before `compare_ranks` raises on every rank."""
-
-    @wraps(forward)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.sequence_parallel is None:
-            return forward(self, *args, **kwargs)
-        with self.sequence_parallel.agreement(self.embed_tokens.weight) as self.agreement:
-            try:
-                return forward(self, *args, **kwargs)
-            finally:
-                self.agreement = None
-
-    return call
 
 
 def slice_layout(x: Tensor, given: BatchDescription, cache: LightningCache | None) -> Layout:
