@@ -20,7 +20,15 @@ class SequenceParallel:
 
     Args:
         group: process group; None is the default group.
-        strategy: how states travel, see `lightning_attention`.
+        strategy: how states are sent, see `lightning_attention`.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from lightning_attention.distributed.parallel import SequenceParallel
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun starts several
+        >>> SequenceParallel().slice(10)
+        slice(0, 10, None)
+        >>> dist.destroy_process_group()
     """
 
     group: "dist.ProcessGroup | None" = None

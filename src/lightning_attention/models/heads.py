@@ -145,7 +145,15 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
 
 
 class LightningForSequenceClassification(GenericForSequenceClassification, LightningPreTrainedModel):
-    """Classifier of texts: logits `[B, num_labels]` from the last token that is not `pad_token_id`."""
+    """Classifier of texts: logits `[B, num_labels]` from the last token that is not `pad_token_id`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attention.models import LightningConfig, LightningForSequenceClassification
+        >>> config = LightningConfig.from_size("demo", vocab_size=256, num_labels=3, pad_token_id=0)
+        >>> LightningForSequenceClassification(config)(torch.randint(1, 256, (2, 10))).logits.shape
+        torch.Size([2, 3])
+    """
 
     accepts_loss_kwargs = False
 
