@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_attention.inference import Engine, SamplingOptions, StatePool, load, stream
 from lightning_attention.training import PackedDataset, evaluate, segmented_loss
-from lightning_attention.training.parallel import one_row
+from lightning_attention.training.batches import join_sequences
 
 EOS = 2
 GREEDY = SamplingOptions(max_new_tokens=6, temperature=0)
@@ -66,7 +66,7 @@ def pooled() -> list[Tensor]:
 
 
 def gradients() -> list[Tensor]:
-    batch: dict[str, Any] = one_row(sequences())
+    batch: dict[str, Any] = join_sequences(sequences())
     MODEL.zero_grad()
     loss = segmented_loss(MODEL, **batch, segment_length=7)
     loss.backward()
@@ -75,7 +75,7 @@ def gradients() -> list[Tensor]:
 
 CALLS: dict[str, Callable[[], Any]] = {
     "PackedDataset": sequences,
-    "one_row": lambda: one_row(sequences()),
+    "join_sequences": lambda: join_sequences(sequences()),
     "loss_of": lambda: PackedDataset(STREAM, 10, STARTS).loss_of(UNIGRAM),
     "Engine, greedy": lambda: served(GREEDY),
     "Engine, sampled": lambda: served(SAMPLED, prefill_tokens=4, max_requests=2),

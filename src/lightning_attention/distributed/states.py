@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from ..ops.backends import BACKENDS
 from .slices import Slice
 
+
 def powers(log_decay: Tensor, exponents: Tensor) -> Tensor:
     """`λ^n` `[len(exponents), H]`, for exponents >= 0."""
     return torch.exp(log_decay * exponents[:, None])

@@ -17,8 +17,8 @@ from .pool import StatePool
 class Decoder:
     """Decoding steps of a model over the slots of a pool.
 
-    If the backend supports it a step is a CUDA graph, captured at the first step of its batch size. Batch sizes are rounded up
-    to powers of two and `max_batch_size`; padding has slot -1, which leaves all states unchanged.
+    If the backend supports it a step is a CUDA graph, captured at the first step of its batch size. Batch sizes are
+    rounded up to powers of two and `max_batch_size`; padding has slot -1, which leaves all states unchanged.
 
     Args:
         model: in eval mode, on the device of the pool.
