@@ -61,8 +61,8 @@ class Slots:
 
     Attributes:
         of_sequences: `[N]` int64, slot of each sequence; when single tokens are decoded, -1 is padding.
-        saved: `[M]` int64, slots for copies of the state after
-        saved_after: `[M]` int64, numbers of tokens of the packed input, in rising order.
+        saved: `[M]` int64, slots that receive intermediate states.
+        saved_after: `[M]` int64, numbers of tokens of the packed input before each of these states, rising.
     """
 
     of_sequences: Tensor
