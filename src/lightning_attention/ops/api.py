@@ -82,6 +82,8 @@ def lightning_attention(
             tangent of forward mode, a second derivative is asked for, or torch.vmap maps over cu_seqlens.
 
     Example:
+        >>> import torch
+        >>> from lightning_attention import decay, lightning_attention
         >>> q, k, v = torch.randn(3, 1, 100, 2, 16)
         >>> o, state = lightning_attention(q, k, v, decay.log_decay(2, preset="alibi"), output_final_state=True)
         >>> o.shape, state.shape
@@ -142,6 +144,8 @@ def lightning_attention_step(
             needed, since none is kept.
 
     Example:
+        >>> import torch
+        >>> from lightning_attention import lightning_attention_step
         >>> q = torch.randn(1, 2, 16)
         >>> state = torch.zeros(1, 2, 16, 16)
         >>> lightning_attention_step(q, q, q, state=state).shape
@@ -200,6 +204,8 @@ def lightning_attention_verify(
         The output `[B, T, H, V]` in the dtype of q.
 
     Example:
+        >>> import torch
+        >>> from lightning_attention import lightning_attention_verify
         >>> drafts = torch.randn(1, 4, 2, 16)
         >>> lightning_attention_verify(drafts, drafts, drafts, state=torch.zeros(1, 2, 16, 16)).shape
         torch.Size([1, 4, 2, 16])
@@ -248,6 +254,8 @@ def lightning_attention_commit(
         backend: as for `lightning_attention`.
 
     Example:
+        >>> import torch
+        >>> from lightning_attention import lightning_attention_commit
         >>> drafts, state = torch.randn(1, 4, 2, 16), torch.zeros(1, 2, 16, 16)
         >>> lightning_attention_commit(drafts, drafts, state=state, last=torch.tensor([1]))
 
@@ -289,6 +297,8 @@ def lightning_attention_prefill(
         `output` `[B, T, H, V]`, `final_state` `[N, H, K, V]`, and `states` `[B, M, H, K, V]`.
 
     Example:
+        >>> import torch
+        >>> from lightning_attention import lightning_attention_prefill
         >>> q = torch.randn(1, 100, 2, 16)
         >>> lightning_attention_prefill(q, q, q, state_positions=[64, 100]).states.shape
         torch.Size([1, 2, 2, 16, 16])
