@@ -1,4 +1,4 @@
-# `make demo` trains a model and shows what it can do; `make test` runs the tests, the linter and the type checker.
+# `make demo` trains a model and shows what it can do; `make test` runs the fast tests, the linter and the type checker.
 PYTHON ?= python3
 BIN := .venv/bin
 # Beside the one in constraints.txt: Gluon, which the kernels for Hopper are written in, changes from one to the next.
@@ -9,14 +9,19 @@ MODEL_TESTS := tests/models tests/nn tests/inference tests/training tests/cli --
 # Folders of .venv that hold a version of transformers and what it needs, but no torch. Imported before the rest.
 OVERLAY = $(if $(TRANSFORMERS),$(CURDIR)/.venv/transformers-$(TRANSFORMERS))
 
-.PHONY: demo test test-slow test-newest test-models conformance clients lint environment clean
+.PHONY: demo test test-kernels test-slow test-newest test-models conformance clients lint environment clean
 
 demo: environment
 	$(BIN)/python examples/demo.py
 
 test: export OMP_NUM_THREADS := 1
-test: environment lint $(TRITONS:%=.venv/triton-%/installed)
-	$(BIN)/python -m pytest -n 2 -m 'not slow'
+test: environment lint
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not kernels'
+
+# Kernels without a GPU: compiled for every architecture, and interpreted.
+test-kernels: export OMP_NUM_THREADS := 1
+test-kernels: environment $(TRITONS:%=.venv/triton-%/installed)
+	$(BIN)/python -m pytest -n 2 -m 'kernels and not slow'
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m 'triton and not slow'
 	set -e; for version in $(TRITONS); do \
 		PYTHONPATH=.venv/triton-$$version $(BIN)/python -m pytest -n 2 tests/ops/test_hopper_compile.py; \

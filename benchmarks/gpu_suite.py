@@ -29,12 +29,12 @@ ROOT = Path(__file__).parents[1]
 # Compilation takes most of the time, but many processes contend for a GPU. tests/conftest.py assigns the GPUs.
 PROCESSES = min(14 * max(torch.cuda.device_count(), 1), os.cpu_count() or 1)
 XDIST = ["-n", str(PROCESSES), "--dist", "worksteal"] if find_spec("xdist") else []
-# A pytest -k expression, and further arguments of pytest.
+# An expression of markers, and further arguments of pytest.
 PARTS = {
-    "parallel": ("not (nccl or a_gpu_each or 31_elements or out_of_bounds)", XDIST),
-    "nccl": ("nccl or a_gpu_each", []),
-    "large": ("31_elements", []),
-    "sanitizer": ("out_of_bounds", XDIST),
+    "parallel": ("not (nccl or large or sanitizer)", XDIST),
+    "nccl": ("nccl", []),
+    "large": ("large", []),
+    "sanitizer": ("sanitizer", XDIST),
 }
 NOTHING_COLLECTED = 5
 LOG = "GPU_SUITE_LOG"
@@ -133,18 +133,16 @@ def main() -> int:
     parser.add_argument("--commit", help="commit of the tested tree, if there is no .git")
     parser.add_argument("--seconds", type=float, default=540, help="time limit of all tests; tests left are errors")
     parser.add_argument("-m", dest="marker", default="gpu", help="as pytest's (default: gpu)")
-    parser.add_argument("-k", dest="keyword", help="as pytest's")
     options, arguments = parser.parse_known_args()
     signal(SIGINT, default_int_handler)  # a shell that starts this in the background ignores it
     head = {"command": shlex.join(["python", *sys.argv]), "machine": described(options.commit)}
     summary, start = Summary(), time.monotonic()
-    for name, (keyword, extra) in PARTS.items():
+    for name, (markers, extra) in PARTS.items():
         print(f"== {name}, after {time.monotonic() - start:.0f} s", flush=True)
-        keyword = f"({options.keyword}) and ({keyword})" if options.keyword else keyword
         began = time.monotonic()
         with tempfile.NamedTemporaryFile() as log:
-            selected = ["-m", options.marker, "-k", keyword, "-p", "benchmarks.gpu_suite", "-p", "no:benchmark", *extra]
-            command = [sys.executable, "-m", "pytest", "-q", *selected, *arguments]
+            selected = ["-m", f"({options.marker}) and ({markers})", "-p", "benchmarks.gpu_suite", *extra]
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", *selected, *arguments]
             code = run(command, Path(log.name), max(options.seconds - (began - start), 1))
             durations = summary.add(Path(log.name))
         slowest = dict(sorted(durations.items(), key=lambda item: -item[1])[:15])

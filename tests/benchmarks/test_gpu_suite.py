@@ -18,8 +18,10 @@ def test_good(x): pass
 @pytest.mark.parametrize("x", [1, 2])
 def test_skipped(x): pytest.skip("no such GPU")
 
+@pytest.mark.nccl
 def test_over_nccl(): pass
 
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements(): pass
 
 def test_bad(): assert False

@@ -88,6 +88,7 @@ def test_one_gpu_is_as_accurate_as_plain_pytorch(ranks, case, lengths, strategy,
 
 
 @pytest.mark.gpu
+@pytest.mark.nccl
 @needs_two_gpus
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -111,6 +112,7 @@ def test_nccl_is_as_accurate_as_plain_pytorch(ranks, case, lengths, strategy, dt
 
 
 @pytest.mark.gpu
+@pytest.mark.nccl
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_nccl_group_of_one_equals_one_process(tmp_path, strategy):
     inputs = make_inputs(Case(lengths=(3, 250, 1)), torch.float32).on("cuda")

@@ -52,6 +52,7 @@ def test_segmented_gradients_on_one_gpu_equal_one_process(ranks, strategy):
 
 
 @pytest.mark.gpu
+@pytest.mark.nccl
 @needs_two_gpus
 @pytest.mark.parametrize("strategy", ["all-gather", "ring"])
 def test_segmented_gradients_over_nccl_equal_one_process(ranks, strategy):

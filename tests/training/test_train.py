@@ -211,6 +211,7 @@ def test_a_process_of_torchrun_on_a_gpu(files, changes):
 
 
 @pytest.mark.gpu
+@pytest.mark.nccl
 @needs_two_gpus
 @pytest.mark.parametrize(
     "changes",
