@@ -221,6 +221,7 @@ def step_kernel(
                 tl.store(o + o_v, tl.zeros([BV], o.dtype.element_ty), mask=m_v)
                 o += H * V
     else:
+        i_last, path = 0, 0
         if last is not None:
             i_last = tl.load(last + i_b).to(tl.int32)
             if parents is not None:
