@@ -24,7 +24,7 @@ test-kernels: environment $(TRITONS:%=.venv/triton-%/installed)
 	$(BIN)/python -m pytest -n 2 -m 'kernels and not slow'
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m 'triton and not slow'
 	set -e; for version in $(TRITONS); do \
-		PYTHONPATH=.venv/triton-$$version $(BIN)/python -m pytest -n 2 tests/ops/test_hopper_compile.py; \
+		PYTHONPATH=.venv/triton-$$version $(BIN)/python -m pytest -n 2 -m 'not slow' tests/ops/test_hopper_compile.py; \
 	done
 
 # Faults with real processes, many of them: kills, full disks, lost processes of a run.
