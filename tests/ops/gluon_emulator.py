@@ -1,8 +1,7 @@
-"""Gluon on a CPU: what a kernel reads and writes, and how its partitions wait for each other.
+"""Emulator of Gluon on a CPU: what a kernel reads and writes, and how its partitions wait for each other.
 
-Partitions are threads, tensors are PyTorch's. What a GPU may do late is done as late as can be: a product, or a store
-of a box, when it is waited for. Copies into shared memory are done at once, as early as can be. Layouts, registers and
-everything that is only fast are left out.
+Partitions are threads, tensors are PyTorch's. Work that a GPU may finish late is done as late as possible: products
+and TMA stores when they are waited for. TMA loads are done at once. Layouts and registers are ignored.
 """
 
 import inspect
@@ -20,7 +19,7 @@ TIMEOUT_SECONDS = 20
 
 
 class Pointer:
-    """Into the memory of a tensor; with an offset, or a block of them."""
+    """Memory of a tensor, with an offset or a block of offsets."""
 
     def __init__(self, tensor: Tensor, offset: Any = 0):
         size = tensor.untyped_storage().nbytes() // tensor.element_size()
@@ -40,9 +39,9 @@ class Pointer:
 def load(p: Pointer, mask: Tensor | None = None, other: float = 0.0) -> Tensor:
     if mask is None:
         return p.memory[checked(p, p.offset)]
-    offset, mask = torch.broadcast_tensors(p.offset, mask)
-    x = p.memory[checked(p, torch.where(mask, offset, 0))] if mask.any() else p.memory.new_zeros(())
-    return torch.where(mask, x, torch.tensor(other, dtype=p.memory.dtype))
+    offset, is_loaded = torch.broadcast_tensors(p.offset, mask)
+    x = p.memory[checked(p, torch.where(is_loaded, offset, 0))] if is_loaded.any() else p.memory.new_zeros(())
+    return torch.where(is_loaded, x, torch.tensor(other, dtype=p.memory.dtype))
 
 
 def store(p: Pointer, value: Tensor, mask: Tensor | None = None) -> None:
@@ -52,12 +51,12 @@ def store(p: Pointer, value: Tensor, mask: Tensor | None = None) -> None:
 
 
 def checked(p: Pointer, offset: Tensor) -> Tensor:
-    assert ((offset >= 0) & (offset < len(p.memory))).all(), "an address outside of a tensor"
+    assert ((offset >= 0) & (offset < len(p.memory))).all(), "an address outside a tensor"
     return offset
 
 
 class Shared:
-    """A block of shared memory, or a view of it. Fresh memory holds NaN."""
+    """A block of shared memory, or a view of one. Fresh memory holds NaN."""
 
     def __init__(self, x: Tensor):
         self.x, self.dtype, self.shape = x, x.dtype, list(x.shape)
@@ -84,7 +83,7 @@ class Shared:
 
 
 class Partition(threading.local):
-    """What a partition has begun: products and copies that it has not waited for, stores that it has not fenced."""
+    """Pending work of a partition: products and copies not waited for, and stores to shared memory not fenced."""
 
     def __init__(self) -> None:
         self.products: list[Product] = []
@@ -95,8 +94,8 @@ class Partition(threading.local):
         self.is_fenced = True
 
     def check_fenced(self) -> None:
-        """Before others, or products and copies, read what it has stored."""
-        assert self.is_fenced, "stored, and no fence since"
+        """Check that stores are fenced, before other partitions, products or copies read them."""
+        assert self.is_fenced, "stores to shared memory are not fenced"
 
 
 partition = Partition()
@@ -113,19 +112,19 @@ class Barrier:
     def arrive(self) -> None:
         partition.check_fenced()
         self.change(arrivals=1)
-        time.sleep(1e-3)  # whoever waited for this goes on first
+        time.sleep(1e-3)  # partitions that waited for this go on first
 
     def change(self, arrivals: int = 0, num_bytes: int = 0) -> None:
         with self.condition:
             self.pending -= arrivals
             self.bytes += num_bytes
-            assert self.pending >= 0, "more arrivals than the barrier was made for"
+            assert self.pending >= 0, "more arrivals than the barrier was initialized with"
             if self.pending == 0 and self.bytes == 0:
                 self.phase, self.pending = self.phase + 1, self.count
                 self.condition.notify_all()
 
     def wait(self, parity: Any) -> None:
-        """Until the phase of this parity is over: the current one has the other parity."""
+        """Wait until the phase of this parity is over: the current phase has the other parity."""
         with self.condition:
             over = self.condition.wait_for(lambda: self.phase % 2 != int(parity) % 2, TIMEOUT_SECONDS)
         assert over, "a partition waits forever"
@@ -134,13 +133,14 @@ class Barrier:
 class Barriers:
     def __init__(self, count: int):
         self.barriers = [Barrier() for _ in range(count)]
+        self.shape = [count, 1]
 
     def index(self, i: Any) -> Barrier:
         return self.barriers[int(i)]
 
 
 class Descriptor:
-    """Boxes of a tensor: what is outside it is read as zero, and not written."""
+    """Blocks of a tensor: elements outside the tensor are read as zero, and not written."""
 
     def __init__(self, base: Pointer, shape: Sequence, strides: Sequence, block_shape: Sequence[int], layout: Any):
         self.shape, self.strides = [int(x) for x in shape], [int(x) for x in strides]
@@ -159,14 +159,14 @@ class Descriptor:
         return self.base + offset, mask
 
 
-def load_box(desc: Descriptor, at: Sequence, barrier: Barrier, result: Shared) -> None:
+def tma_load(desc: Descriptor, at: Sequence, barrier: Barrier, result: Shared) -> None:
     pointer, mask = desc(at)
     result.x.copy_(load(pointer, mask))
     barrier.change(num_bytes=-desc.block_type.nbytes)
 
 
-def store_box(desc: Descriptor, at: Sequence, source: Shared) -> None:
-    assert all(int(start) >= 0 for start in at), "a GPU stores no box that begins outside of a tensor"
+def tma_store(desc: Descriptor, at: Sequence, source: Shared) -> None:
+    assert all(int(start) >= 0 for start in at), "TMA stores no block that begins before a tensor"
     pointer, mask = desc(at)
     partition.check_fenced()
     partition.copies.append(lambda: store(pointer, source.x, mask))
@@ -178,7 +178,7 @@ def wait_for_copies(pendings: int) -> None:
 
 
 class Product:
-    """Of tiles in shared memory, the first perhaps in registers, added to a tensor or another product."""
+    """A product of tiles in shared memory, the first perhaps in registers, added to a tensor or to another product."""
 
     def __init__(self, a: Any, b: Shared, accumulator: Any, use_acc: bool = True, is_async: bool = False):
         assert is_async
@@ -196,12 +196,12 @@ def wait_for_products(num_outstanding: int = 0, deps: Sequence[Product] = ()) ->
     while len(partition.products) > num_outstanding:
         partition.products.pop(0).compute()
     results = tuple(product.result for product in deps)
-    assert all(result is not None for result in results), "used while it is being computed"
+    assert all(result is not None for result in results), "a product is used while it is being computed"
     return results[0] if len(results) == 1 else results
 
 
 def counted(*bounds: Any) -> Iterator[Tensor]:
-    """`range`, of tensors."""
+    """`range` over tensors."""
     return map(torch.tensor, range(*map(int, bounds)))
 
 
@@ -222,7 +222,7 @@ def warp_specialize(partitions: Sequence, num_warps: Sequence, num_registers: Se
         try:
             with torch.no_grad():
                 function(*arguments)
-            assert not [*partition.products, *partition.copies], "a partition ends, and something is under way"
+            assert not [*partition.products, *partition.copies], "a partition ends with pending work"
         except BaseException as error:
             errors.append(error)
 
@@ -236,7 +236,7 @@ def warp_specialize(partitions: Sequence, num_warps: Sequence, num_registers: Se
 
 
 class Kernel:
-    """`kernel[(programs,)](...)`, one program after the other."""
+    """A kernel for `kernel[(num_programs,)](...)`, whose programs run one after the other."""
 
     def __init__(self, function: Callable, language: Any):
         self.function, self.language, self.__name__ = function, language, function.__name__
@@ -277,8 +277,19 @@ def _language() -> Any:
     return language
 
 
+class Struct:
+    """Base of emulated aggregates: fields that are constants hold their values."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, _value(value))
+
+
+def _value(x: Any) -> Any:
+    return x.value if type(x).__name__ == "constexpr" else x
+
+
 class _Emulation:
-    """Modules as the emulated language sees them: functions are copied, with other globals."""
+    """Copies of modules, whose functions and aggregates use the emulated language."""
 
     def __init__(self) -> None:
         self.language = _language()
@@ -287,12 +298,12 @@ class _Emulation:
             "gl": self.language,
             "constexpr": self.language.constexpr,
             "tl": self.language,
-            "load_box": load_box,
-            "store_box": store_box,
+            "tma_load": tma_load,
+            "tma_store": tma_store,
             "warpgroup_mma": Product,
             "warpgroup_mma_wait": wait_for_products,
             "fence_async_shared": partition.fence,
-            "let_next_begin": lambda: None,
+            "trigger_dependents": lambda: None,
             "wait_for_previous": lambda: None,
             "tma": SimpleNamespace(make_tensor_descriptor=Descriptor, store_wait=wait_for_copies),
             "mbarrier": SimpleNamespace(
@@ -306,21 +317,28 @@ class _Emulation:
     def copy(self, function: Any) -> Callable:
         return FunctionType(function.__code__, self.globals(function.__module__), function.__name__)
 
+    def struct(self, aggregate: Any) -> type:
+        init, *methods = aggregate.hash_attrs
+        copies = {method.fn.__name__: self.copy(method.fn) for method in methods}
+        return type(aggregate.__name__, (Struct,), {"__init__": init} | copies)
+
     def globals(self, module: str) -> dict[str, Any]:
         if module not in self.modules:
             found = self.modules[module] = dict(vars(sys.modules[module])) | {"range": counted}
             for name, value in found.items():
                 if name in self.names:
                     found[name] = self.names[name]
+                elif hasattr(value, "__triton_aggregate__"):
+                    found[name] = self.struct(value)
                 elif hasattr(value, "fn"):
                     found[name] = self.copy(value.fn)
-                elif type(value).__name__ == "constexpr":
-                    found[name] = value.value
+                else:
+                    found[name] = _value(value)
         return self.modules[module]
 
 
 def emulated(kernels: ModuleType) -> SimpleNamespace:
-    """The kernels of a module, on the CPU."""
+    """Kernels of a module that run on the CPU."""
     emulation = _Emulation()
     found = {name: value for name, value in vars(kernels).items() if name.endswith("_kernel")}
     return SimpleNamespace(

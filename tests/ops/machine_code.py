@@ -51,10 +51,10 @@ CUTS = {
 }
 # Arguments of the scan for each output that it computes.
 SCANS = {
-    "o": {"REVERSE": False, "TRANSPOSED_STATES": False, "BESIDE": False},
-    "dq": {"REVERSE": False, "TRANSPOSED_STATES": True, "BESIDE": False},
-    "dk": {"REVERSE": True, "TRANSPOSED_STATES": True, "BESIDE": True},
-    "dv": {"REVERSE": True, "TRANSPOSED_STATES": False, "BESIDE": True},
+    "o": {"REVERSE": False, "TRANSPOSED_STATES": False, "OVERLAP_PREVIOUS": False},
+    "dq": {"REVERSE": False, "TRANSPOSED_STATES": True, "OVERLAP_PREVIOUS": False},
+    "dk": {"REVERSE": True, "TRANSPOSED_STATES": True, "OVERLAP_PREVIOUS": True},
+    "dv": {"REVERSE": True, "TRANSPOSED_STATES": False, "OVERLAP_PREVIOUS": True},
 }
 
 

@@ -56,7 +56,7 @@ def test_overlap_of_kernels(compiled):
     variant = VARIANTS[name]
     is_scan = variant.kernel is kernels.scan_kernel
     is_gradient = variant.kernel is gradients.gradient_kernel
-    overlaps = variant.constants["BESIDE"] if is_scan else is_gradient or variant.constants["REVERSE"]
+    overlaps = variant.constants["OVERLAP_PREVIOUS"] if is_scan else is_gradient or variant.constants["REVERSE"]
     sums_states = is_scan and variant.cut == "segments"
     assert ("ACQBULK" in code) == (overlaps or sums_states)
     assert ("PREEXIT" in code) != is_gradient  # no kernel overlaps the gradients

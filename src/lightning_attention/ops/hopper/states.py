@@ -1,4 +1,4 @@
-"""The states that segments leave, for Hopper GPUs, from which later ones start."""
+"""States that segments leave, for Hopper GPUs; later segments start from their sums."""
 
 from triton.language import constexpr
 
@@ -7,25 +7,47 @@ from ..gpu.primitives import load_log_decay as load_rate
 from .parts import (
     ACC,
     BARRIER,
-    BOX,
+    BLOCK,
     BV,
     C,
-    add_chunks,
+    KeyValues,
+    Operand,
+    Pipeline,
+    Segment,
+    Shared,
+    Value,
+    aggregate,
     count_chunks,
-    count_states,
-    empty_stage,
     gl,
-    init_barriers,
-    input_boxes,
     jit,
-    let_next_begin,
-    load_box,
     load_columns,
-    state_pointers,
-    tokens,
+    state_block,
+    tma_load,
+    trigger_dependents,
     wait_for_previous,
-    write_decay,
+    write_decays,
 )
+
+
+@aggregate
+class StateArgs:
+    """Arguments of the partitions: chunks from `first` to `last`. `num_foreign` tokens are of another sequence."""
+
+    k_s: Shared
+    v_s: Shared
+    pipeline: Pipeline
+    first: Value
+    last: Value
+    num_chunks: Value
+    num_foreign: Value
+    interval_states: Value
+    i_state: Value
+    i_h: Value
+    H: Value
+    log_decay: Value
+    segment: Segment
+    K: constexpr
+    V: constexpr
 
 
 @jit(do_not_specialize=["B", "T", "H", "N", "segment_length"])
@@ -54,94 +76,69 @@ def interval_state_kernel(
 ):
     """`Σ_j λ^(end-1-j) k_j v_jᵀ` of a segment, as in `..triton.kernels.interval_state_kernel`.
 
-    In reverse, of which only backward has need, it runs beside the kernel of the other direction, and ends after it.
+    In reverse, which only backward needs, it runs beside the kernel of the other direction, and ends after it.
     """
-    let_next_begin()
+    trigger_dependents()
     GROUPS: constexpr = V // BV
     dtype: constexpr = k.dtype.element_ty
     i = gl.program_id(0)
     i_h = i % H
     i = i // H
-    num_states = count_states(T, segment_length)
+    num_states = gl.cdiv(T, segment_length) - 1
     i_s, i_b = i % num_states, i // num_states
 
-    k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, K], BOX)
-    v_s = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, 1, C, 1, BV], BOX)
+    k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, K], BLOCK)
+    v_s = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, 1, C, 1, BV], BLOCK)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    init_barriers(ready, empty, GROUPS, STAGES)
+    pipeline = Pipeline(ready, empty)
+    pipeline.init(GROUPS)
 
-    rate = load_rate(log_decay, i_h)
-    lo, hi, factor = interval_bounds(i_s, rate, cu_seqlens, N, T, segment_length, segment_length, REVERSE, False)
+    head_decay = load_rate(log_decay, i_h)
+    lo, hi, factor = interval_bounds(i_s, head_decay, cu_seqlens, N, T, segment_length, segment_length, REVERSE, False)
     gl.store(factors + i.to(gl.int64) * H + i_h, factor)
     num_chunks = count_chunks(lo, hi)
-    begin = hi - num_chunks * C
-    num_others = lo - begin if cu_seqlens is not None else 0
-
-    inputs = (k_s, v_s, ready, empty)
-    part = (begin, hi, num_chunks, num_others)
-    of_k = (k, stride_kb, stride_kt, stride_kh)
-    of_v = (v, stride_vb, stride_vt, stride_vh)
-    states = (interval_states, i, i_h.to(gl.int64), H, rate)
-    PACKED: constexpr = constexpr(cu_seqlens is not None)
+    first = hi - num_chunks * C
+    num_foreign = lo - first if cu_seqlens is not None else 0
+    segment = Segment(cu_seqlens, N, T, first, hi, 0, N, B, H, i_b, i_h, REVERSE)
+    i_h = i_h.to(gl.int64)
+    args = StateArgs(
+        k_s, v_s, pipeline, first, hi, num_chunks, num_foreign, interval_states, i, i_h, H, head_decay, segment, K, V
+    )
+    k = Operand(k, stride_kb, stride_kt, stride_kh)
+    v = Operand(v, stride_vb, stride_vt, stride_vh)
     if GROUPS == 2:
         gl.warp_specialize(
-            [
-                (_sum, (inputs, part, states, constexpr(0), K, V, REVERSE, PACKED, STAGES)),
-                (_sum, (inputs, part, states, constexpr(1), K, V, REVERSE, PACKED, STAGES)),
-                (_fetch, (of_k, of_v, inputs, part, B, T, H, i_b, i_h, K, V, REVERSE, STAGES)),
-            ],
+            [(_mma_partition, (args, 0)), (_mma_partition, (args, 1)), (_load_partition, (k, v, args))],
             [4, 1],
             [232, 24],
         )
     else:
-        gl.warp_specialize(
-            [
-                (_sum, (inputs, part, states, constexpr(0), K, V, REVERSE, PACKED, STAGES)),
-                (_fetch, (of_k, of_v, inputs, part, B, T, H, i_b, i_h, K, V, REVERSE, STAGES)),
-            ],
-            [1],
-            [24],
-        )
+        gl.warp_specialize([(_mma_partition, (args, 0)), (_load_partition, (k, v, args))], [1], [24])
     if REVERSE:
         wait_for_previous()
 
 
 @jit
-def _fetch(
-    of_k, of_v, inputs, part, B, T, H, i_b, i_h, K: constexpr, V: constexpr, REVERSE: constexpr, STAGES: constexpr
-):
-    GROUPS: constexpr = V // BV
-    k_s, v_s, ready, empty = inputs
-    begin, hi, num_chunks, _ = part
-    k_desc = input_boxes(of_k, B, T, H, K, K)
-    v_desc = input_boxes(of_v, B, T, H, V, BV)
+def _load_partition(k, v, args):
+    GROUPS: constexpr = args.V // BV
+    segment = args.segment
+    k_desc = k.descriptor(segment, args.K, args.K)
+    v_desc = v.descriptor(segment, args.V, BV)
     NUM_BYTES: constexpr = k_desc.block_type.nbytes + GROUPS * v_desc.block_type.nbytes
-    for i in range(num_chunks):
-        t, _ = tokens(begin, hi, i, T, REVERSE)
-        s, b_ready = empty_stage(ready, empty, i, NUM_BYTES, STAGES)
-        load_box(k_desc, [i_b, t, i_h, 0], b_ready, k_s.index(s))
-        load_columns(v_desc, i_b, t, i_h, b_ready, v_s, s, GROUPS)
+    for i in range(args.num_chunks):
+        t, _ = segment.chunk(args.first, args.last, i)
+        s, bar = args.pipeline.acquire(i, NUM_BYTES)
+        tma_load(k_desc, [segment.i_b, t, segment.i_h, 0], bar, args.k_s.index(s))
+        load_columns(v_desc, segment.i_b, t, segment.i_h, bar, args.v_s, s, GROUPS)
 
 
 @jit
-def _sum(
-    inputs,
-    part,
-    states,
-    g: constexpr,
-    K: constexpr,
-    V: constexpr,
-    REVERSE: constexpr,
-    PACKED: constexpr,
-    STAGES: constexpr,
-):
-    """A warpgroup's columns."""
-    _, _, num_chunks, num_others = part
-    interval_states, i_state, i_head, H, rate = states
-    o_k = gl.arange(0, K, layout=gl.SliceLayout(1, ACC))
-    o_v = g * BV + gl.arange(0, BV, layout=gl.SliceLayout(0, ACC))
-    b_write, whole = write_decay(rate, C, REVERSE)
-    b_S = gl.zeros([K, BV], gl.float32, layout=ACC)
-    b_S = add_chunks(b_S, inputs, b_write, whole, 0, num_chunks, num_others, g, V // BV, K, REVERSE, PACKED, STAGES)
-    gl.store(state_pointers(interval_states, i_state, i_head, o_k, o_v, H, K, V, False), b_S)
+def _mma_partition(args, g: constexpr):
+    """Compute the columns of warpgroup g."""
+    block = state_block(args.i_h, args.H, g, args.K, args.V, False)
+    kv = KeyValues(args.k_s, args.v_s, args.pipeline, g, args.segment.cu_seqlens is not None, args.segment.REVERSE)
+    writes = write_decays(args.log_decay, C, args.segment.REVERSE)
+    b_S = gl.zeros([args.K, BV], gl.float32, layout=ACC)
+    b_S = kv.add_chunks(b_S, 0, args.num_chunks, args.num_foreign, writes)
+    gl.store(block.pointers(args.interval_states, args.i_state), b_S)
