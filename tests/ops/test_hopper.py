@@ -1,6 +1,5 @@
 """Hopper kernels on a Hopper GPU, or emulated: results, and no deadlock of partitions."""
 
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings

@@ -108,8 +108,8 @@ class Scans(ABC):
         return self.segments.num_intervals > self.max_summed
 
     @property
-    def summed_tokens(self) -> int:
-        """Tokens before a segment whose interval states its program sums."""
+    def max_reach(self) -> int:
+        """Tokens before a segment whose interval states its program sums, at most."""
         return self.segments.interval if self.is_accumulated else self.T
 
     def scale_of(self, *, reverse: bool) -> float:

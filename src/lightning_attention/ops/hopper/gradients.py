@@ -9,7 +9,7 @@ For heads of 128 one warpgroup computes dv, the other dk; for heads of 64 a sing
 
 from triton.language import constexpr
 
-from ..triton.parts import decay_over, load_rate
+from ..gpu.primitives import decay_over, load_log_decay
 from .gradient_chunks import Copies, chunk_64, chunk_128
 from .parts import (
     ACC,
@@ -152,7 +152,7 @@ def _load_partition(q, k, v, do, args):
     v_desc = v.descriptor(segment, args.D, BV)
     do_desc = do.descriptor(segment, args.D, BV)
     STATE_BYTES: constexpr = q_desc.block_type.nbytes + GROUPS * do_desc.block_type.nbytes
-    log_decay = load_rate(args.log_decay, i_h)
+    log_decay = load_log_decay(args.log_decay, i_h)
     c = 0
     for n in range(segment.n_first, segment.n_last):
         sequence = segment.sequence(n)
@@ -179,7 +179,7 @@ def _mma_partition(args, g: constexpr):
     """Compute the gradients of warpgroup g."""
     states, segment = args.states, args.segment
     i_h = segment.i_h.to(gl.int64)
-    log_decay = load_rate(args.log_decay, i_h)
+    log_decay = load_log_decay(args.log_decay, i_h)
     reads = read_decays(log_decay, args.scale, True)
     block = state_block(i_h, segment.H, g, args.D, args.D, False)
     kv = KeyValues(args.q_s, args.do_s, args.pipeline, g, segment.cu_seqlens is not None, True)

@@ -11,8 +11,7 @@ stored by token: TMA would overwrite the next sequence, and stores no block that
 
 from triton.language import constexpr
 
-from ..gpu.primitives import decay_over
-from ..gpu.primitives import load_log_decay as load_rate
+from ..gpu.primitives import decay_over, load_log_decay
 from .parts import (
     ACC,
     BARRIER,
@@ -161,7 +160,7 @@ def _load_partition(q, k, v, args):
     v_desc = v.descriptor(segment, args.V, BV)
     STATE_BYTES: constexpr = k_desc.block_type.nbytes + GROUPS * v_desc.block_type.nbytes
     NUM_BYTES: constexpr = q_desc.block_type.nbytes + STATE_BYTES
-    log_decay = load_rate(args.log_decay, i_h)
+    log_decay = load_log_decay(args.log_decay, i_h)
     c = 0
     for n in range(segment.n_first, segment.n_last):
         sequence = segment.sequence(n)
@@ -188,7 +187,7 @@ def _mma_partition(args, g: constexpr):
     states, segment = args.states, args.segment
     REVERSE: constexpr = segment.REVERSE
     i_h = segment.i_h.to(gl.int64)
-    log_decay = load_rate(args.log_decay, i_h)
+    log_decay = load_log_decay(args.log_decay, i_h)
     reads = read_decays(log_decay, args.scale, REVERSE)
     state_scale = 1.0 / args.scale if REVERSE else 1.0
     block = state_block(i_h, segment.H, g, args.K, args.V, args.TRANSPOSED_STATES)

@@ -12,10 +12,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.language import constexpr
 from triton.language.extra import cuda
 
-from ..gpu.primitives import decay_over, sequences_in
-from ..gpu.primitives import load_log_decay as load_rate
-from ..gpu.primitives import memory_length as reach_of
-from ..gpu.primitives import sequence_bounds as sequence_of
+from ..gpu.primitives import decay_over, load_log_decay, memory_length, sequence_bounds, sequences_in
 from . import config
 
 # Any: a type checker cannot follow what a compiler does with them.
@@ -99,13 +96,13 @@ class Segment:
 
     @jit
     def sequence(self, n):
-        start, end, i_n = sequence_of(self.cu_seqlens, n, self.N, self.T, self.REVERSE)
+        start, end, i_n = sequence_bounds(self.cu_seqlens, n, self.N, self.T, self.REVERSE)
         return Sequence(start, end, i_n, gl.maximum(start, self.first), gl.minimum(end, self.last))
 
     @jit
     def prefix(self, sequence, log_decay):
         """Position of the first chunk that the state before the segment is made of."""
-        start = gl.maximum(sequence.start, self.first - reach_of(log_decay, self.T, False))
+        start = gl.maximum(sequence.start, self.first - memory_length(log_decay, self.T, False))
         return sequence.lo - count_chunks(start, self.first) * C
 
     @jit
@@ -127,7 +124,7 @@ def program_segment(log_decay, cu_seqlens, B, N, T, H, segment_length, REVERSE: 
     i = i // H
     i_s, i_b = i % num_segments, i // num_segments
     if PREFIX:
-        remembered = reach_of(load_rate(log_decay, i_h), T, False).to(gl.float32) * STATE_ALONE
+        remembered = memory_length(load_log_decay(log_decay, i_h), T, False).to(gl.float32) * STATE_ALONE
         segment_length = gl.minimum(segment_length, gl.cdiv(T + remembered.to(gl.int32), 2 * C) * C)
     first = i_s * segment_length
     last = gl.minimum(first + segment_length, T)
@@ -296,7 +293,7 @@ class States:
 def add_interval_states(b_S, states, block, segment, sequence, log_decay):
     """Add the states that earlier segments leave of a sequence."""
     length = states.segment_length
-    reach = gl.minimum(reach_of(log_decay, segment.T, False), states.max_reach)
+    reach = gl.minimum(memory_length(log_decay, segment.T, False), states.max_reach)
     for j in range(gl.maximum(sequence.start, segment.first - reach) // length, segment.first // length):
         p_S = block.pointers(states.interval, segment.i_b * states.num_intervals + j)
         b_S = b_S * decay_over(log_decay, length) + gl.load(p_S)

@@ -2,8 +2,7 @@
 
 from triton.language import constexpr
 
-from ..gpu.primitives import interval_bounds
-from ..gpu.primitives import load_log_decay as load_rate
+from ..gpu.primitives import interval_bounds, load_log_decay
 from .parts import (
     ACC,
     BARRIER,
@@ -94,7 +93,7 @@ def interval_state_kernel(
     pipeline = Pipeline(ready, empty)
     pipeline.init(GROUPS)
 
-    head_decay = load_rate(log_decay, i_h)
+    head_decay = load_log_decay(log_decay, i_h)
     lo, hi, factor = interval_bounds(i_s, head_decay, cu_seqlens, N, T, segment_length, segment_length, REVERSE, False)
     gl.store(factors + i.to(gl.int64) * H + i_h, factor)
     num_chunks = count_chunks(lo, hi)

@@ -31,7 +31,7 @@ from .parts import (
 )
 
 
-@jit(do_not_specialize=["scale", "T", "H", "N", "M", "segment_length", "interval", "summed"])
+@jit(do_not_specialize=["scale", "T", "H", "N", "M", "segment_length", "interval", "max_reach"])
 def scan_kernel(
     q,
     k,
@@ -51,7 +51,7 @@ def scan_kernel(
     M,
     segment_length,
     interval,
-    summed,
+    max_reach,
     stride_qb,
     stride_qt,
     stride_qh,
@@ -73,9 +73,9 @@ def scan_kernel(
 ):
     """`o = scale (λ^(i+1) q S + ((q kᵀ) ⊙ λ^(i-j)) v)` for one segment of one head, and BV columns.
 
-    The scan starts from the sum of the interval states among the last `summed` tokens. In reverse, time runs backwards
-    and the state decays after it is read, not before. A segment may hold any number of packed sequences, and parts of
-    them. Forwards, the states after `state_positions` tokens are stored too.
+    The scan starts from the sum of the interval states among the last `max_reach` tokens. In reverse, time runs
+    backwards and the state decays after it is read, not before. A segment may hold any number of packed sequences, and
+    parts of them. Forwards, the states after `state_positions` tokens are stored too.
     """
     num_segments = tl.maximum(1, tl.cdiv(T, segment_length))
     i_v, i_h, i_s, i_b = program_ids(H, num_segments, V, BV)
@@ -111,7 +111,7 @@ def scan_kernel(
         b_S = tl.zeros([BV, BK], tl.float32)
         if interval_states is not None:
             num_intervals = (num_segments - 1) * (segment_length // interval)
-            remembered = tl.minimum(memory_length(log_decay_h, T, dtype == tl.float32), summed)
+            remembered = tl.minimum(memory_length(log_decay_h, T, dtype == tl.float32), max_reach)
             for i in range(tl.maximum(start, first - remembered) // interval, first // interval):
                 p_S = interval_states + ((i_b * num_intervals + i) * H + i_h) * (K * V)
                 b_S = b_S * decay_over(log_decay_h, interval) + load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES)

@@ -127,7 +127,7 @@ class Scans(scans.Scans):
             M=0 if state_positions is None else state_positions.shape[0],
             segment_length=self.segments.length,
             interval=self.segments.interval,
-            summed=self.summed_tokens,
+            max_reach=self.max_reach,
             **strides(q=q, k=k, v=v),
             **_constants(tiles, K, V),
             REVERSE=reverse,
