@@ -137,7 +137,7 @@ def test_the_first_launch_of_a_call_waits_for_the_previous_kernel(kernels_run, m
     cut(monkeypatch, 3, is_accumulated=is_accumulated)
     run, overlaps = Plan.run, []
 
-    def checked(plan: Plan, inputs: tuple) -> tuple:
+    def checked(plan: Plan, inputs: tuple) -> list:
         overlaps.append([launch.options.get("launch_pdl", False) for launch in plan.launches])
         return run(plan, inputs)
 

@@ -8,7 +8,10 @@ from ops.machine_code import hash_of, hopper_variants, loops, machine_code, reco
 
 from lightning_attention.ops.hopper import config, gradients, kernels, states  # noqa: E402
 
-pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter does not compile")
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter does not compile"),
+]
 
 # Bytes of a multiprocessor; a program takes 1024 besides its own.
 SHARED_MEMORY = 233_472
