@@ -96,6 +96,10 @@ class Inputs:
         )
 
     @property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q, self.k, self.v
+
+    @property
     def state(self) -> Tensor:
         """The initial state of a case that has one."""
         assert self.initial_state is not None

@@ -1,6 +1,8 @@
 """Arguments of another kind than documented: one error that names the argument."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy
 import pytest
@@ -18,10 +20,10 @@ from lightning_attention import (
 
 x, log_decay, state = torch.randn(1, 6, 2, 4), torch.tensor([-0.5, -1.0]), torch.zeros(1, 2, 4, 4)
 indices = torch.zeros(1, dtype=torch.int64)
-QKV = {"q": x, "k": x, "v": x, "log_decay": log_decay}
+QKV: dict[str, Any] = {"q": x, "k": x, "v": x, "log_decay": log_decay}
 SEQUENCES = {"initial_state": state, "cu_seqlens": torch.tensor([0, 6])}
 DRAFTS = {"state": state, "state_indices": indices, "parents": torch.full((1, 6), -1)}
-CALLS = {
+CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "attention": (lightning_attention, QKV | SEQUENCES),
     "prefill": (lightning_attention_prefill, QKV | SEQUENCES | {"state_positions": torch.tensor([2, 6])}),
     "step": (lightning_attention_step, QKV | {"state": state, "state_indices": indices}),
@@ -59,11 +61,15 @@ def test_not_a_dense_tensor(call, name):
 
 
 @pytest.mark.parametrize("name", "qkv")
+@pytest.mark.parametrize(
+    "convert",
+    [lambda x: x.to(torch.complex64), lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)],
+    ids=["complex", "quantized"],
+)
 @pytest.mark.filterwarnings("ignore")
-def test_complex_and_quantized_tensors(name):
-    for value in (x.to(torch.complex64), torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)):
-        with pytest.raises(TypeError, match=f"^{name} must (be one of|have the dtype of q)"):
-            lightning_attention(**QKV | {name: value})
+def test_complex_and_quantized_tensors_are_refused(name, convert):
+    with pytest.raises(TypeError, match=f"^{name} must (be one of|have the dtype of q)"):
+        lightning_attention(**QKV | {name: convert(x)})
 
 
 SCALED = [call for call in CALLS if call != "commit"]

@@ -250,11 +250,12 @@ def test_any_strides(backend, lengths):
     k = torch.randn(B, T, 3 * H * D, **new)[..., D : D + H * D].unflatten(-1, (H, D))
     v = torch.randn(B, T, 1, 2 * D, **new)[..., ::2].expand(-1, -1, H, -1)
     log_decay = -torch.rand(2 * H, device=new["device"])[::2]
-    leaves, copies = (q, k, v), [x.double().contiguous() for x in (q, k, v)]
+    leaves = q, k, v
+    copies = q_copy, k_copy, v_copy = q.double().contiguous(), k.double().contiguous(), v.double().contiguous()
     for x in (*leaves, *copies):
         x.requires_grad_()
     o, _ = lightning_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens, backend=backend)
-    expected, _ = attention("reference")(*copies, log_decay, cu_seqlens=cu_seqlens)
+    expected, _ = attention("reference")(q_copy, k_copy, v_copy, log_decay, cu_seqlens=cu_seqlens)
     rounding = 8 * torch.finfo(new["dtype"]).eps
     assert error(o, expected) < rounding
     for actual, exact in zip(

@@ -29,8 +29,8 @@ def attend(inputs, backend):
 
 def step(tokens, indices, backend):
     state = drafts.state.clone()
-    qkv = (x[:, 0] if tokens == 1 else x for x in (drafts.q, drafts.k, drafts.v))
-    o = lightning_attention_step(*qkv, drafts.log_decay, state=state, state_indices=indices, backend=backend)
+    q, k, v = (x[:, 0] if tokens == 1 else x for x in drafts.qkv)
+    o = lightning_attention_step(q, k, v, drafts.log_decay, state=state, state_indices=indices, backend=backend)
     return o, state
 
 

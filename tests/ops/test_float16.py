@@ -134,8 +134,8 @@ def test_prefill(backend, device, case, make):
         state = wide.initial_state
         if state is not None and case.lengths:
             state = state[n : n + 1]
-        beginning = (y[:, start:position] for y in (wide.q, wide.k, wide.v))
-        _, expected = definition(*beginning, wide.log_decay, initial_state=state, cu_seqlens=None, scale=case.scale)
+        q, k, v = (y[:, start:position] for y in wide.qkv)
+        _, expected = definition(q, k, v, wide.log_decay, initial_state=state, cu_seqlens=None, scale=case.scale)
         assert_close(found.states[:, i], expected)
 
 
@@ -198,7 +198,8 @@ def test_verify_and_commit(backend, device, case, make, state_dtype, parents):
 @pytest.mark.parametrize("name", ["large scores", "small scores", "large state", "one huge token"])
 def test_a_long_chain_of_drafts(backend, device, name, state_dtype):
     """The Triton backend verifies more than 64 drafts by a scan."""
-    inputs = decoding(*TABLE[name], state_dtype, length=70)
+    case, make = TABLE[name]
+    inputs = decoding(case, make, state_dtype, length=70)
     x, wide = inputs.on(device), inputs.to(FP64)
     o, expected = (
         lightning_attention_verify(y.q, y.k, y.v, y.log_decay, state=y.state, scale=y.scale, backend=backend)

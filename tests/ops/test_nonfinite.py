@@ -136,11 +136,11 @@ def test_gradients_stay_in_their_sequence_and_head(backend, name, case, value):
 def test_the_portable_kernels_reach_what_the_page_says(dtype, name, value):
     t, length, device = 100, 150, device_of("triton")
     chunk = config.scan_tiles(64, 64, dtype, product_precision(dtype)).C
-    given = {x: torch.randn(2, length, 2, 64, dtype=dtype, device=device) for x in "qkv"}
+    q, k, v = (torch.randn(2, length, 2, 64, dtype=dtype, device=device) for _ in range(3))
     log_decay = -torch.tensor([0.5, 0.1], device=device)
-    clean = lightning_attention(**given, log_decay=log_decay, backend="triton").output
-    given[name][0, t, 1, 5] = value
-    o = lightning_attention(**given, log_decay=log_decay, backend="triton").output
+    clean = lightning_attention(q, k, v, log_decay, backend="triton").output
+    {"q": q, "k": k, "v": v}[name][0, t, 1, 5] = value
+    o = lightning_attention(q, k, v, log_decay, backend="triton").output
     reached = torch.zeros_like(o, dtype=torch.bool)
     first, last = (t, t + 1) if name == "q" else (t // chunk * chunk, length)
     reached[0, first:last, 1, slice(5, 6) if name == "v" else slice(None)] = True

@@ -151,14 +151,14 @@ def test_a_step_again_has_the_same_bits(backend, indices, T, layout):
         found = []
         for seed in range(3):
             x = make_inputs(Case(T=T or 1, K=64, V=64), DTYPES[backend], seed).on(device)
-            qkv = [x.q, x.k, x.v] if T else [y[:, 0].contiguous() for y in (x.q, x.k, x.v)]
+            q, k, v = (y if T else y[:, 0].contiguous() for y in x.qkv)
             state = layout(x.state)
             if with_new_plans:
                 plan.clear()
             o = lightning_attention_step(
-                *qkv, x.log_decay, state=state, state_indices=indices, scale=0.5, backend=backend
+                q, k, v, x.log_decay, state=state, state_indices=indices, scale=0.5, backend=backend
             )
-            assert (o.shape, o.dtype) == (qkv[2].shape, qkv[2].dtype)
+            assert (o.shape, o.dtype) == (v.shape, v.dtype)
             found += [o, state]
         return found
 
@@ -191,16 +191,19 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 def test_unusual_inputs_have_plans_of_their_own(backend, change):
     """After a usual call of the same shapes, and twice in a row."""
-    forward = BACKENDS[backend].forward
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor) -> list[Any]:
+        return [*BACKENDS[backend].forward(q, k, v, log_decay, initial_state, None, 0.5, True)]
+
     arguments = arguments_of(backend, Case(T=3, K=64, V=64))["forward"][:5]
-    usual = forward(*arguments, None, 0.5, True)
+    usual = forward(*arguments)
     changed = change(*arguments)
-    first, second = (forward(*changed, None, 0.5, True) for _ in range(2))
-    expected = forward(*[x.clone(memory_format=torch.contiguous_format) for x in changed], None, 0.5, True)
+    first, second = (forward(*changed) for _ in range(2))
+    expected = forward(*[x.clone(memory_format=torch.contiguous_format) for x in changed])
     for x, y, z in zip(first, second, expected, strict=True):
         assert torch.equal(x, z)
         assert torch.equal(y, z)
-    for x, y in zip(usual, forward(*arguments, None, 0.5, True), strict=True):
+    for x, y in zip(usual, forward(*arguments), strict=True):
         assert torch.equal(x, y)
 
 
@@ -247,6 +250,7 @@ def test_memory_for_descriptors_is_there_for_one_call():
 
     triton.set_allocator(allocate)
     memory = plan.with_scratch(torch.device("cpu")).run(lambda size: _allocator.get()(size, 128, None), 1000)
+    assert isinstance(memory, Tensor)
     assert (memory.numel(), memory.dtype) == (1000, torch.int8)
     assert _allocator.get() is allocate
 
@@ -257,10 +261,10 @@ def test_a_profiled_call_is_the_same(backend):
 
     def call(seed: int) -> list[Tensor]:
         x = make_inputs(Case(B=1, T=200, H=2, K=64, V=64), torch.bfloat16, seed).on("cuda")
-        qkv = [y.requires_grad_() for y in (x.q, x.k, x.v)]
-        o, state = lightning_attention(*qkv, x.log_decay, output_final_state=True, backend=backend)
+        q, k, v = (y.requires_grad_() for y in x.qkv)
+        o, state = lightning_attention(q, k, v, x.log_decay, output_final_state=True, backend=backend)
         assert state is not None
-        return [o, state, *torch.autograd.grad([o, state], qkv, [x.do, x.d_final_state])]
+        return [o, state, *torch.autograd.grad([o, state], [q, k, v], [x.do, x.d_final_state])]
 
     for seed in range(3):
         with torch.profiler.profile() as profile:

@@ -43,8 +43,8 @@ def test_states_are_those_of_the_beginnings(backend, case, positions):
         initial = exact.initial_state
         if initial is not None and case.lengths is not None:
             initial = initial[n : n + 1]
-        beginning = (x[:, start:position] for x in (exact.q, exact.k, exact.v))
-        _, expected = attention("chunked")(*beginning, exact.log_decay, initial_state=initial, scale=case.scale)
+        q, k, v = (x[:, start:position] for x in exact.qkv)
+        _, expected = attention("chunked")(q, k, v, exact.log_decay, initial_state=initial, scale=case.scale)
         assert error(states[:, i], expected) < rounding
 
 
@@ -57,8 +57,7 @@ def test_going_on_from_a_state_is_the_whole(positions, seed):
         q, k, v, inputs.log_decay, state_positions=positions, initial_state=inputs.state
     )
     for position, state in zip(positions, states.unbind(1), strict=True):
-        rest = (x[:, position:] for x in (q, k, v))
-        o, after = attention()(*rest, inputs.log_decay, initial_state=state)
+        o, after = attention()(q[:, position:], k[:, position:], v[:, position:], inputs.log_decay, initial_state=state)
         assert error(o, whole[:, position:]) < 1e-13
         assert error(after, final_state) < 1e-13
 

@@ -1,6 +1,7 @@
 """Under torch.func and forward mode: values of plain autograd, or an error that says what is missing."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ LOG_DECAY = -torch.tensor([0.1, 0.5, 2.0])
 forward_mode = pytest.mark.filterwarnings("ignore:.torch.jit.script")
 SHAPES = ((B, T, H, D), (B, T, H, D), (B, T, H, D), (B, H, D, D))
 ALL = (0, 1, 2, 3)
+Result = TypeVar("Result")
 
 
 def inputs(*mapped: int) -> tuple[Tensor, ...]:
@@ -39,7 +41,7 @@ def gradients(*given: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss(*leaves), leaves)
 
 
-def each(function: Callable, given: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+def each(function: Callable[..., Result], given: tuple[Tensor, ...]) -> list[Result]:
     return [function(*one) for one in zip(*(x.unbind() for x in given), strict=True)]
 
 
@@ -47,7 +49,7 @@ def test_grad_and_vjp_are_autograd():
     given = inputs()
     expected = gradients(*given)
     torch.testing.assert_close(torch.func.grad(loss, argnums=ALL)(*given), expected)
-    value, pull = torch.func.vjp(loss, *given)
+    value, pull, *_ = torch.func.vjp(loss, *given)
     torch.testing.assert_close(value, loss(*given))
     torch.testing.assert_close(pull(torch.ones_like(value)), expected)
     with torch.no_grad():
@@ -114,10 +116,13 @@ def test_a_whole_graph_is_refused(mapped):
 def test_gradients_through_vmap():
     given = inputs(M)
     expected = tuple(torch.stack(x) for x in zip(*each(gradients, given), strict=True))
-    total = torch.func.grad(lambda *given: torch.vmap(loss)(*given).sum(), argnums=ALL)
-    torch.testing.assert_close(total(*given), expected)
+
+    def total(q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor) -> Tensor:
+        return torch.vmap(loss)(q, k, v, initial_state).sum()
+
+    torch.testing.assert_close(torch.func.grad(total, argnums=ALL)(*given), expected)
     leaves = [x.clone().requires_grad_() for x in given]
-    torch.testing.assert_close(torch.autograd.grad(torch.vmap(loss)(*leaves).sum(), leaves), expected)
+    torch.testing.assert_close(torch.autograd.grad(total(*leaves), leaves), expected)
 
 
 def test_vmap_over_sequence_bounds_is_refused():
@@ -244,7 +249,7 @@ def test_nested_forward_mode_is_refused(transform):
 def test_a_tangent_elsewhere_is_none_of_ours():
     q, k, v, state = inputs()
     o = attend(q, k, v, state)
-    value, tangent = torch.func.jvp(lambda x: attend(q, k, v, state) * x, (q,), (v,))
+    value, tangent, *_ = torch.func.jvp(lambda x: attend(q, k, v, state) * x, (q,), (v,))
     torch.testing.assert_close(value, o * q)
     torch.testing.assert_close(tangent, o * v)
 

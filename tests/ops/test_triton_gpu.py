@@ -133,14 +133,18 @@ def test_tf32(set_tf32):
         assert error(after[name], exact[name]) < 1e-6, name
 
 
-def large(B: int, T: int, H: int, D: int) -> list[torch.Tensor]:
-    return [torch.randn(B, T, H, D, device="cuda", dtype=BF16) for _ in range(4)]
+def large(
+    B: int, T: int, H: int, D: int, dtype: torch.dtype = BF16
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v and do."""
+    q, k, v, do = (torch.randn(B, T, H, D, device="cuda", dtype=BF16).to(dtype) for _ in range(4))
+    return q, k, v, do
 
 
 def differentiated(backend, q, k, v, do, log_decay, **options) -> list[torch.Tensor]:
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    o, _ = lightning_attention(*leaves, log_decay, backend=backend, **options)
-    return [o.detach(), *torch.autograd.grad(o, leaves, do)]
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    o, _ = lightning_attention(q, k, v, log_decay, backend=backend, **options)
+    return [o.detach(), *torch.autograd.grad(o, [q, k, v], do)]
 
 
 @on_backends
@@ -148,11 +152,11 @@ def test_more_than_two_to_the_31_elements(backend):
     """Heads of slope 1 forget within 200 tokens: the last ones, and the first in reverse, are those of a short call."""
     T, H, D, n = 1_100_000, 16, 128, 4096
     assert T * H * D > 1 << 31
-    inputs = large(1, T, H, D)
+    q, k, v, do = large(1, T, H, D)
     log_decay = torch.full((H,), -1.0, device="cuda")
-    whole = differentiated(backend, *inputs, log_decay)
+    whole = differentiated(backend, q, k, v, do, log_decay)
     for piece, good in ((slice(T - n, T), slice(300, n)), (slice(0, n), slice(0, n - 300))):
-        part = differentiated(backend, *(x[:, piece] for x in inputs), log_decay)
+        part = differentiated(backend, q[:, piece], k[:, piece], v[:, piece], do[:, piece], log_decay)
         for x, y in zip(whole, part, strict=True):
             assert error(x[:, piece][:, good], y[:, good].double()) < 4e-3
 
@@ -282,13 +286,13 @@ def test_cuda_graph_of_inference():
     integers = {"device": "cuda", "dtype": torch.int32}
     positions, cu_seqlens = torch.tensor([64, 4000, 9000], **integers), torch.tensor([0, 3000, 9000], **integers)
     parents, last = torch.tensor([[-1, 0, 0, 2], [-1, -1, 1, 1]], **integers), torch.tensor([3, 0], **integers)
-    drafts = [x[0, :8].unflatten(0, (2, 4)) for x in (q, k, v)]
+    draft_q, draft_k, draft_v = (x[0, :8].unflatten(0, (2, 4)) for x in (q, k, v))
 
     def infer() -> list[torch.Tensor]:
         outputs = lightning_attention_prefill(q, k, v, log_decay, state_positions=positions, cu_seqlens=cu_seqlens)
         state = outputs.final_state.clone()
-        o = lightning_attention_verify(*drafts, log_decay, state=state, parents=parents)
-        lightning_attention_commit(*drafts[1:], log_decay, state=state, last=last, parents=parents)
+        o = lightning_attention_verify(draft_q, draft_k, draft_v, log_decay, state=state, parents=parents)
+        lightning_attention_commit(draft_k, draft_v, log_decay, state=state, last=last, parents=parents)
         return [*outputs, o, state]
 
     expected = infer()
@@ -355,12 +359,12 @@ def first_backend(problem: Problem) -> str:
 @pytest.mark.parametrize(("T", "H", "D"), [(100, 2, 64), (1024, 64, 128), (4096, 64, 128), (4096, 64, 32)])
 def test_the_default_on_a_gpu(T, H, D, dtype):
     """The bits of the first backend that can and is not slow, forward and backward each by itself."""
-    inputs = [x.to(dtype) for x in large(1, T, H, D)]
-    problem = Problem.of_attention(*inputs[:3], None, None, None)
+    q, k, v, do = large(1, T, H, D, dtype)
+    problem = Problem.of_attention(q, k, v, None, None, None)
     forward, backward = (first_backend(problem._replace(is_backward=is_backward)) for is_backward in (False, True))
-    o, *gradients = differentiated("auto", *inputs, None)
-    assert torch.equal(o, differentiated(forward, *inputs, None)[0])
-    for x, y in zip(gradients, differentiated(backward, *inputs, None)[1:], strict=True):
+    o, *gradients = differentiated("auto", q, k, v, do, None)
+    assert torch.equal(o, differentiated(forward, q, k, v, do, None)[0])
+    for x, y in zip(gradients, differentiated(backward, q, k, v, do, None)[1:], strict=True):
         assert torch.equal(x, y)
     if dtype != BF16:
         assert forward == backward == "triton"
@@ -408,9 +412,9 @@ def test_steps_that_look_alike(arguments_of):
 
     def steps():
         arguments = arguments_of(inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.state.clone())
-        *qkv, log_decay, state, indices = arguments
-        outputs = [lightning_attention_step(*qkv, log_decay, state=state, state_indices=indices) for _ in range(3)]
-        assert outputs[0].shape == qkv[2].shape
+        q, k, v, log_decay, state, indices = arguments
+        outputs = [lightning_attention_step(q, k, v, log_decay, state=state, state_indices=indices) for _ in range(3)]
+        assert outputs[0].shape == v.shape
         return torch.stack(outputs), state
 
     with torch.autograd.profiler.profile():
