@@ -166,6 +166,13 @@ def test_a_step_again_has_the_same_bits(backend, indices, T, layout):
         assert torch.equal(found, expected)
 
 
+def test_inputs_of_a_known_plan_are_checked(backend):
+    x = make_inputs(Case(T=1, K=64, V=64), DTYPES[backend]).on(device_of("triton"))
+    lightning_attention_step(*x.qkv, x.log_decay, state=x.state, backend=backend)
+    with pytest.raises(ValueError, match="state must be"):
+        lightning_attention_step(*x.qkv, x.log_decay, state=x.state[:1], backend=backend)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU kernels are not counted")
 @pytest.mark.parametrize("is_aligned", [True, False], ids=["aligned", "not aligned"])
 def test_compiled_code_is_launched_for_aligned_addresses_alone(backend, is_aligned):

@@ -101,18 +101,6 @@ def count_launches(monkeypatch) -> list[int]:
     return launches
 
 
-def test_a_list_is_as_good_as_a_tensor():
-    inputs = make_inputs(Case(T=20))
-    arguments = inputs.q, inputs.k, inputs.v, inputs.log_decay
-    found = [
-        lightning_attention_prefill(*arguments, state_positions=positions)
-        for positions in ([3, 20], (3, 20), torch.tensor([3, 20]))
-    ]
-    for outputs in found[1:]:
-        for x, y in zip(outputs, found[0], strict=True):
-            assert torch.equal(x, y)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled():
     inputs = make_inputs(Case(T=20), torch.float32)

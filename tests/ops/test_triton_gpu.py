@@ -386,46 +386,6 @@ def test_decoding_far_into_a_pool():
     assert o[1].abs().max() == 0
 
 
-STEPS = {
-    "one token": lambda q, k, v, log_decay, state: (q[:, 0], k[:, 0], v[:, 0], log_decay, state, None),
-    "three tokens": lambda q, k, v, log_decay, state: (q, k, v, log_decay, state, None),
-    "no decay": lambda q, k, v, log_decay, state: (q, k, v, None, state, None),
-    "slots": lambda q, k, v, log_decay, state: (q, k, v, log_decay, state, torch.tensor([1, -1], device=q.device)),
-    "in bfloat16": lambda q, k, v, log_decay, state: (q, k, v, log_decay, state.bfloat16(), None),
-    "strided": lambda q, k, v, log_decay, state: (q, k, v, log_decay, strided(state), None),
-    "not aligned": lambda q, k, v, log_decay, state: (q, shifted(k), v, log_decay, state, None),
-}
-
-
-def strided(x):
-    return torch.cat([x, x], dim=1)[:, : x.shape[1]]
-
-
-def shifted(x):
-    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
-
-
-@pytest.mark.parametrize("arguments_of", STEPS.values(), ids=STEPS.keys())
-def test_steps_that_look_alike(arguments_of):
-    """From the second one on they take the short way; under a profiler they take the long one."""
-    inputs = make_inputs(Case(T=3, K=64, V=64), torch.bfloat16).on("cuda")
-
-    def steps():
-        arguments = arguments_of(inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.state.clone())
-        q, k, v, log_decay, state, indices = arguments
-        outputs = [lightning_attention_step(q, k, v, log_decay, state=state, state_indices=indices) for _ in range(3)]
-        assert outputs[0].shape == v.shape
-        return torch.stack(outputs), state
-
-    with torch.autograd.profiler.profile():
-        expected = steps()
-    for value, exact in zip(steps(), expected, strict=True):
-        assert torch.equal(value, exact)
-    q = inputs.q
-    with pytest.raises(ValueError, match="state must be"):
-        lightning_attention_step(q, q, q, inputs.log_decay, state=inputs.state[:1])
-
-
 @on_backends
 def test_strided_inputs_are_not_copied(backend):
     """Slices of one projection, and head-first tensors."""
