@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-# Each process of pytest-xdist sees one GPU. This goes before any question that starts CUDA, as `oracle` asks.
+# Each process of pytest-xdist sees one GPU. This has to come before CUDA is initialized, which `oracle` does.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and (count := torch.cuda.device_count()) > 1:
     names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     os.environ["CUDA_VISIBLE_DEVICES"] = names.split(",")[int(worker.removeprefix("gw")) % count]
@@ -29,13 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """Keep bytes out of test names: a compressor writes the time, and the workers of pytest-xdist must agree."""
+    """Keep bytes out of test names: compressed bytes hold the time, and workers of pytest-xdist must agree on names."""
     return argname if isinstance(val, bytes) else None
 
 
 def pytest_runtest_setup() -> None:
-    torch.manual_seed(0)  # the same numbers for a test alone and among others
+    torch.manual_seed(0)  # a test draws the same numbers alone and among others
     if HAS_TRITON:
         from lightning_attention.ops.gpu import plan
 
-        plan.clear()  # some tests cut sequences otherwise, which no metadata tells
+        plan.clear()  # tests patch how sequences are cut, which is not part of a plan's key

@@ -1,4 +1,4 @@
-"""Inputs, the float64 oracle, and the one tolerance rule of the suite."""
+"""Inputs, the exact result in float64, and the tolerance rule of the suite."""
 
 import os
 from dataclasses import dataclass, replace
@@ -24,12 +24,12 @@ def device_of(backend: str) -> str:
 
 
 def dtype_of(backend: str) -> torch.dtype:
-    """The widest it has."""
+    """The most precise dtype of a backend."""
     return torch.float32 if backend == "triton" else torch.float64
 
 
 def attention(backend: str = "auto"):
-    """`lightning_attention`, with its final state always there."""
+    """Return `lightning_attention` with `output_final_state=True`."""
 
     def call(q, k, v, log_decay, **options) -> tuple[Tensor, Tensor]:
         o, state = lightning_attention(q, k, v, log_decay, output_final_state=True, backend=backend, **options)
@@ -41,7 +41,7 @@ def attention(backend: str = "auto"):
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one call. `lengths` packs sequences into one row."""
+    """Sizes of one call. `lengths` packs sequences into one batch row."""
 
     B: int = 2
     T: int = 37
@@ -49,7 +49,7 @@ class Case:
     K: int = 16
     V: int = 16
     lengths: tuple[int, ...] | None = None
-    slope: float | None = 1.0  # the steepest head's; None is no decay
+    slope: float | None = 1.0  # of the head that decays fastest; None is no decay
     scale: float = 1.0
     state: bool = True
 
@@ -72,7 +72,7 @@ class Inputs:
     d_final_state: Tensor
 
     def amid_nan(self, margin: int = 2) -> "Inputs":
-        """Every tensor inside a larger one full of NaN."""
+        """Place every tensor inside a larger one full of NaN."""
 
         def surrounded(x: Tensor) -> Tensor:
             larger = x.new_full([size + 2 * margin for size in x.shape], float("nan"))
@@ -134,7 +134,7 @@ def make_inputs(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -
 
 
 def run(attention, inputs: Inputs) -> dict[str, Tensor]:
-    """Outputs and gradients of `attention(q, k, v, log_decay, initial_state=, cu_seqlens=, scale=) -> o, state`."""
+    """Return outputs and gradients of `attention(q, k, v, log_decay, initial_state=, cu_seqlens=, scale=)`."""
     given = {name: getattr(inputs, name) for name in ("q", "k", "v", "initial_state")}
     leaves = {name: x.detach().requires_grad_() for name, x in given.items() if x is not None}
     inputs = replace(inputs, **leaves)
@@ -151,49 +151,49 @@ def run(attention, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def definition(q, k, v, log_decay, *, initial_state, cu_seqlens, scale):
-    """The recurrence token by token, differentiated by autograd: nothing of the library's backward pass."""
+    """The recurrence token by token, differentiated by autograd without the library's backward pass."""
     bounds = None if cu_seqlens is None else cu_seqlens.tolist()
-    rows = (
+    sequences = (
         [(q[b : b + 1], k[b : b + 1], v[b : b + 1]) for b in range(q.shape[0])]
         if bounds is None
         else [(q[:, s:e], k[:, s:e], v[:, s:e]) for s, e in pairwise(bounds)]
     )
     state_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     outputs, states = [], []
-    for n, row in enumerate(rows):
+    for n, sequence in enumerate(sequences):
         empty = q.new_zeros(1, q.shape[2], q.shape[3], v.shape[3], dtype=state_dtype)
         state = empty if initial_state is None else initial_state[n : n + 1]
-        o, state = reference.recurrence(*row, log_decay, scale, state)
+        o, state = reference.recurrence(*sequence, log_decay, scale, state)
         outputs.append(o.to(q.dtype))
         states.append(state)
     return torch.cat(outputs, dim=0 if bounds is None else 1), torch.cat(states)
 
 
 def plain(q, k, v, log_decay, *, initial_state, cu_seqlens, scale):
-    """What one would write in PyTorch: masked products in the dtype of the inputs, one sequence at a time."""
+    """Plain PyTorch: masked products in the dtype of the inputs, one sequence at a time."""
     bounds = None if cu_seqlens is None else cu_seqlens.tolist()
     outputs, states = [], []
     for n in range(q.shape[0] if bounds is None else len(bounds) - 1):
         at = (slice(n, n + 1),) if bounds is None else (slice(None), slice(bounds[n], bounds[n + 1]))
         qs, ks, vs = (x[at].transpose(1, 2) for x in (q, k, v))
         t = torch.arange(qs.shape[2], device=q.device)
-        rates = torch.zeros(q.shape[2], device=q.device) if log_decay is None else log_decay
+        decay = torch.zeros(q.shape[2], device=q.device) if log_decay is None else log_decay
         distance = (t[:, None] - t).clamp_min(0)
-        mask = torch.exp(rates[:, None, None] * distance).tril().to(q.dtype)
+        mask = torch.exp(decay[:, None, None] * distance).tril().to(q.dtype)
         o = scale * ((qs @ ks.mT) * mask) @ vs
-        write = torch.exp(rates[:, None] * t.flip(0))[..., None].to(q.dtype)
+        write = torch.exp(decay[:, None] * t.flip(0))[..., None].to(q.dtype)
         state = ((ks * write).mT @ vs).to(torch.float64 if q.dtype == torch.float64 else torch.float32)
         if initial_state is not None:
-            read = torch.exp(rates[:, None] * (t + 1))[..., None].to(q.dtype)
+            read = torch.exp(decay[:, None] * (t + 1))[..., None].to(q.dtype)
             o = o + scale * (qs * read) @ initial_state[n : n + 1].to(q.dtype)
-            state = state + torch.exp(rates * len(t))[:, None, None] * initial_state[n : n + 1]
+            state = state + torch.exp(decay * len(t))[:, None, None] * initial_state[n : n + 1]
         outputs.append(o.transpose(1, 2))
         states.append(state)
     return torch.cat(outputs, dim=0 if bounds is None else 1), torch.cat(states)
 
 
 def error(actual: Tensor, exact: Tensor) -> float:
-    """Root mean square, relative to that of the exact result."""
+    """Root mean square error relative to the root mean square of the exact result."""
     if exact.numel() == 0:
         return 0.0
     difference = (actual.to(exact.device).double() - exact).square().mean().sqrt()
@@ -201,9 +201,10 @@ def error(actual: Tensor, exact: Tensor) -> float:
 
 
 def assert_accurate(actual: dict[str, Tensor], inputs: Inputs, *, is_long: bool = False) -> None:
-    """The rule: the error against float64 is at most twice that of plain PyTorch in that dtype, plus one rounding.
+    """Assert that errors against float64 are at most twice those of plain PyTorch in the same dtype, plus a rounding.
 
-    Where a recurrence would take too long, exact is the chunkwise algorithm in float64, itself tested against it.
+    Args:
+        is_long: take the chunkwise algorithm in float64 for exact, because the recurrence would take too long.
     """
     wide = inputs.to(torch.float64)
     exact = run(attention("chunked"), wide) if is_long else run(definition, wide.on("cpu"))
@@ -216,11 +217,11 @@ def assert_accurate(actual: dict[str, Tensor], inputs: Inputs, *, is_long: bool 
 
 
 def assert_the_past_is_heard(attention, device: str, start: int, dtype: torch.dtype = torch.float16) -> None:
-    """Where a segment starts, tokens that weigh exp(-12) and less, but are 10,000 times as much, are not left out."""
+    """Assert that outputs after `start` contain earlier tokens, 10,000 times larger but weighing under exp(-12)."""
     inputs = make_inputs(Case(B=1, T=start + 128, K=64, V=64, H=1, slope=0.1, state=False), dtype)
     for x in (inputs.k, inputs.v):
         x[:, : start - 120] *= 100
-    inputs = replace(inputs, scale=1e-3).on(device)  # for the outputs of those tokens to stay in the range of float16
+    inputs = replace(inputs, scale=1e-3).on(device)  # keeps outputs of large tokens in the range of float16
     exact, actual, baseline = (
         f(x.q, x.k, x.v, x.log_decay, **x.options())[0][:, start : start + 8]
         for f, x in ((definition, inputs.to(torch.float64).on("cpu")), (attention, inputs), (plain, inputs))
@@ -229,9 +230,9 @@ def assert_the_past_is_heard(attention, device: str, start: int, dtype: torch.dt
 
 
 def assert_state_is_wide(backend: str, case: Case, dtype: torch.dtype) -> None:
-    """The final state is as near as keys that are rounded once, or float32 products, bring it: not rounded by chunk.
+    """Assert that the final state is as accurate as if keys were rounded once, so not rounded after each chunk.
 
-    For a decay so gentle that the rounding of many chunks would add up.
+    The decay has to be slow, for the rounding of many chunks to add up.
     """
     inputs = make_inputs(case, dtype)
     assert inputs.log_decay is not None

@@ -1,4 +1,4 @@
-"""Models, training and serving on a GPU; exact results are computed on the CPU, in float64."""
+"""Models, training and serving on a GPU, against results on the CPU."""
 
 import json
 from collections import defaultdict
@@ -67,8 +67,8 @@ def test_cached_calls_equal_one_call(dtype):
     ids, cache, logits = tokens(2, 150).cuda(), LightningCache(3), []
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
-        for part in ids.split([100, 1, 1, 48], dim=1):
-            logits.append(model(part, cache=cache).logits)
+        for chunk in ids.split([100, 1, 1, 48], dim=1):
+            logits.append(model(chunk, cache=cache).logits)
     difference = (torch.cat(logits, dim=1) - expected).float().norm() / expected.float().norm()
     assert difference < {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
     assert model.get_buffer("model.layers.0.attention.decay.log_decay").dtype == torch.float32
@@ -83,7 +83,6 @@ def default_device():
 
 
 def test_engine_equals_generate_under_a_default_device(default_device):
-    """The model is built on the GPU, and prompts are lists."""
     model = LightningForCausalLM(make_config(eos_token_id=None)).eval()
     assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
     engine = Engine(model, max_requests=2, prefill_tokens=16)
@@ -97,7 +96,7 @@ def test_engine_equals_generate_under_a_default_device(default_device):
 
 
 def test_packed_dataset_stays_on_the_cpu_under_a_default_device(default_device):
-    """Worker processes read it."""
+    """Worker processes of a data loader read the data set."""
     starts = np.array([0, 3, 7, 11, 15])
     sequence = PackedDataset(np.array([5, 6, 2, 7, 8, 9, 2, 4] * 2), sequence_length=8, document_starts=starts)[1]
     assert {x.device.type for x in sequence.values()} == {"cpu"}
@@ -108,7 +107,6 @@ def test_packed_dataset_stays_on_the_cpu_under_a_default_device(default_device):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("parents", [None, [-1, 0, 0, 1]], ids=["chain", "tree"])
 def test_verify_and_commit_equal_reference_under_a_default_device(default_device, device, parents):
-    """Results are on the device of the inputs."""
     with torch.device("cpu"):
         inputs = make_inputs(Case(T=4), torch.float32)
         last = torch.tensor([3, 2])
@@ -169,7 +167,7 @@ def test_compiled_gradients_equal_eager():
 
 @compiler_warnings
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compile"])
-def test_training_lowers_the_loss_and_writes_text(tmp_path, compile):
+def test_training_lowers_the_loss_and_the_model_generates_text(tmp_path, compile):
     (tmp_path / "data.txt").write_text("".join(f"{i} times {j} is {i * j}\n" for i in range(40) for j in range(40)))
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
     (tmp_path / "model.json").write_text(json.dumps(sizes))

@@ -1,4 +1,4 @@
-"""Arguments of another kind than documented: one error that names the argument."""
+"""Arguments of wrong types: one error that names the argument."""
 
 import math
 from collections.abc import Callable
@@ -41,17 +41,17 @@ tensors = pytest.mark.parametrize(("call", "name"), TENSORS, ids=[f"{call}-{name
 
 @tensors
 @pytest.mark.parametrize("value", [[1.0], 1.0, None, numpy.ones(2), "x"], ids=["list", "float", "None", "numpy", "str"])
-def test_not_a_tensor(call, name, value):
+def test_arguments_that_are_not_tensors_are_refused(call, name, value):
     function, arguments = CALLS[call]
     if value is None and name in OPTIONAL:
-        return  # as it may be
+        return  # the default
     with pytest.raises(TypeError, match=rf"^{name} must (be|hold) "):
         function(**arguments | {name: value})
 
 
 @tensors
 @pytest.mark.filterwarnings("ignore")
-def test_not_a_dense_tensor(call, name):
+def test_sparse_and_nested_tensors_are_refused(call, name):
     function, arguments = CALLS[call]
     sparse = arguments[name].to_sparse()
     nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)])
@@ -88,20 +88,20 @@ SCALED = [call for call in CALLS if call != "commit"]
     ],
     ids=str,
 )
-def test_scale(call, scale, kind, message):
+def test_bad_scales_are_refused(call, scale, kind, message):
     function, arguments = CALLS[call]
     with pytest.raises(kind, match=message):
         function(**arguments, scale=scale)
 
 
 @pytest.mark.parametrize("scale", [2, numpy.float32(2), numpy.int64(2)], ids=["int", "float32", "int64"])
-def test_numbers_are_scales(scale):
+def test_any_real_number_is_a_scale(scale):
     assert torch.equal(lightning_attention(**QKV, scale=scale).output, lightning_attention(**QKV, scale=2.0).output)
 
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("backend", [None, 1, ["chunked"]], ids=str)
-def test_backend_is_a_string(call, backend):
+def test_backend_must_be_a_string(call, backend):
     function, arguments = CALLS[call]
     with pytest.raises(TypeError, match="backend must be a string, got"):
         function(**arguments, backend=backend)
@@ -109,14 +109,14 @@ def test_backend_is_a_string(call, backend):
 
 @pytest.mark.parametrize("call", ["attention", "distributed"])
 @pytest.mark.parametrize("value", [1, None, "yes", torch.tensor(True)], ids=["int", "None", "str", "tensor"])
-def test_output_final_state_is_a_bool(call, value):
+def test_output_final_state_must_be_a_bool(call, value):
     function, arguments = CALLS[call]
     with pytest.raises(TypeError, match="output_final_state must be True or False, got"):
         function(**arguments, output_final_state=value)
 
 
 @pytest.mark.parametrize("positions", [[1.0], [True], ["2"], [None], [[1]]], ids=str)
-def test_state_positions_are_integers(positions):
+def test_state_positions_must_be_integers(positions):
     with pytest.raises(TypeError, match="state_positions must hold integers, got"):
         lightning_attention_prefill(**QKV, state_positions=positions)
 
@@ -130,7 +130,7 @@ def test_sequences_of_integers_are_state_positions(positions):
 
 @pytest.mark.parametrize("call", ["attention", "prefill", "step", "verify", "commit"])
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
-def test_slopes_have_to_be_negated(call, backend):
+def test_positive_slopes_are_refused(call, backend):
     function, arguments = CALLS[call]
     slopes = decay.alibi_slopes(2)
     with pytest.raises(ValueError, match=r"log_decay must be <= 0, got a maximum of 0\.06.*: pass -slopes"):
@@ -150,19 +150,19 @@ HEAD_FIRST = [
 @pytest.mark.parametrize(
     ("function", "arguments"), HEAD_FIRST, ids=[f"{f.__name__}-{'-'.join(a)}" for f, a in HEAD_FIRST]
 )
-def test_head_first_tensors_have_to_be_transposed(function, arguments):
+def test_head_first_tensors_are_refused_with_a_hint(function, arguments):
     y = x.transpose(1, 2)
     with pytest.raises(ValueError, match=r"looks like \[B, H, T, D\]: pass q, k and v as x\.transpose\(1, 2\)"):
         function(y, y, y, **arguments)
 
 
-def test_a_decay_of_other_heads_is_no_sign_of_head_first_tensors():
+def test_a_wrong_number_of_decays_gets_no_hint_at_transposing():
     with pytest.raises(ValueError, match=r"log_decay must be \[H\] = \[2\], got shape \(3,\)$"):
         lightning_attention(x, x, x, -torch.ones(3))
 
 
 @pytest.mark.parametrize("num_heads", [8.0, True, "8", None], ids=repr)
-def test_heads_are_counted_in_integers(num_heads):
+def test_num_heads_must_be_an_integer(num_heads):
     for call in (lambda: decay.alibi_slopes(num_heads), lambda: decay.log_decay(num_heads, preset="alibi")):
         with pytest.raises(TypeError, match="num_heads must be an integer, got"):
             call()
@@ -180,6 +180,6 @@ def test_heads_are_counted_in_integers(num_heads):
     ],
     ids=str,
 )
-def test_kinds_of_decay(change, message):
+def test_arguments_of_log_decay_must_have_the_documented_types(change, message):
     with pytest.raises(TypeError, match=message):
         decay.log_decay(**{"num_heads": 4, "layer_idx": 0, "num_layers": 2} | change)

@@ -1,3 +1,5 @@
+"""`lightning_attention` of every backend against its definition, and the properties of its results."""
+
 from itertools import product
 
 import pytest
@@ -25,7 +27,7 @@ from lightning_attention.ops.chunked import CHUNK_SIZE
 from lightning_attention.ops.problem import DTYPES
 
 C = CHUNK_SIZE
-# In float32 the reference, which adds token after token, is less accurate than any product of matrices.
+# In float32 the reference, which adds tokens one by one, is less accurate than products of matrices.
 BACKENDS_AND_DTYPES = [
     *(("chunked", dtype) for dtype in DTYPES),
     ("reference", torch.float64),
@@ -91,7 +93,7 @@ def test_matches_the_definition(backend, case, dtype):
     ],
     ids=str,
 )
-def test_the_state_is_float32_from_chunk_to_chunk(backend, dtype):
+def test_state_is_float32_between_chunks(backend, dtype):
     assert_state_is_wide(backend, Case(B=1, T=16 * C, H=2, slope=1e-4, state=False), dtype)
 
 
@@ -111,14 +113,14 @@ cases = st.builds(
 
 @settings(max_examples=25, deadline=None)
 @given(cases)
-def test_chunked_is_recurrent(case):
+def test_chunked_equals_the_recurrence(case):
     inputs = make_inputs(case)
     exact = run(definition, inputs)
     for name, value in run(attention("chunked"), inputs).items():
         assert error(value, exact[name]) < 1e-12, name
 
 
-# The interpreter takes a second or two for a call and its gradients.
+# The interpreter takes about a second for a call and its gradients.
 EXAMPLES = 15 if INTERPRETED else 25
 
 PROPERTY_BACKENDS = ("chunked", pytest.param("triton", marks=pytest.mark.triton))
@@ -127,34 +129,32 @@ PROPERTY_BACKENDS = ("chunked", pytest.param("triton", marks=pytest.mark.triton)
 @pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(T=st.integers(1, 3 * C), data=st.data())
-def test_pieces_are_the_whole(backend, T, data):
+def test_two_calls_equal_one_call(backend, T, data):
     cut = data.draw(st.integers(0, T))
 
-    def in_pieces(q, k, v, log_decay, *, initial_state, **options):
-        pieces, state = [], initial_state
-        for piece in (slice(0, cut), slice(cut, T)):
-            o, state = attention(backend)(
-                q[:, piece], k[:, piece], v[:, piece], log_decay, initial_state=state, **options
-            )
-            pieces.append(o)
-        return torch.cat(pieces, dim=1), state
+    def two_calls(q, k, v, log_decay, *, initial_state, **options):
+        outputs, state = [], initial_state
+        for at in (slice(0, cut), slice(cut, T)):
+            o, state = attention(backend)(q[:, at], k[:, at], v[:, at], log_decay, initial_state=state, **options)
+            outputs.append(o)
+        return torch.cat(outputs, dim=1), state
 
     inputs = make_inputs(Case(T=T), dtype_of(backend)).on(device_of(backend))
-    assert_accurate(run(in_pieces, inputs), inputs)
+    assert_accurate(run(two_calls, inputs), inputs)
 
 
 @pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(lengths=st.lists(st.integers(0, 2 * C), min_size=1, max_size=5), permutation=st.permutations(range(5)))
-def test_packed_is_one_by_one(backend, lengths, permutation):
-    """Also in any order: packing is a set of independent sequences."""
+def test_packed_equals_separate(backend, lengths, permutation):
+    """Packed sequences are independent, so separate calls may have any order."""
     inputs = make_inputs(Case(lengths=tuple(lengths)), dtype_of(backend)).on(device_of(backend))
     packed = run(attention(backend), inputs)
     order = [n for n in permutation if n < len(lengths)]
     assert inputs.cu_seqlens is not None
     bounds = inputs.cu_seqlens.tolist()
 
-    def one_by_one(q, k, v, log_decay, *, initial_state, cu_seqlens, scale):
+    def separate(q, k, v, log_decay, *, initial_state, cu_seqlens, scale):
         results = {}
         for n in order:
             at = slice(bounds[n], bounds[n + 1])
@@ -165,12 +165,12 @@ def test_packed_is_one_by_one(backend, lengths, permutation):
         return torch.cat([o for o, _ in in_order], dim=1), torch.cat([state for _, state in in_order])
 
     rounding = 8 * torch.finfo(inputs.q.dtype).eps
-    for name, value in run(one_by_one, inputs).items():
+    for name, value in run(separate, inputs).items():
         assert error(value, packed[name].double()) < rounding, name
 
 
 @pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
-def test_a_permuted_batch_is_a_permuted_result(backend):
+def test_permuting_the_batch_permutes_the_result(backend):
     inputs = make_inputs(Case(B=4, T=C + 9), torch.float32).on(device_of(backend))
     q, k, v = inputs.q, inputs.k, inputs.v
     order = torch.tensor([2, 0, 3, 1])
@@ -180,8 +180,8 @@ def test_a_permuted_batch_is_a_permuted_result(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_head_that_forgets_at_once(backend):
-    """log_decay of -inf is λ = 0: every token sees itself alone."""
+def test_a_decay_of_zero_keeps_only_the_current_token(backend):
+    """A log_decay of -inf is λ = 0: a token attends to itself alone."""
     inputs = make_inputs(Case(T=C + 3), dtype_of(backend)).on(device_of(backend))
     forgets = torch.full((3,), -torch.inf, device=inputs.q.device)
     o, state = attention(backend)(inputs.q, inputs.k, inputs.v, forgets, **inputs.options())
@@ -192,15 +192,13 @@ def test_a_head_that_forgets_at_once(backend):
     assert error(reference.quadratic(q, k, v, forgets, 1.0), o.double()) < rounding
 
 
-def test_the_quadratic_form_is_the_recurrence():
+def test_quadratic_equals_the_recurrence():
     inputs = make_inputs(Case(state=False, scale=0.5))
     o, _ = definition(inputs.q, inputs.k, inputs.v, inputs.log_decay, **inputs.options())
     assert error(reference.quadratic(inputs.q, inputs.k, inputs.v, inputs.log_decay, 0.5), o) < 1e-13
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
-@pytest.mark.parametrize("case", [Case(T=5, K=2, V=3), Case(lengths=(3, 0, 4), K=2, V=2, scale=0.5)], ids=str)
-def test_gradcheck(backend, case):
+def assert_gradients_pass_gradcheck(backend: str, case: Case) -> None:
     inputs = make_inputs(case)
     leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.initial_state) if x is not None]
 
@@ -211,14 +209,20 @@ def test_gradcheck(backend, case):
     assert torch.autograd.gradcheck(call, leaves)
 
 
-def test_gradcheck_through_a_chunk_boundary(monkeypatch):
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("case", [Case(T=5, K=2, V=3), Case(lengths=(3, 0, 4), K=2, V=2, scale=0.5)], ids=str)
+def test_gradients_pass_gradcheck(backend, case):
+    assert_gradients_pass_gradcheck(backend, case)
+
+
+@pytest.mark.parametrize("case", [Case(B=1, T=10, H=2, K=2, V=3), Case(lengths=(9, 1, 0, 5), H=2, K=2, V=3)], ids=str)
+def test_gradients_across_chunks_pass_gradcheck(monkeypatch, case):
     monkeypatch.setattr("lightning_attention.ops.chunked.CHUNK_SIZE", 4)
-    test_gradcheck("chunked", Case(B=1, T=10, H=2, K=2, V=3))
-    test_gradcheck("chunked", Case(lengths=(9, 1, 0, 5), H=2, K=2, V=3))
+    assert_gradients_pass_gradcheck("chunked", case)
 
 
-def test_one_output_alone_has_a_gradient():
-    """A loss of the output only, and of the final state only."""
+def test_gradients_of_output_and_state_add_up():
+    """A loss of the output alone, and of the final state alone."""
     inputs = make_inputs(Case(T=C + 1))
     both = run(attention("chunked"), inputs)
     leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
@@ -230,7 +234,7 @@ def test_one_output_alone_has_a_gradient():
         assert error(of_output + of_state, both[name]) < 1e-13, name
 
 
-def test_a_second_derivative_is_refused():
+def test_second_derivatives_are_refused():
     inputs = make_inputs(Case())
     q = inputs.q.requires_grad_()
     o, _ = lightning_attention(q, inputs.k, inputs.v)
@@ -241,8 +245,8 @@ def test_a_second_derivative_is_refused():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [None, (50, 0, C + 22)], ids=["fixed", "packed"])
-def test_any_strides(backend, lengths):
-    """Head-first views, slices of one projection, a broadcast head and a gradient that is expanded."""
+def test_strides_do_not_matter(backend, lengths):
+    """Head-first views, views of one projection, a broadcast head and an expanded gradient."""
     B, T, H, D = (2, C + 3, 3, 8) if lengths is None else (1, sum(lengths), 3, 8)
     new = {"dtype": dtype_of(backend), "device": device_of(backend)}
     cu_seqlens = None if lengths is None else torch.tensor([0, *lengths], device=new["device"]).cumsum(0)
@@ -278,7 +282,7 @@ def test_every_element_is_written(backend):
 
 
 @pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
-def test_inputs_are_left_alone(backend):
+def test_inputs_are_not_changed(backend):
     inputs = make_inputs(Case(T=C + 1, scale=0.5), dtype_of(backend)).on(device_of(backend))
     before = {name: value.clone() for name, value in vars(inputs).items() if isinstance(value, torch.Tensor)}
     run(attention(backend), inputs)
@@ -287,7 +291,7 @@ def test_inputs_are_left_alone(backend):
 
 
 @pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
-def test_the_same_call_gives_the_same_bits(backend):
+def test_repeated_calls_are_bit_identical(backend):
     inputs = make_inputs(Case(T=3 * C + 5, H=4, K=32, V=32), torch.float32).on(device_of(backend))
     first, second = run(attention(backend), inputs), run(attention(backend), inputs)
     for name, value in first.items():
@@ -295,7 +299,7 @@ def test_the_same_call_gives_the_same_bits(backend):
 
 
 @pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
-def test_the_future_does_not_reach_the_past(backend):
+def test_attention_is_causal(backend):
     inputs = make_inputs(Case(T=2 * C), torch.float32).on(device_of(backend))
     o, _ = lightning_attention(inputs.q, inputs.k, inputs.v, inputs.log_decay, backend=backend)
     k, v = inputs.k.clone(), inputs.v.clone()

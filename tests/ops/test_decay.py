@@ -1,4 +1,4 @@
-"""Each preset against its formula, written here once more without the library."""
+"""Presets of decays against formulas written without the library."""
 
 import math
 
@@ -12,7 +12,7 @@ LAYERS = [(0, 1), (0, 2), (1, 2), (0, 24), (7, 24), (23, 24)]
 
 
 def alibi(H: int) -> list[float]:
-    """The slopes as ALiBi's own code makes them, by recursion."""
+    """Slopes by the recursion of ALiBi's own code."""
     if math.log2(H).is_integer():
         start = 2 ** (-(2 ** -(math.log2(H) - 3)))
         return [start * start**i for i in range(H)]
@@ -38,7 +38,7 @@ FORMULAS = {
 @pytest.mark.parametrize("H", HEADS)
 @pytest.mark.parametrize(("layer", "L"), LAYERS)
 @pytest.mark.parametrize("preset", FORMULAS)
-def test_preset(preset, layer, L, H):
+def test_presets_equal_their_formulas(preset, layer, L, H):
     if preset == "ling" and L == 1:
         with pytest.raises(ValueError, match="not defined for one layer"):
             decay.log_decay(H, layer_idx=layer, num_layers=L, preset=preset)
@@ -55,7 +55,7 @@ def test_every_preset_has_a_formula():
 
 
 @pytest.mark.parametrize("H", HEADS)
-def test_alibi_slopes(H):
+def test_alibi_slopes_equal_their_formula(H):
     slopes = decay.alibi_slopes(H)
     assert slopes.shape == (H,)
     torch.testing.assert_close(slopes.double(), torch.tensor(alibi(H), dtype=torch.float64), rtol=1e-6, atol=0)
@@ -77,6 +77,6 @@ def test_layerless_presets_need_no_layer(preset):
         ({"num_heads": 4, "layer_idx": -1, "num_layers": 2}, "layer_idx must be in"),
     ],
 )
-def test_errors(arguments, message):
+def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         decay.log_decay(**arguments)

@@ -1,4 +1,4 @@
-"""Tensors of a device other than the default one: "meta" stands in for a GPU."""
+"""Calls with tensors on another device than the default one; "meta" stands in for a GPU."""
 
 import pytest
 import torch
@@ -81,20 +81,20 @@ def default_meta():
 
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
 @pytest.mark.parametrize("call", CALLS)
-def test_operators(call, backend, request):
+def test_default_device_keeps_results_of_operators(call, backend, request):
     expected = CALLS[call](backend)
     request.getfixturevalue("default_meta")
-    for actual, right in zip(CALLS[call](backend), expected, strict=True):
-        assert torch.equal(actual, right)
+    for actual, exact in zip(CALLS[call](backend), expected, strict=True):
+        assert torch.equal(actual, exact)
 
 
-def test_decays_are_made_on_the_cpu(default_meta):
+def test_decays_are_on_the_cpu(default_meta):
     for preset in decay.PRESETS:
         assert decay.log_decay(4, layer_idx=1, num_layers=3, preset=preset).device.type == "cpu"
     assert decay.alibi_slopes(4).device.type == "cpu"
 
 
-def test_a_layer(request):
+def test_default_device_keeps_results_of_a_layer(request):
     layer = GatedLightningAttention(24, 3, decay.log_decay(3, preset="alibi"), lrpe=True)
     x, positions = torch.randn(2, 5, 24), torch.arange(5)[None]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""One clear error for every input that does not fit."""
+"""Inputs of wrong shapes, dtypes, devices and values: one error that says what was expected."""
 
 import pytest
 import torch
@@ -55,13 +55,13 @@ BAD = [
 
 @pytest.mark.parametrize(("change", "kind", "message"), BAD, ids=[f"{i}-{next(iter(b[0]))}" for i, b in enumerate(BAD)])
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
-def test_attention(backend, change, kind, message):
+def test_bad_inputs_of_attention_are_refused(backend, change, kind, message):
     arguments = good() | {"backend": backend} | change
     with pytest.raises(kind, match=message):
         lightning_attention(**arguments)
 
 
-def test_packed_rows_are_one_row():
+def test_packed_sequences_need_one_batch_row():
     arguments = {name: x.expand(2, *x.shape[1:]) if x.dim() == 4 else x for name, x in good().items()}
     with pytest.raises(ValueError, match="B must be 1, got 2"):
         lightning_attention(**arguments, cu_seqlens=torch.tensor([0, 6]))
@@ -85,14 +85,14 @@ BAD_STEPS = [
     ("change", "kind", "message"), BAD_STEPS, ids=[f"{i}-{next(iter(b[0]))}" for i, b in enumerate(BAD_STEPS)]
 )
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
-def test_step(backend, change, kind, message):
+def test_bad_inputs_of_a_step_are_refused(backend, change, kind, message):
     arguments = {name: x[0] if x.dim() == 4 else x for name, x in good().items()}
     arguments |= {"state": torch.zeros(6, 2, 4, 3), "backend": backend} | change
     with pytest.raises(kind, match=message):
         lightning_attention_step(**arguments)
 
 
-def test_a_backend_that_cannot_says_why(monkeypatch):
+def test_an_unsupported_problem_is_refused_with_reasons(monkeypatch):
     monkeypatch.setattr(BACKENDS["chunked"], "unsupported_reasons", lambda problem: ["reason one", "reason two"])
     with pytest.raises(NotImplementedError, match="backend 'chunked' cannot run this: reason one; reason two"):
         lightning_attention(**good(), backend="chunked")

@@ -1,4 +1,4 @@
-"""`torch.export` with sizes that are known only later."""
+"""`torch.export` with dynamic sizes."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from lightning_attention import lightning_attention, lightning_attention_step
 
 H, K, V = 3, 4, 5
 BATCH, LENGTH = Dim("batch", min=1, max=64), Dim("length", min=1, max=4096)
-# A bound more than sequences, of which export takes one for a case of its own.
+# The number of sequences plus one; export specializes on a single sequence.
 BOUNDS = Dim("bounds", min=3, max=64)
 QKV = ({0: BATCH, 1: LENGTH},) * 3
 
@@ -58,14 +58,14 @@ CASES = {
         ({0: BATCH},) * 4,
         [(*(x[:, 0] for x in qkv(7, 1)), state(7))],
     ),
-    "step of a few": (Step(), (*qkv(2, 3), state(2)), (*QKV, {0: BATCH}), [(*qkv(7, 2), state(7))]),
+    "step of several tokens": (Step(), (*qkv(2, 3), state(2)), (*QKV, {0: BATCH}), [(*qkv(7, 2), state(7))]),
 }
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize(("module", "example", "dims", "others"), CASES.values(), ids=CASES.keys())
 @pytest.mark.filterwarnings("ignore")
-def test_export(module, example, dims, others, grad):
+def test_exported_equals_eager(module, example, dims, others, grad):
     with torch.set_grad_enabled(grad and not isinstance(module, Step)):
         exported = export(module, example, dynamic_shapes=dims).module()
     for given in others:
