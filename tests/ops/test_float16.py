@@ -1,4 +1,4 @@
-"""float16 inputs whose scores or states leave the range of float16, large or small, where results do not."""
+"""float16 inputs whose scores or states leave the range of float16 while results stay inside."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +23,7 @@ EPS = torch.finfo(FP16).eps
 LARGEST = torch.finfo(FP16).max
 SMALLEST_NORMAL = torch.finfo(FP16).smallest_normal
 
-# Backend and device. On a GPU "auto" must not take a backend that overflows.
+# Backends and devices. On a GPU "auto" must not choose a backend that overflows.
 RUNS = [
     pytest.param("chunked", "cpu", id="chunked"),
     pytest.param("triton", "cuda" if HAS_GPU else "cpu", id="triton", marks=pytest.mark.triton),
@@ -34,7 +34,7 @@ runs = pytest.mark.parametrize(("backend", "device"), RUNS)
 
 
 def scaled(q: float = 1, k: float = 1, v: float = 1, do: float = 1, S: float = 1, dS: float = 1) -> Callable:
-    """Make inputs of these magnitudes: of q, k, v, do, the initial state and the gradient of the final state."""
+    """Return a function that makes inputs of these magnitudes; dS is the gradient of the final state."""
 
     def make(case: Case) -> Inputs:
         x = make_inputs(case)
@@ -89,9 +89,10 @@ table = pytest.mark.parametrize(("case", "make"), TABLE.values(), ids=TABLE.keys
 
 
 def assert_close(actual: Tensor, exact: Tensor, name: str = "") -> None:
-    """Compare every token by itself, so that the error of an ordinary token is not lost beside a huge one.
+    """Assert that no token is wrong by more than four roundings to float16 relative to the token's magnitude.
 
-    An error is at most four roundings to float16, relative to the token, or half of the smallest float16.
+    Tokens are compared one by one, because a huge token would hide errors of the others. Magnitudes below the smallest
+    normal float16 count as that.
     """
     assert actual.shape == exact.shape, name
     if actual.dtype == FP16:
@@ -104,7 +105,7 @@ def assert_close(actual: Tensor, exact: Tensor, name: str = "") -> None:
 
 @runs
 @table
-def test_outputs_and_gradients(backend, device, case, make):
+def test_outputs_and_gradients_are_accurate(backend, device, case, make):
     inputs = make(case)
 
     def attend(q, k, v, log_decay, **options):
@@ -117,7 +118,7 @@ def test_outputs_and_gradients(backend, device, case, make):
 
 @runs
 @table
-def test_prefill(backend, device, case, make):
+def test_prefill_is_accurate(backend, device, case, make):
     inputs = make(case)
     x, wide = inputs.on(device), inputs.to(FP64)
     bounds = [0, *accumulate(case.lengths)] if case.lengths else [0, case.T]
@@ -146,13 +147,13 @@ pools = pytest.mark.parametrize("state_dtype", [FP32, torch.bfloat16], ids=["flo
 
 
 def decoding(case: Case, make: Callable[[Case], Inputs], state_dtype: torch.dtype, length: int = 7) -> Inputs:
-    """Seven tokens, and a pool of states of this dtype."""
+    """Make inputs of `length` tokens, with states of `state_dtype`."""
     inputs = make(replace(case, T=length, state=True))
     return replace(inputs, initial_state=inputs.state.to(state_dtype))
 
 
 def assert_same_state(actual: Tensor, exact: Tensor) -> None:
-    """Up to the rounding of the pool."""
+    """Assert equality up to rounding to the dtype of the pool."""
     error = (actual.cpu().double() - exact).abs()
     assert (error <= 8 * torch.finfo(actual.dtype).eps * exact.abs().amax(dim=(-2, -1), keepdim=True)).all()
 
@@ -160,8 +161,8 @@ def assert_same_state(actual: Tensor, exact: Tensor) -> None:
 @runs
 @drafts
 @pools
-def test_step(backend, device, case, make, state_dtype):
-    """A few tokens at once: outputs come from the state in float32, whatever the pool is stored in."""
+def test_steps_are_accurate(backend, device, case, make, state_dtype):
+    """Outputs come from the state in float32, in whatever dtype the pool is stored."""
     inputs = decoding(case, make, state_dtype)
     x, wide = inputs.on(device), inputs.to(FP64)
     state, exact = x.state.clone(), wide.state.clone()
@@ -177,7 +178,7 @@ def test_step(backend, device, case, make, state_dtype):
 @drafts
 @pools
 @pytest.mark.parametrize("parents", [None, TREE], ids=["chain", "tree"])
-def test_verify_and_commit(backend, device, case, make, state_dtype, parents):
+def test_drafts_are_accurate(backend, device, case, make, state_dtype, parents):
     inputs = decoding(case, make, state_dtype)
     x, wide = inputs.on(device), inputs.to(FP64)
     integers = [parents] * case.B if parents else None
@@ -196,8 +197,8 @@ def test_verify_and_commit(backend, device, case, make, state_dtype, parents):
 @runs
 @pools
 @pytest.mark.parametrize("name", ["large scores", "small scores", "large state", "one huge token"])
-def test_a_long_chain_of_drafts(backend, device, name, state_dtype):
-    """The Triton backend verifies more than 64 drafts by a scan."""
+def test_long_chains_of_drafts_are_accurate(backend, device, name, state_dtype):
+    """The Triton backend verifies more than 64 drafts with the kernels of attention."""
     case, make = TABLE[name]
     inputs = decoding(case, make, state_dtype, length=70)
     x, wide = inputs.on(device), inputs.to(FP64)
@@ -211,8 +212,8 @@ def test_a_long_chain_of_drafts(backend, device, name, state_dtype):
 @pytest.mark.triton
 @table
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-def test_states_of_slices(case, make, reverse):
-    """What a slice of a sequence leaves to the next rank, and what it reads of the state that comes to it."""
+def test_states_of_slices_are_accurate(case, make, reverse):
+    """`write_state` and `read_state_`, which exchange states between ranks."""
     inputs = make(replace(case, lengths=None, state=True))
     x, wide = inputs.on("cuda" if HAS_GPU else "cpu"), inputs.to(FP64)
     slopes = inputs.log_decay if inputs.log_decay is not None else torch.zeros(case.H)
@@ -225,12 +226,12 @@ def test_states_of_slices(case, make, reverse):
     assert_close(state, torch.einsum("th,bthk,bthv->bhkv", written, wide.k, wide.v))
 
     exact = torch.einsum("th,bthk,bhkv->bthv", weights, wide.q, case.scale * wide.state)
-    is_heard = weights.amax(dim=1) > SMALLEST_NORMAL
+    is_read = weights.amax(dim=1) > SMALLEST_NORMAL
     for add in (False, True):
         o = x.do.clone()
         triton.read_state_(o, x.q, case.scale * x.state, log_decay, reverse=reverse, add=add)
         expected = exact + wide.do if add else exact
-        assert_close(o[:, is_heard], expected[:, is_heard])
+        assert_close(o[:, is_read], expected[:, is_read])
 
 
 NOT_FINITE = [
@@ -242,8 +243,8 @@ NOT_FINITE = [
 @runs
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize(("name", "value"), NOT_FINITE, ids=str)
-def test_zero_infinity_and_nan_stay(backend, device, name, value):
-    """Scaling makes no NaN of zero or infinity, and no number of NaN."""
+def test_zero_infinity_and_nan_survive_scaling(backend, device, name, value):
+    """Scaling turns neither zero nor infinity into NaN, nor NaN into a number."""
     ordinary = make_inputs(Case(B=1, T=1, H=1), FP16)
     inputs = replace(ordinary, **{key: getattr(ordinary, key).abs() for key in ("q", "k", "v", "initial_state")})
     getattr(inputs, name)[...] = value

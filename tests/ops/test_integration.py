@@ -1,4 +1,4 @@
-"""With the rest of PyTorch: opcheck, compile, fake tensors, autocast, and imports without extras."""
+"""Features of PyTorch: opcheck, compile, fake tensors and autocast; and imports without extras."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ CASES = [Case(T=20, K=4, V=6), Case(lengths=(7, 0, 13), K=4, V=6)]
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.filterwarnings("ignore")
-def test_opcheck(backend, case):
+def test_attention_passes_opcheck(backend, case):
     inputs = make_inputs(case, dtype_of(backend)).on(device_of(backend))
     qkv = (inputs.q, inputs.k, inputs.v)
     common = (inputs.cu_seqlens, 0.5)
@@ -35,7 +35,7 @@ def test_opcheck(backend, case):
 @pytest.mark.parametrize("indices", [None, torch.tensor([1, -1])], ids=["all", "slots"])
 @pytest.mark.parametrize("has_length", [True, False], ids=["BTHD", "BHD"])
 @pytest.mark.filterwarnings("ignore")
-def test_opcheck_step(backend, indices, has_length):
+def test_steps_pass_opcheck(backend, indices, has_length):
     inputs = make_inputs(Case(T=1), dtype_of(backend)).on(device_of(backend))
     indices = None if indices is None else indices.to(device_of(backend))
     qkv = (x if has_length else x[:, 0] for x in (inputs.q, inputs.k, inputs.v))
@@ -47,7 +47,7 @@ def test_opcheck_step(backend, indices, has_length):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("parents", [None, torch.tensor([[-1, 0, 0], [-1, -1, 1]])], ids=["chain", "tree"])
 @pytest.mark.filterwarnings("ignore")
-def test_opcheck_drafts(backend, parents):
+def test_drafts_pass_opcheck(backend, parents):
     device = device_of(backend)
     inputs = make_inputs(Case(T=3), dtype_of(backend)).on(device)
     kv, parents = (inputs.k, inputs.v, inputs.log_decay), None if parents is None else parents.to(device)
@@ -63,7 +63,7 @@ def test_opcheck_drafts(backend, parents):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.filterwarnings("ignore")
-def test_opcheck_prefill(backend, case):
+def test_prefill_passes_opcheck(backend, case):
     inputs = make_inputs(case, dtype_of(backend)).on(device_of(backend))
     qkv = (inputs.q, inputs.k, inputs.v, inputs.log_decay)
     for positions in (torch.tensor(x, dtype=torch.int64, device=inputs.q.device) for x in ([], [3, 20])):
@@ -73,7 +73,7 @@ def test_opcheck_prefill(backend, case):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compile(case, dynamic):
+def test_compiled_equals_eager(case, dynamic):
     inputs = make_inputs(case, torch.float32)
 
     def attention(q, k, v, log_decay, **options):
@@ -87,8 +87,8 @@ def test_compile(case, dynamic):
         torch.testing.assert_close(value, expected[name])
 
 
-def test_compile_of_an_output_alone():
-    """The compiler gives a gradient of zeros to a final state that nobody asked for, and that has no size."""
+def test_compiled_gradients_equal_eager_without_final_state():
+    """The compiler passes a gradient of zeros for the final state, which is empty if not asked for."""
     inputs = make_inputs(Case(T=20, K=4, V=6, state=False), torch.float32)
 
     def loss(q, k, v):
@@ -101,7 +101,7 @@ def test_compile_of_an_output_alone():
     torch.testing.assert_close(*gradients)
 
 
-def test_compile_step():
+def test_compiled_step_equals_eager():
     inputs = make_inputs(Case(T=1), torch.float32)
     q, k, v = inputs.q[:, 0], inputs.k[:, 0], inputs.v[:, 0]
     states = [inputs.state.clone() for _ in range(2)]
@@ -112,7 +112,7 @@ def test_compile_step():
 
 
 class Operators(TorchDispatchMode):
-    """The names of those that are called."""
+    """A mode that records the names of operators."""
 
     def __init__(self):
         super().__init__()
@@ -124,8 +124,7 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_operators_are_seen():
-    """By modes, tracers and profilers, though nothing is dispatched where none of them is there."""
+def test_modes_tracers_and_profilers_see_the_operator():
     inputs = make_inputs(Case(T=3), torch.float32)
 
     def attention(q):
@@ -144,7 +143,7 @@ def test_operators_are_seen():
     assert name in {event.key for event in profile.key_averages()}
 
 
-def test_fake_tensors():
+def test_fake_tensors_give_shapes_and_dtypes():
     with FakeTensorMode():
         q, v = (torch.empty(2, 1 << 20, 4, D, dtype=torch.bfloat16) for D in (64, 32))
         o, state = lightning_attention(q, q, v, torch.empty(4), output_final_state=True)
@@ -158,15 +157,15 @@ def test_fake_tensors():
         assert packed.final_state.shape == (8, 4, 64, 32)
 
 
-def test_meta_tensors():
+def test_meta_tensors_give_shapes():
     q = torch.empty(2, 9, 4, 8, device="meta")
     o, state = lightning_attention(q, q, q, torch.empty(4, device="meta"), output_final_state=True)
     assert state is not None
     assert (o.device.type, o.shape, state.shape) == ("meta", q.shape, (2, 4, 8, 8))
 
 
-def test_autocast():
-    """q, k and v are cast, whatever mixture they come in; decay and state stay float32, and so do gradients."""
+def test_autocast_casts_q_k_and_v_alone():
+    """q, k and v may have different dtypes; decays, states and gradients stay float32."""
     inputs = make_inputs(Case(), torch.float32)
     q = inputs.q.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -196,5 +195,5 @@ lightning_attention.lightning_attention(x, x, x, lightning_attention.decay.log_d
 """
 
 
-def test_the_op_needs_only_torch():
+def test_the_operator_needs_only_torch():
     subprocess.run([sys.executable, "-c", BLOCKED], check=True)

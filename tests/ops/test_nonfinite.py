@@ -1,4 +1,4 @@
-"""How far a NaN or an infinity at one token reaches: to later tokens, and no farther back than its chunk."""
+"""How far NaN or infinity at one token reaches: to later tokens, and back to the start of the chunk."""
 
 import math
 
@@ -12,7 +12,7 @@ from lightning_attention.ops.gpu import product_precision
 from lightning_attention.ops.triton import config
 
 C = CHUNK_SIZE
-H, COLUMN = 1, 3  # where the value is
+H, COLUMN = 1, 3  # head and column of the NaN or infinity
 CASES = {
     "inside a chunk": (Case(T=2 * C), (1, C + 40), slice(C, None)),
     "in a ragged end": (Case(T=2 * C + 50), (1, 2 * C + 20), slice(2 * C, None)),
@@ -26,7 +26,7 @@ backends = pytest.mark.parametrize("backend", ["chunked", "reference"])
 
 
 def results(backend: str, inputs, name: str | None = None, at=(), value: float = 0.0) -> dict[str, torch.Tensor]:
-    """Outputs and gradients, with one element changed."""
+    """Return outputs and gradients; with a name, after setting one element of that input."""
     if name is not None:
         tensor = getattr(inputs, name)
         before = tensor[at].item()
@@ -39,7 +39,7 @@ def results(backend: str, inputs, name: str | None = None, at=(), value: float =
 
 
 def changed(poisoned: dict, clean: dict, name: str) -> torch.Tensor:
-    """Where it is not finite, after the rest was found to be the same to the last bit."""
+    """Return where a result is not finite; assert that the rest is bit-identical."""
     bad = ~poisoned[name].isfinite()
     assert torch.equal(poisoned[name][~bad], clean[name][~bad]), name
     return bad
@@ -54,7 +54,7 @@ def reached(clean: torch.Tensor, *at) -> torch.Tensor:
 @backends
 @cases
 @values
-def test_a_query_reaches_its_own_output(backend, case, value):
+def test_a_query_reaches_only_its_own_output(backend, case, value):
     case, (b, t), _ = case
     inputs = make_inputs(case)
     clean, poisoned = results(backend, inputs), results(backend, inputs, "q", (b, t, H, COLUMN), value)
@@ -63,7 +63,7 @@ def test_a_query_reaches_its_own_output(backend, case, value):
 
 
 def last(case: Case, t: int) -> int:
-    """The end of the sequence that holds token t."""
+    """Return the end of the sequence that holds token t."""
     if case.lengths is None:
         return case.T
     return next(end for end in torch.tensor(case.lengths).cumsum(0).tolist() if t < end)
@@ -74,7 +74,7 @@ def last(case: Case, t: int) -> int:
 @values
 @pytest.mark.parametrize("name", ["k", "v"])
 def test_keys_and_values_reach_no_farther_back_than_their_chunk(backend, name, case, value):
-    """A key reaches all columns of its head, a value one; other heads, sequences and chunks before are untouched."""
+    """A key reaches all columns of its head, a value one; other heads, sequences and earlier chunks do not change."""
     case, (b, t), chunk = case
     inputs = make_inputs(case)
     clean, poisoned = results(backend, inputs), results(backend, inputs, name, (b, t, H, COLUMN), value)
@@ -86,9 +86,9 @@ def test_keys_and_values_reach_no_farther_back_than_their_chunk(backend, name, c
         assert bad[b, chunk.start : t, H, column].all()  # as documented
     sequence = b if case.lengths is None else len([n for n in torch.tensor(case.lengths).cumsum(0) if n <= t])
     bad = changed(poisoned, clean, "final_state")
-    row = (slice(None), COLUMN) if name == "v" else (COLUMN, slice(None))
-    assert not (bad & ~reached(bad, sequence, H, *row)).any()
-    assert bad[sequence, H][row].all()
+    entries = (slice(None), COLUMN) if name == "v" else (COLUMN, slice(None))
+    assert not (bad & ~reached(bad, sequence, H, *entries)).any()
+    assert bad[sequence, H][entries].all()
 
 
 @backends
@@ -112,7 +112,7 @@ def test_gradients_stay_in_their_sequence_and_head(backend, name, case, value):
     end = last(case, t)
     start = 0 if case.lengths is None else max(n for n in (0, *torch.tensor(case.lengths).cumsum(0)) if n <= t)
     chunk_start, chunk_end = (chunk.start, min(chunk.start + C, end)) if backend == "chunked" else (t, t + 1)
-    # Queries and output gradients reach back, keys and values forward; both as far as their chunk the other way.
+    # Queries and output gradients reach back, keys and values forward; in the other direction, to the end of the chunk.
     later, earlier = slice(chunk_start, end), slice(start, chunk_end)
     at = slice(t, t + 1)
     reach = {
@@ -133,7 +133,7 @@ def test_gradients_stay_in_their_sequence_and_head(backend, name, case, value):
 @values
 @pytest.mark.parametrize("name", ["q", "k", "v"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_the_portable_kernels_reach_what_the_page_says(dtype, name, value):
+def test_values_in_portable_kernels_reach_as_far_as_documented(dtype, name, value):
     t, length, device = 100, 150, device_of("triton")
     chunk = config.scan_tiles(64, 64, dtype, product_precision(dtype)).C
     q, k, v = (torch.randn(2, length, 2, 64, dtype=dtype, device=device) for _ in range(3))

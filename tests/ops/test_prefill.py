@@ -1,4 +1,4 @@
-"""States on the way through a prompt."""
+"""Prefill: attention over a prompt that also returns states at positions inside of the prompt."""
 
 from itertools import pairwise
 
@@ -24,7 +24,7 @@ CASES = [
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("case", "positions"), CASES, ids=[str(case) for case, _ in CASES])
-def test_states_are_those_of_the_beginnings(backend, case, positions):
+def test_states_equal_final_states_of_prefixes(backend, case, positions):
     inputs = make_inputs(case, dtype_of(backend)).on(device_of(backend))
     exact = make_inputs(case)
     q, k, v, given = inputs.q, inputs.k, inputs.v, torch.tensor(positions, dtype=torch.int32, device=inputs.q.device)
@@ -50,15 +50,15 @@ def test_states_are_those_of_the_beginnings(backend, case, positions):
 
 @settings(max_examples=20, deadline=None)
 @given(st.sets(st.integers(1, 50)), st.integers(0, 1000))
-def test_going_on_from_a_state_is_the_whole(positions, seed):
+def test_continuing_from_a_state_equals_one_call(positions, seed):
     inputs = make_inputs(Case(T=50), seed=seed)
     q, k, v, positions = inputs.q, inputs.k, inputs.v, sorted(positions)
-    whole, final_state, states = lightning_attention_prefill(
+    expected_o, final_state, states = lightning_attention_prefill(
         q, k, v, inputs.log_decay, state_positions=positions, initial_state=inputs.state
     )
     for position, state in zip(positions, states.unbind(1), strict=True):
         o, after = attention()(q[:, position:], k[:, position:], v[:, position:], inputs.log_decay, initial_state=state)
-        assert error(o, whole[:, position:]) < 1e-13
+        assert error(o, expected_o[:, position:]) < 1e-13
         assert error(after, final_state) < 1e-13
 
 
@@ -70,8 +70,8 @@ SEGMENTED = [
 
 @pytest.mark.triton
 @pytest.mark.parametrize(("case", "positions"), SEGMENTED, ids=[str(case) for case, _ in SEGMENTED])
-def test_positions_in_segments(monkeypatch, case, positions):
-    """Inside a segment of 64 tokens, and where one ends; with the same outputs and launches as without them."""
+def test_positions_in_segments_equal_reference(monkeypatch, case, positions):
+    """Positions lie inside of segments of 64 tokens and at their ends, and cost no further launch."""
     monkeypatch.setattr(config, "segments", lambda *_: Segments(64, 64, 4))
     inputs = make_inputs(case, torch.float32).on(device_of("triton"))
     exact = make_inputs(case)
@@ -80,7 +80,7 @@ def test_positions_in_segments(monkeypatch, case, positions):
     o, final_state, states = lightning_attention_prefill(
         *arguments, state_positions=positions, backend="triton", **inputs.options()
     )
-    assert len(launches) == 2  # the states of intervals, and the scan
+    assert len(launches) == 2  # interval states, and the scan
     expected = lightning_attention_prefill(
         exact.q, exact.k, exact.v, exact.log_decay, state_positions=positions, backend="reference", **exact.options()
     )
@@ -102,7 +102,7 @@ def count_launches(monkeypatch) -> list[int]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled():
+def test_compiled_equals_eager():
     inputs = make_inputs(Case(T=20), torch.float32)
 
     def prefill(q, k, v, log_decay, positions):
@@ -118,7 +118,7 @@ def test_compiled():
 
 @pytest.mark.parametrize("kind", [list, torch.tensor], ids=["list", "tensor"])
 @pytest.mark.parametrize("positions", [[0], [3, 3], [4, 2], [11], [-1]], ids=str)
-def test_positions_rise_and_are_there(positions, kind):
+def test_positions_must_rise_and_be_in_range(positions, kind):
     x = torch.zeros(1, 10, 1, 4)
     with pytest.raises(ValueError, match="state_positions must rise from 1 to at most T = 10"):
         lightning_attention_prefill(x, x, x, state_positions=kind(positions))
@@ -132,13 +132,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("positions", "kind", "message"), REFUSED, ids=["shape", "dtype", "device"])
-def test_positions_are_a_row_of_integers(positions, kind, message):
+def test_positions_of_wrong_shape_dtype_or_device_are_refused(positions, kind, message):
     x = torch.zeros(1, 10, 1, 4)
     with pytest.raises(kind, match=message):
         lightning_attention_prefill(x, x, x, state_positions=positions)
 
 
-def test_it_keeps_no_gradient():
+def test_gradients_are_refused():
     x = torch.zeros(1, 10, 1, 4, requires_grad=True)
     with pytest.raises(ValueError, match="lightning_attention_prefill keeps no gradient"):
         lightning_attention_prefill(x, x, x, state_positions=[3])

@@ -1,4 +1,4 @@
-"""Drafts: their outputs are those of decoding them after their ancestors, and what is accepted is what was decoded."""
+"""Speculative decoding: `verify` and `commit` against decoding token by token."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ CASES = [Case(B=3, T=7), Case(B=3, T=7, K=5, V=20, scale=0.3), Case(B=3, T=7, K=
 
 
 def tree(parents: list[int] | None, inputs: Inputs) -> Tensor | None:
-    """The same for every row."""
+    """Return parents `[B, T]` with one tree for all batch rows."""
     if parents is None:
         return None
     return torch.tensor(parents, device=inputs.q.device).expand(inputs.q.shape[0], -1).contiguous()
@@ -31,7 +31,7 @@ def path(parents: list[int] | None, draft: int) -> list[int]:
 
 
 def decoded(inputs: Inputs, drafts: list[int], backend: str) -> tuple[Tensor | None, Tensor]:
-    """The last output and the state of decoding these drafts one by one."""
+    """Decode drafts one by one; return the last output and the state."""
     state, o = inputs.state.clone(), None
     for t in drafts:
         q, k, v = (x[:, t] for x in (inputs.q, inputs.k, inputs.v))
@@ -50,7 +50,7 @@ def verified(inputs: Inputs, backend: str, **options) -> Tensor:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("parents", TREES.values(), ids=TREES.keys())
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_drafts_are_decoded_after_their_ancestors(backend, case, parents):
+def test_verify_equals_decoding_the_ancestors(backend, case, parents):
     inputs = make_inputs(case, dtype_of(backend)).on(device_of(backend))
     o = verified(inputs, backend, parents=tree(parents, inputs))
     assert o.dtype == inputs.q.dtype
@@ -63,8 +63,8 @@ def test_drafts_are_decoded_after_their_ancestors(backend, case, parents):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("parents", TREES.values(), ids=TREES.keys())
-def test_any_draft_may_be_the_last(backend, parents):
-    """Bit for bit, with another one for every row."""
+def test_commit_equals_decoding_the_accepted_drafts(backend, parents):
+    """States are bit-identical; every batch row accepts another draft."""
     inputs = make_inputs(Case(B=4, T=7, K=12), dtype_of(backend)).on(device_of(backend))
     for lasts in ([-1, 0, 1, 2], [3, 4, 5, 6]):
         state = inputs.state.clone()
@@ -72,15 +72,15 @@ def test_any_draft_may_be_the_last(backend, parents):
         lightning_attention_commit(
             inputs.k, inputs.v, inputs.log_decay, state=state, last=last, parents=tree(parents, inputs), backend=backend
         )
-        for row, draft in enumerate(lasts):
+        for b, draft in enumerate(lasts):
             _, expected = decoded(inputs, path(parents, draft), backend)
-            assert torch.equal(state[row], expected[row])
+            assert torch.equal(state[b], expected[b])
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.data(), st.integers(1, 12), st.integers(0, 1000))
-def test_any_trees(data, T, seed):
-    """Chunked against the reference, each row with a tree of its own."""
+def test_chunked_equals_reference_for_any_tree(data, T, seed):
+    """Every batch row has a tree of its own."""
     inputs = make_inputs(Case(B=2, T=T), seed=seed)
     parents = torch.tensor([[data.draw(st.integers(-1, t - 1)) for t in range(T)] for _ in range(2)])
     last = torch.tensor([data.draw(st.integers(-1, T - 1)) for _ in range(2)])
@@ -96,7 +96,7 @@ def test_any_trees(data, T, seed):
 
 @pytest.mark.triton
 @pytest.mark.parametrize("T", [1, 16, 17, 64])
-def test_trees_of_many_drafts(T):
+def test_kernels_equal_reference_for_trees_of_many_drafts(T):
     inputs = make_inputs(Case(B=2, T=T, H=1), torch.float32)
     generator = torch.Generator().manual_seed(0)
     parents = torch.stack([torch.randint(-1, max(t, 0) or 1, (2,), generator=generator) for t in range(T)], dim=1)
@@ -109,14 +109,14 @@ def test_trees_of_many_drafts(T):
     last = torch.tensor([T - 1, T // 2], device=state.device)
     options = {"last": last, "parents": parents.to(state.device), "backend": "triton"}
     lightning_attention_commit(gpu.k, gpu.v, gpu.log_decay, state=state, **options)
-    for row, draft in enumerate(last.tolist()):
-        _, after = decoded(gpu, path(parents[row].tolist(), draft), "triton")
-        assert torch.equal(state[row], after[row])
+    for b, draft in enumerate(last.tolist()):
+        _, after = decoded(gpu, path(parents[b].tolist(), draft), "triton")
+        assert torch.equal(state[b], after[b])
 
 
 @pytest.mark.triton
-def test_a_chain_longer_than_a_tree_may_be():
-    """Padding too, where slot 0 is free and full of NaN."""
+def test_chains_may_be_longer_than_trees():
+    """Batch rows of padding give zeros; a free slot is full of NaN."""
     inputs = make_inputs(Case(B=2, T=70, H=1), torch.float32)
     expected = verified(inputs.to(torch.float64), "reference")
     inputs = inputs.on(device_of("triton"))
@@ -129,8 +129,8 @@ def test_a_chain_longer_than_a_tree_may_be():
 
 
 @pytest.mark.triton
-def test_no_parents_out_of_bounds_are_read():
-    """On a GPU nobody checks `last` and `parents`. Here, what lies past a row is that of the next one."""
+def test_invalid_parents_are_not_read():
+    """On a GPU `last` and `parents` are not checked. Beyond the parents of a batch row lie those of the next one."""
     from lightning_attention.ops.triton import decoding
 
     inputs = make_inputs(Case(B=2, T=4, H=1), torch.float32).on(device_of("triton"))
@@ -146,30 +146,30 @@ def test_no_parents_out_of_bounds_are_read():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("parents", [None, [-1, 0, 0]], ids=["chain", "tree"])
-def test_slots(backend, parents):
-    """Rows use the slots they name; padding gives zeros; NaN in slots that are free goes nowhere."""
+def test_batch_rows_use_only_their_slots(backend, parents):
+    """Padding gives zeros; NaN in free slots does not spread."""
     inputs = make_inputs(Case(B=4, T=3), dtype_of(backend)).on(device_of(backend))
     pool = torch.full_like(inputs.state[:1], float("nan")).expand(7, -1, -1, -1).clone()
     indices = torch.tensor([5, -1, 0, 2], dtype=torch.int32, device=pool.device)
-    rows, slots = torch.tensor([0, 2, 3]), torch.tensor([5, 0, 2])
-    pool[slots] = inputs.state[rows]
+    batch_rows, slots = torch.tensor([0, 2, 3]), torch.tensor([5, 0, 2])
+    pool[slots] = inputs.state[batch_rows]
     before, options = pool.clone(), {"parents": tree(parents, inputs), "state_indices": indices, "backend": backend}
     o = lightning_attention_verify(inputs.q, inputs.k, inputs.v, inputs.log_decay, state=pool, **options)
     assert torch.equal(pool.nan_to_num(123.0), before.nan_to_num(123.0))
     expected = verified(inputs, backend, parents=tree(parents, inputs))
     assert torch.equal(o[1], torch.zeros_like(o[1]))
-    assert error(o[rows], expected[rows].double()) < 8 * torch.finfo(o.dtype).eps
+    assert error(o[batch_rows], expected[batch_rows].double()) < 8 * torch.finfo(o.dtype).eps
     last = torch.tensor([2, 2, -1, 1], device=pool.device)
     lightning_attention_commit(inputs.k, inputs.v, inputs.log_decay, state=pool, last=last, **options)
-    for row, slot in ((0, 5), (3, 2)):
-        assert torch.equal(pool[slot], decoded(inputs, path(parents, int(last[row])), backend)[1][row])
+    for b, slot in ((0, 5), (3, 2)):
+        assert torch.equal(pool[slot], decoded(inputs, path(parents, int(last[b])), backend)[1][b])
     assert torch.equal(pool[0], before[0])
     assert pool[[1, 3, 4, 6]].isnan().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_state_kept_in_bfloat16(backend):
-    """Arithmetic is float32: rounded where it is kept, once a call."""
+def test_bfloat16_states_are_rounded_once_a_call(backend):
+    """Arithmetic is float32; a state is rounded when it is stored, once a call."""
     inputs = make_inputs(Case(B=2, T=4), torch.float32).on(device_of(backend))
     kept = inputs.state.bfloat16()
     wide = kept.float()
@@ -190,7 +190,7 @@ def test_a_state_kept_in_bfloat16(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_drafts(backend):
+def test_strides_do_not_matter(backend):
     inputs = make_inputs(Case(B=2, T=4, H=2), dtype_of(backend)).on(device_of(backend))
     expected = verified(inputs, backend)
     q, k, v = torch.stack([inputs.q, inputs.k, inputs.v], dim=2).unbind(2)
@@ -199,12 +199,12 @@ def test_strided_drafts(backend):
     assert error(o, expected.double()) < 8 * torch.finfo(o.dtype).eps
     last = torch.tensor([0, 2], device=state.device)
     lightning_attention_commit(k, v, inputs.log_decay, state=state, last=last, backend=backend)
-    for row, draft in enumerate(last.tolist()):
-        after = decoded(inputs, path(None, draft), backend)[1][row]
-        assert error(state[row], after.double()) < 8 * torch.finfo(state.dtype).eps
+    for b, draft in enumerate(last.tolist()):
+        after = decoded(inputs, path(None, draft), backend)[1][b]
+        assert error(state[b], after.double()) < 8 * torch.finfo(state.dtype).eps
 
 
-def test_no_drafts():
+def test_no_drafts_leave_the_state_unchanged():
     inputs = make_inputs(Case(T=0))
     state = inputs.state.clone()
     assert verified(inputs, "chunked").shape == inputs.v.shape
@@ -213,7 +213,7 @@ def test_no_drafts():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled():
+def test_compiled_equals_eager():
     inputs = make_inputs(Case(T=3), torch.float32)
     parents, last = tree([-1, 0, 0], inputs), torch.tensor([2, 1])
 
@@ -236,14 +236,14 @@ REFUSED = {
         r"parents must be \[B, T\] = \[2, 4\], got shape \(2, 3\)",
     ),
     "parents in float": ({"parents": torch.zeros(2, 4)}, TypeError, "parents must be int32 or int64"),
-    "a parent that comes later": (
+    "a parent after its draft": (
         {"parents": torch.tensor([[-1, 1, 0, 0]] * 2)},
         ValueError,
         r"parents must be -1 or the index of an earlier draft, got \[\[-1, 1, 0, 0\]",
     ),
-    "a last draft that is not there": ({"last": torch.tensor([0, 4])}, ValueError, r"last must be -1 or in \[0, 4\)"),
+    "a last draft out of range": ({"last": torch.tensor([0, 4])}, ValueError, r"last must be -1 or in \[0, 4\)"),
     "last of another shape": ({"last": torch.tensor([0])}, ValueError, r"last must be \[B\] = \[2\]"),
-    "slots that are not there": (
+    "slots out of range": (
         {"state_indices": torch.tensor([0, 2])},
         ValueError,
         r"state_indices must be -1 or in \[0, 2\), got 0 to 2",
@@ -253,7 +253,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("change", "kind", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_is_refused(change, kind, message):
+def test_bad_arguments_are_refused(change, kind, message):
     inputs = make_inputs(Case(T=4), torch.float32)
     options = {"state": inputs.state, "last": torch.tensor([0, 0])} | change
     with pytest.raises(kind, match=message):
@@ -264,14 +264,14 @@ def test_what_is_refused(change, kind, message):
             lightning_attention_verify(inputs.q, inputs.k, inputs.v, inputs.log_decay, **options)
 
 
-def test_a_tree_of_more_than_64_drafts():
+def test_chunked_equals_reference_for_a_tree_of_more_than_64_drafts():
     inputs = make_inputs(Case(B=1, T=70, H=1))
     parents = (torch.arange(70)[None] - 3).clamp_min(-1)
     expected = verified(inputs, "reference", parents=parents)
     assert error(verified(inputs, "chunked", parents=parents), expected) < 1e-13
 
 
-def test_no_gradient():
+def test_gradients_are_refused():
     x, state = torch.zeros(1, 3, 1, 4), torch.zeros(1, 1, 4, 4)
     with pytest.raises(ValueError, match="lightning_attention_commit keeps no gradient"):
         lightning_attention_commit(x.requires_grad_(), x, state=state, last=torch.tensor([0]))

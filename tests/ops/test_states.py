@@ -21,7 +21,7 @@ RUNS = [
     pytest.param("triton", FP16, id="kernels-float16", marks=pytest.mark.triton),
     pytest.param("triton", BF16, id="kernels-bfloat16", marks=pytest.mark.gpu),
 ]
-# B, T, H, X, Y and the slope of the steepest head; None is no decay.
+# B, T, H, X, Y and the slope of the head that decays fastest; None is no decay.
 SIZES = [
     (1, 37, 2, 16, 16, 1.0),
     (2, 140, 1, 24, 40, 0.02),
@@ -39,7 +39,7 @@ directions = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "
 
 @pytest.fixture(autouse=True)
 def short_cuts(monkeypatch):
-    """Cut so short that most sequences have several intervals, programs and chunks."""
+    """Give most sequences several intervals, programs and chunks."""
 
     def cut(length: int, *_: int) -> Segments:
         return Segments(ceil_div(max(length, 1), 64) * 64, 64, 2)
@@ -50,7 +50,7 @@ def short_cuts(monkeypatch):
 
 
 def surrounded(*shape: int, seed: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Random numbers inside a larger tensor full of NaN, and that tensor."""
+    """Return random numbers inside of a larger tensor full of NaN, and the larger tensor."""
     larger = torch.full([size + 4 for size in shape], float("nan"), dtype=dtype, device=device)
     inner = larger[tuple(slice(2, 2 + size) for size in shape)]
     inner.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=FP64))
@@ -63,13 +63,13 @@ def make_log_decay(slope: float | None, x: Tensor) -> Tensor:
 
 
 def weights(log_decay: Tensor, T: int, *, rising: bool) -> Tensor:
-    """`λ^1 .. λ^T` or `λ^(T-1) .. λ^0`, `[T, H, 1]`."""
+    """Return `λ^1 .. λ^T` or `λ^(T-1) .. λ^0`, `[T, H, 1]`."""
     exponents = torch.arange(1, T + 1) if rising else torch.arange(T - 1, -1, -1)
     return torch.exp(log_decay.cpu().double() * exponents[:, None])[..., None]
 
 
 def assert_follows(actual: Tensor, formula: Callable[[torch.dtype], Tensor], dtype: torch.dtype) -> None:
-    """The rule of the suite: within twice the error of the formula in the dtype of the inputs, plus one rounding."""
+    """Assert that the error is at most twice that of the formula in the dtype of the inputs, plus one rounding."""
     exact = formula(FP64)
     allowed = 2 * error(formula(dtype), exact) + torch.finfo(actual.dtype).eps
     assert actual.shape == exact.shape
@@ -102,7 +102,7 @@ def test_reads_match_the_formula_and_touch_nothing_else(backend, dtype, sizes, r
     device = device_of(backend)
     x, _ = surrounded(B, T, H, X, seed=1, dtype=dtype, device=device)
     S, _ = surrounded(B, H, X, Y, seed=2, dtype=FP32, device=device)
-    out, around = surrounded(B, T, H, Y, seed=3, dtype=dtype, device=device)
+    out, surroundings = surrounded(B, T, H, Y, seed=3, dtype=dtype, device=device)
     before = out.cpu().clone()
     if not add:
         out.fill_(float("nan"))
@@ -115,4 +115,4 @@ def test_reads_match_the_formula_and_touch_nothing_else(backend, dtype, sizes, r
         return read + before.to(dtype) if add else read
 
     assert_follows(out, formula, dtype)
-    assert (~around.isnan()).sum() == out.numel()
+    assert (~surroundings.isnan()).sum() == out.numel()

@@ -1,3 +1,5 @@
+"""Decoding steps of every backend against attention."""
+
 import pytest
 import torch
 from oracle import BACKENDS, Case, device_of, dtype_of, error, make_inputs
@@ -17,7 +19,7 @@ BACKENDS_AND_DTYPES = [
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS_AND_DTYPES, ids=str)
 @pytest.mark.parametrize("case", [Case(T=6), Case(T=6, slope=None, scale=0.5), Case(T=6, B=1, K=5, V=7)], ids=str)
-def test_token_by_token_is_the_whole(backend, dtype, case):
+def test_steps_of_one_token_equal_attention(backend, dtype, case):
     inputs = make_inputs(case, dtype).on(device_of(backend))
     exact = inputs.to(torch.float64)
     expected = lightning_attention(
@@ -35,7 +37,7 @@ def test_token_by_token_is_the_whole(backend, dtype, case):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_few_tokens_at_once(backend):
+def test_one_step_of_several_tokens_equals_attention(backend):
     inputs = make_inputs(Case(T=5), dtype_of(backend)).on(device_of(backend))
     exact = inputs.to(torch.float64)
     expected = lightning_attention(
@@ -51,8 +53,8 @@ def test_a_few_tokens_at_once(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_slots(backend, tokens):
-    """Rows use the slots they name, padding rows (-1) return zeros, and every other slot is left alone."""
+def test_batch_rows_use_only_their_slots(backend, tokens):
+    """Batch rows of padding (-1) give zeros; other slots do not change."""
     inputs = make_inputs(Case(B=4, T=tokens), dtype_of(backend)).on(device_of(backend))
     exact = inputs.to(torch.float64)
     pool = torch.randn_like(inputs.state[:1]).expand(6, -1, -1, -1).clone()
@@ -60,17 +62,17 @@ def test_slots(backend, tokens):
     o = lightning_attention_step(
         inputs.q, inputs.k, inputs.v, inputs.log_decay, state=pool, state_indices=indices, backend=backend
     )
-    rows, slots = torch.tensor([0, 2, 3]), torch.tensor([5, 0, 2])
+    batch_rows, slots = torch.tensor([0, 2, 3]), torch.tensor([5, 0, 2])
     expected = lightning_attention(
-        exact.q[rows],
-        exact.k[rows],
-        exact.v[rows],
+        exact.q[batch_rows],
+        exact.k[batch_rows],
+        exact.v[batch_rows],
         exact.log_decay,
         initial_state=before[slots].double(),
         output_final_state=True,
     )
     rounding = 4 * torch.finfo(pool.dtype).eps
-    assert error(o[rows], expected.output) < rounding
+    assert error(o[batch_rows], expected.output) < rounding
     assert torch.equal(o[1], torch.zeros_like(o[1]))
     assert expected.final_state is not None
     assert error(pool[slots], expected.final_state) < rounding
@@ -80,7 +82,7 @@ def test_slots(backend, tokens):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_the_state_may_have_any_strides(backend, tokens):
+def test_strides_of_the_state_do_not_matter(backend, tokens):
     inputs = make_inputs(Case(T=tokens), dtype_of(backend)).on(device_of(backend))
     state = inputs.state.transpose(2, 3).contiguous().transpose(2, 3)
     expected = inputs.state.clone()
@@ -93,7 +95,7 @@ def test_the_state_may_have_any_strides(backend, tokens):
     assert error(state, expected.double()) < rounding
 
 
-def test_an_empty_batch():
+def test_an_empty_batch_gives_an_empty_output():
     q = torch.randn(0, 2, 4)
     indices = torch.zeros(0, dtype=torch.int32)
     o = lightning_attention_step(q, q, q, state=torch.zeros(3, 2, 4, 4), state_indices=indices)

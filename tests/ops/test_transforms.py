@@ -1,4 +1,4 @@
-"""Under torch.func and forward mode: values of plain autograd, or an error that says what is missing."""
+"""torch.func and forward mode: results of plain autograd, or an error that says what is not supported."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,7 +18,7 @@ from lightning_attention import (
 
 B, T, H, D, M = 2, 5, 3, 4, 3
 LOG_DECAY = -torch.tensor([0.1, 0.5, 2.0])
-# PyTorch compiles its own rules for forward mode by what it has deprecated.
+# PyTorch itself compiles its rules for forward mode with the deprecated torch.jit.
 forward_mode = pytest.mark.filterwarnings("ignore:.torch.jit.script")
 SHAPES = ((B, T, H, D), (B, T, H, D), (B, T, H, D), (B, H, D, D))
 ALL = (0, 1, 2, 3)
@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 
 def inputs(*mapped: int) -> tuple[Tensor, ...]:
-    """q, k, v and an initial state."""
+    """Return q, k, v and an initial state."""
     return tuple(torch.randn(*mapped, *shape, dtype=torch.float64) for shape in SHAPES)
 
 
@@ -42,10 +42,10 @@ def gradients(*given: Tensor) -> tuple[Tensor, ...]:
 
 
 def each(function: Callable[..., Result], given: tuple[Tensor, ...]) -> list[Result]:
-    return [function(*one) for one in zip(*(x.unbind() for x in given), strict=True)]
+    return [function(*sample) for sample in zip(*(x.unbind() for x in given), strict=True)]
 
 
-def test_grad_and_vjp_are_autograd():
+def test_grad_and_vjp_equal_autograd():
     given = inputs()
     expected = gradients(*given)
     torch.testing.assert_close(torch.func.grad(loss, argnums=ALL)(*given), expected)
@@ -56,7 +56,7 @@ def test_grad_and_vjp_are_autograd():
         torch.testing.assert_close(torch.func.grad(loss, argnums=ALL)(*given), expected)
 
 
-def test_grad_of_packed_sequences():
+def test_grad_of_packed_sequences_equals_autograd():
     q, k, v, _ = (x[:1] for x in inputs())
     cu_seqlens = torch.tensor([0, 2, 2, 5])
 
@@ -67,7 +67,7 @@ def test_grad_of_packed_sequences():
     torch.testing.assert_close(torch.func.grad(packed)(q), torch.autograd.grad(packed(leaf), leaf)[0])
 
 
-def test_jacrev_is_the_jacobian():
+def test_jacrev_equals_the_jacobian():
     q, k, v, _ = inputs()
 
     def output(q: Tensor) -> Tensor:
@@ -77,17 +77,17 @@ def test_jacrev_is_the_jacobian():
 
 
 @pytest.mark.parametrize("in_dims", [(0, 0, 0, 0), (0, None, 2, None), (None, 1, None, 3)], ids=str)
-def test_vmap_is_one_by_one(in_dims):
+def test_vmap_equals_separate_calls(in_dims):
     mapped, single = inputs(M), inputs()
     given = [m.movedim(0, dim) if dim is not None else s for m, s, dim in zip(mapped, single, in_dims, strict=True)]
-    rows = [
+    samples = [
         tuple(m[i] if dim is not None else s for m, s, dim in zip(mapped, single, in_dims, strict=True))
         for i in range(M)
     ]
-    torch.testing.assert_close(torch.vmap(loss, in_dims)(*given), torch.stack([loss(*row) for row in rows]))
+    torch.testing.assert_close(torch.vmap(loss, in_dims)(*given), torch.stack([loss(*sample) for sample in samples]))
 
 
-def test_vmap_over_decays():
+def test_vmap_over_decays_equals_separate_calls():
     q, k, v, _ = inputs()
     decays = -torch.rand(M, H)
     mapped = torch.vmap(lambda log_decay: lightning_attention(q, k, v, log_decay).output)(decays)
@@ -95,7 +95,7 @@ def test_vmap_over_decays():
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_gradients_per_sample(compiled):
+def test_per_sample_gradients_equal_separate_gradients(compiled):
     given = inputs(M)
     call = torch.vmap(torch.func.grad(loss, argnums=ALL))
     call = torch.compile(call, backend="aot_eager") if compiled else call
@@ -104,16 +104,16 @@ def test_gradients_per_sample(compiled):
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["grad", "vmap"])
-def test_a_whole_graph_is_refused(mapped):
-    """Transforms of the operator run outside of a graph, or say so where there may be only one."""
-    torch._dynamo.reset()  # remembers what it has left to eager before
+def test_fullgraph_is_refused(mapped):
+    """Transforms of the operator run outside of compiled graphs, which `fullgraph=True` does not allow."""
+    torch._dynamo.reset()  # forgets frames that earlier tests left to eager
     call = torch.func.grad(loss, argnums=ALL)
     compiled = torch.compile(torch.vmap(call) if mapped else call, fullgraph=True, backend="aot_eager")
     with pytest.raises(RuntimeError, match=r"lightning_attention under torch\.func is not traced"):
         compiled(*inputs(*[M] * mapped))
 
 
-def test_gradients_through_vmap():
+def test_gradients_through_vmap_equal_separate_gradients():
     given = inputs(M)
     expected = tuple(torch.stack(x) for x in zip(*each(gradients, given), strict=True))
 
@@ -146,8 +146,8 @@ def test_second_derivatives_are_refused(transform):
         transform(*inputs())
 
 
-def test_a_gradient_of_a_gradient_in_another_tensor():
-    """The weights of a sum of gradients have a derivative, which needs no second one of ours."""
+def test_weights_of_gradients_have_derivatives():
+    """The derivative of a weighted sum of gradients in its weights needs no second derivative of the operator."""
     given = inputs()
     weighted = torch.func.grad(lambda w: (torch.func.grad(loss)(*given) * w).sum())
     torch.testing.assert_close(weighted(given[0]), gradients(*given)[0])
@@ -184,7 +184,7 @@ operators = pytest.mark.parametrize("operator", OPERATORS, ids=[f.__name__ for f
 
 @operators
 @torch.no_grad()
-def test_vmap_of_every_operator(operator):
+def test_vmap_of_every_operator_equals_separate_calls(operator):
     given = inputs(M)
     expected = torch.stack(each(operator, tuple(x.clone() for x in given)))
     state = given[3].clone()
@@ -197,7 +197,7 @@ def test_vmap_of_every_operator(operator):
 
 @pytest.mark.parametrize("operator", [step, commit], ids=["step", "commit"])
 @torch.no_grad()
-def test_vmap_over_one_state_is_refused(operator):
+def test_vmap_with_a_shared_state_is_refused(operator):
     *mapped, _ = inputs(M)
     with pytest.raises(NotImplementedError, match="updates state in place"):
         torch.vmap(operator, in_dims=(0, 0, 0, None))(*mapped, inputs()[3])
@@ -246,7 +246,7 @@ def test_nested_forward_mode_is_refused(transform):
 
 
 @forward_mode
-def test_a_tangent_elsewhere_is_none_of_ours():
+def test_tangents_of_other_tensors_are_allowed():
     q, k, v, state = inputs()
     o = attend(q, k, v, state)
     value, tangent, *_ = torch.func.jvp(lambda x: attend(q, k, v, state) * x, (q,), (v,))
@@ -255,7 +255,7 @@ def test_a_tangent_elsewhere_is_none_of_ours():
 
 
 @operators
-def test_inference_mode(operator):
+def test_inference_mode_keeps_results(operator):
     given = inputs()
     with torch.no_grad():
         expected = operator(*(x.clone() for x in given))
