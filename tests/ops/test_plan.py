@@ -1,4 +1,4 @@
-"""Plans: launches prepared once for inputs of given metadata, run again with other tensors."""
+"""Plans: launches prepared once for inputs of given metadata, and reused for other tensors."""
 
 import ctypes
 import weakref
@@ -30,7 +30,7 @@ on_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
 
 
 class Compiled:
-    """Code of a kernel that runs on a CPU: it takes addresses in place of the tensors that it was compiled for."""
+    """A stand-in for compiled code that runs on a CPU, and takes addresses in place of tensors."""
 
     def __init__(self, kernel: Any, arguments: tuple, options: dict[str, Any]):
         self.kernel, self.options = kernel, options
@@ -46,7 +46,7 @@ class Compiled:
 
 
 class Compiler:
-    """A kernel that runs on a CPU, and counts how often it is compiled."""
+    """A stand-in for a kernel that runs on a CPU, and counts compilations."""
 
     def __init__(self, kernel: Any):
         self.kernel, self.arg_names, self.__name__ = kernel, kernel.arg_names, kernel.__name__
@@ -75,7 +75,7 @@ def tensor_at(address: int, like: Tensor) -> Tensor:
 
 @pytest.fixture(params=["triton", "hopper"])
 def backend(monkeypatch, request):
-    """A backend of GPU kernels; on a CPU they run emulated, and count as compiled."""
+    """A backend of GPU kernels; on a CPU the kernels are emulated, and count as compiled."""
     name = request.param
     if INTERPRETED:
         for place, module in (("kernels", hopper_kernels), ("gradients", gradients), ("states", states)):
@@ -95,12 +95,12 @@ CASES = [
     Case(B=1, T=150, H=1, K=64, V=128, slope=None, state=False, scale=0.5),
     Case(lengths=(3, 0, 64, 70), H=1, K=128, V=128, slope=0.1),
 ]
-# Dtypes that both a GPU and the emulation multiply.
+# Dtypes of products that both a GPU and the emulation support.
 DTYPES = {"triton": torch.float16, "hopper": torch.bfloat16}
 
 
 def arguments_of(backend: str, case: Case, seed: int = 0) -> dict[str, tuple]:
-    """Arguments of a backend's `forward` and `backward`."""
+    """Return arguments of a backend's `forward` and `backward`."""
     x = make_inputs(case, DTYPES[backend], seed).on(device_of("triton"))
     d_state = x.d_final_state if case.state else None
     forward = x.q, x.k, x.v, x.log_decay, x.initial_state, x.cu_seqlens, case.scale, True
@@ -109,8 +109,8 @@ def arguments_of(backend: str, case: Case, seed: int = 0) -> dict[str, tuple]:
 
 @pytest.mark.parametrize("num_segments", [1, 2, 3])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_plan_gives_the_same_bits_again(backend, monkeypatch, case, num_segments):
-    """The second call with the plan launches compiled code; its results are those of a plan of its own."""
+def test_results_of_a_reused_plan_equal_those_of_a_new_plan(backend, monkeypatch, case, num_segments):
+    """Calls after the first one launch compiled code."""
 
     def cut(length: int, *_: Any, **__: Any) -> Segments:
         interval = ceil_div(length, num_segments * 64) * 64
@@ -142,8 +142,8 @@ STATES = {
 @pytest.mark.parametrize("layout", STATES.values(), ids=STATES.keys())
 @pytest.mark.parametrize("T", [None, 1, 3])
 @pytest.mark.parametrize("indices", [None, [1, -1]], ids=["all", "slots"])
-def test_a_step_again_has_the_same_bits(backend, indices, T, layout):
-    """Three steps of one plan, against steps of plans of their own; the state is updated in place."""
+def test_steps_of_a_reused_plan_equal_those_of_new_plans(backend, indices, T, layout):
+    """Steps update the state in place."""
     device = device_of("triton")
     indices = None if indices is None else torch.tensor(indices, device=device)
 
@@ -175,7 +175,7 @@ def test_inputs_of_a_known_plan_are_checked(backend):
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU kernels are not counted")
 @pytest.mark.parametrize("is_aligned", [True, False], ids=["aligned", "not aligned"])
-def test_compiled_code_is_launched_for_aligned_addresses_alone(backend, is_aligned):
+def test_only_aligned_addresses_reuse_compiled_code(backend, is_aligned):
     q, k, v, log_decay, *_ = arguments_of(backend, Case(B=2, T=1, H=2, K=64, V=64))["forward"]
     k = STATES["contiguous" if is_aligned else "not aligned"](k)
     state = torch.zeros(2, 2, 64, 64)
@@ -185,19 +185,19 @@ def test_compiled_code_is_launched_for_aligned_addresses_alone(backend, is_align
 
 
 CHANGES = {
-    "columns": lambda q, k, v, *rest: (q.mT.contiguous().mT, k, v, *rest),
+    "transposed": lambda q, k, v, *rest: (q.mT.contiguous().mT, k, v, *rest),
     "one tensor twice": lambda q, k, v, *rest: (q, q, v, *rest),
-    "odd addresses": lambda q, k, v, *rest: (q, torch.cat([k.new_zeros(1), k.flatten()])[1:].view_as(k), v, *rest),
-    "odd strides": lambda q, k, v, *rest: (q, k, torch.nn.functional.pad(v, (0, 1))[..., :-1], *rest),
-    "a decay with gaps": lambda q, k, v, log_decay, *rest: (q, k, v, log_decay.repeat_interleave(2)[::2], *rest),
+    "not aligned": lambda q, k, v, *rest: (q, torch.cat([k.new_zeros(1), k.flatten()])[1:].view_as(k), v, *rest),
+    "padded": lambda q, k, v, *rest: (q, k, torch.nn.functional.pad(v, (0, 1))[..., :-1], *rest),
+    "a strided decay": lambda q, k, v, log_decay, *rest: (q, k, v, log_decay.repeat_interleave(2)[::2], *rest),
     "no tokens": lambda q, k, v, *rest: (q[:, :0], k[:, :0], v[:, :0], *rest),
     "no batch rows": lambda q, k, v, log_decay, state, *rest: (q[:0], k[:0], v[:0], log_decay, state[:0], *rest),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_unusual_inputs_have_plans_of_their_own(backend, change):
-    """After a usual call of the same shapes, and twice in a row."""
+def test_unusual_layouts_do_not_share_plans(backend, change):
+    """Calls follow a usual call of the same shapes, and are repeated."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor) -> list[Any]:
         return [*BACKENDS[backend].forward(q, k, v, log_decay, initial_state, None, 0.5, True)]
@@ -214,7 +214,7 @@ def test_unusual_inputs_have_plans_of_their_own(backend, change):
         assert torch.equal(x, y)
 
 
-def test_a_plan_keeps_no_tensor(backend):
+def test_plans_keep_no_tensors(backend):
     arguments = arguments_of(backend, CASES[0])["forward"]
     results = BACKENDS[backend].forward(*arguments)
     tensors = [weakref.ref(x) for x in (*arguments, *results) if isinstance(x, Tensor)]
@@ -223,7 +223,7 @@ def test_a_plan_keeps_no_tensor(backend):
 
 
 def test_threads_share_plans(backend):
-    """Calls of several shapes from several threads, while plans are forgotten."""
+    """Several threads make calls of several shapes, and clear the plans meanwhile."""
     inputs = [arguments_of(backend, Case(B=1, T=T, H=1, K=64, V=64), seed=T)["forward"] for T in range(1, 9)]
     forward = BACKENDS[backend].forward
     expected = [forward(*arguments)[0] for arguments in inputs]
@@ -234,13 +234,13 @@ def test_threads_share_plans(backend):
         o = forward(*inputs[i % len(inputs)])[0]
         return torch.equal(o, expected[i % len(inputs)])
 
-    # The emulation of a kernel for Hopper is one program at a time.
+    # The emulation of Hopper kernels runs one program at a time.
     num_threads = 1 if INTERPRETED else 4
     with ThreadPoolExecutor(num_threads) as pool:
         assert all(pool.map(call, range(64)))
 
 
-def test_a_launch_names_every_argument_of_its_kernel():
+def test_a_launch_must_name_every_argument_of_its_kernel():
     planner = plan.Planner(torch.device("cpu"), 0)
     x = planner.empty(4, dtype=torch.float32)
     arguments = dict.fromkeys(("interval_states", "factors", "log_decay"), x)
@@ -248,8 +248,8 @@ def test_a_launch_names_every_argument_of_its_kernel():
         planner.launch(accumulate.accumulate_kernel, 1, {}, **arguments, blocks=3)
 
 
-def test_memory_for_descriptors_is_there_for_one_call():
-    """The allocator that the caller has set stays."""
+def test_scratch_memory_lasts_for_one_call():
+    """An allocator that the caller has set stays in place."""
     from triton.runtime._allocation import _allocator
 
     def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
@@ -263,8 +263,8 @@ def test_memory_for_descriptors_is_there_for_one_call():
 
 
 @on_gpu
-def test_a_profiled_call_is_the_same(backend):
-    """Gradients too; the operators and the kernels are seen."""
+def test_profiling_keeps_results(backend):
+    """Gradients too; the profiler sees the operators."""
 
     def call(seed: int) -> list[Tensor]:
         x = make_inputs(Case(B=1, T=200, H=2, K=64, V=64), torch.bfloat16, seed).on("cuda")
@@ -283,7 +283,7 @@ def test_a_profiled_call_is_the_same(backend):
 
 
 @on_gpu
-def test_a_plan_in_a_graph_and_on_another_stream(backend):
+def test_plans_run_in_cuda_graphs_and_on_other_streams(backend):
     x = make_inputs(Case(B=1, T=200, H=2, K=64, V=64), torch.bfloat16).on("cuda")
 
     def call() -> Tensor:

@@ -1,10 +1,11 @@
-"""The Triton kernels beyond what every backend must do (test_attention.py): segments, ranges, refusals."""
+"""The Triton kernels, beyond the guarantees of all backends (test_attention.py): segments, ranges and refusals."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import (
+    INTERPRETED,
     Case,
     assert_accurate,
     assert_the_past_is_heard,
@@ -33,7 +34,7 @@ def intervals(request):
 
 @pytest.fixture(params=[0, 100], ids=["accumulated", "summed"])
 def segments(monkeypatch, request, intervals):
-    """Three to ten segments of 64 or 192 tokens in a row of 600, each of one or three intervals."""
+    """Cut batch rows into segments of 64 or 192 tokens, each of one or three intervals."""
     monkeypatch.setattr(config, "MAX_SUMMED", request.param)
 
     def cut(length: int, *_: int) -> Segments:
@@ -48,7 +49,7 @@ SEGMENTED = [
     Case(B=2, T=577, H=1, K=16, V=40, slope=None),
     Case(B=1, T=450, H=2, slope=100.0),
     Case(B=1, T=450, H=2, slope=1e-3, scale=0.2, state=False),
-    # Documents that end inside a segment, where one ends, and where an interval ends; that span several; empty ones.
+    # Sequences end inside of a segment, at its end and at the end of an interval; they span several, or are empty.
     Case(lengths=(0, 100, 28, 64, 0, 0, 200, 1, 63, 0, 144, 0), H=2, slope=0.1),
     Case(lengths=(600,), H=2, slope=0.01),
     Case(lengths=(1,) * 130, H=1, K=16, V=16),
@@ -57,13 +58,13 @@ SEGMENTED = [
 
 @kernels_run
 @pytest.mark.parametrize("case", SEGMENTED, ids=str)
-def test_segments(segments, case):
+def test_segments_match_the_definition(segments, case):
     inputs = make_inputs(case, torch.float32).on(device_of("triton"))
     assert_accurate(run(ATTENTION, inputs), inputs)
 
 
 @kernels_run
-def test_only_its_own_rows_are_read(segments):
+def test_nothing_outside_of_the_inputs_is_read(segments):
     inputs = make_inputs(Case(B=1, T=333, H=2, K=24, V=20), torch.float32).on(device_of("triton"))
     expected = run(ATTENTION, inputs)
     for name, value in run(ATTENTION, inputs.amid_nan()).items():
@@ -71,12 +72,12 @@ def test_only_its_own_rows_are_read(segments):
 
 
 @kernels_run
-def test_what_a_segment_leaves_out_is_not_missed(segments):
+def test_segments_remember_the_past(segments):
     assert_the_past_is_heard(ATTENTION, device_of("triton"), start=192)
 
 
 @kernels_run
-def test_both_directions_share_the_memory_of_states(segments, monkeypatch):
+def test_forward_and_reverse_states_share_a_buffer(segments, monkeypatch):
     from lightning_attention.ops.gpu.plan import Planner
     from lightning_attention.ops.triton import kernels, launch
 
@@ -97,8 +98,8 @@ def test_both_directions_share_the_memory_of_states(segments, monkeypatch):
 @kernels_run
 @pytest.mark.parametrize("slope", [0.05, 0.5, 5.0])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "reverse"])
-def test_a_state_after_a_short_interval(monkeypatch, reverse, slope):
-    """Of three whole ones and one of 8 tokens: heads remember several, one, or a part of one."""
+def test_written_states_are_accurate_after_a_short_interval(monkeypatch, reverse, slope):
+    """Three intervals of 64 tokens and one of 8; slopes make heads remember several, one, or a part of one."""
     from lightning_attention.ops.triton import launch
 
     monkeypatch.setattr(config, "whole_sequence", lambda length, *_: Segments(256, 64, 2))
@@ -111,8 +112,8 @@ def test_a_state_after_a_short_interval(monkeypatch, reverse, slope):
 
 
 @kernels_run
-def test_a_float16_state_may_leave_the_range_of_float16():
-    """Where scale brings the output back into it."""
+def test_states_of_float16_inputs_may_exceed_float16():
+    """A small scale keeps outputs in the range of float16."""
     ones = torch.ones(1, 200, 1, 16, dtype=torch.float16, device=device_of("triton"))
     state = torch.full((1, 1, 16, 16), 1e7, device=ones.device)
     o, final_state = ATTENTION(ones, ones, ones, None, initial_state=state, scale=1e-6)
@@ -123,7 +124,7 @@ def test_a_float16_state_may_leave_the_range_of_float16():
 
 
 @kernels_run
-def test_a_scale_of_zero():
+def test_a_scale_of_zero_gives_zeros():
     inputs = make_inputs(Case(scale=0.0), torch.float32).on(device_of("triton"))
     result = run(ATTENTION, inputs)
     assert result["o"].abs().max() == 0
@@ -142,12 +143,12 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("change", "reason"), REFUSED, ids=[reason for _, reason in REFUSED])
-def test_what_it_refuses(change, reason):
+def test_unsupported_problems_are_refused_with_reasons(change, reason):
     assert reason in backend.unsupported_reasons(PROBLEM._replace(**change))
 
 
-def test_the_precision_of_products():
-    """As PyTorch's own on a GPU, by either of the ways to set that, of which one can make the other raise."""
+def test_products_have_the_precision_set_in_pytorch():
+    """PyTorch has two ways to set the precision, and can raise if one is read after the other was used."""
     matmul = torch.backends.cuda.matmul
     found = []
     for is_tf32 in (True, False):
@@ -160,17 +161,17 @@ def test_the_precision_of_products():
     assert product_precision(torch.bfloat16) == "ieee"
 
 
-def test_the_default_on_a_cpu_is_not_an_interpreter(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    backend._reasons_of_device.cache_clear()
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs on a CPU")
+def test_a_cpu_without_the_interpreter_is_refused():
     x = torch.randn(1, 3, 2, 16)
     with pytest.raises(NotImplementedError, match="backend 'triton' cannot run this: it runs on GPUs, got cpu"):
         lightning_attention(x, x, x, backend="triton")
-    backend._reasons_of_device.cache_clear()
 
 
 @given(st.integers(0, 1 << 22), st.integers(0, 4096), st.integers(1, 200), st.integers(1, 2), st.integers(256, 4096))
-def test_segments_cover_a_row_and_fit_the_device(length, programs, multiprocessors, programs_per_sm, min_interval):
+def test_segments_cover_a_batch_row_and_fit_the_device(
+    length, programs, multiprocessors, programs_per_sm, min_interval
+):
     cut = config.segments(length, programs, multiprocessors, programs_per_sm, min_interval)
     assert (cut.count - 1) * cut.length < max(length, 1) <= cut.count * cut.length
     assert cut.length % cut.interval == 0
@@ -183,8 +184,9 @@ def test_segments_cover_a_row_and_fit_the_device(length, programs, multiprocesso
 
 
 @given(st.integers(0, 1 << 22), st.integers(0, 4096), st.integers(1, 200), st.integers(1, 2), st.integers(256, 4096))
-def test_intervals_of_a_whole_sequence(length, programs, multiprocessors, programs_per_sm, min_interval):
-    """They cover it, none of them is empty, and several fit the device and are long."""
+def test_intervals_cover_a_batch_row_and_fit_the_device(
+    length, programs, multiprocessors, programs_per_sm, min_interval
+):
     cut = config.whole_sequence(length, programs, multiprocessors, programs_per_sm, min_interval)
     count = cut.num_intervals
     assert (count - 1) * cut.interval < max(length, 1) <= cut.length == count * cut.interval
@@ -198,7 +200,7 @@ SIZES = (1, 16, 40, 64, 96, 128, 192, 256)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_states_of_intervals_are_small(dtype):
+def test_interval_states_take_at_most_a_twentieth_of_the_inputs(dtype):
     for K in SIZES:
         for V in SIZES:
             inputs = config.min_interval(K, V, dtype) * (2 * K + V) * dtype.itemsize
@@ -208,7 +210,7 @@ def test_states_of_intervals_are_small(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_tiles_cover_a_head(dtype, precision):
+def test_tiles_cover_a_head_and_fit_registers(dtype, precision):
     for K in SIZES:
         for V in SIZES:
             for tiles in (config.scan_tiles, config.interval_tiles):

@@ -1,4 +1,4 @@
-"""Every kernel, in every configuration, compiled for every architecture, without a GPU."""
+"""Compilation of every kernel, in every configuration, for every architecture; this needs no GPU."""
 
 from typing import Any
 
@@ -21,12 +21,12 @@ pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the inte
 # Bytes of shared memory that one program may take (CUDA C++ Programming Guide, technical specifications).
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
-# One head size for each configuration that the heuristics return, and one that is not a power of two.
+# A head size for each configuration in `config`, and one that is not a power of two.
 HEAD_DIMS = (16, 64, 96, 128, 256)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Of a scan that keeps no states on the way.
+# Arguments of a scan without `state_positions`.
 NO_STATES = {"states": None, "state_positions": None}
-# Local memory of a thread, in bytes. 255 registers are 1020; a few loop-invariant values spilled cost little.
+# Bytes of local memory a thread may use: 255 registers are 1020, and spilling a few loop-invariant values costs little.
 SPILLS = {128: 200, 256: 600}
 
 
@@ -55,7 +55,7 @@ def check(compiled: Any, arch: int, head_dim: int, *, products: bool) -> None:
     ("head_dim", "dtype"), [(head_dim, dtype) for dtype in ("bf16", "fp16") for head_dim in HEAD_DIMS], ids=str
 )
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-def test_scan(arch, head_dim, dtype, reverse):
+def test_scan_compiles_and_fits(arch, head_dim, dtype, reverse):
     tiles = config.scan_tiles(head_dim, head_dim, DTYPES[dtype], "ieee")
     constants = {"K": head_dim, "V": head_dim, "REVERSE": reverse, "TRANSPOSED_STATES": reverse, "PRECISION": "ieee"}
     compiled = compile_kernel(kernels.scan_kernel, arch, dtype, tiles, **NO_STATES, **constants)
@@ -66,7 +66,7 @@ def test_scan(arch, head_dim, dtype, reverse):
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_prefill(arch, dtype):
+def test_prefill_compiles_and_fits(arch, dtype):
     for head_dim in (128, 256):
         tiles = config.scan_tiles(head_dim, head_dim, DTYPES[dtype], "ieee")
         constants = {"K": head_dim, "V": head_dim, "REVERSE": False, "TRANSPOSED_STATES": False, "PRECISION": "ieee"}
@@ -76,7 +76,7 @@ def test_prefill(arch, dtype):
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_interval_states(arch, head_dim):
+def test_interval_states_compile_and_fit(arch, head_dim):
     tiles = config.interval_tiles(head_dim, head_dim, torch.bfloat16, "ieee")
     constants = {"K": head_dim, "V": head_dim, "REVERSE": True, "PRECISION": "ieee"}
     compiled = compile_kernel(kernels.interval_state_kernel, arch, "bf16", tiles, **constants)
@@ -84,17 +84,17 @@ def test_interval_states(arch, head_dim):
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
-def test_accumulate(arch):
+def test_accumulation_compiles_and_loads_ahead(arch):
     constants = {"SIZE": 128 * 128, "BLOCK": accumulate.BLOCK, "NUM_STAGES": accumulate.NUM_STAGES}
     constants |= {"IN_FLOAT32": False, "TRIGGER_DEPENDENTS": False, "OVERLAP_PREVIOUS": False}
     compiled = compile_kernel(accumulate.accumulate_kernel, arch, "bf16", None, accumulate.NUM_WARPS, **constants)
     check(compiled, arch, 128, products=False)
-    assert "LDGSTS" in machine_code(compiled)[1]  # loaded ahead
+    assert "LDGSTS" in machine_code(compiled)[1]  # loads are asynchronous
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_read(arch, dtype):
+def test_reading_a_state_compiles_and_fits(arch, dtype):
     for head_dim in (128, 256):
         tiles = config.interval_tiles(head_dim, head_dim, DTYPES[dtype], "ieee")
         constants = {"K": head_dim, "V": head_dim, "REVERSE": False, "ADD": True, "PRECISION": "ieee"}
@@ -105,7 +105,7 @@ def test_read(arch, dtype):
 @pytest.mark.parametrize("arch", [86, 90], ids="sm_{}".format)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_float32(arch, head_dim, precision):
+def test_float32_scan_compiles_and_fits(arch, head_dim, precision):
     tiles = config.scan_tiles(head_dim, head_dim, torch.float32, precision)
     constants = {"K": head_dim, "V": head_dim, "REVERSE": True, "TRANSPOSED_STATES": True, "PRECISION": precision}
     compiled = compile_kernel(kernels.scan_kernel, arch, "fp32", tiles, **NO_STATES, **constants)
@@ -117,7 +117,7 @@ DECODING = {"step": {"last": None, "parents": None}, "commit": {"o": None}}
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
 @pytest.mark.parametrize("constants", DECODING.values(), ids=DECODING.keys())
-def test_step(arch, constants):
+def test_decoding_compiles_and_fits(arch, constants):
     for head_dim in (16, 128, 256):
         BK, BV = config.step_tiles(head_dim, head_dim)
         sizes = {"K": head_dim, "V": head_dim, "BK": BK, "BV": BV, "stride_sv": 1}
@@ -127,7 +127,7 @@ def test_step(arch, constants):
 
 @pytest.mark.parametrize("arch", [80, 86, 90], ids="sm_{}".format)
 @pytest.mark.parametrize(("head_dim", "num_drafts"), [(128, 16), (128, 64), (256, 64)])
-def test_verify(arch, head_dim, num_drafts):
+def test_verification_compiles_and_fits(arch, head_dim, num_drafts):
     C, BK, BV, num_warps = config.verify_tiles(head_dim, head_dim, num_drafts)
     sizes = {"K": head_dim, "V": head_dim, "C": C, "BK": BK, "BV": BV, "stride_sv": 1}
     compiled = compile_kernel(decoding.verify_kernel, arch, "bf16", None, num_warps=num_warps, **sizes)
@@ -135,8 +135,8 @@ def test_verify(arch, head_dim, num_drafts):
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_amd(head_dim):
-    """Compiled for an MI300 by the compiler that triton brings; never run there."""
+def test_scan_compiles_for_amd(head_dim):
+    """Triton brings a compiler for an MI300; kernels were never run there."""
     tiles = config.scan_tiles(head_dim, head_dim, torch.bfloat16, "ieee")
     constants = {"K": head_dim, "V": head_dim, "REVERSE": True, "TRANSPOSED_STATES": True, "PRECISION": "ieee"}
     compiled = compile_kernel(kernels.scan_kernel, "gfx942", "bf16", tiles, **NO_STATES, **constants)

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the kernels: real sizes, memory, graphs, compilation."""
+"""The kernels on a GPU: real sizes, memory, CUDA graphs and compilation."""
 
 import os
 import shutil
@@ -37,9 +37,9 @@ on_backends = pytest.mark.parametrize("backend", BACKENDS)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def skip_unless_it_can(backend: str, K: int, V: int, dtype: torch.dtype = BF16) -> None:
+def skip_if_unsupported(backend: str, K: int, V: int, dtype: torch.dtype = BF16) -> None:
     if backend == "hopper" and (dtype != BF16 or not {K, V} <= {64, 128}):
-        pytest.skip("not for Hopper's kernels")
+        pytest.skip("the Hopper kernels do not support it")
 
 
 LONG = [
@@ -57,7 +57,7 @@ LONG = [
     (Case(lengths=(0, 1, 4095, 0, 2049, 63, 3000, 1, 0), H=2, K=128, V=128, slope=0.02), BF16),
     (Case(lengths=(8192,), H=2, K=64, V=64, slope=0.02), BF16),
     (Case(lengths=(1,) * 300 + (6000,), H=2, K=32, V=32, slope=0.02), BF16),
-    # In two segments, on a GPU of some 130 multiprocessors.
+    # Cut into two segments on a GPU of about 130 multiprocessors.
     (Case(B=2, T=1500, H=24, K=128, V=128, slope=0.01), BF16),
     (Case(lengths=(700, 40, 0, 900), H=100, K=64, V=64, slope=None), BF16),
 ]
@@ -65,18 +65,18 @@ LONG = [
 
 @on_backends
 @pytest.mark.parametrize(("case", "dtype"), LONG, ids=[f"{case},{dtype}" for case, dtype in LONG])
-def test_long_sequences(backend, case, dtype):
-    """Long enough to be cut into segments."""
-    skip_unless_it_can(backend, case.K, case.V, dtype)
+def test_long_sequences_are_accurate(backend, case, dtype):
+    """Sequences are long enough to be cut into segments."""
+    skip_if_unsupported(backend, case.K, case.V, dtype)
     inputs = make_inputs(case, dtype).on("cuda")
     assert_accurate(run(attention(backend), inputs), inputs, is_long=True)
 
 
 @on_backends
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_the_state_is_float32_from_chunk_to_chunk(backend, dtype):
+def test_state_is_float32_between_chunks(backend, dtype):
     """There are so many heads that no sequence is cut into segments."""
-    skip_unless_it_can(backend, 64, 64, dtype)
+    skip_if_unsupported(backend, 64, 64, dtype)
     assert_state_is_wide(backend, Case(B=1, T=2048, H=300, K=64, V=64, slope=1e-4, state=False), dtype)
 
 
@@ -91,16 +91,16 @@ def test_the_state_is_float32_from_chunk_to_chunk(backend, dtype):
     st.sampled_from([1e-3, 0.5, 3.0, 200.0]),
     st.integers(0, 1 << 30),
 )
-def test_any_shape(backend, K, V, B, T, H, lengths, slope, seed):
-    skip_unless_it_can(backend, K, V)
+def test_any_shape_is_accurate(backend, K, V, B, T, H, lengths, slope, seed):
+    skip_if_unsupported(backend, K, V)
     inputs = make_inputs(Case(B, T, H, K, V, lengths, slope), BF16, seed).on("cuda")
     assert_accurate(run(attention(backend), inputs), inputs, is_long=True)
 
 
 @pytest.mark.skipif(not is_hopper, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("dtype", [FP16, FP32], ids=str)
-def test_hopper_takes_bfloat16_alone(dtype):
-    """The reason for refusing float16 is its range."""
+def test_hopper_refuses_other_dtypes_than_bfloat16(dtype):
+    """float16 is refused because of its range."""
     x = torch.randn(1, 64, 1, 64, device="cuda", dtype=dtype)
     reason = {FP16: "float16 scores and states could overflow here", FP32: "q, k and v must be bfloat16, got"}[dtype]
     with pytest.raises(NotImplementedError, match=reason):
@@ -116,8 +116,8 @@ def set_for_cuda(is_tf32: bool) -> None:
 
 
 @pytest.mark.parametrize("set_tf32", [set_in_general, set_for_cuda])
-def test_tf32(set_tf32):
-    """Products of float32 are as PyTorch's setting says: 10 bits of mantissa, or all 23."""
+def test_float32_products_follow_the_tf32_setting(set_tf32):
+    """With TF32 products have 10 bits of mantissa, otherwise 23."""
     inputs = make_inputs(Case(T=300, H=2, K=64, V=128), FP32).on("cuda")
     exact = run(attention("chunked"), inputs.to(torch.float64))
     before = run(attention("triton"), inputs)
@@ -148,21 +148,21 @@ def differentiated(backend, q, k, v, do, log_decay, **options) -> list[torch.Ten
 
 
 @on_backends
-def test_more_than_two_to_the_31_elements(backend):
-    """Heads of slope 1 forget within 200 tokens: the last ones, and the first in reverse, are those of a short call."""
+def test_ends_of_more_than_two_to_the_31_elements_equal_short_calls(backend):
+    """With a slope of 1 heads forget within 200 tokens, so short calls on the last or first tokens agree."""
     T, H, D, n = 1_100_000, 16, 128, 4096
     assert T * H * D > 1 << 31
     q, k, v, do = large(1, T, H, D)
     log_decay = torch.full((H,), -1.0, device="cuda")
-    whole = differentiated(backend, q, k, v, do, log_decay)
-    for piece, good in ((slice(T - n, T), slice(300, n)), (slice(0, n), slice(0, n - 300))):
-        part = differentiated(backend, q[:, piece], k[:, piece], v[:, piece], do[:, piece], log_decay)
-        for x, y in zip(whole, part, strict=True):
-            assert error(x[:, piece][:, good], y[:, good].double()) < 4e-3
+    results = differentiated(backend, q, k, v, do, log_decay)
+    for at, unaffected in ((slice(T - n, T), slice(300, n)), (slice(0, n), slice(0, n - 300))):
+        short = differentiated(backend, q[:, at], k[:, at], v[:, at], do[:, at], log_decay)
+        for x, y in zip(results, short, strict=True):
+            assert error(x[:, at][:, unaffected], y[:, unaffected].double()) < 4e-3
 
 
 def test_states_of_more_than_two_to_the_31_elements():
-    """They depend on the first tokens or the last ones, and only these depend on them."""
+    """States depend on the first or last tokens alone, and reads of a state change only these."""
     T, H, D, n = 1_100_000, 16, 128, 4096
     q, k, _, _ = large(1, T, H, D)
     log_decay = torch.full((H,), -1.0, device="cuda")
@@ -172,21 +172,21 @@ def test_states_of_more_than_two_to_the_31_elements():
         assert (
             error(state, launch.write_state(q[:, written], k[:, written], log_decay, reverse=reverse).double()) < 4e-3
         )
-        o, part = torch.empty_like(q), torch.empty_like(q[:, read])
+        o, short = torch.empty_like(q), torch.empty_like(q[:, read])
         launch.read_state_(o, q, state, log_decay, reverse=reverse, add=False)
-        launch.read_state_(part, q[:, read], state, log_decay, reverse=reverse, add=False)
-        assert error(o[:, read], part.double()) < 4e-3
+        launch.read_state_(short, q[:, read], state, log_decay, reverse=reverse, add=False)
+        assert error(o[:, read], short.double()) < 4e-3
         assert not o[:, : read.start].any()
         assert not o[:, read.stop :].any()
         added = k.clone()
         launch.read_state_(added, q, state, log_decay, reverse=reverse, add=True)
         assert torch.equal(added[:, : read.start], k[:, : read.start])
         assert torch.equal(added[:, read.stop :], k[:, read.stop :])
-        assert error(added[:, read], k[:, read].double() + part.double()) < 4e-3
+        assert error(added[:, read], k[:, read].double() + short.double()) < 4e-3
 
 
-def test_memory_of_states():
-    """Beyond its result, a state takes little; reading one takes nothing."""
+def test_states_between_slices_take_little_memory():
+    """Writing a state takes little memory besides the state; reading takes none."""
     q, k, o, _ = large(1, 65536, 16, 128)
     log_decay = decay.log_decay(16, preset="alibi").cuda()
     state = launch.write_state(q, k, log_decay, reverse=False)
@@ -200,8 +200,8 @@ def test_memory_of_states():
 
 
 @on_backends
-def test_the_same_bits_again(backend):
-    """Whatever runs beside it: there are no atomics."""
+def test_repeated_calls_are_bit_identical(backend):
+    """Kernels use no atomics, so results do not depend on the order of programs."""
     inputs, log_decay = large(1, 32768, 8, 128), decay.log_decay(8, preset="alibi").cuda()
     for x, y in zip(
         differentiated(backend, *inputs, log_decay), differentiated(backend, *inputs, log_decay), strict=True
@@ -210,23 +210,22 @@ def test_the_same_bits_again(backend):
 
 
 @on_backends
-def test_pieces_and_packed_rows_are_the_whole(backend):
+def test_split_and_packed_equal_one_call(backend):
     attend = attention(backend)
     q, k, v, _ = large(1, 16384, 4, 128)
     log_decay = decay.log_decay(4, preset="alibi").cuda()
     o, state = attend(q, k, v, log_decay)
-    between = None
-    pieces = []
-    for piece in (slice(0, 5000), slice(5000, 5001), slice(5001, 16384)):
-        part, between = attend(q[:, piece], k[:, piece], v[:, piece], log_decay, initial_state=between)
-        pieces.append(part)
-    assert error(torch.cat(pieces, dim=1), o.double()) < 4e-3
-    assert between is not None
-    assert error(between, state.double()) < 4e-3
+    carried, outputs = None, []
+    for at in (slice(0, 5000), slice(5000, 5001), slice(5001, 16384)):
+        output, carried = attend(q[:, at], k[:, at], v[:, at], log_decay, initial_state=carried)
+        outputs.append(output)
+    assert error(torch.cat(outputs, dim=1), o.double()) < 4e-3
+    assert carried is not None
+    assert error(carried, state.double()) < 4e-3
     bounds = [0, 5000, 5000, 9000, 16384]
     packed, _ = attend(q, k, v, log_decay, cu_seqlens=torch.tensor(bounds, device="cuda", dtype=torch.int32))
-    one_by_one = [attend(q[:, a:b], k[:, a:b], v[:, a:b], log_decay)[0] for a, b in pairwise(bounds)]
-    assert error(packed, torch.cat(one_by_one, dim=1).double()) < 4e-3
+    separate = [attend(q[:, a:b], k[:, a:b], v[:, a:b], log_decay)[0] for a, b in pairwise(bounds)]
+    assert error(packed, torch.cat(separate, dim=1).double()) < 4e-3
 
 
 @on_backends
@@ -242,9 +241,9 @@ def test_pieces_and_packed_rows_are_the_whole(backend):
     ],
     ids=str,
 )
-def test_memory(backend, shape):
-    """Beyond inputs and results, at most 5 % of the inputs; of short ones, the states of all programs at once."""
-    skip_unless_it_can(backend, shape[3], shape[3])
+def test_workspace_is_small(backend, shape):
+    """Workspace is at most 5 % of the inputs, or for short inputs one state for each program that runs at once."""
+    skip_if_unsupported(backend, shape[3], shape[3])
     launch = launch_of(backend)
     q, k, v, do = large(*shape)
     tiles = config.scan_tiles(shape[3], shape[3], BF16, "ieee")
@@ -265,7 +264,7 @@ def test_memory(backend, shape):
 
 
 @on_backends
-def test_cuda_graph(backend):
+def test_graph_replay_equals_eager(backend):
     inputs, log_decay = large(1, 9000, 4, 64), decay.log_decay(4, preset="alibi").cuda()
     cu_seqlens = torch.tensor([0, 3000, 3000, 9000], device="cuda", dtype=torch.int32)
     expected = differentiated(backend, *inputs, log_decay, cu_seqlens=cu_seqlens)
@@ -279,8 +278,8 @@ def test_cuda_graph(backend):
         assert torch.equal(x, y)
 
 
-def test_cuda_graph_of_inference():
-    """A prompt with states on the way, then drafts in a tree: nothing is read on the host."""
+def test_graph_replay_of_inference_equals_eager():
+    """A prompt with states at positions, then a tree of drafts: nothing waits for the host."""
     q, k, v, _ = large(1, 9000, 4, 64)
     log_decay = decay.log_decay(4, preset="alibi").cuda()
     integers = {"device": "cuda", "dtype": torch.int32}
@@ -309,8 +308,8 @@ def test_cuda_graph_of_inference():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("B", "T", "H"), [(2, 500, 4), (1, 4096, 40)], ids=["portable", "hopper"])
 @pytest.mark.parametrize("output_final_state", [False, True], ids=["output", "state"])
-def test_compile(B, T, H, output_final_state):
-    """By default the larger one takes Hopper's kernels, on such a GPU."""
+def test_compiled_gradients_equal_eager(B, T, H, output_final_state):
+    """On a Hopper GPU the larger problem takes the Hopper kernels by default."""
     inputs, log_decay = large(B, T, H, 64), decay.log_decay(H, preset="alibi").cuda()
 
     def loss(q, k, v, do):
@@ -335,19 +334,19 @@ def launch_of(backend):
 
 
 @on_backends
-def test_no_length_is_compiled_again(backend):
+def test_all_lengths_share_compiled_code(backend):
     log_decay = decay.log_decay(4, preset="alibi").cuda()
     found = []
     for T in (64, 100, 9000, 1, 1000, 8192, 63, 20_000):
         differentiated(backend, *large(1, T, 4, 64), log_decay)
         found.append(len(kernels_of(backend).scan_kernel.device_caches[torch.cuda.current_device()][0]))
         if T == 9000:
-            found = found[-1:]  # one segment, two, and many
+            found = found[-1:]  # so far calls of one, two and many segments
     assert len(set(found)) == 1
 
 
 def first_backend(problem: Problem) -> str:
-    """The documented choice: the first backend that can run the problem and is not slow."""
+    """Return the documented choice: the first backend that can run the problem and is not slow."""
     return next(
         name
         for name, backend in ALL_BACKENDS.items()
@@ -357,8 +356,8 @@ def first_backend(problem: Problem) -> str:
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize(("T", "H", "D"), [(100, 2, 64), (1024, 64, 128), (4096, 64, 128), (4096, 64, 32)])
-def test_the_default_on_a_gpu(T, H, D, dtype):
-    """The bits of the first backend that can and is not slow, forward and backward each by itself."""
+def test_auto_takes_the_first_suitable_backend(T, H, D, dtype):
+    """Results are bit-identical to those of that backend; forward and backward are chosen separately."""
     q, k, v, do = large(1, T, H, D, dtype)
     problem = Problem.of_attention(q, k, v, None, None, None)
     forward, backward = (first_backend(problem._replace(is_backward=is_backward)) for is_backward in (False, True))
@@ -370,8 +369,7 @@ def test_the_default_on_a_gpu(T, H, D, dtype):
         assert forward == backward == "triton"
 
 
-def test_decoding_far_into_a_pool():
-    """A slot past 2^31 elements."""
+def test_steps_reach_slots_past_32_bit_offsets():
     H, D, slots = 64, 128, 2200
     pool = torch.empty(slots, H, D, D, device="cuda")
     assert (slots - 1) * pool.stride(0) > 1 << 31
@@ -388,7 +386,7 @@ def test_decoding_far_into_a_pool():
 
 @on_backends
 def test_strided_inputs_are_not_copied(backend):
-    """Slices of one projection, and head-first tensors."""
+    """Views of one projection, and head-first tensors."""
     x = torch.randn(2, 3000, 3, 4, 64, device="cuda", dtype=BF16)
     forward = launch_of(backend).forward
     y = [torch.randn(2, 4, 3000, 64, device="cuda", dtype=BF16).transpose(1, 2) for _ in range(3)]
@@ -397,27 +395,27 @@ def test_strided_inputs_are_not_copied(backend):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         o, _ = forward(q, k, v, None, None, None, 1.0, False)
-        # The output and the states of intervals; with a copy of one input it would be more.
+        # The output and interval states; a copy of an input would exceed this.
         assert torch.cuda.max_memory_allocated() - before < 2 * o.nbytes
         expected, _ = forward(q.contiguous(), k.contiguous(), v.contiguous(), None, None, None, 1.0, False)
         assert torch.equal(o, expected)
 
 
 @pytest.mark.parametrize(
-    ("small_set", "tests"),
+    ("file", "tests"),
     [
-        ("test_triton.py", "test_segments and three"),
-        ("test_hopper.py", "test_segments and (lengths or 200 or 130) or test_only"),
+        ("test_triton.py", "test_segments_match and three"),
+        ("test_hopper.py", "test_segments and (lengths or 200 or 130) or test_only or test_nothing"),
     ],
     ids=["triton", "hopper"],
 )
-def test_memory_is_not_touched_out_of_bounds(small_set, tests):
-    """compute-sanitizer's memcheck, where it can watch this device, with every tensor in an allocation of its own."""
+def test_memory_is_not_touched_out_of_bounds(file, tests):
+    """compute-sanitizer's memcheck finds no errors, with a separate allocation for every tensor."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
     options = ["-q", "-m", "triton", "-k", tests, "-p", "no:cacheprovider", "-p", "no:benchmark"]
-    command = [sys.executable, "-m", "pytest", Path(__file__).parent / small_set, *options]
+    command = [sys.executable, "-m", "pytest", Path(__file__).parent / file, *options]
     found = subprocess.run(
         [sanitizer, "--tool", "memcheck", "--error-exitcode", "7", *command],
         env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
