@@ -138,7 +138,7 @@ def run(attention, inputs: Inputs) -> dict[str, Tensor]:
     given = {name: getattr(inputs, name) for name in ("q", "k", "v", "initial_state")}
     leaves = {name: x.detach().requires_grad_() for name, x in given.items() if x is not None}
     inputs = replace(inputs, **leaves)
-    o, final_state = attention(inputs.q, inputs.k, inputs.v, inputs.log_decay, **inputs.options())
+    o, final_state = attention(*inputs.qkv, inputs.log_decay, **inputs.options())
     outputs = [(x, dx) for x, dx in ((o, inputs.do), (final_state, inputs.d_final_state)) if x.requires_grad]
     gradients = torch.autograd.grad(
         [x for x, _ in outputs],
@@ -223,7 +223,7 @@ def assert_the_past_is_heard(attention, device: str, start: int, dtype: torch.dt
         x[:, : start - 120] *= 100
     inputs = replace(inputs, scale=1e-3).on(device)  # keeps outputs of large tokens in the range of float16
     exact, actual, baseline = (
-        f(x.q, x.k, x.v, x.log_decay, **x.options())[0][:, start : start + 8]
+        f(*x.qkv, x.log_decay, **x.options())[0][:, start : start + 8]
         for f, x in ((definition, inputs.to(torch.float64).on("cpu")), (attention, inputs), (plain, inputs))
     )
     assert error(actual, exact) <= 2 * error(baseline, exact) + torch.finfo(dtype).eps
@@ -242,6 +242,6 @@ def assert_state_is_wide(backend: str, case: Case, dtype: torch.dtype) -> None:
         torch.einsum("bthk,bthv->bhkv", k.double(), inputs.v.double()) for k in (decayed, decayed.to(dtype))
     )
     inputs = inputs.on(device_of(backend) if backend != "hopper" else "cuda")
-    _, state = attention(backend)(inputs.q, inputs.k, inputs.v, inputs.log_decay)
+    _, state = attention(backend)(*inputs.qkv, inputs.log_decay)
     assert state.dtype == torch.float32
     assert error(state.cpu(), exact) < (1e-4 if backend in ("chunked", "reference") else 2 * error(rounded, exact))

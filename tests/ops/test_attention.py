@@ -73,7 +73,7 @@ def test_matches_the_definition(backend, case, dtype):
             run(attention(backend), inputs)
         return
     if case.lengths == () or case.B == 0:
-        o, state = attention(backend)(inputs.q, inputs.k, inputs.v, inputs.log_decay, **inputs.options())
+        o, state = attention(backend)(*inputs.qkv, inputs.log_decay, **inputs.options())
         assert o.shape == inputs.v.shape
         assert state.shape == inputs.d_final_state.shape
         return
@@ -172,7 +172,7 @@ def test_packed_equals_separate(backend, lengths, permutation):
 @pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
 def test_permuting_the_batch_permutes_the_result(backend):
     inputs = make_inputs(Case(B=4, T=C + 9), torch.float32).on(device_of(backend))
-    q, k, v = inputs.q, inputs.k, inputs.v
+    q, k, v = inputs.qkv
     order = torch.tensor([2, 0, 3, 1])
     straight, _ = lightning_attention(q, k, v, inputs.log_decay, backend=backend)
     permuted, _ = lightning_attention(q[order], k[order], v[order], inputs.log_decay, backend=backend)
@@ -184,8 +184,8 @@ def test_a_decay_of_zero_keeps_only_the_current_token(backend):
     """A log_decay of -inf is λ = 0: a token attends to itself alone."""
     inputs = make_inputs(Case(T=C + 3), dtype_of(backend)).on(device_of(backend))
     forgets = torch.full((3,), -torch.inf, device=inputs.q.device)
-    o, state = attention(backend)(inputs.q, inputs.k, inputs.v, forgets, **inputs.options())
-    q, k, v = (x.double() for x in (inputs.q, inputs.k, inputs.v))
+    o, state = attention(backend)(*inputs.qkv, forgets, **inputs.options())
+    q, k, v = (x.double() for x in inputs.qkv)
     rounding = 4 * torch.finfo(inputs.q.dtype).eps
     assert error(o, (q * k).sum(-1, keepdim=True) * v) < rounding
     assert error(state, k[:, -1, :, :, None] * v[:, -1, :, None, :]) < rounding
@@ -194,13 +194,13 @@ def test_a_decay_of_zero_keeps_only_the_current_token(backend):
 
 def test_quadratic_equals_the_recurrence():
     inputs = make_inputs(Case(state=False, scale=0.5))
-    o, _ = definition(inputs.q, inputs.k, inputs.v, inputs.log_decay, **inputs.options())
-    assert error(reference.quadratic(inputs.q, inputs.k, inputs.v, inputs.log_decay, 0.5), o) < 1e-13
+    o, _ = definition(*inputs.qkv, inputs.log_decay, **inputs.options())
+    assert error(reference.quadratic(*inputs.qkv, inputs.log_decay, 0.5), o) < 1e-13
 
 
 def assert_gradients_pass_gradcheck(backend: str, case: Case) -> None:
     inputs = make_inputs(case)
-    leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.initial_state) if x is not None]
+    leaves = [x.requires_grad_() for x in (*inputs.qkv, inputs.initial_state) if x is not None]
 
     def call(q, k, v, initial_state):
         options = inputs.options() | {"initial_state": initial_state}
@@ -225,10 +225,10 @@ def test_gradients_of_output_and_state_add_up():
     """A loss of the output alone, and of the final state alone."""
     inputs = make_inputs(Case(T=C + 1))
     both = run(attention("chunked"), inputs)
-    leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    leaves = [x.requires_grad_() for x in inputs.qkv]
     parts = []
     for index, gradient in ((0, inputs.do), (1, inputs.d_final_state)):
-        outputs = attention("chunked")(inputs.q, inputs.k, inputs.v, inputs.log_decay, **inputs.options())
+        outputs = attention("chunked")(*inputs.qkv, inputs.log_decay, **inputs.options())
         parts.append(torch.autograd.grad(outputs[index], leaves, gradient, allow_unused=True))
     for name, of_output, of_state in zip(("dq", "dk", "dv"), *parts, strict=True):
         assert error(of_output + of_state, both[name]) < 1e-13, name
@@ -301,7 +301,7 @@ def test_repeated_calls_are_bit_identical(backend):
 @pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
 def test_attention_is_causal(backend):
     inputs = make_inputs(Case(T=2 * C), torch.float32).on(device_of(backend))
-    o, _ = lightning_attention(inputs.q, inputs.k, inputs.v, inputs.log_decay, backend=backend)
+    o, _ = lightning_attention(*inputs.qkv, inputs.log_decay, backend=backend)
     k, v = inputs.k.clone(), inputs.v.clone()
     k[:, C + 10 :], v[:, C + 10 :] = float("nan"), float("nan")
     poisoned, _ = lightning_attention(inputs.q, k, v, inputs.log_decay, backend=backend)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import Case, make_inputs, run
+from oracle import Case, Inputs, make_inputs, run
 
 from lightning_attention import (
     decay,
@@ -36,7 +36,7 @@ def step(tokens, indices, backend):
 
 def verify(parents, indices, backend):
     options = {"state": drafts.state, "parents": parents, "state_indices": indices, "backend": backend}
-    return (lightning_attention_verify(drafts.q, drafts.k, drafts.v, drafts.log_decay, **options),)
+    return (lightning_attention_verify(*drafts.qkv, drafts.log_decay, **options),)
 
 
 def commit(parents, indices, backend):
@@ -46,13 +46,9 @@ def commit(parents, indices, backend):
     return (state,)
 
 
-def prefill(inputs, positions, backend):
+def prefill(inputs: Inputs, positions, backend):
     options = {"initial_state": inputs.initial_state, "cu_seqlens": inputs.cu_seqlens, "backend": backend}
-    return tuple(
-        lightning_attention_prefill(
-            inputs.q, inputs.k, inputs.v, inputs.log_decay, state_positions=positions, **options
-        )
-    )
+    return tuple(lightning_attention_prefill(*inputs.qkv, inputs.log_decay, state_positions=positions, **options))
 
 
 CALLS = {

@@ -166,10 +166,8 @@ def test_steps_are_accurate(backend, device, case, make, state_dtype):
     inputs = decoding(case, make, state_dtype)
     x, wide = inputs.on(device), inputs.to(FP64)
     state, exact = x.state.clone(), wide.state.clone()
-    o = lightning_attention_step(x.q, x.k, x.v, x.log_decay, state=state, scale=case.scale, backend=backend)
-    expected = lightning_attention_step(
-        wide.q, wide.k, wide.v, wide.log_decay, state=exact, scale=case.scale, backend="reference"
-    )
+    o = lightning_attention_step(*x.qkv, x.log_decay, state=state, scale=case.scale, backend=backend)
+    expected = lightning_attention_step(*wide.qkv, wide.log_decay, state=exact, scale=case.scale, backend="reference")
     assert_close(o, expected)
     assert_same_state(state, exact)
 
@@ -184,7 +182,7 @@ def test_drafts_are_accurate(backend, device, case, make, state_dtype, parents):
     integers = [parents] * case.B if parents else None
     options = [{"parents": None if integers is None else torch.tensor(integers, device=y.q.device)} for y in (x, wide)]
     o, expected = (
-        lightning_attention_verify(y.q, y.k, y.v, y.log_decay, state=y.state, scale=case.scale, backend=name, **given)
+        lightning_attention_verify(*y.qkv, y.log_decay, state=y.state, scale=case.scale, backend=name, **given)
         for y, name, given in zip((x, wide), (backend, "reference"), options, strict=True)
     )
     assert_close(o, expected)
@@ -203,7 +201,7 @@ def test_long_chains_of_drafts_are_accurate(backend, device, name, state_dtype):
     inputs = decoding(case, make, state_dtype, length=70)
     x, wide = inputs.on(device), inputs.to(FP64)
     o, expected = (
-        lightning_attention_verify(y.q, y.k, y.v, y.log_decay, state=y.state, scale=y.scale, backend=backend)
+        lightning_attention_verify(*y.qkv, y.log_decay, state=y.state, scale=y.scale, backend=backend)
         for y, backend in ((x, backend), (wide, "reference"))
     )
     assert_close(o, expected)
@@ -249,6 +247,6 @@ def test_zero_infinity_and_nan_survive_scaling(backend, device, name, value):
     inputs = replace(ordinary, **{key: getattr(ordinary, key).abs() for key in ("q", "k", "v", "initial_state")})
     getattr(inputs, name)[...] = value
     wide, x = inputs.to(FP64), inputs.on(device)
-    exact, _ = definition(wide.q, wide.k, wide.v, wide.log_decay, **wide.options())
-    o = lightning_attention(x.q, x.k, x.v, x.log_decay, backend=backend, **x.options()).output
+    exact, _ = definition(*wide.qkv, wide.log_decay, **wide.options())
+    o = lightning_attention(*x.qkv, x.log_decay, backend=backend, **x.options()).output
     torch.testing.assert_close(o.cpu(), exact.to(FP16), rtol=4 * EPS, atol=0, equal_nan=True)

@@ -20,7 +20,7 @@ CASES = [Case(T=20, K=4, V=6), Case(lengths=(7, 0, 13), K=4, V=6)]
 @pytest.mark.filterwarnings("ignore")
 def test_attention_passes_opcheck(backend, case):
     inputs = make_inputs(case, dtype_of(backend)).on(device_of(backend))
-    qkv = (inputs.q, inputs.k, inputs.v)
+    qkv = inputs.qkv
     common = (inputs.cu_seqlens, 0.5)
     torch.library.opcheck(
         torch.ops.lightning_attention.forward.default, (*qkv, inputs.log_decay, inputs.state, *common, True, backend)
@@ -38,7 +38,7 @@ def test_attention_passes_opcheck(backend, case):
 def test_steps_pass_opcheck(backend, indices, has_length):
     inputs = make_inputs(Case(T=1), dtype_of(backend)).on(device_of(backend))
     indices = None if indices is None else indices.to(device_of(backend))
-    qkv = (x if has_length else x[:, 0] for x in (inputs.q, inputs.k, inputs.v))
+    qkv = (x if has_length else x[:, 0] for x in inputs.qkv)
     torch.library.opcheck(
         torch.ops.lightning_attention.step.default, (*qkv, inputs.log_decay, inputs.state, indices, 1.0, backend)
     )
@@ -65,9 +65,8 @@ def test_drafts_pass_opcheck(backend, parents):
 @pytest.mark.filterwarnings("ignore")
 def test_prefill_passes_opcheck(backend, case):
     inputs = make_inputs(case, dtype_of(backend)).on(device_of(backend))
-    qkv = (inputs.q, inputs.k, inputs.v, inputs.log_decay)
     for positions in (torch.tensor(x, dtype=torch.int64, device=inputs.q.device) for x in ([], [3, 20])):
-        arguments = (*qkv, inputs.state, inputs.cu_seqlens, 0.5, positions, backend)
+        arguments = (*inputs.qkv, inputs.log_decay, inputs.state, inputs.cu_seqlens, 0.5, positions, backend)
         torch.library.opcheck(torch.ops.lightning_attention.prefill.default, arguments)
 
 
@@ -96,7 +95,7 @@ def test_compiled_gradients_equal_eager_without_final_state():
 
     gradients = []
     for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+        leaves = [x.detach().requires_grad_() for x in inputs.qkv]
         gradients.append(torch.autograd.grad(call(*leaves), leaves))
     torch.testing.assert_close(*gradients)
 
@@ -177,7 +176,7 @@ def test_autocast_casts_q_k_and_v_alone():
     (dq,) = torch.autograd.grad(o.float().sum(), q)
     assert dq.dtype == torch.float32
     low = inputs.to(torch.bfloat16)
-    expected, _ = lightning_attention(low.q, low.k, low.v, low.log_decay, initial_state=low.initial_state)
+    expected, _ = lightning_attention(*low.qkv, low.log_decay, initial_state=low.initial_state)
     assert torch.equal(o, expected)
     with torch.autocast("cpu", torch.bfloat16):
         wide, _ = lightning_attention(*(x.double() for x in (q, inputs.k, inputs.v)))

@@ -103,7 +103,7 @@ def arguments_of(backend: str, case: Case, seed: int = 0) -> dict[str, tuple]:
     """Return arguments of a backend's `forward` and `backward`."""
     x = make_inputs(case, DTYPES[backend], seed).on(device_of("triton"))
     d_state = x.d_final_state if case.state else None
-    forward = x.q, x.k, x.v, x.log_decay, x.initial_state, x.cu_seqlens, case.scale, True
+    forward = *x.qkv, x.log_decay, x.initial_state, x.cu_seqlens, case.scale, True
     return {"forward": forward, "backward": (*forward[:3], x.do, *forward[3:5], d_state, x.cu_seqlens, case.scale)}
 
 
@@ -287,7 +287,7 @@ def test_plans_run_in_cuda_graphs_and_on_other_streams(backend):
     x = make_inputs(Case(B=1, T=200, H=2, K=64, V=64), torch.bfloat16).on("cuda")
 
     def call() -> Tensor:
-        return lightning_attention(x.q, x.k, x.v, x.log_decay, backend=backend).output
+        return lightning_attention(*x.qkv, x.log_decay, backend=backend).output
 
     expected = call()
     stream = torch.cuda.Stream()

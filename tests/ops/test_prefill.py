@@ -27,11 +27,12 @@ CASES = [
 def test_states_equal_final_states_of_prefixes(backend, case, positions):
     inputs = make_inputs(case, dtype_of(backend)).on(device_of(backend))
     exact = make_inputs(case)
-    q, k, v, given = inputs.q, inputs.k, inputs.v, torch.tensor(positions, dtype=torch.int32, device=inputs.q.device)
+    q, k, v = inputs.qkv
+    given = torch.tensor(positions, dtype=torch.int32, device=q.device)
     o, final_state, states = lightning_attention_prefill(
         q, k, v, inputs.log_decay, state_positions=given, backend=backend, **inputs.options()
     )
-    expected_o, expected_state = attention("chunked")(exact.q, exact.k, exact.v, exact.log_decay, **exact.options())
+    expected_o, expected_state = attention("chunked")(*exact.qkv, exact.log_decay, **exact.options())
     rounding = 16 * torch.finfo(q.dtype).eps
     assert error(o, expected_o) < rounding
     assert error(final_state, expected_state) < rounding
@@ -52,7 +53,7 @@ def test_states_equal_final_states_of_prefixes(backend, case, positions):
 @given(st.sets(st.integers(1, 50)), st.integers(0, 1000))
 def test_continuing_from_a_state_equals_one_call(positions, seed):
     inputs = make_inputs(Case(T=50), seed=seed)
-    q, k, v, positions = inputs.q, inputs.k, inputs.v, sorted(positions)
+    (q, k, v), positions = inputs.qkv, sorted(positions)
     expected_o, final_state, states = lightning_attention_prefill(
         q, k, v, inputs.log_decay, state_positions=positions, initial_state=inputs.state
     )
@@ -76,13 +77,13 @@ def test_positions_in_segments_equal_reference(monkeypatch, case, positions):
     inputs = make_inputs(case, torch.float32).on(device_of("triton"))
     exact = make_inputs(case)
     launches = count_launches(monkeypatch)
-    arguments = inputs.q, inputs.k, inputs.v, inputs.log_decay
+    arguments = *inputs.qkv, inputs.log_decay
     o, final_state, states = lightning_attention_prefill(
         *arguments, state_positions=positions, backend="triton", **inputs.options()
     )
     assert len(launches) == 2  # interval states, and the scan
     expected = lightning_attention_prefill(
-        exact.q, exact.k, exact.v, exact.log_decay, state_positions=positions, backend="reference", **exact.options()
+        *exact.qkv, exact.log_decay, state_positions=positions, backend="reference", **exact.options()
     )
     for x, y in zip((o, final_state, states), expected, strict=True):
         assert error(x, y) < 2e-6
@@ -111,7 +112,7 @@ def test_compiled_equals_eager():
 
     compiled = torch.compile(prefill, fullgraph=True, backend="aot_eager")
     for positions in (torch.tensor([3, 11]), [3, 11]):
-        arguments = inputs.q, inputs.k, inputs.v, inputs.log_decay, positions
+        arguments = *inputs.qkv, inputs.log_decay, positions
         for x, y in zip(compiled(*arguments), prefill(*arguments), strict=True):
             assert torch.equal(x, y)
 

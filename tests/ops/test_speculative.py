@@ -34,7 +34,7 @@ def decoded(inputs: Inputs, drafts: list[int], backend: str) -> tuple[Tensor | N
     """Decode drafts one by one; return the last output and the state."""
     state, o = inputs.state.clone(), None
     for t in drafts:
-        q, k, v = (x[:, t] for x in (inputs.q, inputs.k, inputs.v))
+        q, k, v = (x[:, t] for x in inputs.qkv)
         o = lightning_attention_step(q, k, v, inputs.log_decay, state=state, scale=inputs.scale, backend=backend)
     return o, state
 
@@ -42,7 +42,7 @@ def decoded(inputs: Inputs, drafts: list[int], backend: str) -> tuple[Tensor | N
 def verified(inputs: Inputs, backend: str, **options) -> Tensor:
     before = inputs.state.clone()
     options = {"state": inputs.state, "scale": inputs.scale} | options
-    o = lightning_attention_verify(inputs.q, inputs.k, inputs.v, inputs.log_decay, backend=backend, **options)
+    o = lightning_attention_verify(*inputs.qkv, inputs.log_decay, backend=backend, **options)
     assert torch.equal(inputs.state, before)
     return o
 
@@ -123,7 +123,7 @@ def test_chains_may_be_longer_than_trees():
     assert error(verified(inputs, "triton"), expected) < 1e-6
     pool = torch.cat([torch.full_like(inputs.state[:1], float("nan")), inputs.state[:1]])
     options = {"state": pool, "state_indices": torch.tensor([1, -1], device=pool.device), "backend": "triton"}
-    o = lightning_attention_verify(inputs.q, inputs.k, inputs.v, inputs.log_decay, **options)
+    o = lightning_attention_verify(*inputs.qkv, inputs.log_decay, **options)
     assert error(o[:1], expected[:1]) < 1e-6
     assert torch.equal(o[1], torch.zeros_like(o[1]))
 
@@ -139,7 +139,7 @@ def test_invalid_parents_are_not_read():
         parents = torch.tensor([[-1, 0, 9, 0], others], device=inputs.q.device)
         state, last = inputs.state.clone(), torch.tensor([7, -1], device=parents.device)
         decoding.commit(inputs.k, inputs.v, inputs.log_decay, state, last, parents, None)
-        decoding.verify(inputs.q, inputs.k, inputs.v, inputs.log_decay, state, parents, None, 1.0)
+        decoding.verify(*inputs.qkv, inputs.log_decay, state, parents, None, 1.0)
         states.append(state)
     assert all(torch.equal(state, states[0]) for state in states)
 
@@ -154,7 +154,7 @@ def test_batch_rows_use_only_their_slots(backend, parents):
     batch_rows, slots = torch.tensor([0, 2, 3]), torch.tensor([5, 0, 2])
     pool[slots] = inputs.state[batch_rows]
     before, options = pool.clone(), {"parents": tree(parents, inputs), "state_indices": indices, "backend": backend}
-    o = lightning_attention_verify(inputs.q, inputs.k, inputs.v, inputs.log_decay, state=pool, **options)
+    o = lightning_attention_verify(*inputs.qkv, inputs.log_decay, state=pool, **options)
     assert torch.equal(pool.nan_to_num(123.0), before.nan_to_num(123.0))
     expected = verified(inputs, backend, parents=tree(parents, inputs))
     assert torch.equal(o[1], torch.zeros_like(o[1]))
@@ -193,7 +193,7 @@ def test_bfloat16_states_are_rounded_once_a_call(backend):
 def test_strides_do_not_matter(backend):
     inputs = make_inputs(Case(B=2, T=4, H=2), dtype_of(backend)).on(device_of(backend))
     expected = verified(inputs, backend)
-    q, k, v = torch.stack([inputs.q, inputs.k, inputs.v], dim=2).unbind(2)
+    q, k, v = torch.stack(inputs.qkv, dim=2).unbind(2)
     state = inputs.state.transpose(2, 3).contiguous().transpose(2, 3)
     o = lightning_attention_verify(q, k, v, inputs.log_decay, state=state, backend=backend)
     assert error(o, expected.double()) < 8 * torch.finfo(o.dtype).eps
@@ -222,7 +222,7 @@ def test_compiled_equals_eager():
         lightning_attention_commit(k, v, log_decay, state=state, last=last, parents=parents)
         return o, state + 0
 
-    arguments = inputs.q, inputs.k, inputs.v, inputs.log_decay
+    arguments = *inputs.qkv, inputs.log_decay
     expected = both(*arguments, inputs.state.clone())
     found = torch.compile(both, fullgraph=True, backend="aot_eager")(*arguments, inputs.state.clone())
     for x, y in zip(found, expected, strict=True):
@@ -261,7 +261,7 @@ def test_bad_arguments_are_refused(change, kind, message):
     if "last" not in change:
         del options["last"]
         with pytest.raises(kind, match=message):
-            lightning_attention_verify(inputs.q, inputs.k, inputs.v, inputs.log_decay, **options)
+            lightning_attention_verify(*inputs.qkv, inputs.log_decay, **options)
 
 
 def test_chunked_equals_reference_for_a_tree_of_more_than_64_drafts():

@@ -23,7 +23,7 @@ def test_steps_of_one_token_equal_attention(backend, dtype, case):
     inputs = make_inputs(case, dtype).on(device_of(backend))
     exact = inputs.to(torch.float64)
     expected = lightning_attention(
-        exact.q, exact.k, exact.v, exact.log_decay, output_final_state=True, backend="reference", **exact.options()
+        *exact.qkv, exact.log_decay, output_final_state=True, backend="reference", **exact.options()
     )
     state = inputs.state.clone()
     outputs = [
@@ -40,11 +40,9 @@ def test_steps_of_one_token_equal_attention(backend, dtype, case):
 def test_one_step_of_several_tokens_equals_attention(backend):
     inputs = make_inputs(Case(T=5), dtype_of(backend)).on(device_of(backend))
     exact = inputs.to(torch.float64)
-    expected = lightning_attention(
-        exact.q, exact.k, exact.v, exact.log_decay, output_final_state=True, **exact.options()
-    )
+    expected = lightning_attention(*exact.qkv, exact.log_decay, output_final_state=True, **exact.options())
     state = inputs.state.clone()
-    o = lightning_attention_step(inputs.q, inputs.k, inputs.v, inputs.log_decay, state=state, backend=backend)
+    o = lightning_attention_step(*inputs.qkv, inputs.log_decay, state=state, backend=backend)
     rounding = 4 * torch.finfo(state.dtype).eps
     assert error(o, expected.output) < rounding
     assert expected.final_state is not None
@@ -59,9 +57,7 @@ def test_batch_rows_use_only_their_slots(backend, tokens):
     exact = inputs.to(torch.float64)
     pool = torch.randn_like(inputs.state[:1]).expand(6, -1, -1, -1).clone()
     before, indices = pool.clone(), torch.tensor([5, -1, 0, 2], device=pool.device)
-    o = lightning_attention_step(
-        inputs.q, inputs.k, inputs.v, inputs.log_decay, state=pool, state_indices=indices, backend=backend
-    )
+    o = lightning_attention_step(*inputs.qkv, inputs.log_decay, state=pool, state_indices=indices, backend=backend)
     batch_rows, slots = torch.tensor([0, 2, 3]), torch.tensor([5, 0, 2])
     expected = lightning_attention(
         exact.q[batch_rows],
@@ -87,11 +83,9 @@ def test_strides_of_the_state_do_not_matter(backend, tokens):
     state = inputs.state.transpose(2, 3).contiguous().transpose(2, 3)
     expected = inputs.state.clone()
     options = {"log_decay": inputs.log_decay, "backend": backend}
-    o = lightning_attention_step(inputs.q, inputs.k, inputs.v, state=state, **options)
+    o = lightning_attention_step(*inputs.qkv, state=state, **options)
     rounding = 4 * torch.finfo(state.dtype).eps
-    assert (
-        error(lightning_attention_step(inputs.q, inputs.k, inputs.v, state=expected, **options), o.double()) < rounding
-    )
+    assert error(lightning_attention_step(*inputs.qkv, state=expected, **options), o.double()) < rounding
     assert error(state, expected.double()) < rounding
 
 
