@@ -229,7 +229,7 @@ def assert_the_past_is_heard(attention, device: str, start: int, dtype: torch.dt
     assert error(actual, exact) <= 2 * error(baseline, exact) + torch.finfo(dtype).eps
 
 
-def assert_state_is_wide(backend: str, case: Case, dtype: torch.dtype) -> None:
+def assert_state_is_float32_between_chunks(backend: str, case: Case, dtype: torch.dtype) -> None:
     """Assert that the final state is as accurate as if keys were rounded once, so not rounded after each chunk.
 
     The decay has to be slow, for the rounding of many chunks to add up.

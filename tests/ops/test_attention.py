@@ -11,7 +11,7 @@ from oracle import (
     INTERPRETED,
     Case,
     assert_accurate,
-    assert_state_is_wide,
+    assert_state_is_float32_between_chunks,
     attention,
     definition,
     device_of,
@@ -94,7 +94,7 @@ def test_matches_the_definition(backend, case, dtype):
     ids=str,
 )
 def test_state_is_float32_between_chunks(backend, dtype):
-    assert_state_is_wide(backend, Case(B=1, T=16 * C, H=2, slope=1e-4, state=False), dtype)
+    assert_state_is_float32_between_chunks(backend, Case(B=1, T=16 * C, H=2, slope=1e-4, state=False), dtype)
 
 
 sizes = st.integers(1, 12)
