@@ -216,7 +216,7 @@ def assert_accurate(actual: dict[str, Tensor], inputs: Inputs, *, is_long: bool 
         assert error(value, exact[name]) <= allowed, f"{name}: {error(value, exact[name]):.2e} > {allowed:.2e}"
 
 
-def assert_the_past_is_heard(attention, device: str, start: int, dtype: torch.dtype = torch.float16) -> None:
+def assert_segments_remember_the_past(attention, device: str, start: int, dtype: torch.dtype = torch.float16) -> None:
     """Assert that outputs after `start` contain earlier tokens, 10,000 times larger but weighing under exp(-12)."""
     inputs = make_inputs(Case(B=1, T=start + 128, K=64, V=64, H=1, slope=0.1, state=False), dtype)
     for x in (inputs.k, inputs.v):

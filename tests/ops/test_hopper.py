@@ -8,7 +8,7 @@ from oracle import (
     INTERPRETED,
     Case,
     assert_accurate,
-    assert_the_past_is_heard,
+    assert_segments_remember_the_past,
     attention,
     device_of,
     make_inputs,
@@ -108,7 +108,7 @@ def test_any_shape_and_cut(kernels_run, case, num_segments, is_accumulated):
 @pytest.mark.parametrize(("num_segments", "is_accumulated"), [(2, False), (3, False), (3, True)])
 def test_segments_remember_the_past(kernels_run, monkeypatch, num_segments, is_accumulated):
     cut(monkeypatch, num_segments, is_accumulated=is_accumulated)
-    assert_the_past_is_heard(attention("hopper"), device_of("triton"), start=256, dtype=torch.bfloat16)
+    assert_segments_remember_the_past(attention("hopper"), device_of("triton"), start=256, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("num_segments", [1, 2, 3])

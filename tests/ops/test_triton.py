@@ -8,7 +8,7 @@ from oracle import (
     INTERPRETED,
     Case,
     assert_accurate,
-    assert_the_past_is_heard,
+    assert_segments_remember_the_past,
     attention,
     device_of,
     error,
@@ -73,7 +73,7 @@ def test_nothing_outside_of_the_inputs_is_read(segments):
 
 @kernels_run
 def test_segments_remember_the_past(segments):
-    assert_the_past_is_heard(ATTENTION, device_of("triton"), start=192)
+    assert_segments_remember_the_past(ATTENTION, device_of("triton"), start=192)
 
 
 @kernels_run
