@@ -407,7 +407,7 @@ def test_strided_inputs_are_not_copied(backend):
     ("file", "tests"),
     [
         ("test_triton.py", "test_segments_match and three"),
-        ("test_hopper.py", "test_segments and (lengths or 200 or 130) or test_only or test_nothing"),
+        ("test_hopper.py", "test_segments_match and (lengths or 200 or 130) or test_nothing"),
     ],
     ids=["triton", "hopper"],
 )
