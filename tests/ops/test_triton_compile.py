@@ -16,7 +16,10 @@ from triton.compiler import ASTSource  # noqa: E402
 from lightning_attention.ops.gpu import accumulate  # noqa: E402
 from lightning_attention.ops.triton import decoding, kernels  # noqa: E402
 
-pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter does not compile")
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter does not compile"),
+]
 
 # Bytes of shared memory that one program may take (CUDA C++ Programming Guide, technical specifications).
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}

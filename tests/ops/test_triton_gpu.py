@@ -149,6 +149,7 @@ def differentiated(backend, q, k, v, do, log_decay, **options) -> list[torch.Ten
     return [o.detach(), *torch.autograd.grad(o, [q, k, v], do)]
 
 
+@pytest.mark.large
 @on_backends
 def test_ends_of_more_than_two_to_the_31_elements_equal_short_calls(backend):
     """With a slope of 1 heads forget within 200 tokens, so short calls on the last or first tokens agree."""
@@ -163,6 +164,7 @@ def test_ends_of_more_than_two_to_the_31_elements_equal_short_calls(backend):
             assert error(x[:, at][:, unaffected], y[:, unaffected].double()) < 4e-3
 
 
+@pytest.mark.large
 def test_states_of_more_than_two_to_the_31_elements():
     """States depend on the first or last tokens alone, and reads of a state change only these."""
     T, H, D, n = 1_100_000, 16, 128, 4096
@@ -403,6 +405,7 @@ def test_strided_inputs_are_not_copied(backend):
         assert torch.equal(o, expected)
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize(
     ("file", "tests"),
     [
