@@ -4,6 +4,7 @@ import ctypes
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any
 
 import pytest
@@ -255,11 +256,14 @@ def test_scratch_memory_lasts_for_one_call():
     def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
         raise AssertionError
 
-    triton.set_allocator(allocate)
-    memory = plan.with_scratch(torch.device("cpu")).run(lambda size: _allocator.get()(size, 128, None), 1000)
-    assert isinstance(memory, Tensor)
-    assert (memory.numel(), memory.dtype) == (1000, torch.int8)
-    assert _allocator.get() is allocate
+    def call() -> None:
+        triton.set_allocator(allocate)
+        memory = plan.with_scratch(torch.device("cpu")).run(lambda size: _allocator.get()(size, 128, None), 1000)
+        assert isinstance(memory, Tensor)
+        assert (memory.numel(), memory.dtype) == (1000, torch.int8)
+        assert _allocator.get() is allocate
+
+    copy_context().run(call)  # other tests keep their allocator
 
 
 @on_gpu

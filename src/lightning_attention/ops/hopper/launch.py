@@ -76,11 +76,7 @@ class Scans(scans.Scans):
             interval_states=found,
             factors=factors,
             cu_seqlens=self.cu_seqlens,
-            B=self.B,
-            T=self.T,
-            H=self.H,
-            N=self.N,
-            segment_length=self.segments.length,
+            **self._sizes,
             **strides(k=k, v=v),
             K=self.K,
             V=self.V,
@@ -119,11 +115,7 @@ class Scans(scans.Scans):
             final_state=final_state,
             cu_seqlens=self.cu_seqlens,
             scale=self.scale_of(reverse=reverse),
-            B=self.B,
-            T=self.T,
-            H=self.H,
-            N=self.N,
-            segment_length=self.segments.length,
+            **self._sizes,
             max_reach=self.max_reach,
             **strides(q=q, k=k, v=v),
             K=K,
@@ -193,11 +185,7 @@ class Scans(scans.Scans):
             d_initial_state=d_initial_state,
             cu_seqlens=self.cu_seqlens,
             scale=self.scale_of(reverse=True),
-            B=self.B,
-            T=self.T,
-            H=self.H,
-            N=self.N,
-            segment_length=self.segments.length,
+            **self._sizes,
             max_reach=self.max_reach,
             **strides(q=q, k=k, v=v, do=do),
             D=self.K,
@@ -205,6 +193,10 @@ class Scans(scans.Scans):
             STAGES=config.GRADIENT_STAGES[self.K],
         )
         return dk, dv
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {"B": self.B, "T": self.T, "H": self.H, "N": self.N, "segment_length": self.segments.length}
 
     @property
     def _overlaps(self) -> bool:
