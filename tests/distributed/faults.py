@@ -81,7 +81,7 @@ RAISED: dict[str, tuple[dict[str, Any], str]] = {
     "initial_state-dtype": ({"initial_state": torch.zeros(2, 2, 4, 4).half()}, "TypeError: initial_state must be"),
     "cu_seqlens-float": ({"cu_seqlens": CU_SEQLENS.float()}, "TypeError: cu_seqlens must be int32 or int64"),
     "cu_seqlens-two-dimensions": ({"cu_seqlens": CU_SEQLENS[None]}, "ValueError: cu_seqlens must be [N + 1], got"),
-    "cu_seqlens-of-a-batch": (sized(B=2), "ValueError: cu_seqlens packs all sequences into one row: B must be 1"),
+    "cu_seqlens-of-a-batch": (sized(B=2), "ValueError: cu_seqlens packs all sequences into one batch row: B must be 1"),
     "strategy-unknown": ({"strategy": "tree"}, "ValueError: strategy must be one of 'all-gather', 'ring', got 'tree'"),
     "strategy-list": ({"strategy": ["ring"]}, "TypeError: strategy must be a string, got list"),
     "backend-unknown": ({"backend": "fast"}, "ValueError: backend must be 'auto' or one of"),
