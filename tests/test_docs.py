@@ -160,7 +160,7 @@ def test_benchmarks_page_is_what_the_script_writes() -> None:
 
 
 def test_readme_numbers_are_in_the_results() -> None:
-    """And no older than the code that they measure: docs/benchmarks.md has the same runs."""
+    """The runs are no older than the code that they measure: docs/benchmarks.md has the same runs."""
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     shown, _, left_out = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8").partition("## Left out")
     long = result("h200/hopper.json", "table", "lightning_attention", length=32768, num_heads=32, head_dim=128)

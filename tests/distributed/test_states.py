@@ -21,7 +21,7 @@ runs = pytest.mark.parametrize(("backend", "dtype"), RUNS)
 
 @runs
 def test_two_slices_equal_one(backend, dtype):
-    """With gradients, for a sequence that crosses from the first slice to the second, between other sequences."""
+    """Gradients too, for a sequence that crosses from the first slice to the second, between other sequences."""
     lengths, bounds = (50, 40), (0, 20, 70, 90)
     first, second = (local_slice(rank, lengths, bounds) for rank in range(2))
     assert (first.suffix_length, second.prefix_length) == (30, 20)

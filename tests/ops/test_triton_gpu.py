@@ -119,7 +119,7 @@ def set_for_cuda(is_tf32: bool) -> None:
 
 @pytest.mark.parametrize("set_tf32", [set_in_general, set_for_cuda])
 def test_float32_products_follow_the_tf32_setting(set_tf32):
-    """With TF32 products have 10 bits of mantissa, otherwise 23."""
+    """Products have 10 bits of mantissa with TF32, otherwise 23."""
     inputs = make_inputs(Case(T=300, H=2, K=64, V=128), FP32).on("cuda")
     exact = run(attention("chunked"), inputs.to(torch.float64))
     before = run(attention("triton"), inputs)
@@ -152,7 +152,7 @@ def differentiated(backend, q, k, v, do, log_decay, **options) -> list[torch.Ten
 @pytest.mark.large
 @on_backends
 def test_ends_of_more_than_two_to_the_31_elements_equal_short_calls(backend):
-    """With a slope of 1 heads forget within 200 tokens, so short calls on the last or first tokens agree."""
+    """Heads with a slope of 1 forget within 200 tokens, so short calls on the last or first tokens agree."""
     T, H, D, n = 1_100_000, 16, 128, 4096
     assert T * H * D > 1 << 31
     q, k, v, do = large(1, T, H, D)

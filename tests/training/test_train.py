@@ -329,7 +329,7 @@ def test_invalid_options_start_no_run(files, changes, message):
 
 
 def test_a_process_works_on_one_device(files, monkeypatch):
-    """With two devices the Trainer would use DataParallel and twice the batch size."""
+    """The Trainer would use DataParallel and twice the batch size on two devices."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
     single = training_arguments(options(files, batch_size=3))
     assert single.n_gpu == 1

@@ -298,7 +298,7 @@ class LightningModel(LightningPreTrainedModel):
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     def _agreement(self) -> AbstractContextManager[Agreement | None]:
-        """With sequence parallelism, context in which an error raises on every rank."""
+        """Context in which, with sequence parallelism, an error raises on every rank."""
         if self.sequence_parallel is None:
             return nullcontext()
         return self.sequence_parallel.agreement(self.embed_tokens.weight)
