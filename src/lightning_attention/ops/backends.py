@@ -10,7 +10,7 @@ from .problem import Problem
 
 
 class Backend(Protocol):
-    """What a backend is: a module with these functions, which get inputs that `problem.py` has checked.
+    """A module with these functions, which get inputs that `problem.py` has checked.
 
     Shapes and formulas are those of the public functions. A backend refuses by `unsupported_reasons` what it cannot
     do; nothing falls back in silence. Functions whose names end in `_`, and `step` and `commit`, write in place.

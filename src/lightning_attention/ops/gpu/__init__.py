@@ -1,4 +1,4 @@
-"""What both families of GPU kernels, `triton` and `hopper`, stand on: plans, segments, primitives of kernels."""
+"""Parts that both families of GPU kernels, `triton` and `hopper`, share: plans, segments, primitives of kernels."""
 
 import torch
 

@@ -84,7 +84,7 @@ _compiled: dict[tuple, Any] = {}
 
 
 def _specialization(param: Any, value: Any) -> Hashable:
-    """What Triton specializes code on, of the value of a parameter."""
+    """Properties of the value of a parameter that Triton specializes code on."""
     if getattr(param, "is_constexpr", True):
         return value
     if param.do_not_specialize:
@@ -96,7 +96,7 @@ Results = Iterable[Operand | None]
 
 
 class Plan(NamedTuple):
-    """What a call allocates and launches.
+    """Buffers and launches of a call.
 
     Attributes:
         device: of all tensors.
@@ -140,7 +140,7 @@ class Plan(NamedTuple):
 
 
 class Planner:
-    """Collects what a call allocates and launches."""
+    """Collects the buffers and launches of a plan."""
 
     def __init__(self, device: torch.device, num_inputs: int):
         self.device = device

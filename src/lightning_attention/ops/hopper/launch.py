@@ -63,7 +63,7 @@ class Scans(scans.Scans):
         return states
 
     def _added_by_segments(self, k: Operand, v: Operand, *, reverse: bool) -> tuple[Operand, Operand]:
-        """What each segment but the last adds to the state, and the factors on the states before them."""
+        """Increments of the state by each segment but the last, and the factors on the states before them."""
         found = self.empty_states(self.B, self.segments.num_intervals)
         factors = self.planner.empty(*found.shape[:3], dtype=found.dtype)
         self.planner.launch(

@@ -195,7 +195,7 @@ def interval_state_kernel(
     PRECISION: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """What an interval adds to the state of the sequence that continues after it: `Σ_j λ^(end-1-j) k_j v_jᵀ`.
+    """Increment by an interval of the state of the sequence that continues after it: `Σ_j λ^(end-1-j) k_j v_jᵀ`.
 
     The factor on the state before the interval is its decay, or 0 if that sequence begins later. Tokens that are
     negligible when the next segment starts are not read.

@@ -55,7 +55,7 @@ class Scans(scans.Scans):
     def _added_by_intervals(
         self, k: Operand, v: Operand, segments: Segments, *, reverse: bool
     ) -> tuple[Operand, Operand]:
-        """What each interval adds to the state, and the factor `[B, intervals, H]` on the state before it.
+        """Increments of the state by each interval, and the factors `[B, intervals, H]` on the states before them.
 
         Both directions use the same memory: the states of one are read before those of the other are made.
         """
@@ -153,7 +153,7 @@ class Scans(scans.Scans):
         return dq, dk, dv
 
     def _occupancy(self, tiles: Tiles) -> tuple[int, int, int, int, int]:
-        """What a cut depends on, see `config.segments`."""
+        """Arguments of `config.segments`."""
         min_interval = config.min_interval(self.K, self.V, self.dtype)
         multiprocessors = num_multiprocessors(self.planner.device)
         return self.T, self._programs(self.V, tiles), multiprocessors, tiles.programs_per_sm, min_interval
