@@ -13,7 +13,8 @@ from .backends import BACKENDS
 from .problem import check_values, state_dtype
 
 NAMESPACE = "lightning_attention"
-AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+# Dispatch keys of autocast, one for each type of device; the last is that of devices outside of PyTorch.
+AUTOCAST_KEYS = [f"Autocast{name}" for name in ("CPU", "CUDA", "HPU", "MPS", "MTIA", "XLA", "XPU", "PrivateUse1")]
 
 
 def _operator(fake: Callable, mutates_args: Iterable[str] = ()) -> Callable[[Callable], Callable]:
@@ -28,19 +29,19 @@ def _operator(fake: Callable, mutates_args: Iterable[str] = ()) -> Callable[[Cal
         torch.library.impl(name, "CompositeExplicitAutograd", implementation)
         torch.library.register_fake(name, fake)
         operator = getattr(torch.ops.lightning_attention, implementation.__name__).default
-        for device_type in AUTOCAST_DEVICES:
-            torch.library.impl(name, f"Autocast{device_type.upper()}", _without_autocast(operator, device_type))
+        for key in AUTOCAST_KEYS:
+            torch.library.impl(name, key, _without_autocast(operator))
         return operator
 
     return register
 
 
-def _without_autocast(operator: Callable, device_type: str) -> Callable:
+def _without_autocast(operator: Callable) -> Callable:
     """The kernel of an operator under autocast: products inside of it are of the inputs as they are given."""
 
-    def call(*arguments):
-        with torch.autocast(device_type, enabled=False):
-            return operator(*arguments)
+    def call(x: Tensor, *arguments):
+        with torch.autocast(x.device.type, enabled=False):
+            return operator(x, *arguments)
 
     return call
 
