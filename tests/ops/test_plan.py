@@ -2,9 +2,11 @@
 
 import ctypes
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,13 @@ triton = pytest.importorskip("triton", "3.6")
 
 from ops.gluon_emulator import emulated  # noqa: E402
 
-from lightning_attention import lightning_attention, lightning_attention_step  # noqa: E402
+from lightning_attention import (  # noqa: E402
+    lightning_attention,
+    lightning_attention_commit,
+    lightning_attention_prefill,
+    lightning_attention_step,
+    lightning_attention_verify,
+)
 from lightning_attention.ops.backends import BACKENDS  # noqa: E402
 from lightning_attention.ops.gpu import accumulate, plan  # noqa: E402
 from lightning_attention.ops.gpu.segments import Segments, ceil_div  # noqa: E402
@@ -183,6 +191,98 @@ def test_only_aligned_addresses_reuse_compiled_code(backend, is_aligned):
     for _ in range(3):
         lightning_attention_step(q, k, v, log_decay, state=state, backend=backend)
     assert decoding.step_kernel.count == (1 if is_aligned else 3)
+
+
+class Counter:
+    """A stand-in for a kernel that is compiled, and computes nothing."""
+
+    def __init__(self, kernel: Any):
+        if not hasattr(kernel, "params"):  # Triton has prepared it for its interpreter
+            kernel = triton.JITFunction(kernel.fn, **kernel.kwargs)
+        self.params, self.arg_names, self.__name__ = kernel.params, kernel.arg_names, kernel.__name__
+        self.count = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def compile_and_run(*arguments: Any, **options: Any) -> dict:
+            assert len(arguments) == len(self.params)
+            self.count += 1
+            return defaultdict(lambda: self._run)
+
+        return compile_and_run
+
+    def _run(self, *arguments: Any) -> None:
+        assert len(arguments) == len(self.params)
+        assert not any(isinstance(x, Tensor) for x in arguments)
+
+
+@pytest.fixture
+def counters(monkeypatch) -> list[Counter]:
+    """All kernels, with the parameters that they have on a GPU."""
+    if not INTERPRETED:
+        pytest.skip("on a GPU kernels are not counted")
+    monkeypatch.setattr(BACKENDS["hopper"], "unsupported_reasons", lambda problem: [])
+    for place, module in (("kernels", hopper_kernels), ("gradients", gradients), ("states", states)):
+        copied = {name: kernel for name, kernel in vars(module).items() if name.endswith("_kernel")}
+        monkeypatch.setattr(hopper_launch, place, SimpleNamespace(**copied))
+    found = []
+    modules = kernels, decoding, accumulate, hopper_launch.kernels, hopper_launch.gradients, hopper_launch.states
+    for module in modules:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            found.append(Counter(getattr(module, name)))
+            monkeypatch.setattr(module, name, found[-1])
+    return found
+
+
+def call_everything(backend: str, length: int, x: Callable[..., Tensor], *, with_options: bool) -> None:
+    """Call every operator and its gradients with inputs that `x` makes."""
+    q, k, v = (x(2, length, 2, 64).requires_grad_() for _ in range(3))
+    log_decay, state = (-torch.ones(2), torch.ones(2, 2, 64, 64)) if with_options else (None, None)
+    options: dict[str, Any] = {"backend": backend, "initial_state": state}
+    o = lightning_attention(q, k, v, log_decay, output_final_state=with_options, **options).output
+    torch.autograd.grad(o, (q, k, v), torch.ones_like(o))
+    with torch.no_grad():
+        lightning_attention_prefill(q, k, v, log_decay, state_positions=[1, 2], **options)
+        drafts = [y[:, :3] for y in (q, k, v)]
+        decoding: dict[str, Any] = {"backend": backend, "state": torch.ones(2, 2, 64, 64)}
+        if with_options:
+            decoding["state_indices"] = torch.tensor([1, 0])
+        lightning_attention_step(*[y[:, 0] for y in drafts], log_decay, **decoding)
+        if with_options:
+            decoding["parents"] = torch.tensor([[-1, 0, 0], [-1, 0, 1]])
+        lightning_attention_verify(*drafts, log_decay, **decoding)
+        lightning_attention_commit(*drafts[1:], log_decay, last=torch.tensor([2, 2]), **decoding)
+
+
+@pytest.mark.parametrize("with_options", [False, True], ids=["required inputs", "all inputs"])
+@pytest.mark.parametrize("num_segments", [1, 2, 3])
+@pytest.mark.parametrize("name", ["triton", "hopper"])
+def test_code_is_compiled_once_for_all_lengths(counters, monkeypatch, name, num_segments, with_options):
+    for module in (config, hopper_config):
+        monkeypatch.setattr(module, "segments", lambda *_, **__: Segments(64, 64, num_segments))
+        monkeypatch.setattr(module, "MAX_SUMMED", 1)
+
+    def contiguous(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=DTYPES[name])
+
+    counts = []
+    for length in (150, 150, 170):
+        call_everything(name, length, contiguous, with_options=with_options)
+        counts.append(sum(kernel.count for kernel in counters))
+    assert counts[0] > 0
+    assert counts == [counts[0]] * 3
+
+
+def test_code_is_compiled_for_strides_that_are_multiples_of_16_and_for_others(counters):
+    def padded(*shape: int) -> Tensor:
+        return torch.ones(*shape[:-1], shape[-1] + 8, dtype=torch.float16)[..., : shape[-1]]
+
+    def contiguous(*shape: int) -> Tensor:
+        return torch.ones(shape, dtype=torch.float16)
+
+    call_everything("triton", 64, contiguous, with_options=False)
+    compiled = [kernel.count for kernel in counters]
+    call_everything("triton", 64, padded, with_options=False)
+    assert [kernel.count for kernel in counters] == [2 * count for count in compiled]
 
 
 CHANGES = {

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import needs_two_gpus
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from training.runs import (
@@ -530,6 +531,37 @@ def test_a_frozen_process_ends_the_others_after_the_timeout(files, sharing):
     output, _ = process.communicate(timeout=60)
     assert re.search("^lightning-attention: no answer within --timeout", output, re.MULTILINE), output
     assert "Traceback" not in output.split("torch/distributed/elastic")[0]
+
+
+@linux_only
+@pytest.mark.gpu
+@pytest.mark.nccl
+@needs_two_gpus
+@pytest.mark.parametrize(
+    "sharing", [{}, {"sequence_parallel": 2}, {"fsdp": True}], ids=["sequences", "tokens", "model"]
+)
+def test_a_frozen_process_on_a_gpu_ends_the_others_after_the_timeout(files, sharing):
+    changes: dict[str, Any] = {"steps": 100_000, "save_every": 20, "timeout": 20.0}
+    process = torchrun(2, *arguments(files, **changes, **sharing), where=os.environ)
+    waiting, stopped = workers_after(files / "run" / "checkpoint-20", process)
+    os.kill(stopped, signal.SIGSTOP)
+    wait_for_end(waiting, 60)
+    os.kill(stopped, signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert re.search("^lightning-attention: no answer within --timeout", output, re.MULTILINE), output
+    assert "Traceback" not in output.split("torch/distributed/elastic")[0]
+
+
+@pytest.mark.gpu
+def test_a_batch_too_large_for_the_gpu_says_what_to_lower(files):
+    sizes = ["--size=45M", "--sequence-length=1024", "--batch-size=4096", "--steps=3"]
+    given = ["train", "--data", str(files / "data.txt"), "--output", str(files / "run"), *sizes]
+    (files / "data.txt").write_text(TEXT * 20)
+    result = subprocess.run([*COMMAND, *given], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2, result.stderr
+    (line,) = error_lines(result.stderr)
+    assert line.startswith("lightning-attention: out of memory: lower --batch-size, ")
+    assert not (files / "run").exists()
 
 
 @linux_only

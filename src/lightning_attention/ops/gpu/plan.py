@@ -85,7 +85,7 @@ _compiled: dict[tuple, Any] = {}
 
 def _specialization(param: Any, value: Any) -> Hashable:
     """Properties of the value of a parameter that Triton specializes code on."""
-    if getattr(param, "is_constexpr", True):
+    if value is None or getattr(param, "is_constexpr", True):
         return value
     if param.do_not_specialize:
         return None
