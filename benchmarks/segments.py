@@ -8,6 +8,7 @@ import torch
 from lightning_attention.ops.gpu import scans
 from lightning_attention.ops.gpu.segments import Segments, ceil_div
 from lightning_attention.ops.hopper import config
+from lightning_attention.ops.problem import AttentionInputs
 
 from .cases import BACKWARD, FORWARD, OpCase
 from .harness import Call, interleaved_times, release
@@ -40,13 +41,14 @@ def cases() -> Iterator[tuple[OpCase, list[int]]]:
 def measure(case: OpCase, counts: list[int], device: torch.device) -> Record:
     """Milliseconds of forward and backward as chosen, with the portable kernels, and in every number of segments."""
     inputs = Inputs(case, device)
-    (q, k, v), do, log_decay, cu_seqlens = inputs.qkv, inputs.do, inputs.log_decay, inputs.cu_seqlens
+    q, k, v = inputs.qkv
+    x = AttentionInputs(q, k, v, inputs.log_decay, None, inputs.cu_seqlens)
     from lightning_attention.ops.hopper import launch as hopper
     from lightning_attention.ops.triton import launch as portable
 
     passes = {
-        FORWARD: lambda cut: scans.forward(cut, q, k, v, log_decay, None, cu_seqlens, 1.0, False),
-        BACKWARD: lambda cut: scans.backward(cut, q, k, v, do, log_decay, None, None, cu_seqlens, 1.0),
+        FORWARD: lambda cut: scans.forward(cut, x, 1.0, False),
+        BACKWARD: lambda cut: scans.backward(cut, x, inputs.do, None, 1.0),
     }
     record: Record = {
         "batch_size": case.batch_size,

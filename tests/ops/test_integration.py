@@ -20,15 +20,14 @@ CASES = [Case(T=20, K=4, V=6), Case(lengths=(7, 0, 13), K=4, V=6)]
 @pytest.mark.filterwarnings("ignore")
 def test_attention_passes_opcheck(backend, case):
     inputs = make_inputs(case, dtype_of(backend)).on(device_of(backend))
-    qkv = inputs.qkv
-    common = (inputs.cu_seqlens, 0.5)
-    torch.library.opcheck(
-        torch.ops.lightning_attention.forward.default, (*qkv, inputs.log_decay, inputs.state, *common, True, backend)
-    )
-    torch.library.opcheck(torch.ops.lightning_attention.forward.default, (*qkv, None, None, *common, False, backend))
-    for state in (inputs.state, None):
-        gradients = (inputs.do, inputs.log_decay, state, inputs.d_final_state)
-        torch.library.opcheck(torch.ops.lightning_attention.backward.default, (*qkv, *gradients, *common, backend))
+    for log_decay, state in ((inputs.log_decay, inputs.state), (None, None)):
+        read = (*inputs.qkv, log_decay, state, inputs.cu_seqlens)
+        for output_final_state in (True, False):
+            arguments = (*read, 0.5, output_final_state, backend)
+            torch.library.opcheck(torch.ops.lightning_attention.forward.default, arguments)
+        for d_final_state in (inputs.d_final_state, None):
+            arguments = (*read, inputs.do, d_final_state, 0.5, backend)
+            torch.library.opcheck(torch.ops.lightning_attention.backward.default, arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -50,14 +49,11 @@ def test_steps_pass_opcheck(backend, indices, has_length):
 def test_drafts_pass_opcheck(backend, parents):
     device = device_of(backend)
     inputs = make_inputs(Case(T=3), dtype_of(backend)).on(device)
-    kv, parents = (inputs.k, inputs.v, inputs.log_decay), None if parents is None else parents.to(device)
+    parents = None if parents is None else parents.to(device)
     indices, last = torch.tensor([1, -1], device=device), torch.tensor([2, 0], device=device)
-    torch.library.opcheck(
-        torch.ops.lightning_attention.verify.default, (inputs.q, *kv, inputs.state, parents, indices, 0.5, backend)
-    )
-    torch.library.opcheck(
-        torch.ops.lightning_attention.commit.default, (*kv, inputs.state, last, parents, indices, backend)
-    )
+    read = (*inputs.qkv, inputs.log_decay, inputs.state, indices, parents)
+    torch.library.opcheck(torch.ops.lightning_attention.verify.default, (*read, 0.5, backend))
+    torch.library.opcheck(torch.ops.lightning_attention.commit.default, (*read, last, backend))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -66,7 +62,7 @@ def test_drafts_pass_opcheck(backend, parents):
 def test_prefill_passes_opcheck(backend, case):
     inputs = make_inputs(case, dtype_of(backend)).on(device_of(backend))
     for positions in (torch.tensor(x, dtype=torch.int64, device=inputs.q.device) for x in ([], [3, 20])):
-        arguments = (*inputs.qkv, inputs.log_decay, inputs.state, inputs.cu_seqlens, 0.5, positions, backend)
+        arguments = (*inputs.qkv, inputs.log_decay, inputs.state, inputs.cu_seqlens, positions, 0.5, backend)
         torch.library.opcheck(torch.ops.lightning_attention.prefill.default, arguments)
 
 

@@ -32,6 +32,7 @@ from lightning_attention.ops.hopper import config as hopper_config  # noqa: E402
 from lightning_attention.ops.hopper import gradients, states  # noqa: E402
 from lightning_attention.ops.hopper import kernels as hopper_kernels  # noqa: E402
 from lightning_attention.ops.hopper import launch as hopper_launch  # noqa: E402
+from lightning_attention.ops.problem import AttentionInputs  # noqa: E402
 from lightning_attention.ops.triton import config, decoding, kernels  # noqa: E402
 
 pytestmark = pytest.mark.triton
@@ -111,9 +112,9 @@ DTYPES = {"triton": torch.float16, "hopper": torch.bfloat16}
 def arguments_of(backend: str, case: Case, seed: int = 0) -> dict[str, tuple]:
     """Return arguments of a backend's `forward` and `backward`."""
     x = make_inputs(case, DTYPES[backend], seed).on(device_of("triton"))
+    read = AttentionInputs(*x.qkv, x.log_decay, x.initial_state, x.cu_seqlens)
     d_state = x.d_final_state if case.state else None
-    forward = *x.qkv, x.log_decay, x.initial_state, x.cu_seqlens, case.scale, True
-    return {"forward": forward, "backward": (*forward[:3], x.do, *forward[3:5], d_state, x.cu_seqlens, case.scale)}
+    return {"forward": (read, case.scale, True), "backward": (read, x.do, d_state, case.scale)}
 
 
 @pytest.mark.parametrize("num_segments", [1, 2, 3])
@@ -185,7 +186,7 @@ def test_inputs_of_a_known_plan_are_checked(backend):
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU kernels are not counted")
 @pytest.mark.parametrize("is_aligned", [True, False], ids=["aligned", "not aligned"])
 def test_only_aligned_addresses_reuse_compiled_code(backend, is_aligned):
-    q, k, v, log_decay, *_ = arguments_of(backend, Case(B=2, T=1, H=2, K=64, V=64))["forward"]
+    q, k, v, log_decay, *_ = arguments_of(backend, Case(B=2, T=1, H=2, K=64, V=64))["forward"][0]
     k = STATES["contiguous" if is_aligned else "not aligned"](k)
     state = torch.zeros(2, 2, 64, 64)
     for _ in range(3):
@@ -242,15 +243,15 @@ def call_everything(backend: str, length: int, x: Callable[..., Tensor], *, with
     torch.autograd.grad(o, (q, k, v), torch.ones_like(o))
     with torch.no_grad():
         lightning_attention_prefill(q, k, v, log_decay, state_positions=[1, 2], **options)
-        drafts = [y[:, :3] for y in (q, k, v)]
+        q, k, v = q[:, :3], k[:, :3], v[:, :3]
         decoding: dict[str, Any] = {"backend": backend, "state": torch.ones(2, 2, 64, 64)}
         if with_options:
             decoding["state_indices"] = torch.tensor([1, 0])
-        lightning_attention_step(*[y[:, 0] for y in drafts], log_decay, **decoding)
+        lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], log_decay, **decoding)
         if with_options:
             decoding["parents"] = torch.tensor([[-1, 0, 0], [-1, 0, 1]])
-        lightning_attention_verify(*drafts, log_decay, **decoding)
-        lightning_attention_commit(*drafts[1:], log_decay, last=torch.tensor([2, 2]), **decoding)
+        lightning_attention_verify(q, k, v, log_decay, **decoding)
+        lightning_attention_commit(k, v, log_decay, last=torch.tensor([2, 2]), **decoding)
 
 
 @pytest.mark.parametrize("with_options", [False, True], ids=["required inputs", "all inputs"])
@@ -301,9 +302,9 @@ def test_unusual_layouts_do_not_share_plans(backend, change):
     """Calls follow a usual call of the same shapes, and are repeated."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor) -> list[Any]:
-        return [*BACKENDS[backend].forward(q, k, v, log_decay, initial_state, None, 0.5, True)]
+        return [*BACKENDS[backend].forward(AttentionInputs(q, k, v, log_decay, initial_state, None), 0.5, True)]
 
-    arguments = arguments_of(backend, Case(T=3, K=64, V=64))["forward"][:5]
+    arguments = arguments_of(backend, Case(T=3, K=64, V=64))["forward"][0][:5]
     usual = forward(*arguments)
     changed = change(*arguments)
     first, second = (forward(*changed) for _ in range(2))
@@ -316,11 +317,11 @@ def test_unusual_layouts_do_not_share_plans(backend, change):
 
 
 def test_plans_keep_no_tensors(backend):
-    arguments = arguments_of(backend, CASES[0])["forward"]
-    results = BACKENDS[backend].forward(*arguments)
-    tensors = [weakref.ref(x) for x in (*arguments, *results) if isinstance(x, Tensor)]
-    del arguments, results
-    assert not any(x() is not None for x in tensors)
+    x, *rest = arguments_of(backend, CASES[0])["forward"]
+    results = BACKENDS[backend].forward(x, *rest)
+    tensors = [weakref.ref(y) for y in (*x, *results) if y is not None]
+    del x, results
+    assert not any(y() is not None for y in tensors)
 
 
 def test_threads_share_plans(backend):

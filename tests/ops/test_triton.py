@@ -20,7 +20,7 @@ from lightning_attention import lightning_attention
 from lightning_attention.ops import triton as backend
 from lightning_attention.ops.gpu import product_precision
 from lightning_attention.ops.gpu.segments import Segments, ceil_div
-from lightning_attention.ops.problem import Problem
+from lightning_attention.ops.problem import AttentionInputs, Problem
 from lightning_attention.ops.triton import config
 
 kernels_run = pytest.mark.triton
@@ -90,7 +90,7 @@ def test_forward_and_reverse_states_share_a_buffer(segments, monkeypatch):
 
     monkeypatch.setattr(Planner, "launch", launched)
     x = make_inputs(Case(B=1, T=600, H=2, K=16, V=16), torch.float32).on(device_of("triton"))
-    launch.backward(*x.qkv, x.do, x.log_decay, None, None, None, 1.0)
+    launch.backward(AttentionInputs(*x.qkv, x.log_decay, None, None), x.do, None, 1.0)
     assert len(made) == 2
     assert made[0] is made[1]
 

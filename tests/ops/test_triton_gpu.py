@@ -23,7 +23,7 @@ from lightning_attention import (
     lightning_attention_verify,
 )
 from lightning_attention.ops.backends import BACKENDS as ALL_BACKENDS
-from lightning_attention.ops.problem import Problem
+from lightning_attention.ops.problem import AttentionInputs, Problem
 from lightning_attention.ops.triton import config, launch
 
 pytestmark = pytest.mark.gpu
@@ -363,7 +363,7 @@ def first_backend(problem: Problem) -> str:
 def test_auto_takes_the_first_suitable_backend(T, H, D, dtype):
     """Results are bit-identical to those of that backend; forward and backward are chosen separately."""
     q, k, v, do = large(1, T, H, D, dtype)
-    problem = Problem.of_attention(q, k, v, None, None, None)
+    problem = Problem.of_attention(AttentionInputs(q, k, v, None, None, None))
     forward, backward = (first_backend(problem._replace(is_backward=is_backward)) for is_backward in (False, True))
     o, *gradients = differentiated("auto", q, k, v, do, None)
     assert torch.equal(o, differentiated(forward, q, k, v, do, None)[0])

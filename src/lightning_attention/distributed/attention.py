@@ -13,6 +13,7 @@ from ..ops.api import lightning_attention as attend
 from ..ops.backends import choose_backend
 from ..ops.chunked import finite_log_decay
 from ..ops.problem import (
+    AttentionInputs,
     Problem,
     check_backend,
     check_log_decay,
@@ -115,7 +116,7 @@ def lightning_attention(
         q, k, v = autocast(q, k, v)
         # May be on another device than q, since the host reads it: only its shape and dtype are checked here.
         seqlens = None if cu_seqlens is None else torch.empty_like(cu_seqlens, device=q.device)
-        problem = Problem.of_attention(q, k, v, log_decay, initial_state, seqlens)
+        problem = Problem.of_attention(AttentionInputs(q, k, v, log_decay, initial_state, seqlens))
         if q.device.type not in (types := device_types(group)):
             raise ValueError(f"q must be on a device that the backend of the group serves, {types}, got {q.device}")
         backend = choose_backend(backend, problem)

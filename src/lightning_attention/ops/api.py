@@ -8,7 +8,15 @@ from torch import Tensor
 
 from . import autograd, custom_ops
 from .backends import choose_backend
-from .problem import Problem, check_backend, check_output_final_state, check_tensors, checked_scale
+from .problem import (
+    AttentionInputs,
+    DecodingInputs,
+    Problem,
+    check_backend,
+    check_output_final_state,
+    check_tensors,
+    checked_scale,
+)
 from .transforms import refuse_tangents
 
 
@@ -16,7 +24,7 @@ class LightningAttentionOutput(NamedTuple):
     """Result of `lightning_attention`."""
 
     output: Tensor
-    final_state: Tensor | None
+    final_state: Tensor | None = None
 
 
 class PrefillOutput(NamedTuple):
@@ -99,14 +107,13 @@ def lightning_attention(
     check_output_final_state(output_final_state)
     check_backend(backend)
     q, k, v = autocast(q, k, v)
-    problem = Problem.of_attention(q, k, v, log_decay, initial_state, cu_seqlens)
+    x = AttentionInputs(q, k, v, log_decay, initial_state, cu_seqlens)
+    problem = Problem.of_attention(x)
     chosen = choose_backend(backend, problem)
-    arguments = q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state
     if autograd.is_needed(q, k, v, initial_state):
         backward_backend = choose_backend(backend, problem._replace(is_backward=True))
-        return LightningAttentionOutput(*autograd.attention(*arguments, chosen, backward_backend))
-    o, final_state = custom_ops.forward(*arguments, chosen)
-    return LightningAttentionOutput(o, final_state if output_final_state else None)
+        return LightningAttentionOutput(*autograd.attention(x, scale, output_final_state, chosen, backward_backend))
+    return LightningAttentionOutput(*custom_ops.forward(*x, scale, output_final_state, chosen))
 
 
 def lightning_attention_step(
@@ -161,7 +168,7 @@ def lightning_attention_step(
     check_backend(backend)
     _refuse_gradients("lightning_attention_step", q=q, k=k, v=v, state=state)
     q, k, v = autocast(q, k, v)
-    problem = Problem.of_step(q, k, v, log_decay, state, state_indices)
+    problem = Problem.of_step(DecodingInputs(q, k, v, log_decay, state, state_indices))
     backend = choose_backend(backend, problem)
     return custom_ops.step(q, k, v, log_decay, state, state_indices, scale, backend)
 
@@ -221,9 +228,9 @@ def lightning_attention_verify(
     check_backend(backend)
     _refuse_gradients("lightning_attention_verify", q=q, k=k, v=v, state=state)
     q, k, v = autocast(q, k, v)
-    problem = Problem.of_drafts(q, k, v, log_decay, state, state_indices, parents, None)
+    problem = Problem.of_drafts(DecodingInputs(q, k, v, log_decay, state, state_indices, parents))
     backend = choose_backend(backend, problem)
-    return custom_ops.verify(q, k, v, log_decay, state, parents, state_indices, scale, backend)
+    return custom_ops.verify(q, k, v, log_decay, state, state_indices, parents, scale, backend)
 
 
 def lightning_attention_commit(
@@ -269,9 +276,9 @@ def lightning_attention_commit(
     check_backend(backend)
     _refuse_gradients("lightning_attention_commit", k=k, v=v, state=state)
     k, v = autocast(k, v)
-    problem = Problem.of_drafts(k, k, v, log_decay, state, state_indices, parents, last)
-    backend = choose_backend(backend, problem)
-    custom_ops.commit(k, v, log_decay, state, last, parents, state_indices, backend)
+    x = DecodingInputs(k, k, v, log_decay, state, state_indices, parents, last)
+    backend = choose_backend(backend, Problem.of_drafts(x))
+    custom_ops.commit(*x, backend)
 
 
 def lightning_attention_prefill(
@@ -316,12 +323,11 @@ def lightning_attention_prefill(
     check_backend(backend)
     _refuse_gradients("lightning_attention_prefill", q=q, k=k, v=v, initial_state=initial_state)
     q, k, v = autocast(q, k, v)
-    problem = Problem.of_prefill(q, k, v, log_decay, initial_state, cu_seqlens, state_positions)
+    x = AttentionInputs(q, k, v, log_decay, initial_state, cu_seqlens)
+    backend = choose_backend(backend, Problem.of_prefill(x, state_positions))
     if not isinstance(state_positions, Tensor):
         state_positions = torch.tensor(list(state_positions), dtype=torch.int64, device=q.device)
-    backend = choose_backend(backend, problem)
-    outputs = custom_ops.prefill(q, k, v, log_decay, initial_state, cu_seqlens, scale, state_positions, backend)
-    return PrefillOutput(*outputs)
+    return PrefillOutput(*custom_ops.prefill(*x, state_positions, scale, backend))
 
 
 def _refuse_gradients(name: str, **inputs: Tensor | None) -> None:

@@ -1,25 +1,18 @@
 """The gradient of the operator, for autograd and for the transforms of torch.func."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import custom_ops, transforms
+from .problem import AttentionInputs
 
 NAME = "lightning_attention"
-# Names of the arguments of `attention` and of the backward operator.
-FORWARD = (
-    "q",
-    "k",
-    "v",
-    "log_decay",
-    "initial_state",
-    "cu_seqlens",
-    "scale",
-    "output_final_state",
-    "backend",
-    "backward_backend",
-)
-BACKWARD = ("q", "k", "v", "do", "log_decay", "initial_state", "d_final_state", "cu_seqlens", "scale", "backend")
+# Names of the arguments of the functions below.
+INPUTS = AttentionInputs._fields
+FORWARD = (*INPUTS, "scale", "output_final_state", "backend", "backward_backend")
+BACKWARD = (*INPUTS, "do", "d_final_state", "scale", "backend")
 
 
 def is_needed(*inputs: Tensor | None) -> bool:
@@ -32,40 +25,28 @@ def need_gradients(*inputs: Tensor | None) -> bool:
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    output_final_state: bool,
-    backend: str,
-    backward_backend: str,
-) -> tuple[Tensor, Tensor | None]:
+    x: AttentionInputs[Tensor], scale: float, output_final_state: bool, backend: str, backward_backend: str
+) -> tuple[Tensor, ...]:
     """The output, and the final state if it is asked for, with gradients."""
-    arguments = q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend, backward_backend
-    o, final_state = _apply_transformed(*arguments) if transforms.is_transformed() else _Attention.apply(*arguments)
-    return o, final_state if output_final_state else None
+    if transforms.is_transformed():
+        return _apply_transformed(x, scale, output_final_state, backend, backward_backend)
+    return _Attention.apply(*x, scale, output_final_state, backend, backward_backend)
 
 
 class _Attention(torch.autograd.Function):
     """The old style, with `ctx` in `forward`, costs 9 µs a call; `setup_context`, which torch.func needs, 28."""
 
     @staticmethod
-    def forward(
-        ctx, q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend, backward_backend
-    ):
-        ctx.save_for_backward(q, k, v, log_decay, initial_state, cu_seqlens)
-        ctx.scale, ctx.output_final_state, ctx.backend = scale, output_final_state, backward_backend
+    def forward(ctx, *arguments):
+        ctx.save_for_backward(*arguments[: len(INPUTS)])
+        ctx.scale, _, _, ctx.backend = arguments[len(INPUTS) :]
         ctx.set_materialize_grads(False)
-        return custom_ops.forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend)
+        return tuple(custom_ops.forward(*arguments[:-1]))
 
     @staticmethod
-    def backward(ctx, do, d_final_state):
+    def backward(ctx, *gradients):
         differentiate = _Gradients.apply if torch.is_grad_enabled() else custom_ops.backward
-        d_final_state = d_final_state if ctx.output_final_state else None
-        return _gradients(differentiate, ctx.saved_tensors, do, d_final_state, ctx.scale, ctx.backend)
+        return _gradients(differentiate, ctx, *gradients)
 
 
 class _Gradients(torch.autograd.Function):
@@ -73,7 +54,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        return custom_ops.backward(*arguments)
+        return tuple(custom_ops.backward(*arguments))
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -81,21 +62,21 @@ class _Gradients(torch.autograd.Function):
 
 
 class _TransformedAttention(torch.autograd.Function):
-    """`_Attention` for the transforms of torch.func."""
+    """`_Attention` for the transforms of torch.func. The compiler counts the parameters of `forward`."""
 
     @staticmethod
     def forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend, backward_backend):
-        return custom_ops.forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend)
+        x = q, k, v, log_decay, initial_state, cu_seqlens
+        return tuple(custom_ops.forward(*x, scale, output_final_state, backend))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.scale, ctx.output_final_state, _, ctx.backend = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*inputs[: len(INPUTS)])
+        ctx.scale, _, _, ctx.backend = inputs[len(INPUTS) :]
 
     @staticmethod
-    def backward(ctx, do, d_final_state):
-        d_final_state = d_final_state if ctx.output_final_state else None  # a transform makes one up
-        return _gradients(_TransformedGradients.apply, ctx.saved_tensors, do, d_final_state, ctx.scale, ctx.backend)
+    def backward(ctx, *gradients):
+        return _gradients(_TransformedGradients.apply, ctx, *gradients)
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -111,8 +92,9 @@ class _TransformedGradients(torch.autograd.Function):
     """`_Gradients` for the transforms of torch.func."""
 
     @staticmethod
-    def forward(q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, scale, backend):
-        return custom_ops.backward(q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, scale, backend)
+    def forward(q, k, v, log_decay, initial_state, cu_seqlens, do, d_final_state, scale, backend):
+        x = q, k, v, log_decay, initial_state, cu_seqlens
+        return tuple(custom_ops.backward(*x, do, d_final_state, scale, backend))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -132,21 +114,19 @@ class _TransformedGradients(torch.autograd.Function):
         return rule(info, in_dims, *arguments)
 
 
-def _gradients(differentiate, tensors, do, d_final_state, scale, backend):
-    """Gradients of the arguments of `forward` above, by a function of the arguments `BACKWARD`."""
-    q, k, v, log_decay, initial_state, cu_seqlens = tensors
-    do = torch.zeros_like(v) if do is None else do
-    dq, dk, dv, d_initial_state = differentiate(
-        q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, scale, backend
-    )
-    return dq, dk, dv, None, None if initial_state is None else d_initial_state, None, None, None, None, None
+def _gradients(differentiate: Any, ctx: Any, do: Tensor | None, d_final_state: Tensor | None = None) -> tuple:
+    """Gradients of the arguments `FORWARD`, by a function of the arguments `BACKWARD`."""
+    x = AttentionInputs(*ctx.saved_tensors)
+    do = torch.zeros_like(x.v) if do is None else do
+    dq, dk, dv, *d_initial_state = differentiate(*x, do, d_final_state, ctx.scale, ctx.backend)
+    return dq, dk, dv, None, d_initial_state[0] if d_initial_state else None, *[None] * (len(FORWARD) - 5)
 
 
 @torch.compiler.disable(reason="lightning_attention under torch.func is not traced: it runs outside of the graph")
-def _apply_transformed(q, k, v, log_decay, initial_state, *rest):
+def _apply_transformed(x: AttentionInputs[Tensor], *rest: Any) -> tuple[Tensor, ...]:
     if not transforms.is_functional():  # torch.func finds `jvp` by itself, at any level
-        transforms.refuse_tangents(NAME, q=q, k=k, v=v, initial_state=initial_state)
-    return _TransformedAttention.apply(q, k, v, log_decay, initial_state, *rest)
+        transforms.refuse_tangents(NAME, q=x.q, k=x.k, v=x.v, initial_state=x.initial_state)
+    return _TransformedAttention.apply(*x, *rest)
 
 
 def _no_forward_mode(names, tangents) -> NotImplementedError:

@@ -6,7 +6,7 @@ from typing import Any, Protocol, cast
 from torch import Tensor
 
 from . import chunked, hopper, reference, triton
-from .problem import Problem
+from .problem import AttentionInputs, DecodingInputs, Problem
 
 
 class Backend(Protocol):
@@ -28,86 +28,33 @@ class Backend(Protocol):
         ...
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        scale: float,
-        output_final_state: bool,
+        self, x: AttentionInputs[Tensor], scale: float, output_final_state: bool
     ) -> tuple[Tensor, Tensor | None]:
         """`o` and the final state, if it is asked for."""
         ...
 
     def backward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        do: Tensor,
-        log_decay: Tensor | None,
-        initial_state: Tensor | None,
-        d_final_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        scale: float,
+        self, x: AttentionInputs[Tensor], do: Tensor, d_final_state: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """`dq`, `dk`, `dv`, and `d_initial_state` if there is an initial state."""
         ...
 
     def prefill(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        scale: float,
-        state_positions: Tensor,
+        self, x: AttentionInputs[Tensor], state_positions: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`o`, the final state, and the states `[B, M, H, K, V]` after `state_positions` `[M]` tokens."""
         ...
 
-    def step(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        state: Tensor,
-        state_indices: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        """`o` of one token `[B, H, D]` or of several `[B, T, H, D]`."""
+    def step(self, x: DecodingInputs[Tensor], scale: float) -> Tensor:
+        """`o` of one token `[B, H, D]` or of several `[B, T, H, D]`; updates the state."""
         ...
 
-    def verify(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        state: Tensor,
-        parents: Tensor | None,
-        state_indices: Tensor | None,
-        scale: float,
-    ) -> Tensor:
+    def verify(self, x: DecodingInputs[Tensor], scale: float) -> Tensor:
         """`o` of drafts."""
         ...
 
-    def commit(
-        self,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        state: Tensor,
-        last: Tensor,
-        parents: Tensor | None,
-        state_indices: Tensor | None,
-    ) -> None:
-        """Update the state by the accepted drafts; there is at least one draft."""
+    def commit(self, x: DecodingInputs[Tensor]) -> None:
+        """Update the state by the accepted drafts; there is at least one draft. q is not read."""
         ...
 
     def write_state(self, k: Tensor, v: Tensor, log_decay: Tensor, *, reverse: bool) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .prefill import prefill as prefill_by
-from .problem import Problem, sequence_bounds, state_dtype
+from .problem import AttentionInputs, DecodingInputs, Problem, sequence_bounds, state_dtype
 from .states import read_state_, write_state
 
 # Measured on 2 CPU cores at D = 64: 64 spends its time in calls, 256 in the C x C products; 128 is level with the best.
@@ -42,51 +42,26 @@ def is_slow(problem: Problem) -> bool:
     return False
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    output_final_state: bool,
-) -> tuple[Tensor, Tensor | None]:
-    sequences = _Sequences(q, cu_seqlens)
-    states = sequences.states(initial_state, q.shape[3], v.shape[3])
-    o = _scan_(sequences, q, k, v, log_decay, states, scale)
+def forward(x: AttentionInputs[Tensor], scale: float, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
+    sequences = _Sequences(x.q, x.cu_seqlens)
+    states = sequences.states(x.initial_state, x.q.shape[3], x.v.shape[3])
+    o = _scan_(sequences, x.q, x.k, x.v, x.log_decay, states, scale)
     return o, sequences.in_given_order(states) if output_final_state else None
 
 
-def prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    state_positions: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return prefill_by(forward, q, k, v, log_decay, initial_state, cu_seqlens, scale, state_positions)
+def prefill(x: AttentionInputs[Tensor], state_positions: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    return prefill_by(forward, x, state_positions, scale)
 
 
 def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    d_final_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
+    x: AttentionInputs[Tensor], do: Tensor, d_final_state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sequences, decay = _Sequences(q, cu_seqlens), _Decay(q, log_decay)
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    q, k, v = x.q, x.k, x.v
+    sequences, decay = _Sequences(q, x.cu_seqlens), _Decay(q, x.log_decay)
+    dq, dk, dv = (torch.empty_like(y, memory_format=torch.contiguous_format) for y in (q, k, v))
 
     states_before = []
-    states = sequences.states(initial_state, q.shape[3], v.shape[3])
+    states = sequences.states(x.initial_state, q.shape[3], v.shape[3])
     for chunk in sequences.chunks:
         kc, vc = chunk.load(k), chunk.load(v)
         S = states[: kc.shape[0]]
@@ -108,27 +83,18 @@ def backward(
     return dq, dk, dv, sequences.in_given_order(d_states)
 
 
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    state_indices: Tensor | None,
-    scale: float,
-) -> Tensor:
-    is_plain = state_indices is None and state.dtype == state_dtype(q.dtype)
-    if q.dim() == 3:
+def step(x: DecodingInputs[Tensor], scale: float) -> Tensor:
+    is_plain = x.state_indices is None and x.state.dtype == state_dtype(x.q.dtype)
+    if x.q.dim() == 3:
         if is_plain:
-            return _step_token_(q, k, v, log_decay, state, scale)
-        q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
-        return step(q, k, v, log_decay, state, state_indices, scale).squeeze(1)
+            return _step_token_(x.q, x.k, x.v, x.log_decay, x.state, scale)
+        return step(x._replace(q=x.q.unsqueeze(1), k=x.k.unsqueeze(1), v=x.v.unsqueeze(1)), scale).squeeze(1)
     if is_plain:
-        return _step_(q, k, v, log_decay, state, scale)
-    rows, slots, states = _taken(state, state_indices, state_dtype(q.dtype))
-    o = torch.zeros_like(v, memory_format=torch.contiguous_format)
-    o[rows] = _step_(q[rows], k[rows], v[rows], log_decay, states, scale)
-    state[slots] = states.to(state.dtype)
+        return _step_(x.q, x.k, x.v, x.log_decay, x.state, scale)
+    rows, slots, states = _taken(x)
+    o = torch.zeros_like(x.v, memory_format=torch.contiguous_format)
+    o[rows] = _step_(x.q[rows], x.k[rows], x.v[rows], x.log_decay, states, scale)
+    x.state[slots] = states.to(x.state.dtype)
     return o
 
 
@@ -140,68 +106,51 @@ def _step_token_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, stat
     return _cast(o if scale == 1 else o.mul_(scale), v.dtype)
 
 
-def verify(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    parents: Tensor | None,
-    state_indices: Tensor | None,
-    scale: float,
-) -> Tensor:
+def verify(x: DecodingInputs[Tensor], scale: float) -> Tensor:
     """`o_i = scale (λ^d_i q_i S + Σ_j λ^(d_i-d_j) (q_i k_j) v_j)` over the ancestors j of i and itself, at depths d."""
-    rows, _, states = _taken(state, state_indices, state_dtype(q.dtype))
-    path = _paths(k, parents)[rows]
+    rows, _, states = _taken(x)
+    path = _paths(x)[rows]
     depth = path.sum(dim=2)[:, None]  # [B, 1, T]
-    log_decay = finite_log_decay(q, log_decay)[:, None]
+    log_decay = finite_log_decay(x.q, x.log_decay)[:, None]
     between = torch.exp(log_decay[..., None] * (depth[..., None] - depth[:, :, None]).clamp_min(0)) * path[:, None]
-    qs, ks, vs = (x[rows].transpose(1, 2).to(states.dtype) for x in (q, k, v))
+    q, k, v = (y[rows].transpose(1, 2).to(states.dtype) for y in (x.q, x.k, x.v))
     read = torch.exp(log_decay * depth)[..., None]
-    o = torch.zeros_like(v, memory_format=torch.contiguous_format)
-    o[rows] = (scale * ((qs * read) @ states + ((qs @ ks.mT) * between) @ vs)).transpose(1, 2).to(v.dtype)
+    o = torch.zeros_like(x.v, memory_format=torch.contiguous_format)
+    o[rows] = (scale * ((q * read) @ states + ((q @ k.mT) * between) @ v)).transpose(1, 2).to(o.dtype)
     return o
 
 
-def commit(
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    last: Tensor,
-    parents: Tensor | None,
-    state_indices: Tensor | None,
-) -> None:
-    rows, slots, states = _taken(state, state_indices, state_dtype(k.dtype))
-    paths, last = _paths(k, parents)[rows], last[rows]
-    accepted = paths[torch.arange(len(last), device=k.device), last.clamp_min(0).long()] & (last >= 0)[:, None]
-    ks, vs = k[rows], v[rows]
+def commit(x: DecodingInputs[Tensor]) -> None:
+    assert x.last is not None
+    rows, slots, states = _taken(x)
+    paths, last = _paths(x)[rows], x.last[rows]
+    accepted = paths[torch.arange(len(last), device=last.device), last.clamp_min(0).long()] & (last >= 0)[:, None]
+    k, v = x.k[rows], x.v[rows]
     for t in range(k.shape[1]):
-        after = _advanced_(states.clone(), ks[:, t], vs[:, t], log_decay)
+        after = _advanced_(states.clone(), k[:, t], v[:, t], x.log_decay)
         states = torch.where(accepted[:, t, None, None, None], after, states)
-    state[slots] = states.to(state.dtype)
+    x.state[slots] = states.to(x.state.dtype)
 
 
-def _taken(
-    state: Tensor, state_indices: Tensor | None, dtype: torch.dtype
-) -> tuple[slice | Tensor, slice | Tensor, Tensor]:
+def _taken(x: DecodingInputs[Tensor]) -> tuple[slice | Tensor, slice | Tensor, Tensor]:
     """Batch rows that are not padding, their slots, and their states in the dtype of the arithmetic."""
-    if state_indices is None:
-        return slice(None), slice(None), state.to(dtype)
-    rows = (state_indices >= 0).nonzero()[:, 0]
-    slots = state_indices[rows]
-    return rows, slots, state[slots].to(dtype)
+    dtype = state_dtype(x.k.dtype)
+    if x.state_indices is None:
+        return slice(None), slice(None), x.state.to(dtype)
+    rows = (x.state_indices >= 0).nonzero()[:, 0]
+    slots = x.state_indices[rows]
+    return rows, slots, x.state[slots].to(dtype)
 
 
-def _paths(k: Tensor, parents: Tensor | None) -> Tensor:
+def _paths(x: DecodingInputs[Tensor]) -> Tensor:
     """Mask `[B, T, T]`: draft j is an ancestor of draft i, or i itself."""
-    B, T = k.shape[:2]
-    paths = torch.eye(T, dtype=torch.bool, device=k.device).repeat(B, 1, 1)
-    if parents is None:
+    B, T = x.k.shape[:2]
+    paths = torch.eye(T, dtype=torch.bool, device=x.k.device).repeat(B, 1, 1)
+    if x.parents is None:
         return torch.ones_like(paths).tril()
-    row = torch.arange(B, device=k.device)
+    row = torch.arange(B, device=x.k.device)
     for t in range(T):
-        parent = parents[:, t].long()
+        parent = x.parents[:, t].long()
         paths[:, t] |= paths[row, parent.clamp_min(0)] & (parent >= 0)[:, None]
     return paths
 

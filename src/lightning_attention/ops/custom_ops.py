@@ -3,21 +3,25 @@
 The name of the backend is an argument: a new backend is a line in `backends.py`, not an operator.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import transforms
 from .backends import BACKENDS
-from .problem import check_values, state_dtype
+from .problem import AttentionInputs, DecodingInputs, check_attention_values, check_decoding_values, state_dtype
 
 NAMESPACE = "lightning_attention"
+# Arguments that operators share, in the order of `AttentionInputs` and `DecodingInputs`.
+ATTENTION = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens"
+DECODING = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor state, Tensor? state_indices"
+DECODING_IN_PLACE = DECODING.replace("Tensor state", "Tensor(a!) state")
 # Dispatch keys of autocast, one for each type of device; the last is that of devices outside of PyTorch.
 AUTOCAST_KEYS = [f"Autocast{name}" for name in ("CPU", "CUDA", "HPU", "MPS", "MTIA", "XLA", "XPU", "PrivateUse1")]
 
 
-def _operator(fake: Callable, mutates_args: Iterable[str] = ()) -> Callable[[Callable], Callable]:
+def _operator(signature: str, fake: Callable) -> Callable[[Callable], Callable]:
     """Register a function and its fake kernel; the operator takes the place of the function.
 
     `torch.library.custom_op` costs 45 µs a call, `define` and `impl` 3 µs.
@@ -25,7 +29,7 @@ def _operator(fake: Callable, mutates_args: Iterable[str] = ()) -> Callable[[Cal
 
     def register(implementation: Callable) -> Callable:
         name = f"{NAMESPACE}::{implementation.__name__}"
-        torch.library.define(name, torch.library.infer_schema(implementation, mutates_args=mutates_args))
+        torch.library.define(name, signature)
         torch.library.impl(name, "CompositeExplicitAutograd", implementation)
         torch.library.register_fake(name, fake)
         operator = getattr(torch.ops.lightning_attention, implementation.__name__).default
@@ -47,29 +51,25 @@ def _without_autocast(operator: Callable) -> Callable:
 
 
 def _fake_forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend):
-    return _fake_output(v), _fake_state(q, v, cu_seqlens) if output_final_state else no_state(q)
+    return [_fake_output(v), *([_fake_state(q, v, cu_seqlens)] if output_final_state else [])]
 
 
-def _fake_backward(q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, scale, backend):
-    d_initial_state = no_state(q) if initial_state is None else _fake_state(q, v, cu_seqlens)
-    return _fake_output(q), _fake_output(k), _fake_output(v), d_initial_state
+def _fake_backward(q, k, v, log_decay, initial_state, cu_seqlens, do, d_final_state, scale, backend):
+    d_initial_state = [] if initial_state is None else [_fake_state(q, v, cu_seqlens)]
+    return [_fake_output(q), _fake_output(k), _fake_output(v), *d_initial_state]
 
 
-def _fake_step(q, k, v, log_decay, state, state_indices, scale, backend):
-    return _fake_output(v)
-
-
-def _fake_verify(q, k, v, log_decay, state, parents, state_indices, scale, backend):
-    return _fake_output(v)
-
-
-def _fake_commit(k, v, log_decay, state, last, parents, state_indices, backend):
-    return None
-
-
-def _fake_prefill(q, k, v, log_decay, initial_state, cu_seqlens, scale, state_positions, backend):
+def _fake_prefill(q, k, v, log_decay, initial_state, cu_seqlens, state_positions, scale, backend):
     state = _fake_state(q, v, cu_seqlens)
     return _fake_output(v), state, state.new_empty(q.shape[0], state_positions.shape[0], *state.shape[1:])
+
+
+def _fake_step(q, k, v, *rest):
+    return _fake_output(v)
+
+
+def _fake_commit(*arguments):
+    return None
 
 
 def _fake_output(x: Tensor) -> Tensor:
@@ -81,111 +81,52 @@ def _fake_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return q.new_empty(num_sequences, q.shape[2], q.shape[3], v.shape[3], dtype=state_dtype(q.dtype))
 
 
-def no_state(q: Tensor) -> Tensor:
-    """An empty tensor in place of None, which an operator cannot return."""
-    return torch.empty(0, dtype=state_dtype(q.dtype), device=q.device)
+@_operator(f"({ATTENTION}, float scale, bool output_final_state, str backend) -> Tensor[]", _fake_forward)
+def forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend):
+    """`[o, final_state]`, or `[o]`."""
+    x = AttentionInputs(q, k, v, log_decay, initial_state, cu_seqlens)
+    check_attention_values(x)
+    o, final_state = BACKENDS[backend].forward(x, scale, output_final_state)
+    return [o, final_state] if output_final_state else [o]
 
 
-@_operator(_fake_forward)
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    output_final_state: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    check_values(q.shape[1], log_decay=log_decay, cu_seqlens=cu_seqlens)
-    run = BACKENDS[backend].forward
-    o, final_state = run(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state)
-    return o, no_state(q) if final_state is None else final_state
+@_operator(f"({ATTENTION}, Tensor do, Tensor? d_final_state, float scale, str backend) -> Tensor[]", _fake_backward)
+def backward(q, k, v, log_decay, initial_state, cu_seqlens, do, d_final_state, scale, backend):
+    """`[dq, dk, dv, d_initial_state]`, or `[dq, dk, dv]`."""
+    x = AttentionInputs(q, k, v, log_decay, initial_state, cu_seqlens)
+    *gradients, d_initial_state = BACKENDS[backend].backward(x, do, d_final_state, scale)
+    return gradients if initial_state is None else [*gradients, d_initial_state]
 
 
-@_operator(_fake_backward)
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    d_final_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    run = BACKENDS[backend].backward
-    dq, dk, dv, d_initial_state = run(q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens, scale)
-    return dq, dk, dv, no_state(q) if initial_state is None or d_initial_state is None else d_initial_state
+@_operator(
+    f"({ATTENTION}, Tensor state_positions, float scale, str backend) -> (Tensor, Tensor, Tensor)", _fake_prefill
+)
+def prefill(q, k, v, log_decay, initial_state, cu_seqlens, state_positions, scale, backend):
+    x = AttentionInputs(q, k, v, log_decay, initial_state, cu_seqlens)
+    check_attention_values(x, state_positions)
+    return BACKENDS[backend].prefill(x, state_positions, scale)
 
 
-@_operator(_fake_prefill)
-def prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    state_positions: Tensor,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_values(q.shape[1], log_decay=log_decay, cu_seqlens=cu_seqlens, state_positions=state_positions)
-    run = BACKENDS[backend].prefill
-    return run(q, k, v, log_decay, initial_state, cu_seqlens, scale, state_positions)
+@_operator(f"({DECODING_IN_PLACE}, float scale, str backend) -> Tensor", _fake_step)
+def step(q, k, v, log_decay, state, state_indices, scale, backend):
+    x = DecodingInputs(q, k, v, log_decay, state, state_indices)
+    check_decoding_values(x)
+    return BACKENDS[backend].step(x, scale)
 
 
-@_operator(_fake_step, mutates_args=("state",))
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    state_indices: Tensor | None,
-    scale: float,
-    backend: str,
-) -> Tensor:
-    check_values(1, log_decay=log_decay, state_indices=state_indices, num_slots=state.shape[0])
-    return BACKENDS[backend].step(q, k, v, log_decay, state, state_indices, scale)
+@_operator(f"({DECODING}, Tensor? parents, float scale, str backend) -> Tensor", _fake_step)
+def verify(q, k, v, log_decay, state, state_indices, parents, scale, backend):
+    x = DecodingInputs(q, k, v, log_decay, state, state_indices, parents)
+    check_decoding_values(x)
+    return BACKENDS[backend].verify(x, scale)
 
 
-@_operator(_fake_verify)
-def verify(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    parents: Tensor | None,
-    state_indices: Tensor | None,
-    scale: float,
-    backend: str,
-) -> Tensor:
-    slots = {"state_indices": state_indices, "num_slots": state.shape[0]}
-    check_values(q.shape[1], log_decay=log_decay, parents=parents, **slots)
-    return BACKENDS[backend].verify(q, k, v, log_decay, state, parents, state_indices, scale)
-
-
-@_operator(_fake_commit, mutates_args=("state",))
-def commit(
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    last: Tensor,
-    parents: Tensor | None,
-    state_indices: Tensor | None,
-    backend: str,
-) -> None:
-    slots = {"state_indices": state_indices, "num_slots": state.shape[0]}
-    check_values(k.shape[1], log_decay=log_decay, parents=parents, last=last, **slots)
+@_operator(f"({DECODING_IN_PLACE}, Tensor? parents, Tensor last, str backend) -> ()", _fake_commit)
+def commit(q, k, v, log_decay, state, state_indices, parents, last, backend):
+    x = DecodingInputs(q, k, v, log_decay, state, state_indices, parents, last)
+    check_decoding_values(x)
     if k.numel():
-        BACKENDS[backend].commit(k, v, log_decay, state, last, parents, state_indices)
+        BACKENDS[backend].commit(x)
 
 
 # Operators without a gradient, with the dimension of heads of each output, counted from the last.

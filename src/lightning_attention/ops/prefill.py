@@ -6,27 +6,21 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .problem import AttentionInputs
+
 
 def prefill(
-    forward: Callable,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    state_positions: Tensor,
+    forward: Callable, x: AttentionInputs[Tensor], state_positions: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`prefill` of the backend whose `forward` is given."""
-    B, T = q.shape[:2]
-    outputs, states, state = [], [], initial_state
+    B, T = x.q.shape[:2]
+    outputs, states, state, bounds = [], [], x.initial_state, x.cu_seqlens
     for start, stop in pairwise([0, *state_positions.tolist(), T]):
-        inputs = (x[:, start:stop] for x in (q, k, v))
-        bounds = None if cu_seqlens is None else cu_seqlens.clamp(start, stop) - start
-        o, state = forward(*inputs, log_decay, state, bounds, scale, True)
+        q, k, v = (y[:, start:stop] for y in x[:3])
+        within = None if bounds is None else bounds.clamp(start, stop) - start
+        o, state = forward(AttentionInputs(q, k, v, x.log_decay, state, within), scale, True)
         outputs.append(o)
-        states.append(state if cu_seqlens is None else state[_sequence_at(stop - 1, cu_seqlens)])
+        states.append(state if bounds is None else state[_sequence_at(stop - 1, bounds)])
     final_state, states = state, states[:-1]
     assert final_state is not None
     stacked = torch.stack(states, dim=1) if states else final_state.new_empty(B, 0, *final_state.shape[1:])

@@ -4,11 +4,12 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+X = TypeVar("X")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -54,6 +55,30 @@ def check_output_final_state(output_final_state: object) -> None:
         raise TypeError(f"output_final_state must be True or False, got {type(output_final_state).__name__}")
 
 
+class AttentionInputs(NamedTuple, Generic[X]):
+    """What attention reads: tensors, or operands of a plan."""
+
+    q: X
+    k: X
+    v: X
+    log_decay: X | None
+    initial_state: X | None
+    cu_seqlens: X | None
+
+
+class DecodingInputs(NamedTuple, Generic[X]):
+    """What decoding reads, one step or drafts: tensors, or operands of a plan. Drafts are committed without a q."""
+
+    q: X
+    k: X
+    v: X
+    log_decay: X | None
+    state: X
+    state_indices: X | None
+    parents: X | None = None
+    last: X | None = None
+
+
 class Problem(NamedTuple):
     """Sizes of one attention or decoding call. The constructors `of_...` refuse inputs that do not fit together."""
 
@@ -69,95 +94,59 @@ class Problem(NamedTuple):
     is_backward: bool = False
 
     @classmethod
-    def of_attention(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> "Problem":
-        if q.dim() != 4:
-            raise ValueError(f"q must be [B, T, H, K], got shape {tuple(q.shape)}")
-        _check_inputs(q, k, v, log_decay)
-        if cu_seqlens is not None:
+    def of_attention(cls, x: AttentionInputs[Tensor]) -> "Problem":
+        if x.q.dim() != 4:
+            raise ValueError(f"q must be [B, T, H, K], got shape {tuple(x.q.shape)}")
+        _check_inputs(x.q, x.k, x.v, x.log_decay)
+        if (cu_seqlens := x.cu_seqlens) is not None:
             if cu_seqlens.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
             if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
                 raise ValueError(f"cu_seqlens must be [N + 1], got shape {tuple(cu_seqlens.shape)}")
-            if q.shape[0] != 1:
-                raise ValueError(f"cu_seqlens packs all sequences into one batch row: B must be 1, got {q.shape[0]}")
-            _check_device("cu_seqlens", cu_seqlens, q)
-        problem = cls._of(q, v, None if cu_seqlens is None else cu_seqlens.shape[0] - 1)
-        if initial_state is not None:
-            problem._check_state("initial_state", initial_state, q)
+            if x.q.shape[0] != 1:
+                raise ValueError(f"cu_seqlens packs all sequences into one batch row: B must be 1, got {x.q.shape[0]}")
+            _check_device("cu_seqlens", cu_seqlens, x.q)
+        problem = cls._of(x.q, x.v, None if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        if x.initial_state is not None:
+            problem._check_state("initial_state", x.initial_state, x.q)
         return problem
 
     @classmethod
-    def of_prefill(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        initial_state: Tensor | None,
-        cu_seqlens: Tensor | None,
-        state_positions: Tensor | Sequence[int],
-    ) -> "Problem":
-        problem = cls.of_attention(q, k, v, log_decay, initial_state, cu_seqlens)
+    def of_prefill(cls, x: AttentionInputs[Tensor], state_positions: Tensor | Sequence[int]) -> "Problem":
+        problem = cls.of_attention(x)
         if not isinstance(state_positions, Tensor):
             check_state_positions(_integers("state_positions", state_positions), problem.length)
             return problem
         if state_positions.dim() != 1:
             raise ValueError(f"state_positions must be [M], got shape {tuple(state_positions.shape)}")
-        _check_indices("state_positions", state_positions, q, M=state_positions.shape[0])
+        _check_indices("state_positions", state_positions, x.q, M=state_positions.shape[0])
         return problem
 
     @classmethod
-    def of_step(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        state: Tensor,
-        state_indices: Tensor | None,
-        *,
-        is_tree: bool = False,
-    ) -> "Problem":
+    def of_step(cls, x: DecodingInputs[Tensor]) -> "Problem":
         """Decoding, with q, k, v as `[B, T, H, D]` or `[B, H, D]`."""
-        if q.dim() not in (3, 4):
-            raise ValueError(f"q must be [B, H, K] or [B, T, H, K], got shape {tuple(q.shape)}")
-        _check_inputs(q, k, v, log_decay)
-        if state.dim() != 4:
-            raise ValueError(f"state must be [N, H, K, V], got shape {tuple(state.shape)}")
-        problem = cls._of(q, v, None if state_indices is None else state.shape[0], is_tree)
-        problem._check_state("state", state, q, stored=(torch.bfloat16,))
-        if state_indices is not None:
-            _check_indices("state_indices", state_indices, q, B=q.shape[0])
+        if x.q.dim() not in (3, 4):
+            raise ValueError(f"q must be [B, H, K] or [B, T, H, K], got shape {tuple(x.q.shape)}")
+        _check_inputs(x.q, x.k, x.v, x.log_decay)
+        if x.state.dim() != 4:
+            raise ValueError(f"state must be [N, H, K, V], got shape {tuple(x.state.shape)}")
+        num_states = None if x.state_indices is None else x.state.shape[0]
+        problem = cls._of(x.q, x.v, num_states, x.parents is not None)
+        problem._check_state("state", x.state, x.q, stored=(torch.bfloat16,))
+        if x.state_indices is not None:
+            _check_indices("state_indices", x.state_indices, x.q, B=x.q.shape[0])
         return problem
 
     @classmethod
-    def of_drafts(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        state: Tensor,
-        state_indices: Tensor | None,
-        parents: Tensor | None,
-        last: Tensor | None,
-    ) -> "Problem":
+    def of_drafts(cls, x: DecodingInputs[Tensor]) -> "Problem":
         """Speculative decoding."""
-        if q.dim() != 4:
-            raise ValueError(f"drafts must be [B, T, H, D], got shape {tuple(q.shape)}")
-        problem = cls.of_step(q, k, v, log_decay, state, state_indices, is_tree=parents is not None)
-        if parents is not None:
-            _check_indices("parents", parents, q, B=q.shape[0], T=q.shape[1])
-        if last is not None:
-            _check_indices("last", last, q, B=q.shape[0])
+        if x.q.dim() != 4:
+            raise ValueError(f"drafts must be [B, T, H, D], got shape {tuple(x.q.shape)}")
+        problem = cls.of_step(x)
+        if x.parents is not None:
+            _check_indices("parents", x.parents, x.q, B=x.q.shape[0], T=x.q.shape[1])
+        if x.last is not None:
+            _check_indices("last", x.last, x.q, B=x.q.shape[0])
         return problem
 
     @classmethod
@@ -252,37 +241,30 @@ def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
 
 
-def check_values(
-    length: int,
-    *,
-    log_decay: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    state_positions: Tensor | None = None,
-    state_indices: Tensor | None = None,
-    num_slots: int = 0,
-    parents: Tensor | None = None,
-    last: Tensor | None = None,
-) -> None:
-    """Refuse values out of range, of tensors on the CPU; the host would have to wait for those on an accelerator.
+# Values are checked on the CPU alone: the host would have to wait for those on an accelerator. Operators check them
+# when they run: tensors that are traced or transformed have none yet.
 
-    Operators check values when they run: tensors that are traced or transformed have none yet.
 
-    Args:
-        length: tokens T of a batch row, or drafts.
-        num_slots: slots of the state pool that `state_indices` index.
-    """
-    if log_decay is not None:
-        check_log_decay(log_decay)
-    if cu_seqlens is not None and cu_seqlens.is_cpu:
-        sequence_bounds(cu_seqlens, length)
+def check_attention_values(x: AttentionInputs[Tensor], state_positions: Tensor | None = None) -> None:
+    """Refuse values out of range, of tensors on the CPU."""
+    if x.log_decay is not None:
+        check_log_decay(x.log_decay)
+    if x.cu_seqlens is not None and x.cu_seqlens.is_cpu:
+        sequence_bounds(x.cu_seqlens, x.q.shape[1])
     if state_positions is not None and state_positions.is_cpu:
-        check_state_positions(state_positions.tolist(), length)
-    if state_indices is not None:
-        _check_range("state_indices", state_indices, num_slots)
-    if last is not None:
-        _check_range("last", last, length)
-    if parents is not None:
-        _check_parents(parents, length)
+        check_state_positions(state_positions.tolist(), x.q.shape[1])
+
+
+def check_decoding_values(x: DecodingInputs[Tensor]) -> None:
+    """Refuse values out of range, of tensors on the CPU."""
+    if x.log_decay is not None:
+        check_log_decay(x.log_decay)
+    if x.state_indices is not None:
+        _check_range("state_indices", x.state_indices, x.state.shape[0])
+    if x.last is not None:
+        _check_range("last", x.last, x.q.shape[1])
+    if x.parents is not None:
+        _check_parents(x.parents, x.q.shape[1])
 
 
 def check_log_decay(log_decay: Tensor | None) -> None:

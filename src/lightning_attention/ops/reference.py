@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .prefill import prefill as prefill_by
-from .problem import Problem, sequence_bounds, state_dtype
+from .problem import AttentionInputs, DecodingInputs, Problem, sequence_bounds, state_dtype
 from .states import read_state_, write_state
 
 __all__ = [
@@ -64,133 +64,85 @@ def quadratic(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: 
     return scale * torch.einsum("bhij,bjhv->bihv", scores, v)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    output_final_state: bool,
-) -> tuple[Tensor, Tensor | None]:
-    sequences = _sequences(q, cu_seqlens)
-    state = _initial_state(q, v, len(sequences), initial_state).clone()
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+def forward(x: AttentionInputs[Tensor], scale: float, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
+    sequences = _sequences(x.q, x.cu_seqlens)
+    state = _initial_state(x, len(sequences), x.initial_state).clone()
+    o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
     for i, at in enumerate(sequences):
-        o[at], state[i : i + 1] = recurrence(q[at], k[at], v[at], log_decay, scale, state[i : i + 1])
+        o[at], state[i : i + 1] = recurrence(x.q[at], x.k[at], x.v[at], x.log_decay, scale, state[i : i + 1])
     return o, state if output_final_state else None
 
 
-def prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    state_positions: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return prefill_by(forward, q, k, v, log_decay, initial_state, cu_seqlens, scale, state_positions)
+def prefill(x: AttentionInputs[Tensor], state_positions: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    return prefill_by(forward, x, state_positions, scale)
 
 
 def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    d_final_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
+    x: AttentionInputs[Tensor], do: Tensor, d_final_state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`dq_t = scale S_t do_t`; with `R_t = λ R_{t+1} + scale q_t do_tᵀ`: `dk_t = R_t v_t`, `dv_t = R_tᵀ k_t`."""
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    sequences = _sequences(q, cu_seqlens)
-    states = _initial_state(q, v, len(sequences), initial_state)
-    d_states = _initial_state(q, v, len(sequences), d_final_state).clone()
-    decay = _decay(log_decay, states)
+    dq, dk, dv = (torch.empty_like(y, memory_format=torch.contiguous_format) for y in (x.q, x.k, x.v))
+    sequences = _sequences(x.q, x.cu_seqlens)
+    states = _initial_state(x, len(sequences), x.initial_state)
+    d_states = _initial_state(x, len(sequences), d_final_state).clone()
+    decay = _decay(x.log_decay, states)
     for i, at in enumerate(sequences):
-        qs, ks, vs, dos = (x[at].to(states.dtype) for x in (q, k, v, do))
+        q, k, v, dos = (y[at].to(states.dtype) for y in (x.q, x.k, x.v, do))
         state, d_state = states[i : i + 1], d_states[i : i + 1]
-        for t in range(qs.shape[1]):
-            state = decay * state + ks[:, t, :, :, None] * vs[:, t, :, None, :]
+        for t in range(q.shape[1]):
+            state = decay * state + k[:, t, :, :, None] * v[:, t, :, None, :]
             dq[at][:, t] = scale * torch.einsum("bhkv,bhv->bhk", state, dos[:, t])
-        for t in reversed(range(qs.shape[1])):
-            d_state = d_state + scale * qs[:, t, :, :, None] * dos[:, t, :, None, :]
-            dk[at][:, t] = torch.einsum("bhkv,bhv->bhk", d_state, vs[:, t])
-            dv[at][:, t] = torch.einsum("bhkv,bhk->bhv", d_state, ks[:, t])
+        for t in reversed(range(q.shape[1])):
+            d_state = d_state + scale * q[:, t, :, :, None] * dos[:, t, :, None, :]
+            dk[at][:, t] = torch.einsum("bhkv,bhv->bhk", d_state, v[:, t])
+            dv[at][:, t] = torch.einsum("bhkv,bhk->bhv", d_state, k[:, t])
             d_state = decay * d_state
         d_states[i : i + 1] = d_state
     return dq, dk, dv, d_states
 
 
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    state_indices: Tensor | None,
-    scale: float,
-) -> Tensor:
-    if q.dim() == 3:
-        q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
-        return step(q, k, v, log_decay, state, state_indices, scale).squeeze(1)
-    o = torch.zeros_like(v, memory_format=torch.contiguous_format)
-    for at, of in _slots(q, state_indices):
-        o[at], state[of] = recurrence(q[at], k[at], v[at], log_decay, scale, state[of].to(state_dtype(q.dtype)))
+def step(x: DecodingInputs[Tensor], scale: float) -> Tensor:
+    if x.q.dim() == 3:
+        return step(x._replace(q=x.q.unsqueeze(1), k=x.k.unsqueeze(1), v=x.v.unsqueeze(1)), scale).squeeze(1)
+    o = torch.zeros_like(x.v, memory_format=torch.contiguous_format)
+    for at, of in _slots(x):
+        state = x.state[of].to(state_dtype(x.q.dtype))
+        o[at], x.state[of] = recurrence(x.q[at], x.k[at], x.v[at], x.log_decay, scale, state)
     return o
 
 
-def verify(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    parents: Tensor | None,
-    state_indices: Tensor | None,
-    scale: float,
-) -> Tensor:
-    o = torch.zeros_like(v, memory_format=torch.contiguous_format)
-    for at, of in _slots(q, state_indices):
+def verify(x: DecodingInputs[Tensor], scale: float) -> Tensor:
+    o = torch.zeros_like(x.v, memory_format=torch.contiguous_format)
+    T = x.q.shape[1]
+    for at, of in _slots(x):
         # States after each draft; last the state before all drafts, which a parent of -1 finds.
-        states = [*[state[of]] * q.shape[1], state[of].to(state_dtype(q.dtype))]
-        for t, parent in enumerate(_parents(parents, at, q.shape[1])):
+        states = [*[x.state[of]] * T, x.state[of].to(state_dtype(x.q.dtype))]
+        for t, parent in enumerate(_parents(x, at)):
             draft = at, slice(t, t + 1)
-            o[draft], states[t] = recurrence(q[draft], k[draft], v[draft], log_decay, scale, states[parent])
+            q, k, v = x.q[draft], x.k[draft], x.v[draft]
+            o[draft], states[t] = recurrence(q, k, v, x.log_decay, scale, states[parent])
     return o
 
 
-def commit(
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    last: Tensor,
-    parents: Tensor | None,
-    state_indices: Tensor | None,
-) -> None:
-    for at, of in _slots(k, state_indices):
-        accepted, draft, parent = [], int(last[at]), _parents(parents, at, k.shape[1])
+def commit(x: DecodingInputs[Tensor]) -> None:
+    assert x.last is not None
+    for at, of in _slots(x):
+        accepted, draft, parents = [], int(x.last[at]), _parents(x, at)
         while draft >= 0:
             accepted.insert(0, draft)
-            draft = parent[draft]
-        ks, vs = k[at][:, accepted], v[at][:, accepted]
-        state[of] = recurrence(ks, ks, vs, log_decay, 1.0, state[of].to(state_dtype(k.dtype)))[1]
+            draft = parents[draft]
+        k, v = x.k[at][:, accepted], x.v[at][:, accepted]
+        x.state[of] = recurrence(k, k, v, x.log_decay, 1.0, x.state[of].to(state_dtype(k.dtype)))[1]
 
 
-def _slots(q: Tensor, state_indices: Tensor | None) -> list[tuple[slice, slice]]:
+def _slots(x: DecodingInputs[Tensor]) -> list[tuple[slice, slice]]:
     """Batch rows that are not padding, and the slots of their states."""
-    slots = range(q.shape[0]) if state_indices is None else state_indices.tolist()
+    slots = range(x.k.shape[0]) if x.state_indices is None else x.state_indices.tolist()
     return [(slice(row, row + 1), slice(slot, slot + 1)) for row, slot in enumerate(slots) if slot >= 0]
 
 
-def _parents(parents: Tensor | None, row: slice, length: int) -> list[int]:
-    return list(range(-1, length - 1)) if parents is None else parents[row][0].tolist()
+def _parents(x: DecodingInputs[Tensor], row: slice) -> list[int]:
+    return list(range(-1, x.k.shape[1] - 1)) if x.parents is None else x.parents[row][0].tolist()
 
 
 def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> list[tuple[slice, slice]]:
@@ -201,10 +153,10 @@ def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> list[tuple[slice, slice]
     return [(slice(None), slice(start, end)) for start, end in pairwise(bounds)]
 
 
-def _initial_state(q: Tensor, v: Tensor, num_sequences: int, state: Tensor | None) -> Tensor:
+def _initial_state(x: AttentionInputs[Tensor], num_sequences: int, state: Tensor | None) -> Tensor:
     if state is not None:
         return state
-    return q.new_zeros(num_sequences, q.shape[2], q.shape[3], v.shape[3], dtype=state_dtype(q.dtype))
+    return x.q.new_zeros(num_sequences, *x.q.shape[2:], x.v.shape[3], dtype=state_dtype(x.q.dtype))
 
 
 def _decay(log_decay: Tensor | None, state: Tensor) -> Tensor:

@@ -102,12 +102,9 @@ def mapped_over_heads(
             return None, None
         if isinstance(outputs, Tensor):
             return _unfold(outputs, output_heads[0], info.batch_size), 0
-        # An empty tensor in place of None has no heads.
-        pairs = [
-            (_unfold(x, heads, info.batch_size), 0) if x.dim() > 1 else (x, None)
-            for x, heads in zip(outputs, output_heads, strict=True)
-        ]
-        return tuple(x for x, _ in pairs), tuple(dim for _, dim in pairs)
+        # The last outputs, which are states, may not be asked for.
+        unfolded = [_unfold(x, heads, info.batch_size) for x, heads in zip(outputs, output_heads, strict=False)]
+        return tuple(unfolded), (0,) * len(unfolded)
 
     return rule
 

@@ -9,7 +9,7 @@ from contextvars import Context, copy_context
 from functools import lru_cache, reduce
 from itertools import accumulate, repeat
 from operator import itemgetter, mul, or_
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import torch
 import triton
@@ -32,6 +32,10 @@ class Operand(NamedTuple):
         """Strides of batch, token and head of `[B, T, H, D]`, or of `[B, H, D]`, which has one token."""
         batch, *token, head, _ = self.strides
         return batch, token[0] if token else 0, head
+
+
+# Stand for the inputs of a call, in order; None for an input that is None.
+Operands: TypeAlias = list[Any]
 
 
 class Launch:
@@ -190,10 +194,10 @@ class Planner:
 
 
 def run(make_plan: Callable[..., Results], inputs: Sequence[Tensor | None], *options: Hashable) -> list[Any]:
-    """Run the plan that `make_plan(planner, *operands, *options)` describes, once for all inputs of some metadata.
+    """Run the plan that `make_plan(planner, operands, *options)` describes, once for all inputs of some metadata.
 
     Args:
-        make_plan: returns the operands to return as tensors.
+        make_plan: returns the operands to return as tensors, of those that stand for the inputs and of buffers.
         inputs: tensors on one device; the first one is given.
         options: all else that the plan depends on.
     """
@@ -211,7 +215,7 @@ def run(make_plan: Callable[..., Results], inputs: Sequence[Tensor | None], *opt
 def _plan(make_plan: Callable[..., Results], device: torch.device, metadata: tuple, options: tuple) -> Plan:
     planner = Planner(device, len(metadata))
     operands = [None if x is None else Operand(i, *x) for i, x in enumerate(metadata)]
-    return planner.plan(make_plan(planner, *operands, *options))
+    return planner.plan(make_plan(planner, operands, *options))
 
 
 def clear() -> None:

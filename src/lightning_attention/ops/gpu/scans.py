@@ -5,9 +5,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from ..problem import state_dtype
+from ..problem import AttentionInputs, state_dtype
 from . import accumulate, product_precision
-from .plan import Operand, Planner, run
+from .plan import Operand, Operands, Planner, run
 from .segments import Segments, ceil_div
 
 
@@ -16,7 +16,7 @@ class Scans(ABC):
 
     Args:
         planner: collects the launches.
-        q, v, log_decay, cu_seqlens: operands of the call.
+        x: operands of the call; the attribute has them as the kernels read them.
         precision: "ieee" or "tf32", of products of float32.
         scale: factor on every output.
         is_backward: plan the gradients, not the output.
@@ -25,22 +25,19 @@ class Scans(ABC):
     def __init__(
         self,
         planner: Planner,
-        q: Operand,
-        v: Operand,
-        log_decay: Operand | None,
-        cu_seqlens: Operand | None,
+        x: AttentionInputs[Operand],
         precision: str,
         scale: float,
         *,
         is_backward: bool = False,
     ):
-        self.planner = planner
-        self.log_decay, self.cu_seqlens = planner.contiguous(log_decay), planner.contiguous(cu_seqlens)
-        self.precision, self.scale, self.dtype = precision, scale, q.dtype
-        self.is_backward = is_backward
-        self.B, self.T, self.H, self.K = q.shape
-        self.V = v.shape[3]
-        self.N = self.B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.planner, self.precision, self.scale, self.is_backward = planner, precision, scale, is_backward
+        others = (planner.contiguous(y) for y in (x.log_decay, x.initial_state, x.cu_seqlens))
+        self.x = AttentionInputs(*self.readable(planner, x.q, x.k, x.v), *others)
+        self.dtype = x.q.dtype
+        self.B, self.T, self.H, self.K = x.q.shape
+        self.V = x.v.shape[3]
+        self.N = self.B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
         self.segments = self.cut()
 
     @staticmethod
@@ -57,39 +54,12 @@ class Scans(ABC):
         """Cut the batch rows."""
 
     @abstractmethod
-    def interval_states(self, k: Operand, v: Operand, *, reverse: bool = False) -> Operand | None:
-        """States `[B, intervals, H, K, V]` that segments start from, or None if none are needed."""
-
-    @abstractmethod
-    def scan(
-        self,
-        q: Operand,
-        k: Operand,
-        v: Operand,
-        initial_state: Operand | None,
-        interval_states: Operand | None,
-        final_state: Operand | None = None,
-        *,
-        reverse: bool = False,
-        transposed: bool = False,
-    ) -> Operand:
-        """The output of a scan, which fills `final_state`.
-
-        Args:
-            reverse: scan from the last token to the first; the state decays after a token reads it, not before.
-            transposed: states are `[V, K]`; K of the scan is then V of the call.
-        """
+    def output(self, final_state: Operand | None) -> Operand:
+        """The output; fills `final_state`."""
 
     @abstractmethod
     def gradients(
-        self,
-        q: Operand,
-        k: Operand,
-        v: Operand,
-        do: Operand,
-        initial_state: Operand | None,
-        d_final_state: Operand | None,
-        d_initial_state: Operand | None,
+        self, do: Operand, d_final_state: Operand | None, d_initial_state: Operand | None
     ) -> tuple[Operand, Operand, Operand]:
         """`dq`, `dk` and `dv`; fills `d_initial_state`.
 
@@ -137,7 +107,7 @@ class Scans(ABC):
             {"num_warps": accumulate.NUM_WARPS} | ({"launch_pdl": True} if overlap_previous else {}),
             interval_states=states,
             factors=factors,
-            log_decay=self.log_decay,
+            log_decay=self.x.log_decay,
             H=self.H,
             num_intervals=segments.num_intervals,
             interval=segments.interval,
@@ -151,77 +121,36 @@ class Scans(ABC):
 
 
 def forward(
-    scans: type[Scans],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    output_final_state: bool,
+    scans: type[Scans], x: AttentionInputs[Tensor], scale: float, output_final_state: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`forward` of the backend whose scans are given."""
-    inputs = q, k, v, log_decay, initial_state, cu_seqlens
-    o, final_state = run(_plan_forward, inputs, scans, product_precision(q.dtype), scale, output_final_state)
+    o, final_state = run(_plan_forward, x, scans, product_precision(x.q.dtype), scale, output_final_state)
     return o, final_state
 
 
 def _plan_forward(
-    planner: Planner,
-    q: Operand,
-    k: Operand,
-    v: Operand,
-    log_decay: Operand | None,
-    initial_state: Operand | None,
-    cu_seqlens: Operand | None,
-    scans: type[Scans],
-    precision: str,
-    scale: float,
-    output_final_state: bool,
+    planner: Planner, operands: Operands, scans: type[Scans], precision: str, scale: float, output_final_state: bool
 ) -> tuple[Operand | None, ...]:
-    q, k, v = scans.readable(planner, q, k, v)
-    initial_state = planner.contiguous(initial_state)
-    call = scans(planner, q, v, log_decay, cu_seqlens, precision, scale)
+    call = scans(planner, AttentionInputs(*operands), precision, scale)
     final_state = call.empty_states(call.N) if output_final_state else None
-    o = call.scan(q, k, v, initial_state, call.interval_states(k, v), final_state)
-    return o, final_state
+    return call.output(final_state), final_state
 
 
 def backward(
-    scans: type[Scans],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    do: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    d_final_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
+    scans: type[Scans], x: AttentionInputs[Tensor], do: Tensor, d_final_state: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """`backward` of the backend whose scans are given."""
-    inputs = q, k, v, do, log_decay, initial_state, d_final_state, cu_seqlens
-    dq, dk, dv, d_initial_state = run(_plan_backward, inputs, scans, product_precision(q.dtype), scale)
+    inputs = *x, do, d_final_state
+    dq, dk, dv, d_initial_state = run(_plan_backward, inputs, scans, product_precision(x.q.dtype), scale)
     return dq, dk, dv, d_initial_state
 
 
 def _plan_backward(
-    planner: Planner,
-    q: Operand,
-    k: Operand,
-    v: Operand,
-    do: Operand,
-    log_decay: Operand | None,
-    initial_state: Operand | None,
-    d_final_state: Operand | None,
-    cu_seqlens: Operand | None,
-    scans: type[Scans],
-    precision: str,
-    scale: float,
+    planner: Planner, operands: Operands, scans: type[Scans], precision: str, scale: float
 ) -> tuple[Operand | None, ...]:
-    q, k, v, do = scans.readable(planner, q, k, v, do)
-    initial_state, d_final_state = planner.contiguous(initial_state), planner.contiguous(d_final_state)
-    call = scans(planner, q, v, log_decay, cu_seqlens, precision, scale, is_backward=True)
-    d_initial_state = None if initial_state is None else call.empty_states(call.N)
-    return *call.gradients(q, k, v, do, initial_state, d_final_state, d_initial_state), d_initial_state
+    *of_forward, do, d_final_state = operands
+    call = scans(planner, AttentionInputs(*of_forward), precision, scale, is_backward=True)
+    (do,) = scans.readable(planner, do)
+    d_initial_state = None if call.x.initial_state is None else call.empty_states(call.N)
+    gradients = call.gradients(do, planner.contiguous(d_final_state), d_initial_state)
+    return *gradients, d_initial_state

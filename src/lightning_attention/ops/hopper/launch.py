@@ -9,6 +9,7 @@ from torch import Tensor
 from ..gpu import scans
 from ..gpu.plan import Operand, strides
 from ..gpu.segments import Segments, ceil_div, num_multiprocessors
+from ..problem import AttentionInputs
 from . import config, gradients, kernels, states
 
 
@@ -54,10 +55,11 @@ class Scans(scans.Scans):
         """True if the second of two segments makes the state before it, without a kernel for it."""
         return self.segments.count == 2
 
-    def interval_states(self, k: Operand, v: Operand, *, reverse: bool = False) -> Operand | None:
+    def _interval_states(self) -> Operand | None:
+        """States `[B, intervals, H, K, V]` that segments start from, or None if none are needed."""
         if self.segments.count <= 2:
             return None
-        states, factors = self._added_by_segments(k, v, reverse=reverse)
+        states, factors = self._added_by_segments(self.x.k, self.x.v, reverse=False)
         if self.is_accumulated:
             self.accumulate(states, factors, self.segments, trigger_dependents=self._overlaps)
         return states
@@ -72,10 +74,10 @@ class Scans(scans.Scans):
             self._options(self.V, overlap_previous=reverse),
             k=k,
             v=v,
-            log_decay=self.log_decay,
+            log_decay=self.x.log_decay,
             interval_states=found,
             factors=factors,
-            cu_seqlens=self.cu_seqlens,
+            cu_seqlens=self.x.cu_seqlens,
             **self._sizes,
             **strides(k=k, v=v),
             K=self.K,
@@ -98,7 +100,13 @@ class Scans(scans.Scans):
         transposed: bool = False,
         overlap_previous: bool = False,
     ) -> Operand:
-        """See the base class; with `overlap_previous` the scan starts before the previous kernel has ended."""
+        """The output of a scan, which fills `final_state`.
+
+        Args:
+            reverse: scan from the last token to the first; the state decays after a token reads it, not before.
+            transposed: states are `[V, K]`; K of the scan is then V of the call.
+            overlap_previous: start before the previous kernel has ended.
+        """
         o = self.planner.empty(*v.shape, dtype=v.dtype)
         K, V = q.shape[3], v.shape[3]
         self.planner.launch(
@@ -109,11 +117,11 @@ class Scans(scans.Scans):
             k=k,
             v=v,
             o=o,
-            log_decay=self.log_decay,
+            log_decay=self.x.log_decay,
             initial_state=initial_state,
             interval_states=interval_states,
             final_state=final_state,
-            cu_seqlens=self.cu_seqlens,
+            cu_seqlens=self.x.cu_seqlens,
             scale=self.scale_of(reverse=reverse),
             **self._sizes,
             max_reach=self.max_reach,
@@ -128,30 +136,28 @@ class Scans(scans.Scans):
         )
         return o
 
+    def output(self, final_state: Operand | None) -> Operand:
+        q, k, v, _, initial_state, _ = self.x
+        return self.scan(q, k, v, initial_state, self._interval_states(), final_state)
+
     def gradients(
-        self,
-        q: Operand,
-        k: Operand,
-        v: Operand,
-        do: Operand,
-        initial_state: Operand | None,
-        d_final_state: Operand | None,
-        d_initial_state: Operand | None,
+        self, do: Operand, d_final_state: Operand | None, d_initial_state: Operand | None
     ) -> tuple[Operand, Operand, Operand]:
-        before, after = self._states_of_both_directions(q, k, v, do) if self.segments.count > 2 else (None, None)
+        q, k, v, _, initial_state, _ = self.x
+        before, after = self._states_of_both_directions(do) if self.segments.count > 2 else (None, None)
         dq = self.scan(do, v, k, initial_state, before, transposed=True)
         if self.K == self.V:
-            dk, dv = self._key_value_gradients(q, k, v, do, d_final_state, after, d_initial_state)
+            dk, dv = self._key_value_gradients(do, d_final_state, after, d_initial_state)
         else:
             in_reverse = partial(self.scan, reverse=True, overlap_previous=True)
             dk = in_reverse(v, do, q, d_final_state, after, transposed=True)
             dv = in_reverse(k, q, do, d_final_state, after, d_initial_state)
         return dq, dk, dv
 
-    def _states_of_both_directions(self, q: Operand, k: Operand, v: Operand, do: Operand) -> tuple[Operand, Operand]:
+    def _states_of_both_directions(self, do: Operand) -> tuple[Operand, Operand]:
         """Interval states for dq, and in reverse for dk and dv."""
-        before, factors = self._added_by_segments(k, v, reverse=False)
-        after, d_factors = self._added_by_segments(q, do, reverse=True)
+        before, factors = self._added_by_segments(self.x.k, self.x.v, reverse=False)
+        after, d_factors = self._added_by_segments(self.x.q, do, reverse=True)
         if self.is_accumulated:
             overlaps = self._overlaps
             self.accumulate(before, factors, self.segments, trigger_dependents=overlaps)
@@ -160,14 +166,12 @@ class Scans(scans.Scans):
 
     def _key_value_gradients(
         self,
-        q: Operand,
-        k: Operand,
-        v: Operand,
         do: Operand,
         d_final_state: Operand | None,
         interval_states: Operand | None,
         d_initial_state: Operand | None,
     ) -> tuple[Operand, Operand]:
+        q, k, v = self.x[:3]
         dk, dv = self.planner.empty(*k.shape, dtype=k.dtype), self.planner.empty(*v.shape, dtype=v.dtype)
         self.planner.launch(
             gradients.gradient_kernel,
@@ -179,11 +183,11 @@ class Scans(scans.Scans):
             do=do,
             dk=dk,
             dv=dv,
-            log_decay=self.log_decay,
+            log_decay=self.x.log_decay,
             d_final_state=d_final_state,
             interval_states=interval_states,
             d_initial_state=d_initial_state,
-            cu_seqlens=self.cu_seqlens,
+            cu_seqlens=self.x.cu_seqlens,
             scale=self.scale_of(reverse=True),
             **self._sizes,
             max_reach=self.max_reach,
@@ -208,12 +212,14 @@ class Scans(scans.Scans):
         return {"num_warps": 4, "maxnreg": config.MAX_REGISTERS[V], "launch_pdl": overlap_previous}
 
 
-def forward(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    return scans.forward(Scans, *arguments)
+def forward(x: AttentionInputs[Tensor], scale: float, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
+    return scans.forward(Scans, x, scale, output_final_state)
 
 
-def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    return scans.backward(Scans, *arguments)
+def backward(
+    x: AttentionInputs[Tensor], do: Tensor, d_final_state: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    return scans.backward(Scans, x, do, d_final_state, scale)
 
 
 @cache

@@ -7,102 +7,50 @@ here C is the number of drafts, rounded up.
 import triton.language as tl
 from torch import Tensor
 
-from ..gpu.plan import Operand, Planner, run, strides
+from ..gpu.plan import Operand, Operands, Planner, run, strides
 from ..gpu.primitives import decay_over, jit, load_log_decay, program_ids
 from ..gpu.segments import ceil_div
+from ..problem import AttentionInputs, DecodingInputs
 from .config import MAX_TREE, step_tiles, verify_tiles
 from .launch import Scans, forward
 
 
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    state_indices: Tensor | None,
-    scale: float,
-) -> Tensor:
-    (o,) = run(_plan_step, (q, k, v, log_decay, state, state_indices), scale)
+def step(x: DecodingInputs[Tensor], scale: float) -> Tensor:
+    (o,) = run(_plan_step, x, scale)
     return o
 
 
-def _plan_step(
-    planner: Planner,
-    q: Operand,
-    k: Operand,
-    v: Operand,
-    log_decay: Operand | None,
-    state: Operand,
-    state_indices: Operand | None,
-    scale: float,
-) -> tuple[Operand]:
-    o = planner.empty(*v.shape, dtype=v.dtype)
-    _advance(planner, q, k, v, o, log_decay, state, None, None, state_indices, scale)
+def _plan_step(planner: Planner, operands: Operands, scale: float) -> tuple[Operand]:
+    x = _readable(planner, operands)
+    o = planner.empty(*x.v.shape, dtype=x.v.dtype)
+    _advance(planner, x, o, scale)
     return (o,)
 
 
-def commit(
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    last: Tensor,
-    parents: Tensor | None,
-    state_indices: Tensor | None,
-) -> None:
-    run(_plan_commit, (k, v, log_decay, state, last, parents, state_indices))
+def commit(x: DecodingInputs[Tensor]) -> None:
+    run(_plan_commit, x)
 
 
-def _plan_commit(
-    planner: Planner,
-    k: Operand,
-    v: Operand,
-    log_decay: Operand | None,
-    state: Operand,
-    last: Operand,
-    parents: Operand | None,
-    state_indices: Operand | None,
-) -> tuple[()]:
-    _advance(planner, k, k, v, None, log_decay, state, last, parents, state_indices, 1.0)
+def _plan_commit(planner: Planner, operands: Operands) -> tuple[()]:
+    _advance(planner, _readable(planner, operands), None, 1.0)
     return ()
 
 
-def _advance(
-    planner: Planner,
-    q: Operand,
-    k: Operand,
-    v: Operand,
-    o: Operand | None,
-    log_decay: Operand | None,
-    state: Operand,
-    last: Operand | None,
-    parents: Operand | None,
-    state_indices: Operand | None,
-    scale: float,
-) -> None:
+def _advance(planner: Planner, x: DecodingInputs[Operand], o: Operand | None, scale: float) -> None:
     """Launch the kernel that decodes token after token; without `o`, only those on the path to `last`."""
-    q, k, v = Scans.readable(planner, q, k, v)
-    (B, *tokens, H, K), V = k.shape, v.shape[-1]
+    (B, *tokens, H, K), V = x.k.shape, x.v.shape[-1]
     BK, BV = step_tiles(K, V)
     planner.launch(
         step_kernel,
-        ceil_div(V, BV) * H * B if 0 not in v.shape else 0,
+        ceil_div(V, BV) * H * B if 0 not in x.v.shape else 0,
         {"num_warps": 4},
-        q=q,
-        k=k,
-        v=v,
+        **x._asdict(),
         o=o,
-        log_decay=planner.contiguous(log_decay),
-        state=state,
-        last=planner.contiguous(last),
-        parents=planner.contiguous(parents),
-        state_indices=planner.contiguous(state_indices),
         scale=scale,
         T=tokens[0] if tokens else 1,
         H=H,
-        **strides(q=q, k=k, v=v),
-        **_state_strides(state),
+        **strides(q=x.q, k=x.k, v=x.v),
+        **_state_strides(x.state),
         K=K,
         V=V,
         BK=BK,
@@ -110,56 +58,40 @@ def _advance(
     )
 
 
-def verify(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    parents: Tensor | None,
-    state_indices: Tensor | None,
-    scale: float,
-) -> Tensor:
-    if q.shape[1] > MAX_TREE:  # a chain
-        states = (state if state_indices is None else state[state_indices.clamp_min(0)]).float()
-        o, _ = forward(q, k, v, log_decay, states, None, scale, False)
-        return o if state_indices is None else o.masked_fill_((state_indices < 0)[:, None, None, None], 0)
-    (o,) = run(_plan_verify, (q, k, v, log_decay, state, parents, state_indices), scale)
-    return o
+def verify(x: DecodingInputs[Tensor], scale: float) -> Tensor:
+    if x.q.shape[1] <= MAX_TREE:
+        (o,) = run(_plan_verify, x, scale)
+        return o
+    # A chain.
+    state, is_padding = x.state, None
+    if x.state_indices is not None:
+        state, is_padding = state[x.state_indices.clamp_min(0)], x.state_indices < 0
+    o, _ = forward(AttentionInputs(x.q, x.k, x.v, x.log_decay, state.float(), None), scale, False)
+    return o if is_padding is None else o.masked_fill_(is_padding[:, None, None, None], 0)
 
 
-def _plan_verify(
-    planner: Planner,
-    q: Operand,
-    k: Operand,
-    v: Operand,
-    log_decay: Operand | None,
-    state: Operand,
-    parents: Operand | None,
-    state_indices: Operand | None,
-    scale: float,
-) -> tuple[Operand]:
-    q, k, v = Scans.readable(planner, q, k, v)
-    (B, T, H, K), V = q.shape, v.shape[3]
-    o = planner.empty(*v.shape, dtype=v.dtype)
+def _plan_verify(planner: Planner, operands: Operands, scale: float) -> tuple[Operand]:
+    x = _readable(planner, operands)
+    (B, T, H, K), V = x.q.shape, x.v.shape[3]
+    o = planner.empty(*x.v.shape, dtype=x.v.dtype)
     C, BK, BV, num_warps = verify_tiles(K, V, max(T, 1))
     planner.launch(
         verify_kernel,
         ceil_div(V, BV) * H * B if T else 0,
         {"num_warps": num_warps},
-        q=q,
-        k=k,
-        v=v,
+        q=x.q,
+        k=x.k,
+        v=x.v,
         o=o,
-        log_decay=planner.contiguous(log_decay),
-        state=state,
-        parents=planner.contiguous(parents),
-        state_indices=planner.contiguous(state_indices),
+        log_decay=x.log_decay,
+        state=x.state,
+        parents=x.parents,
+        state_indices=x.state_indices,
         scale=scale,
         T=T,
         H=H,
-        **strides(q=q, k=k, v=v),
-        **_state_strides(state),
+        **strides(q=x.q, k=x.k, v=x.v),
+        **_state_strides(x.state),
         K=K,
         V=V,
         C=C,
@@ -167,6 +99,13 @@ def _plan_verify(
         BV=BV,
     )
     return (o,)
+
+
+def _readable(planner: Planner, operands: Operands) -> DecodingInputs[Operand]:
+    """Operands as the kernels read them; the state, which they write, has any strides."""
+    q, k, v, log_decay, state, *indices = operands
+    q, k, v = Scans.readable(planner, q, k, v)
+    return DecodingInputs(q, k, v, planner.contiguous(log_decay), state, *map(planner.contiguous, indices))
 
 
 def _state_strides(state: Operand) -> dict[str, int]:

@@ -1,13 +1,12 @@
 """Sequences in the Triton backend: plans of launches, for tensors that `problem.py` has checked."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..gpu import product_precision, scans
-from ..gpu.plan import Operand, Planner, run, strides
+from ..gpu.plan import Operand, Operands, Planner, run, strides
 from ..gpu.segments import Segments, ceil_div, num_multiprocessors
+from ..problem import AttentionInputs
 from . import config, kernels
 from .config import Tiles
 
@@ -38,6 +37,7 @@ class Scans(scans.Scans):
         return config.segments(*self._occupancy(self.scan_tiles))
 
     def interval_states(self, k: Operand, v: Operand, *, reverse: bool = False) -> Operand | None:
+        """States `[B, intervals, H, K, V]` that segments start from, or None if none are needed."""
         if self.segments.count == 1:
             return None
         states, factors = self._added_by_intervals(k, v, self.segments, reverse=reverse)
@@ -45,10 +45,10 @@ class Scans(scans.Scans):
             self.accumulate(states, factors, self.segments)
         return states
 
-    def state_after(self, k: Operand, v: Operand, *, reverse: bool) -> Operand:
+    def state_after(self, reverse: bool) -> Operand:
         """Interval states `[B, intervals, H, K, V]`, of which the last is the state after all tokens."""
         segments = config.whole_sequence(*self._occupancy(self.interval_tiles))
-        states, factors = self._added_by_intervals(k, v, segments, reverse=reverse)
+        states, factors = self._added_by_intervals(self.x.k, self.x.v, segments, reverse=reverse)
         self.accumulate(states, factors, segments)
         return states
 
@@ -70,10 +70,10 @@ class Scans(scans.Scans):
             {"num_warps": tiles.num_warps},
             k=k,
             v=v,
-            log_decay=self.log_decay,
+            log_decay=self.x.log_decay,
             interval_states=states,
             factors=factors,
-            cu_seqlens=self.cu_seqlens,
+            cu_seqlens=self.x.cu_seqlens,
             T=self.T,
             H=self.H,
             N=self.N,
@@ -101,7 +101,12 @@ class Scans(scans.Scans):
         states: Operand | None = None,
         state_positions: Operand | None = None,
     ) -> Operand:
-        """See the base class; also fills `states`, after `state_positions` tokens each."""
+        """The output of a scan, which fills `final_state`, and `states` after `state_positions` tokens each.
+
+        Args:
+            reverse: scan from the last token to the first; the state decays after a token reads it, not before.
+            transposed: states are `[V, K]`; K of the scan is then V of the call.
+        """
         o = self.planner.empty(*v.shape, dtype=v.dtype)
         K, V = q.shape[3], v.shape[3]
         tiles = config.scan_tiles(K, V, self.dtype, self.precision)
@@ -113,13 +118,13 @@ class Scans(scans.Scans):
             k=k,
             v=v,
             o=o,
-            log_decay=self.log_decay,
+            log_decay=self.x.log_decay,
             initial_state=initial_state,
             interval_states=interval_states,
             final_state=final_state,
             states=states,
             state_positions=state_positions,
-            cu_seqlens=self.cu_seqlens,
+            cu_seqlens=self.x.cu_seqlens,
             scale=self.scale_of(reverse=reverse),
             T=self.T,
             H=self.H,
@@ -136,16 +141,18 @@ class Scans(scans.Scans):
         )
         return o
 
+    def output(
+        self, final_state: Operand | None, states: Operand | None = None, state_positions: Operand | None = None
+    ) -> Operand:
+        """See the base class; fills `states` too."""
+        q, k, v, _, initial_state, _ = self.x
+        before = self.interval_states(k, v)
+        return self.scan(q, k, v, initial_state, before, final_state, states=states, state_positions=state_positions)
+
     def gradients(
-        self,
-        q: Operand,
-        k: Operand,
-        v: Operand,
-        do: Operand,
-        initial_state: Operand | None,
-        d_final_state: Operand | None,
-        d_initial_state: Operand | None,
+        self, do: Operand, d_final_state: Operand | None, d_initial_state: Operand | None
     ) -> tuple[Operand, Operand, Operand]:
+        q, k, v, _, initial_state, _ = self.x
         dq = self.scan(do, v, k, initial_state, self.interval_states(k, v), transposed=True)
         states = self.interval_states(q, do, reverse=True)
         dk = self.scan(v, do, q, d_final_state, states, reverse=True, transposed=True)
@@ -162,48 +169,27 @@ class Scans(scans.Scans):
         return ceil_div(V, tiles.BV) * self.H * self.B
 
 
-def forward(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    return scans.forward(Scans, *arguments)
+def forward(x: AttentionInputs[Tensor], scale: float, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
+    return scans.forward(Scans, x, scale, output_final_state)
 
 
-def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    return scans.backward(Scans, *arguments)
+def backward(
+    x: AttentionInputs[Tensor], do: Tensor, d_final_state: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    return scans.backward(Scans, x, do, d_final_state, scale)
 
 
-def prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    state_positions: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = q, k, v, log_decay, initial_state, cu_seqlens, state_positions
-    o, final_state, states = run(_plan_prefill, inputs, product_precision(q.dtype), scale)
+def prefill(x: AttentionInputs[Tensor], state_positions: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    o, final_state, states = run(_plan_prefill, (*x, state_positions), product_precision(x.q.dtype), scale)
     return o, final_state, states
 
 
-def _plan_prefill(
-    planner: Planner,
-    q: Operand,
-    k: Operand,
-    v: Operand,
-    log_decay: Operand | None,
-    initial_state: Operand | None,
-    cu_seqlens: Operand | None,
-    state_positions: Operand,
-    precision: str,
-    scale: float,
-) -> tuple[Operand, ...]:
-    q, k, v = Scans.readable(planner, q, k, v)
-    initial_state, state_positions = planner.contiguous(initial_state), planner.contiguous(state_positions)
-    call = Scans(planner, q, v, log_decay, cu_seqlens, precision, scale)
+def _plan_prefill(planner: Planner, operands: Operands, precision: str, scale: float) -> tuple[Operand, ...]:
+    *x, state_positions = operands
+    call = Scans(planner, AttentionInputs(*x), precision, scale)
+    state_positions = planner.contiguous(state_positions)
     final_state, states = call.empty_states(call.N), call.empty_states(call.B, state_positions.shape[0])
-    before = call.interval_states(k, v)
-    o = call.scan(q, k, v, initial_state, before, final_state, states=states, state_positions=state_positions)
-    return o, final_state, states
+    return call.output(final_state, states, state_positions), final_state, states
 
 
 def write_state(k: Tensor, v: Tensor, log_decay: Tensor, *, reverse: bool) -> Tensor:
@@ -211,27 +197,17 @@ def write_state(k: Tensor, v: Tensor, log_decay: Tensor, *, reverse: bool) -> Te
     return states[:, -1].clone(memory_format=torch.contiguous_format)
 
 
-def _plan_write_state(
-    planner: Planner, k: Operand, v: Operand, log_decay: Operand, precision: str, reverse: bool
-) -> tuple[Operand]:
-    k, v = Scans.readable(planner, k, v)
-    return (Scans(planner, k, v, log_decay, None, precision, 1.0).state_after(k, v, reverse=reverse),)
+def _plan_write_state(planner: Planner, operands: Operands, precision: str, reverse: bool) -> tuple[Operand]:
+    k, v, log_decay = operands
+    return (Scans(planner, AttentionInputs(k, k, v, log_decay, None, None), precision, 1.0).state_after(reverse),)
 
 
 def read_state_(o: Tensor, q: Tensor, state: Tensor, log_decay: Tensor, *, reverse: bool, add: bool) -> None:
     run(_plan_read_state, (o, q, state, log_decay), product_precision(q.dtype), reverse, add)
 
 
-def _plan_read_state(
-    planner: Planner,
-    o: Operand,
-    q: Operand,
-    state: Operand,
-    log_decay: Operand,
-    precision: str,
-    reverse: bool,
-    add: bool,
-) -> tuple[()]:
+def _plan_read_state(planner: Planner, operands: Operands, precision: str, reverse: bool, add: bool) -> tuple[()]:
+    o, q, state, log_decay = operands
     assert Scans.can_read(o), "it is written in place"
     (q,) = Scans.readable(planner, q)
     (B, T, H, K), V = q.shape, o.shape[3]
