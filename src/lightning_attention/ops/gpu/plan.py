@@ -38,6 +38,37 @@ class Operand(NamedTuple):
 Operands: TypeAlias = list[Any]
 
 
+CONSTANT, SPECIALIZED, NOT_SPECIALIZED = "constant", "specialized", "not specialized"
+
+
+class _Signature:
+    """The parameters of a kernel, in order.
+
+    Attributes:
+        kernel: kept, since its id is a key.
+        kinds: what compiled code depends on, by parameter: its value, properties of the value, or nothing.
+    """
+
+    def __init__(self, kernel: Any):
+        self.kernel = kernel
+        self._names, self._pick = frozenset(kernel.arg_names), itemgetter(*kernel.arg_names)
+        self.kinds = [CONSTANT] * len(self._names)
+        if hasattr(kernel, "params"):  # not under the interpreter
+            self.kinds = [
+                CONSTANT if param.is_constexpr else NOT_SPECIALIZED if param.do_not_specialize else SPECIALIZED
+                for param in kernel.params
+            ]
+
+    def in_order(self, arguments: dict[str, Any]) -> tuple:
+        if arguments.keys() != self._names:
+            wrong = ", ".join(sorted(arguments.keys() ^ self._names))
+            raise TypeError(f"{self.kernel.__name__} and its launch differ in arguments: {wrong}")
+        return self._pick(arguments)
+
+
+_signatures: dict[int, _Signature] = {}  # by id: Triton hashes a kernel's code
+
+
 class Launch:
     """One launch of a kernel over a one-dimensional grid.
 
@@ -46,18 +77,17 @@ class Launch:
     """
 
     def __init__(self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any]):
-        if arguments.keys() != set(kernel.arg_names):
-            wrong = sorted(arguments.keys() ^ set(kernel.arg_names))
-            raise TypeError(f"{kernel.__name__} and its launch differ in arguments: {', '.join(wrong)}")
-        values = [arguments[name] for name in kernel.arg_names]
-        num_pointers = 1 + max(i for i, value in enumerate(values) if isinstance(value, Operand))
-        pointers = values[:num_pointers]
-        assert all(x is None or isinstance(x, Operand) for x in pointers)
+        signature = _signatures.get(id(kernel)) or _signatures.setdefault(id(kernel), _Signature(kernel))
+        values = signature.in_order(arguments)
+        num_pointers = len(values)
+        while not isinstance(values[num_pointers - 1], Operand):
+            num_pointers -= 1
+        pointers, self._rest = values[:num_pointers], values[num_pointers:]
         self.kernel, self.grid, self.options = kernel, (programs, 1, 1), options
         # An index of -1 finds None, which `Plan.run` puts last.
         self._pick: Callable[[list], tuple] = itemgetter(*[-1 if x is None else x.index for x in pointers])
         self._dtypes = tuple([None if x is None else x.dtype for x in pointers])
-        self._rest = tuple(values[num_pointers:])
+        self._kinds = signature.kinds[num_pointers:]
         self._run: Callable[..., None] | None = None
 
     def __call__(self, memory: list[Tensor | None], addresses: list[int | None], is_aligned: bool) -> None:
@@ -76,25 +106,19 @@ class Launch:
         return self._run
 
     def _key(self, memory: list[Tensor | None]) -> tuple:
-        """All that code compiled for aligned addresses depends on."""
-        params = getattr(self.kernel, "params", self._rest)[-len(self._rest) :]
-        numbers = [_specialization(param, value) for param, value in zip(params, self._rest, strict=True)]
+        """All that code compiled for aligned addresses depends on: of a number, what Triton specializes code on."""
+        numbers = [
+            value
+            if kind is CONSTANT or value is None
+            else kind is SPECIALIZED and (value == 1, value % 16 == 0, value >= 1 << 31)
+            for kind, value in zip(self._kinds, self._rest, strict=True)
+        ]
         device = next(x.device for x in memory if x is not None)
         return id(self.kernel), device, self._dtypes, *numbers, *self.options.items()
 
 
 # Compiled code is shared by plans that differ in sizes alone.
 _compiled: dict[tuple, Any] = {}
-
-
-def _specialization(param: Any, value: Any) -> Hashable:
-    """Properties of the value of a parameter that Triton specializes code on."""
-    if value is None or getattr(param, "is_constexpr", True):
-        return value
-    if param.do_not_specialize:
-        return None
-    return value == 1, value % 16 == 0, value >= 1 << 31
-
 
 Results = Iterable[Operand | None]
 
