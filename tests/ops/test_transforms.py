@@ -1,5 +1,6 @@
 """torch.func and forward mode: results of plain autograd, or an error that says what is not supported."""
 
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -216,6 +217,16 @@ def test_tangents_are_refused(operator, index, grad):
         given[index] = forward_ad.make_dual(given[index], torch.ones_like(given[index]))
         with pytest.raises(NotImplementedError, match=f"no forward-mode derivative .* and {name} has a tangent"):
             operator(*given)
+
+
+@operators
+@forward_mode
+def test_a_tangent_of_log_decay_is_refused(operator, monkeypatch):
+    with torch.no_grad(), forward_ad.dual_level():
+        tangent = torch.ones_like(LOG_DECAY)
+        monkeypatch.setattr(sys.modules[__name__], "LOG_DECAY", forward_ad.make_dual(LOG_DECAY, tangent))
+        with pytest.raises(NotImplementedError, match=r"no forward-mode derivative .* and log_decay has a tangent"):
+            operator(*inputs())
 
 
 @operators

@@ -104,11 +104,9 @@ def lightning_attention(
     with Agreement(group, q, enabled=check is not False) as agreement:
         if not isinstance(check, bool):
             raise TypeError(f"check must be True or False, got {type(check).__name__}")
-        check_tensors(
-            {"q": q, "k": k, "v": v},
-            {"log_decay": log_decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens},
-        )
-        refuse_transforms("distributed.lightning_attention", q=q, k=k, v=v, initial_state=initial_state)
+        inputs, others = {"q": q, "k": k, "v": v}, {"log_decay": log_decay, "initial_state": initial_state}
+        check_tensors(inputs, {**others, "cu_seqlens": cu_seqlens})
+        refuse_transforms("distributed.lightning_attention", inputs | others)
         scale = checked_scale(scale)
         check_output_final_state(output_final_state)
         check_backend(backend)

@@ -1,6 +1,6 @@
 """The public functions, all of one shape: autocast, check the problem, choose a backend, call the operator."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -160,13 +160,11 @@ def lightning_attention_step(
 
     Source: Lightning Attention-2 (arXiv 2401.04658), equation 4.
     """
-    check_tensors(
-        {"q": q, "k": k, "v": v, "state": state},
-        {"log_decay": log_decay, "state_indices": state_indices},
-    )
+    inputs = {"q": q, "k": k, "v": v, "state": state}
+    check_tensors(inputs, {"log_decay": log_decay, "state_indices": state_indices})
     scale = checked_scale(scale)
     check_backend(backend)
-    _refuse_gradients("lightning_attention_step", q=q, k=k, v=v, state=state)
+    _refuse_gradients("lightning_attention_step", inputs, log_decay)
     q, k, v = autocast(q, k, v)
     problem = Problem.of_step(DecodingInputs(q, k, v, log_decay, state, state_indices))
     backend = choose_backend(backend, problem)
@@ -220,13 +218,11 @@ def lightning_attention_verify(
     Raises:
         ValueError, TypeError, NotImplementedError: as `lightning_attention_step`.
     """
-    check_tensors(
-        {"q": q, "k": k, "v": v, "state": state},
-        {"log_decay": log_decay, "parents": parents, "state_indices": state_indices},
-    )
+    inputs = {"q": q, "k": k, "v": v, "state": state}
+    check_tensors(inputs, {"log_decay": log_decay, "parents": parents, "state_indices": state_indices})
     scale = checked_scale(scale)
     check_backend(backend)
-    _refuse_gradients("lightning_attention_verify", q=q, k=k, v=v, state=state)
+    _refuse_gradients("lightning_attention_verify", inputs, log_decay)
     q, k, v = autocast(q, k, v)
     problem = Problem.of_drafts(DecodingInputs(q, k, v, log_decay, state, state_indices, parents))
     backend = choose_backend(backend, problem)
@@ -269,12 +265,10 @@ def lightning_attention_commit(
     Raises:
         ValueError, TypeError, NotImplementedError: as `lightning_attention_step`.
     """
-    check_tensors(
-        {"k": k, "v": v, "state": state, "last": last},
-        {"log_decay": log_decay, "parents": parents, "state_indices": state_indices},
-    )
+    inputs = {"k": k, "v": v, "state": state, "last": last}
+    check_tensors(inputs, {"log_decay": log_decay, "parents": parents, "state_indices": state_indices})
     check_backend(backend)
-    _refuse_gradients("lightning_attention_commit", k=k, v=v, state=state)
+    _refuse_gradients("lightning_attention_commit", inputs, log_decay)
     k, v = autocast(k, v)
     x = DecodingInputs(k, k, v, log_decay, state, state_indices, parents, last)
     backend = choose_backend(backend, Problem.of_drafts(x))
@@ -313,15 +307,13 @@ def lightning_attention_prefill(
     Raises:
         ValueError, TypeError, NotImplementedError: as `lightning_attention_step`.
     """
-    check_tensors(
-        {"q": q, "k": k, "v": v},
-        {"log_decay": log_decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens},
-    )
+    inputs = {"q": q, "k": k, "v": v}
+    check_tensors(inputs, {"log_decay": log_decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens})
     if isinstance(state_positions, Tensor):
         check_tensors({"state_positions": state_positions}, {})
     scale = checked_scale(scale)
     check_backend(backend)
-    _refuse_gradients("lightning_attention_prefill", q=q, k=k, v=v, initial_state=initial_state)
+    _refuse_gradients("lightning_attention_prefill", {**inputs, "initial_state": initial_state}, log_decay)
     q, k, v = autocast(q, k, v)
     x = AttentionInputs(q, k, v, log_decay, initial_state, cu_seqlens)
     backend = choose_backend(backend, Problem.of_prefill(x, state_positions))
@@ -330,10 +322,10 @@ def lightning_attention_prefill(
     return PrefillOutput(*custom_ops.prefill(*x, state_positions, scale, backend))
 
 
-def _refuse_gradients(name: str, **inputs: Tensor | None) -> None:
+def _refuse_gradients(function: str, inputs: Mapping[str, Tensor | None], log_decay: Tensor | None) -> None:
     if autograd.need_gradients(*inputs.values()):
-        raise ValueError(f"{name} keeps no gradient: call it under torch.no_grad()")
-    refuse_tangents(name, **inputs)
+        raise ValueError(f"{function} keeps no gradient: call it under torch.no_grad()")
+    refuse_tangents(function, {**inputs, "log_decay": log_decay})
 
 
 def autocast(*inputs: Tensor) -> tuple[Tensor, ...]:

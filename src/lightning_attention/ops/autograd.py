@@ -125,7 +125,7 @@ def _gradients(differentiate: Any, ctx: Any, do: Tensor | None, d_final_state: T
 @torch.compiler.disable(reason="lightning_attention under torch.func is not traced: it runs outside of the graph")
 def _apply_transformed(x: AttentionInputs[Tensor], *rest: Any) -> tuple[Tensor, ...]:
     if not transforms.is_functional():  # torch.func finds `jvp` by itself, at any level
-        transforms.refuse_tangents(NAME, q=x.q, k=x.k, v=x.v, initial_state=x.initial_state)
+        transforms.refuse_tangents(NAME, x._asdict())
     return _TransformedAttention.apply(*x, *rest)
 
 

@@ -1,7 +1,7 @@
 """The checks of every call: shapes, dtypes and devices, which make a `Problem`, and on the CPU values."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Generic, NamedTuple, TypeVar
@@ -18,7 +18,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_tensors(required: dict[str, object], optional: dict[str, object]) -> None:
+def check_tensors(required: Mapping[str, object], optional: Mapping[str, object]) -> None:
     """Refuse arguments, by name, that are not dense tensors; optional ones may be None."""
     for name, x in required.items():
         if not isinstance(x, Tensor) or x.layout is not torch.strided or x.is_nested:

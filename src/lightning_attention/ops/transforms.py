@@ -1,6 +1,6 @@
 """The operators under transforms: forward mode is refused, `torch.vmap` folds the mapped dimension into the heads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def is_transformed() -> bool:
     return is_functional() or forward_ad._current_level >= 0
 
 
-def refuse_tangents(function: str, **inputs: Any) -> None:
+def refuse_tangents(function: str, inputs: Mapping[str, Any]) -> None:
     """Refuse forward mode, which would otherwise give a tangent of zero."""
     if forward_ad._current_level < 0:
         return
@@ -46,11 +46,11 @@ def no_forward_mode(function: str, name: str) -> NotImplementedError:
     )
 
 
-def refuse_transforms(function: str, **inputs: Any) -> None:
+def refuse_transforms(function: str, inputs: Mapping[str, Any]) -> None:
     """Refuse all transforms of torch.func, and forward mode."""
     if is_functional():
         raise NotImplementedError(f"{function} does not run under the transforms of torch.func: use autograd")
-    refuse_tangents(function, **inputs)
+    refuse_tangents(function, inputs)
 
 
 def register_vmap(operator: Any, output_heads: tuple[int, ...]) -> None:
@@ -61,7 +61,7 @@ def register_vmap(operator: Any, output_heads: tuple[int, ...]) -> None:
     mapped = mapped_over_heads(function, operator, names, output_heads, mapped_state)
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        refuse_tangents(function, **dict(zip(names, arguments, strict=True)))  # jvp around vmap
+        refuse_tangents(function, dict(zip(names, arguments, strict=True)))  # jvp around vmap
         return mapped(info, in_dims, *arguments)
 
     torch.library.register_vmap(operator.name(), rule)

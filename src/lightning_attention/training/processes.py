@@ -1,10 +1,13 @@
 """Processes of a run, started by torchrun: forming groups, agreeing on results and errors, sharding the model."""
 
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from threading import Thread
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,6 +22,7 @@ from ..models import LightningForCausalLM
 
 T = TypeVar("T")
 
+NO_ANSWER = "no answer within --timeout: "
 LOST = (
     "another process of the run was lost; resume from the last checkpoint with --resume, "
     "or have torchrun do so with --max-restarts"
@@ -40,6 +44,8 @@ def join_processes(timeout: float) -> None:
         timeout: seconds to wait for a process that does not answer.
     """
     PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(seconds=timeout))
+    if dist.is_initialized():
+        _watch(dist.group.WORLD)
 
 
 def leave_processes() -> None:
@@ -131,6 +137,7 @@ def sequence_parallel_group(size: int, strategy: str, timeout: float) -> Sequenc
             f"sequence_parallel must divide the number of processes, which torchrun sets: {world_size}, got {size}"
         )
     group: Any = dist.new_subgroups(size, timeout=timedelta(seconds=timeout))[0]
+    _watch(group)
     return SequenceParallel(group, strategy)
 
 
@@ -154,9 +161,26 @@ def explain_lost_processes() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             is_late = "timed out" in str(error).lower()
-            reason = "no answer within --timeout: " if is_late else ""
-            raise ConnectionError(f"{reason}{LOST}") from error
+            raise ConnectionError(f"{NO_ANSWER if is_late else ''}{LOST}") from error
         raise
+
+
+@cache
+def _watch(group: Any) -> None:
+    """End this process, with a line, when another one does not answer in a collective of NCCL.
+
+    The host does not wait for these collectives, so none raises; NCCL aborts the process, a minute later.
+    """
+    if dist.get_backend(group) == "nccl":
+        backend = group._get_backend(torch.device("cuda"))
+        Thread(target=_end_after_timeout, args=(backend,), daemon=True).start()
+
+
+def _end_after_timeout(backend: Any, seconds: float = 1.0) -> None:
+    while backend.get_error().name != "TIMEOUT":
+        time.sleep(seconds)
+    print(f"lightning-attention: {NO_ANSWER}{LOST}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def _gather(value: Any) -> list[Any]:
