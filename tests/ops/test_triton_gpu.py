@@ -253,10 +253,10 @@ def test_workspace_is_small(backend, shape):
     tiles = config.scan_tiles(shape[3], shape[3], BF16, "ieee")
     multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
     states = multiprocessors * tiles.programs_per_sm * tiles.BK * tiles.BV * 4
-    log_decay = decay.log_decay(shape[2], preset="alibi").cuda()
+    x = AttentionInputs(q, k, v, decay.log_decay(shape[2], preset="alibi").cuda(), None, None)
     for call, inputs, results in (
-        (lambda: launch.forward(q, k, v, log_decay, None, None, 1.0, False), 3, 1),
-        (lambda: launch.backward(q, k, v, do, log_decay, None, None, None, 1.0), 4, 3),
+        (lambda: launch.forward(x, 1.0, False), 3, 1),
+        (lambda: launch.backward(x, do, None, 1.0), 4, 3),
     ):
         call()
         torch.cuda.synchronize()
@@ -398,10 +398,11 @@ def test_strided_inputs_are_not_copied(backend):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        o, _ = forward(q, k, v, None, None, None, 1.0, False)
+        o, _ = forward(AttentionInputs(q, k, v, None, None, None), 1.0, False)
         # The output and interval states; a copy of an input would exceed this.
         assert torch.cuda.max_memory_allocated() - before < 2 * o.nbytes
-        expected, _ = forward(q.contiguous(), k.contiguous(), v.contiguous(), None, None, None, 1.0, False)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        expected, _ = forward(AttentionInputs(q, k, v, None, None, None), 1.0, False)
         assert torch.equal(o, expected)
 
 
