@@ -49,7 +49,7 @@ def measure(size: str, length: int, device: torch.device, *, seconds: float = 2.
     times, graph_times = (_times(timed, seconds, device) for timed in (calls, graphs))
     results = {}
     for name, graph in graphs.items():
-        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
             graph()
             torch.cuda.synchronize(device)
         spans = [(event.name, event.time_range) for event in profiled.events() or () if event.device_time_total]

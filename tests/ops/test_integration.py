@@ -133,7 +133,7 @@ def test_modes_tracers_and_profilers_see_the_operator():
         graph = make_fx(attention, tracing_mode=mode, _allow_non_fake_inputs=True)(inputs.q)
         assert "torch.ops.lightning_attention.forward.default(" in graph.code
         assert torch.equal(graph(inputs.q), expected)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         attention(inputs.q)
     assert name in {event.key for event in profile.key_averages()}
 

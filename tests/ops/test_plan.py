@@ -379,7 +379,7 @@ def test_profiling_keeps_results(backend):
         return [o, state, *torch.autograd.grad([o, state], [q, k, v], [x.do, x.d_final_state])]
 
     for seed in range(3):
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(acc_events=True) as profile:
             expected = call(seed)
         for found, value in zip(call(seed), expected, strict=True):
             assert torch.equal(found, value)
