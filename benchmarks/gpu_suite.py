@@ -1,10 +1,10 @@
 """Run the GPU tests and write a summary: tests passed, failed and skipped, machine and commit.
 
-python benchmarks/gpu_suite.py results.json [--commit COMMIT] [pytest arguments]
+python benchmarks/gpu_suite.py results.json [--commit COMMIT] [--again] [pytest arguments]
 
-Runs four parts: most tests in parallel with pytest-xdist; tests over NCCL, which use several GPUs; tests of more than
-2^31 elements, which need the memory of a GPU; and tests under compute-sanitizer, which take longest. Exits with 1 if a
-test failed, a part was interrupted or nothing passed.
+Runs four parts: most tests in parallel with pytest-xdist; tests over NCCL, which use two GPUs; tests of more than 2^31
+elements, which need the memory of a GPU; and tests under compute-sanitizer. Exits with 1 if a test failed, a part was
+interrupted or nothing passed. With --again runs what failed in the results that are there, and adds the outcome.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -26,22 +27,22 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-# Compilation takes most of the time, but many processes contend for a GPU. tests/conftest.py assigns the GPUs.
-PROCESSES = min(14 * max(torch.cuda.device_count(), 1), os.cpu_count() or 1)
-XDIST = ["-n", str(PROCESSES), "--dist", "worksteal"] if find_spec("xdist") else []
-# An expression of markers, and further arguments of pytest.
+GPUS = torch.cuda.device_count()
+# Compilation takes most of the time, but many processes contend for a GPU.
+PROCESSES = min(14 * max(GPUS, 1), os.cpu_count() or 1)
+# An expression of markers, the number of processes, and the GPUs of each, which tests/conftest.py assigns.
 PARTS = {
-    "parallel": ("not (nccl or large or sanitizer)", XDIST),
-    "nccl": ("nccl", []),
-    "large": ("large", []),
-    "sanitizer": ("sanitizer", XDIST),
+    "parallel": ("not (nccl or large or sanitizer)", PROCESSES, 1),
+    "nccl": ("nccl", max(GPUS // 2, 1), 2),
+    "large": ("large", 1, GPUS),
+    "sanitizer": ("sanitizer", PROCESSES, 1),
 }
 NOTHING_COLLECTED = 5
 LOG = "GPU_SUITE_LOG"
 
 
 def described(commit: str | None) -> dict[str, Any]:
-    """Describe GPUs, versions and commit. Without a .git folder, `is_dirty` is None."""
+    """Describe GPUs, versions and commit. `is_dirty` is None if the caller gives the commit, or without .git."""
     status = subprocess.run(["git", "-C", ROOT, "status", "--porcelain"], capture_output=True, text=True)
     from benchmarks.machine import machine
 
@@ -50,7 +51,7 @@ def described(commit: str | None) -> dict[str, Any]:
         "transformers": version("transformers"),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "commit": commit or (found["commit"] or "unknown").removesuffix("-dirty"),
-        "is_dirty": bool(status.stdout) if status.returncode == 0 else None,
+        "is_dirty": bool(status.stdout) if status.returncode == 0 and not commit else None,
     }
 
 
@@ -110,10 +111,10 @@ def record(*values: str | float) -> None:
             file.write(json.dumps(values) + "\n")
 
 
-def run(command: list[str], log: Path, seconds: float) -> int:
+def run(command: list[str], seconds: float, **changed: str) -> int:
     """Run pytest with one thread per process, and interrupt it after `seconds`."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    changed = {LOG: str(log), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    changed |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment | changed)
     try:
@@ -127,23 +128,24 @@ def run(command: list[str], log: Path, seconds: float) -> int:
         return process.wait()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--commit", help="commit of the tested tree, if there is no .git")
-    parser.add_argument("--seconds", type=float, default=540, help="time limit of all tests; tests left are errors")
-    parser.add_argument("-m", dest="marker", default="gpu", help="as pytest's (default: gpu)")
-    options, arguments = parser.parse_known_args()
-    signal(SIGINT, default_int_handler)  # a shell that starts this in the background ignores it
-    head = {"command": shlex.join(["python", *sys.argv]), "machine": described(options.commit)}
+def run_parts(marker: str, arguments: list[str], seconds: float, save: Callable[[Summary], None]) -> Summary:
+    """Run all parts, and save the summary after each.
+
+    Args:
+        marker: expression of markers of the tests to run.
+        arguments: of pytest.
+        seconds: time limit of all parts.
+    """
     summary, start = Summary(), time.monotonic()
-    for name, (markers, extra) in PARTS.items():
-        print(f"== {name}, after {time.monotonic() - start:.0f} s", flush=True)
+    for name, (markers, processes, gpus) in PARTS.items():
         began = time.monotonic()
+        print(f"== {name}, after {began - start:.0f} s", flush=True)
+        parallel = ["-n", str(processes), "--dist", "worksteal"] if processes > 1 and find_spec("xdist") else []
+        selected = ["-m", f"({marker}) and ({markers})", "-p", "benchmarks.gpu_suite", *parallel]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", *selected, *arguments]
         with tempfile.NamedTemporaryFile() as log:
-            selected = ["-m", f"({options.marker}) and ({markers})", "-p", "benchmarks.gpu_suite", *extra]
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", *selected, *arguments]
-            code = run(command, Path(log.name), max(options.seconds - (began - start), 1))
+            left = max(seconds - (began - start), 1)
+            code = run(command, left, **{LOG: log.name, "GPUS_PER_PROCESS": str(gpus)})
             durations = summary.add(Path(log.name))
         slowest = dict(sorted(durations.items(), key=lambda item: -item[1])[:15])
         summary.parts[name] = {
@@ -153,8 +155,32 @@ def main() -> int:
         }
         if code not in (0, 1, NOTHING_COLLECTED):
             summary.errors.append(f"part {name}: pytest exited with {code}")
+        save(summary)
+    return summary
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--commit", help="commit of the tested tree, if there is no .git")
+    parser.add_argument("--seconds", type=float, default=540, help="time limit of all tests; tests left are errors")
+    parser.add_argument("--again", action="store_true", help="run what failed, and add the outcome to the results")
+    parser.add_argument("-m", dest="marker", default="gpu", help="as pytest's (default: gpu)")
+    options, arguments = parser.parse_known_args()
+    signal(SIGINT, default_int_handler)  # a shell that starts this in the background ignores it
+    head = {"command": shlex.join(["python", *sys.argv]), "machine": described(options.commit)}
+    before = json.loads(options.results.read_text()) if options.again else {}
+    start = time.monotonic()
+
+    def save(summary: Summary) -> None:
         results = head | {"seconds": round(time.monotonic() - start, 1)} | vars(summary)
+        results = before | {"again": [*before.get("again", []), results]} if options.again else results
         options.results.write_text(json.dumps(results, indent=1) + "\n")
+
+    if options.again:
+        *_, last = [before, *before.get("again", [])]
+        arguments += last["failed"] + [error.rsplit(": ", 1)[0] for error in last["errors"]]
+    summary = run_parts(options.marker, arguments, options.seconds, save)
     print(f"{summary.passed} passed, {len(summary.failed)} failed, {len(summary.errors)} errors: {options.results}")
     return 1 if summary.failed or summary.errors or not summary.passed else 0
 

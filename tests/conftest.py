@@ -6,10 +6,13 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-# Each process of pytest-xdist sees one GPU. This has to come before CUDA is initialized, which `oracle` does.
+# Each process of pytest-xdist sees one GPU, or GPUS_PER_PROCESS. This has to come before CUDA is initialized, which
+# `oracle` does.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and (count := torch.cuda.device_count()) > 1:
-    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-    os.environ["CUDA_VISIBLE_DEVICES"] = names.split(",")[int(worker.removeprefix("gw")) % count]
+    names = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
+    gpus = int(os.environ.get("GPUS_PER_PROCESS", "1"))
+    first = int(worker.removeprefix("gw")) * gpus % (count - count % gpus or 1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[first : first + gpus])
 
 from oracle import HAS_GPU, INTERPRETED
 

@@ -1,6 +1,7 @@
 """Summary of the GPU suite, from a few tests that need no GPU."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks/gpu_suite.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TESTS = """
 import pytest
 
@@ -36,12 +37,15 @@ def test_error(broken): pass
 @pytest.fixture
 def suite(tmp_path):
     """Function that runs the script on a file of tests; returns its exit code and the summary."""
+    shutil.copytree(BENCHMARKS, tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results"))
     tests, results = tmp_path / "test_few.py", tmp_path / "results.json"
     tests.write_text(TESTS)
+    script = tmp_path / "benchmarks/gpu_suite.py"
 
     def run(keyword: str, *options: str) -> tuple[int, dict]:
-        arguments = [*options, "--commit", "abc", "-m", "not gpu", "-k", keyword, "-n", "0", tests]
-        code = subprocess.run([sys.executable, SCRIPT, results, *arguments], capture_output=True).returncode
+        selected = [] if "--again" in options else ["-k", keyword, tests]
+        arguments = [*options, "--commit", "abc", "-m", "not gpu", "-n", "0", *selected]
+        code = subprocess.run([sys.executable, script, results, *arguments], capture_output=True).returncode
         return code, json.loads(results.read_text())
 
     return run
@@ -62,6 +66,23 @@ def test_every_outcome_is_counted(suite):
         "sanitizer": 5,
     }
     assert found["machine"]["commit"] == "abc"
+
+
+@pytest.mark.slow
+def test_failures_run_again(suite, tmp_path):
+    first = suite("test")[1]
+    file = tmp_path / "test_few.py"
+    file.write_text(TESTS.replace("assert False", "pass"))
+    code, found = suite("test", "--again")
+    assert code == 1  # one fixture is still broken
+    assert {name: value for name, value in found.items() if name != "again"} == first
+    (again,) = found["again"]
+    assert (again["passed"], again["failed"]) == (1, [])
+    file.write_text(TESTS.replace("raise OSError", "pass"))
+    code, found = suite("test", "--again")
+    assert code == 0
+    assert found["again"][0] == again
+    assert (found["again"][1]["passed"], found["again"][1]["errors"]) == (1, [])
 
 
 @pytest.mark.parametrize(("keyword", "exit_code"), [("good", 0), ("skipped", 1)])
