@@ -168,7 +168,9 @@ def main() -> int:
     parser.add_argument("-m", dest="marker", default="gpu", help="as pytest's (default: gpu)")
     options, arguments = parser.parse_known_args()
     signal(SIGINT, default_int_handler)  # a shell that starts this in the background ignores it
-    head = {"command": shlex.join(["python", *sys.argv]), "machine": described(options.commit)}
+    # Without the folder of the results, which is a machine's own.
+    words = [options.results.name if word == str(options.results) else word for word in sys.argv]
+    head = {"command": shlex.join(["python", *words]), "machine": described(options.commit)}
     before = json.loads(options.results.read_text()) if options.again else {}
     start = time.monotonic()
 

@@ -66,6 +66,8 @@ def test_every_outcome_is_counted(suite):
         "sanitizer": 5,
     }
     assert found["machine"]["commit"] == "abc"
+    assert found["command"].startswith("python ")
+    assert " results.json --commit abc" in found["command"]
 
 
 @pytest.mark.slow
