@@ -181,7 +181,10 @@ def main() -> int:
 
     if options.again:
         *_, last = [before, *before.get("again", [])]
-        arguments += last["failed"] + [error.rsplit(": ", 1)[0] for error in last["errors"]]
+        names = last["failed"] + [error.rsplit(": ", 1)[0] for error in last["errors"] if "::" in error]
+        if not names:
+            parser.error(f"no test failed in {options.results}")
+        arguments += names
     summary = run_parts(options.marker, arguments, options.seconds, save)
     print(f"{summary.passed} passed, {len(summary.failed)} failed, {len(summary.errors)} errors: {options.results}")
     return 1 if summary.failed or summary.errors or not summary.passed else 0

@@ -85,6 +85,7 @@ def test_failures_run_again(suite, tmp_path):
     assert code == 0
     assert found["again"][0] == again
     assert (found["again"][1]["passed"], found["again"][1]["errors"]) == (1, [])
+    assert suite("test", "--again") == (2, found)  # nothing is left to run
 
 
 @pytest.mark.parametrize(("keyword", "exit_code"), [("good", 0), ("skipped", 1)])
