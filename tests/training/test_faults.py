@@ -520,18 +520,22 @@ def test_a_file_that_one_process_lacks_is_one_error_line(files):
     assert not (files / "first" / "run").exists()
 
 
+def assert_a_frozen_process_ends_the_other(process: subprocess.Popen, files: Path, *, within: float) -> None:
+    waiting, stopped = workers_after(files / "run" / "checkpoint-20", process)
+    os.kill(stopped, signal.SIGSTOP)
+    wait_for_end(waiting, within)
+    os.kill(stopped, signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert re.search("^lightning-attention: no answer within --timeout", output, re.MULTILINE), output
+    assert "Traceback" not in output.split("torch/distributed/elastic")[0]
+
+
 @linux_only
 @pytest.mark.slow
 @pytest.mark.parametrize("sharing", [{}, {"sequence_parallel": 2}], ids=["sequences", "tokens"])
 def test_a_frozen_process_ends_the_others_after_the_timeout(files, sharing):
     process = torchrun(2, *arguments(files, steps=10_000, save_every=20, timeout=5.0, **sharing))
-    waiting, stopped = workers_after(files / "run" / "checkpoint-20", process)
-    os.kill(stopped, signal.SIGSTOP)
-    wait_for_end(waiting, 30)
-    os.kill(stopped, signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
-    assert re.search("^lightning-attention: no answer within --timeout", output, re.MULTILINE), output
-    assert "Traceback" not in output.split("torch/distributed/elastic")[0]
+    assert_a_frozen_process_ends_the_other(process, files, within=30)
 
 
 def test_a_collective_of_nccl_that_times_out_ends_the_process(monkeypatch, capsys):
@@ -554,13 +558,7 @@ def test_a_collective_of_nccl_that_times_out_ends_the_process(monkeypatch, capsy
 def test_a_frozen_process_on_a_gpu_ends_the_others_after_the_timeout(files, sharing):
     changes: dict[str, Any] = {"steps": 100_000, "save_every": 20, "timeout": 20.0}
     process = torchrun(2, *arguments(files, **changes, **sharing), where=os.environ)
-    waiting, stopped = workers_after(files / "run" / "checkpoint-20", process)
-    os.kill(stopped, signal.SIGSTOP)
-    wait_for_end(waiting, 60)
-    os.kill(stopped, signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
-    assert re.search("^lightning-attention: no answer within --timeout", output, re.MULTILINE), output
-    assert "Traceback" not in output.split("torch/distributed/elastic")[0]
+    assert_a_frozen_process_ends_the_other(process, files, within=60)
 
 
 @pytest.mark.gpu
