@@ -23,7 +23,7 @@ from oracle import (
 
 from lightning_attention import lightning_attention
 from lightning_attention.ops import reference
-from lightning_attention.ops.chunked import CHUNK_SIZE
+from lightning_attention.ops.chunked import CHUNK_SIZE, TOKENS_AT_ONCE, batch_rows_at_once
 from lightning_attention.ops.problem import DTYPES
 
 C = CHUNK_SIZE
@@ -61,6 +61,9 @@ CASES = [
     Case(lengths=(3, 0, C + 7, 1, 2 * C, 0), K=8, V=5),
     Case(lengths=(1, 2 * C + 1, 90), slope=50.0, scale=2.0),
     Case(lengths=(40, C + 2), slope=None),
+    Case(lengths=(*(1,) * C, 0, 30, 2, C, 0, *(3,) * 20), K=4, V=3, scale=0.5),
+    Case(lengths=(*(5,) * 30, 2 * C), H=1, state=False),
+    Case(B=TOKENS_AT_ONCE // C + 3, T=C + 1, H=1, K=3, V=2),
 ]
 
 
@@ -105,7 +108,7 @@ cases = st.builds(
     H=st.integers(1, 3),
     K=sizes,
     V=sizes,
-    lengths=st.none() | st.lists(st.integers(0, C + 30), min_size=1, max_size=4).map(tuple),
+    lengths=st.none() | st.lists(st.integers(0, 9) | st.integers(0, C + 30), min_size=1, max_size=9).map(tuple),
     slope=st.none() | st.sampled_from([1e-3, 0.5, 3.0, 200.0]),
     state=st.booleans(),
 )
@@ -145,7 +148,10 @@ def test_two_calls_equal_one_call(backend, T, data):
 
 @pytest.mark.parametrize("backend", PROPERTY_BACKENDS)
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(lengths=st.lists(st.integers(0, 2 * C), min_size=1, max_size=5), permutation=st.permutations(range(5)))
+@given(
+    lengths=st.lists(st.integers(0, 5) | st.integers(0, 2 * C), min_size=1, max_size=9),
+    permutation=st.permutations(range(9)),
+)
 def test_packed_equals_separate(backend, lengths, permutation):
     """Packed sequences are independent, so separate calls may have any order."""
     inputs = make_inputs(Case(lengths=tuple(lengths)), dtype_of(backend)).on(device_of(backend))
@@ -190,6 +196,13 @@ def test_a_decay_of_zero_keeps_only_the_current_token(backend):
     assert error(o, (q * k).sum(-1, keepdim=True) * v) < rounding
     assert error(state, k[:, -1, :, :, None] * v[:, -1, :, None, :]) < rounding
     assert error(reference.quadratic(q, k, v, forgets, 1.0), o.double()) < rounding
+
+
+@given(B=st.integers(0, 100), T=st.integers(0, C), H=st.integers(1, 64), device=st.sampled_from(["cpu", "cuda"]))
+def test_batch_rows_at_once_fit_the_batch_and_the_cache(B, T, H, device):
+    rows = batch_rows_at_once(B, T, H, device)
+    assert 1 <= rows <= max(B, 1)
+    assert rows == 1 or device != "cpu" or rows * T * H <= TOKENS_AT_ONCE
 
 
 def test_quadratic_equals_the_recurrence():

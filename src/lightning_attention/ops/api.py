@@ -57,9 +57,9 @@ def lightning_attention(
     state are float32 (float64 for float64 inputs). Under autocast, q, k and v are cast to the autocast dtype.
 
     NaN and inf at token t reach outputs from t on, as in the recurrence. In every backend but "reference" they also
-    reach outputs before t in the chunk of t, since a masked score is a product with 0. A chunk has 128 tokens in
-    "chunked", and at most 64 in "triton" and "hopper". Other heads, other sequences and earlier chunks are not touched.
-    docs/algorithm.md says which columns and gradients are.
+    reach outputs before t in the chunk of t, since a masked score is a product with 0. A chunk has at most 64 tokens.
+    Other heads, other sequences and earlier chunks are not touched. docs/algorithm.md says which columns and gradients
+    are.
 
     Reverse mode works, also by torch.func.grad, vjp, jacrev and vmap. Forward mode and second derivatives raise.
 

@@ -1,10 +1,15 @@
 """Lightning Attention-2 in PyTorch: masked products inside a chunk, a decayed state between chunks. Any device.
 
-Shapes: N sequences, H heads, K and V head sizes, C tokens in a chunk. A chunk of every sequence is worked on at
-once, as `[N H, C, D]`, in float32 (float64 for float64 inputs). Formulas: docs/algorithm.md.
+Shapes: N sequences, B batch rows, H heads, K and V head sizes, C tokens in a chunk. A chunk of several batch rows is
+worked on at once, as `[B H, C, D]`, in float32 (float64 for float64 inputs). A chunk of packed sequences holds C tokens
+of the batch row, of any number of sequences. Formulas: docs/algorithm.md.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +18,15 @@ from .prefill import prefill as prefill_by
 from .problem import AttentionInputs, DecodingInputs, Problem, sequence_bounds, state_dtype
 from .states import read_state_, write_state
 
-# Measured on 2 CPU cores at D = 64: 64 spends its time in calls, 256 in the C x C products; 128 is level with the best.
-CHUNK_SIZE = 128
+# Measured on one core of an AMD EPYC with AVX-512, in float32, in µs a token, forward and backward.
+# T 4096, 4 heads of 64: chunks of 32 take 2.6 and 6.3, of 64 2.3 and 5.5, of 128 2.6 and 6.6, of 256 3.8 and 10.8.
+# With 8 and 16 heads of 64, and 8 of 128, chunks of 128 take 1.2 to 1.4 times as long as of 64, and of 32 0.9 to 1.1.
+CHUNK_SIZE = 64
+
+# Tokens of all heads and batch rows whose chunks fit the L2 cache. Measured as above, 32 batch rows of 256 tokens:
+# 1 at once takes 2.5 and 5.4, 4 take 1.8 and 4.3, 8 take 1.7 and 4.3, 32 take 1.9 and 5.0.
+# With 8 heads of 64, 4 at once are best and 32 take 1.2 and 1.4 times as long; with 16 heads, 1 to 4 are level.
+TOKENS_AT_ONCE = 32 * CHUNK_SIZE
 
 
 __all__ = [
@@ -43,10 +55,9 @@ def is_slow(problem: Problem) -> bool:
 
 
 def forward(x: AttentionInputs[Tensor], scale: float, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
-    sequences = _Sequences(x.q, x.cu_seqlens)
-    states = sequences.states(x.initial_state, x.q.shape[3], x.v.shape[3])
-    o = _scan_(sequences, x.q, x.k, x.v, x.log_decay, states, scale)
-    return o, sequences.in_given_order(states) if output_final_state else None
+    tiles = _Tiles(x.q, x.v, x.cu_seqlens)
+    final_state = tiles.new_states(x.initial_state) if output_final_state else None
+    return _scan(tiles, x, scale, final_state), final_state
 
 
 def prefill(x: AttentionInputs[Tensor], state_positions: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,32 +66,41 @@ def prefill(x: AttentionInputs[Tensor], state_positions: Tensor, scale: float) -
 
 def backward(
     x: AttentionInputs[Tensor], do: Tensor, d_final_state: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v = x.q, x.k, x.v
-    sequences, decay = _Sequences(q, x.cu_seqlens), _Decay(q, x.log_decay)
-    dq, dk, dv = (torch.empty_like(y, memory_format=torch.contiguous_format) for y in (q, k, v))
-
-    states_before = []
-    states = sequences.states(x.initial_state, q.shape[3], v.shape[3])
-    for chunk in sequences.chunks:
-        kc, vc = chunk.load(k), chunk.load(v)
-        S = states[: kc.shape[0]]
-        states_before.append(S.clone())
-        decay.carry_(S, chunk).baddbmm_(decay.write(kc, chunk).mT, vc)
-
-    d_states = sequences.states(d_final_state, q.shape[3], v.shape[3])
-    for chunk, S in zip(reversed(sequences.chunks), reversed(states_before), strict=True):
-        qc, kc, vc, doc = chunk.load(q), chunk.load(k), chunk.load(v), chunk.load(do)
-        R = d_states[: kc.shape[0]]
-        d_scores = decay.mask_(torch.bmm(doc, vc.mT))
-        dqc = torch.bmm(d_scores, kc).baddbmm_(decay.read(doc), S.mT, beta=scale, alpha=scale)
-        dkc = torch.bmm(d_scores.mT, qc).baddbmm_(decay.write(vc, chunk), R.mT, beta=scale)
-        scores = decay.mask_(torch.bmm(qc, kc.mT))
-        dvc = torch.bmm(scores.mT, doc).baddbmm_(decay.write(kc, chunk), R, beta=scale)
-        for out, gradient in ((dq, dqc), (dk, dkc), (dv, dvc)):
-            chunk.store(out, gradient)
-        decay.carry_(R, chunk).baddbmm_(decay.read(qc).mT, doc, alpha=scale)
-    return dq, dk, dv, sequences.in_given_order(d_states)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    tiles = _Tiles(x.q, x.v, x.cu_seqlens)
+    decay = _Decay(tiles, finite_log_decay(x.q, x.log_decay), scale)
+    dq, dk, dv = (torch.empty_like(y, memory_format=torch.contiguous_format) for y in (x.q, x.k, x.v))
+    d_initial_state = None if x.initial_state is None else tiles.new_states(d_final_state)
+    for rows in tiles.batch_rows:
+        initial, d_initial, d_final = (
+            tiles.states_of(rows, states) for states in (x.initial_state, d_initial_state, d_final_state)
+        )
+        states = _states_before_chunks(tiles, rows, x.k, x.v, decay, initial)
+        R = None  # gradient of the state; None is zero
+        for chunk, state in zip(reversed(tiles.chunks), reversed(states), strict=True):
+            qc, kc, vc, doc = (tiles.load(y, rows, chunk) for y in (x.q, x.k, x.v, do))
+            scores, d_scores = decay.scores(qc, kc, chunk), decay.scores(doc, vc, chunk)
+            dqc, dkc = _product(d_scores, kc, chunk), _product(d_scores.mT, qc, chunk)
+            dvc = _product(scores.mT, doc, chunk)
+            for span in reversed(chunk.spans):
+                S = initial[span.sequence] if span.is_start else state
+                if span.is_end:
+                    R = d_final[span.sequence]
+                out = d_initial[span.sequence] if span.is_start else None
+                is_written = not span.is_start or out is not None
+                if S is None and R is None and not is_written:
+                    continue
+                qs, ks, vs, dos, dqs, dks, dvs = chunk.within(span, qc, kc, vc, doc, dqc, dkc, dvc)
+                if S is not None:
+                    dqs.baddbmm_(decay.read(dos), S.mT)
+                if R is not None:
+                    dks.baddbmm_(decay.write(vs), R.mT)
+                    dvs.baddbmm_(decay.write(ks), R)
+                if is_written:
+                    R = decay.advance(R, decay.read(qs), dos, out)
+            for out, gradient in ((dq, dqc), (dk, dkc), (dv, dvc)):
+                tiles.store(out, rows, chunk, gradient)
+    return dq, dk, dv, d_initial_state
 
 
 def step(x: DecodingInputs[Tensor], scale: float) -> Tensor:
@@ -172,144 +192,191 @@ def _step_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Ten
     if q.shape[1] == 1:
         return _step_token_(q.squeeze(1), k.squeeze(1), v.squeeze(1), log_decay, state, scale).unsqueeze(1)
     states = state.contiguous()
-    o = _scan_(_Sequences(q, None), q, k, v, log_decay, states.flatten(0, 1), scale)
+    o = _scan(_Tiles(q, v, None), AttentionInputs(q, k, v, log_decay, states, None), scale, states)
     if states is not state:
         state.copy_(states)
     return o
 
 
-def _scan_(
-    sequences: "_Sequences", q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, states: Tensor, scale: float
-) -> Tensor:
-    """The output; `states` `[N H, K, V]` is updated in place, to the states after the last token."""
-    decay = _Decay(q, log_decay)
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    for chunk in sequences.chunks:
-        qc, kc, vc = chunk.load(q), chunk.load(k), chunk.load(v)
-        S = states[: kc.shape[0]]
-        scores = decay.mask_(torch.bmm(qc, kc.mT))
-        chunk.store(o, torch.bmm(scores, vc).baddbmm_(decay.read(qc), S, beta=scale, alpha=scale))
-        decay.carry_(S, chunk).baddbmm_(decay.write(kc, chunk).mT, vc)
+def _scan(tiles: "_Tiles", x: AttentionInputs[Tensor], scale: float, final_state: Tensor | None) -> Tensor:
+    """The output; states after the last tokens are written to `final_state`, which may be `x.initial_state`."""
+    decay = _Decay(tiles, finite_log_decay(x.q, x.log_decay), scale)
+    o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
+    for rows in tiles.batch_rows:
+        initial, final = tiles.states_of(rows, x.initial_state), tiles.states_of(rows, final_state)
+        S = None  # zero
+        for chunk in tiles.chunks:
+            qc, kc, vc = (tiles.load(y, rows, chunk) for y in (x.q, x.k, x.v))
+            oc = _product(decay.scores(qc, kc, chunk), vc, chunk)
+            for span in chunk.spans:
+                if span.is_start:
+                    S = initial[span.sequence]
+                out = final[span.sequence] if span.is_end else None
+                is_written = not span.is_end or out is not None
+                if S is None and not is_written:
+                    continue
+                qs, ks, vs, os = chunk.within(span, qc, kc, vc, oc)
+                if S is not None:
+                    os.baddbmm_(decay.read(qs), S)
+                if is_written:
+                    S = decay.advance(S, decay.write(ks), vs, out)
+            tiles.store(o, rows, chunk, oc)
     return o
+
+
+def _states_before_chunks(
+    tiles: "_Tiles", rows: slice, k: Tensor, v: Tensor, decay: "_Decay", initial: "_States"
+) -> list[Tensor | None]:
+    """The state before each chunk, of the sequence that goes on in the chunk; None is zero."""
+    states, S = [], None
+    for chunk in tiles.chunks:
+        states.append(S)
+        span = chunk.spans[-1]
+        if span.is_start:
+            S = initial[span.sequence]
+        if not span.is_end:
+            ks, vs = chunk.within(span, *(tiles.load(y, rows, chunk) for y in (k, v)))
+            S = decay.advance(S, decay.write(ks), vs)
+    return states
 
 
 def finite_log_decay(q: Tensor, log_decay: Tensor | None) -> Tensor:
     """log λ `[H]`; finite, since -inf, which is λ = 0, times 0 would be NaN."""
     dtype = state_dtype(q.dtype)
-    log_decay = q.new_zeros(q.shape[2], dtype=dtype) if log_decay is None else log_decay.to(dtype)
+    log_decay = q.new_zeros(q.shape[2], dtype=dtype) if log_decay is None else _cast(log_decay, dtype)
     return log_decay.clamp_min(torch.finfo(dtype).min)
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Positions of the tokens of one chunk: `[:, start:stop]`, or `[N, C]` for packed sequences."""
+class _Span(NamedTuple):
+    """Tokens of one sequence in a chunk, and whether its first and its last token are among them."""
 
-    tokens: slice | Tensor
-    lengths: int | Tensor  # one for all sequences, or [N]
-    padding: Tensor | None  # [N, C] if the lengths differ
-    dtype: torch.dtype
-
-    def load(self, x: Tensor) -> Tensor:
-        """The chunk of x as `[N H, C, D]`, zero in the padding; a view if possible."""
-        x = x[:, self.tokens] if isinstance(self.tokens, slice) else x[0, self.tokens]
-        x = x.transpose(1, 2).to(self.dtype)
-        if self.padding is not None:
-            x = x.masked_fill(self.padding[:, None, :, None], 0)
-        return x.flatten(0, 1)
-
-    def store(self, out: Tensor, x: Tensor) -> None:
-        x = x.unflatten(0, (-1, out.shape[2])).transpose(1, 2).to(out.dtype)
-        if isinstance(self.tokens, slice):
-            out[:, self.tokens] = x
-        elif self.padding is None:
-            out[0, self.tokens] = x
-        else:
-            out[0, self.tokens[~self.padding]] = x[~self.padding]
+    sequence: int
+    tokens: slice  # of the chunk
+    is_start: bool
+    is_end: bool
 
 
-class _Sequences:
-    """All sequences cut into chunks: chunk c of every sequence that has one is worked on at once.
+class _Chunk(NamedTuple):
+    """Tokens of a batch row, and the mask `[C, C]` of pairs in different sequences; None if there is one sequence."""
 
-    Packed sequences are taken in order of falling length, so that those still running are always the first ones.
-    """
+    tokens: slice  # of the batch row
+    spans: list[_Span]
+    is_apart: Tensor | None
 
-    def __init__(self, q: Tensor, cu_seqlens: Tensor | None):
-        batch_size, length, self.num_heads = q.shape[:3]
+    def within(self, span: _Span, *tensors: Tensor) -> Iterable[Tensor]:
+        """The tokens of a span, as views of `[B H, C, D]`."""
+        return tensors if self.is_apart is None else [x[:, span.tokens] for x in tensors]
+
+
+def _product(scores: Tensor, x: Tensor, chunk: _Chunk) -> Tensor:
+    """`scores @ x`, in which NaN and inf of x stay in their sequence, although 0, a masked score, times NaN is NaN."""
+    out = torch.bmm(scores, x)
+    if chunk.is_apart is not None and not math.isfinite(out.sum().item()):
+        for span in chunk.spans:
+            alone = torch.zeros_like(x)
+            alone[:, span.tokens] = x[:, span.tokens]
+            out[:, span.tokens] = torch.bmm(scores, alone)[:, span.tokens]
+    return out
+
+
+def batch_rows_at_once(batch_size: int, chunk_size: int, num_heads: int, device_type: str) -> int:
+    """Batch rows whose chunks are worked on at once: as many as fit the cache of a CPU, all on other devices."""
+    fitting = TOKENS_AT_ONCE // (num_heads * max(chunk_size, 1)) if device_type == "cpu" else batch_size
+    return max(1, min(fitting, batch_size))
+
+
+# States `[B H, K, V]` by sequence; None is zero.
+_States = Tensor | Sequence[None]
+
+
+class _Tiles:
+    """Batch rows and chunks to work on at once. A batch row holds one sequence; the only one may hold packed ones."""
+
+    def __init__(self, q: Tensor, v: Tensor, cu_seqlens: Tensor | None):
+        B, T, H, K = q.shape
+        self.bounds = [0, T] if cu_seqlens is None else sequence_bounds(cu_seqlens, T)
+        self.state_shape = len(self.bounds) - 1, B, H, K, v.shape[3]
         self.dtype, self.device = state_dtype(q.dtype), q.device
-        self.order = None
-        if cu_seqlens is None:
-            self.count = batch_size
-            self.chunks = [self._chunk(start, length) for start in range(0, length, CHUNK_SIZE)]
-        else:
-            bounds = torch.tensor(sequence_bounds(cu_seqlens, length), device=self.device)
-            lengths, self.order = bounds.diff().sort(descending=True, stable=True)
-            self.count = len(lengths)
-            starts, longest = bounds[:-1][self.order], max([0, *lengths[:1].tolist()])
-            self.chunks = [self._packed_chunk(starts, lengths, c) for c in range(0, longest, CHUNK_SIZE)]
+        self.chunk_size = min(CHUNK_SIZE, T)
+        self.rows_at_once = batch_rows_at_once(B, self.chunk_size, H, q.device.type)
+        self.batch_rows = [slice(start, start + self.rows_at_once) for start in range(0, B, self.rows_at_once)]
+        self.chunks = self._chunks()
 
-    def states(self, initial: Tensor | None, key_dim: int, value_dim: int) -> Tensor:
-        """Initial states `[N H, K, V]`, a copy to update in place."""
-        shape = (self.count, self.num_heads, key_dim, value_dim)
-        if initial is None:
-            states = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        elif self.order is None:
-            states = initial.clone(memory_format=torch.contiguous_format)
-        else:
-            states = initial[self.order]
+    def _chunks(self) -> list[_Chunk]:
+        starts = range(0, self.bounds[-1], CHUNK_SIZE)
+        spans: list[list[_Span]] = [[] for _ in starts]
+        for n, (start, end) in enumerate(pairwise(self.bounds)):
+            for c in range(start // CHUNK_SIZE, -(-end // CHUNK_SIZE) if start < end else 0):
+                first, stop = start - c * CHUNK_SIZE, end - c * CHUNK_SIZE
+                tokens = slice(max(first, 0), min(stop, CHUNK_SIZE))
+                spans[c].append(_Span(n, tokens, first >= 0, stop <= CHUNK_SIZE))
+        return [self._chunk(start, spans_within) for start, spans_within in zip(starts, spans, strict=True)]
+
+    def _chunk(self, start: int, spans: list[_Span]) -> _Chunk:
+        tokens = slice(start, start + spans[-1].tokens.stop)
+        if len(spans) == 1:
+            return _Chunk(tokens, spans, None)
+        sequence = self._sequence_of_tokens[tokens]
+        return _Chunk(tokens, spans, sequence[:, None] != sequence)
+
+    @cached_property
+    def _sequence_of_tokens(self) -> Tensor:
+        lengths = torch.tensor(self.bounds, device=self.device).diff()
+        return torch.repeat_interleave(lengths, output_size=self.bounds[-1])
+
+    def load(self, x: Tensor, rows: slice, chunk: _Chunk) -> Tensor:
+        """`[B H, C, D]`; a view if possible."""
+        return _cast(x[rows, chunk.tokens].transpose(1, 2), self.dtype).flatten(0, 1)
+
+    def store(self, out: Tensor, rows: slice, chunk: _Chunk, x: Tensor) -> None:
+        out[rows, chunk.tokens] = x.unflatten(0, (-1, out.shape[2])).transpose(1, 2)
+
+    def states_of(self, rows: slice, states: Tensor | None) -> _States:
+        """States of batch rows: views, if `states` is contiguous."""
+        N, B, H, K, V = self.state_shape
+        if states is None:
+            return [None] * N
+        return states.reshape(N, B * H, K, V)[:, rows.start * H : rows.stop * H]
+
+    def new_states(self, initial: Tensor | None) -> Tensor:
+        """Memory for states after the last tokens `[N, H, K, V]`. Empty sequences keep their initial states."""
+        states = torch.empty(self.state_shape, dtype=self.dtype, device=self.device)
+        for n, (start, end) in enumerate(pairwise(self.bounds)):
+            if start == end:
+                states[n] = 0 if initial is None else initial.unflatten(0, self.state_shape[:2])[n]
         return states.flatten(0, 1)
-
-    def in_given_order(self, states: Tensor) -> Tensor:
-        """States `[N, H, K, V]` in the order of the sequences as given."""
-        states = states.view(self.count, self.num_heads, *states.shape[1:])
-        return states if self.order is None else states[self.order.argsort()]
-
-    def _chunk(self, start: int, length: int) -> _Chunk:
-        stop = min(start + CHUNK_SIZE, length)
-        return _Chunk(slice(start, stop), stop - start, None, self.dtype)
-
-    def _packed_chunk(self, starts: Tensor, lengths: Tensor, offset: int) -> _Chunk:
-        left = lengths[lengths > offset] - offset
-        size = min(CHUNK_SIZE, int(left[0]))
-        position = torch.arange(size, device=self.device)
-        tokens = starts[: len(left), None] + offset + position
-        if int(left[-1]) >= size:
-            return _Chunk(tokens, size, None, self.dtype)
-        padding = position >= left[:, None]
-        return _Chunk(tokens.masked_fill(padding, 0), left.clamp_max(size), padding, self.dtype)
 
 
 class _Decay:
     """Multiplication by powers of λ, from one table of λ^0 .. λ^C: no exponent is ever above 0."""
 
-    def __init__(self, q: Tensor, log_decay: Tensor | None):
-        log_decay = finite_log_decay(q, log_decay)
-        position = torch.arange(min(CHUNK_SIZE, q.shape[1]) + 1, device=q.device)
-        self.powers = torch.exp(log_decay[:, None] * position)
-        self.inside = self.powers[:, (position[:-1, None] - position[:-1]).clamp_min(0)].tril()
+    def __init__(self, tiles: _Tiles, log_decay: Tensor, scale: float):
+        self.num_heads = log_decay.shape[0]
+        position = torch.arange(tiles.chunk_size + 1, device=log_decay.device)
+        powers = torch.exp(log_decay[:, None] * position)
+        self.inside = powers[:, (position[:-1, None] - position[:-1]).clamp_min(0)].tril()
+        self.powers = torch.cat([powers] * tiles.rows_at_once).unsqueeze(2)  # [B H, C + 1, 1]
+        self.rising, self.falling = self.powers[:, 1:], self.powers[:, :-1].flip(1)
+        if scale != 1:
+            self.inside, self.rising = self.inside * scale, self.rising * scale
 
-    def mask_(self, scores: Tensor) -> Tensor:
-        """`λ^(i-j)` for `j <= i`, else 0, in place."""
-        size = scores.shape[1]
-        self._by_head(scores).mul_(self.inside[:, :size, :size])
-        return scores
+    def scores(self, q: Tensor, k: Tensor, chunk: _Chunk) -> Tensor:
+        """`scale λ^(i-j) q_i k_j` for `j <= i` in the same sequence, else 0."""
+        scores, size = torch.bmm(q, k.mT), q.shape[1]
+        scores.unflatten(0, (-1, self.num_heads)).mul_(self.inside[:, :size, :size])
+        return scores if chunk.is_apart is None else scores.masked_fill_(chunk.is_apart, 0)
 
     def read(self, x: Tensor) -> Tensor:
-        """`λ^(i+1) x`: decay from the state before the chunk to token i."""
-        return (self._by_head(x) * self.powers[:, 1 : x.shape[1] + 1, None]).flatten(0, 1)
+        """`scale λ^(i+1) x_i`: decay from the state before the tokens to token i."""
+        return x * self.rising[: x.shape[0], : x.shape[1]]
 
-    def write(self, x: Tensor, chunk: _Chunk) -> Tensor:
-        """`λ^(m-1-j) x`: decay from token j to the state after the m tokens of the chunk."""
-        if isinstance(chunk.lengths, int):
-            powers = self.powers[:, : chunk.lengths].flip(1)
-        else:
-            exponents = chunk.lengths[:, None] - 1 - torch.arange(x.shape[1], device=x.device)
-            powers = self.powers[:, exponents.clamp_min(0)].transpose(0, 1)
-        return (self._by_head(x) * powers[..., None]).flatten(0, 1)
+    def write(self, x: Tensor) -> Tensor:
+        """`λ^(m-1-j) x_j`: decay from token j to the state after m tokens."""
+        return x * self.falling[: x.shape[0], self.falling.shape[1] - x.shape[1] :]
 
-    def carry_(self, state: Tensor, chunk: _Chunk) -> Tensor:
-        """`λ^m x`, in place: decay from the state before the chunk to the state after its m tokens."""
-        self._by_head(state).mul_(self.powers[:, chunk.lengths].movedim(0, -1)[..., None, None])
-        return state
-
-    def _by_head(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (-1, self.powers.shape[0]))
+    def advance(self, state: Tensor | None, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """`λ^m S + Σ_j k_j v_jᵀ` for m tokens of decayed keys, in new memory or in `out`, which may be S."""
+        if state is None:
+            return torch.bmm(k.mT, v, out=out)
+        m = k.shape[1]
+        return torch.mul(state, self.powers[: k.shape[0], m : m + 1], out=out).baddbmm_(k.mT, v)
