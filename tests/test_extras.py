@@ -1,5 +1,6 @@
-"""Import of a part of the library without its packages."""
+"""Imports: without packages of an extra, and without the compilers, which take as long as PyTorch."""
 
+import os
 import subprocess
 import sys
 
@@ -19,3 +20,22 @@ def test_a_missing_package_names_the_extra(module, blocked, extra):
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert process.returncode == 1
     assert f"{blocked} not installed: run pip install 'lightning-attention[{extra}]'" in process.stderr
+
+
+OPERATORS = """
+import torch
+import lightning_attention.nn
+from lightning_attention import lightning_attention, lightning_attention_step
+q = torch.randn(1, 3, 2, 4, requires_grad=True)
+o, state = lightning_attention(q, q, q, output_final_state=True)
+o.sum().backward()
+with torch.no_grad():
+    lightning_attention_step(q[:, 0], q[:, 0], q[:, 0], state=state)
+"""
+
+
+@pytest.mark.parametrize("program", ["import lightning_attention", OPERATORS], ids=["import", "operators"])
+def test_operators_on_a_cpu_do_not_import_compilers(program):
+    program += "\nimport sys; assert not {'torch._dynamo', 'triton'} & set(sys.modules)"
+    not_interpreted = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", program], env=not_interpreted, check=True)

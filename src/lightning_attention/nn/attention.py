@@ -2,18 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..distributed.parallel import SequenceParallel
 from ..ops.api import lightning_attention, lightning_attention_prefill, lightning_attention_step
 from ..ops.problem import check_log_decay, check_tensors, state_dtype
 from .float32 import Float32Module
 from .norms import SimpleRMSNorm
 from .positions import LRPE
 from .sizes import check_size
+
+if TYPE_CHECKING:
+    from ..distributed.parallel import SequenceParallel  # imports torch._dynamo, as `ops.compiler` does
 
 
 class Decay(Float32Module):

@@ -29,7 +29,9 @@ def attention(
 ) -> tuple[Tensor, ...]:
     """The output, and the final state if it is asked for, with gradients."""
     if transforms.is_transformed():
-        return _apply_transformed(x, scale, output_final_state, backend, backward_backend)
+        from .compiler import transformed_attention
+
+        return transformed_attention(x, scale, output_final_state, backend, backward_backend)
     return _Attention.apply(*x, scale, output_final_state, backend, backward_backend)
 
 
@@ -61,7 +63,7 @@ class _Gradients(torch.autograd.Function):
         raise _no_second_derivative()
 
 
-class _TransformedAttention(torch.autograd.Function):
+class TransformedAttention(torch.autograd.Function):
     """`_Attention` for the transforms of torch.func. The compiler counts the parameters of `forward`."""
 
     @staticmethod
@@ -84,7 +86,7 @@ class _TransformedAttention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *arguments):
-        rule = transforms.mapped_over_heads(NAME, _TransformedAttention.apply, FORWARD, (-2, -3))
+        rule = transforms.mapped_over_heads(NAME, TransformedAttention.apply, FORWARD, (-2, -3))
         return rule(info, in_dims, *arguments)
 
 
@@ -120,13 +122,6 @@ def _gradients(differentiate: Any, ctx: Any, do: Tensor | None, d_final_state: T
     do = torch.zeros_like(x.v) if do is None else do
     dq, dk, dv, *d_initial_state = differentiate(*x, do, d_final_state, ctx.scale, ctx.backend)
     return dq, dk, dv, None, d_initial_state[0] if d_initial_state else None, *[None] * (len(FORWARD) - 5)
-
-
-@torch.compiler.disable(reason="lightning_attention under torch.func is not traced: it runs outside of the graph")
-def _apply_transformed(x: AttentionInputs[Tensor], *rest: Any) -> tuple[Tensor, ...]:
-    if not transforms.is_functional():  # torch.func finds `jvp` by itself, at any level
-        transforms.refuse_tangents(NAME, x._asdict())
-    return _TransformedAttention.apply(*x, *rest)
 
 
 def _no_forward_mode(names, tangents) -> NotImplementedError:

@@ -1,12 +1,14 @@
 """Portable GPU kernels, in Triton: NVIDIA from Ampere on. On a CPU they run under Triton's interpreter, for tests."""
 
+import os
+import sys
 from collections.abc import Callable
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 
+from ..gpu import device_reasons
 from ..problem import Problem
 from .config import MAX_HEAD_DIM, MAX_TREE
 
@@ -14,7 +16,7 @@ supports_cuda_graphs = True
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
-    reasons = _unsupported_device(problem.device)
+    reasons = device_reasons(_reasons_of_device, problem.device)
     if problem.dtype == torch.float64:
         reasons = [*reasons, "float64 has no tensor cores"]
     if problem.dtype == torch.bfloat16 and problem.device.type == "cpu":
@@ -43,18 +45,18 @@ def __getattr__(name: str) -> Callable:
     return function
 
 
-@torch.compiler.assume_constant_result
-def _unsupported_device(device: torch.device) -> list[str]:
-    return _reasons_of_device(device)
-
-
-@cache
 def _reasons_of_device(device: torch.device) -> list[str]:
     if find_spec("triton") is None:
         return ["triton is not installed"]
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return [] if major >= 8 else [f"compute capability must be 8.0 or more, {device} has {major}.{minor}"]
+    return [] if device.type == "cpu" and _is_interpreted() else [f"it runs on GPUs, got {device}"]
+
+
+def _is_interpreted() -> bool:
+    if "TRITON_INTERPRET" not in os.environ and "triton" not in sys.modules:
+        return False  # without an import of triton, which takes 75 MB
     from triton import knobs
 
-    return [] if device.type == "cpu" and knobs.runtime.interpret else [f"it runs on GPUs, got {device}"]
+    return knobs.runtime.interpret
