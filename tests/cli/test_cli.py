@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -217,6 +218,28 @@ def test_info_shows_versions_and_backends(monkeypatch, capsys):
     assert code == 0
     for expected in ("torch", torch.__version__.split("+")[0], "chunked", "reference", "cpu", "yes"):
         assert expected in out
+
+
+IMPORTS = """
+import sys
+from lightning_attention.cli import main
+try:
+    main()
+except SystemExit as exit:
+    assert not exit.code
+print(*(name for name in ("torch._dynamo", "transformers", "matplotlib") if name in sys.modules), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--help"], ["--version"], ["train", "--help"], ["generate", "--help"], ["info"]],
+    ids=lambda arguments: " ".join(arguments) or "no command",
+)
+def test_help_and_info_import_neither_compiler_nor_transformers(arguments):
+    process = subprocess.run([sys.executable, "-c", IMPORTS, *arguments], capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (0, "\n")
+    assert process.stdout
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):
