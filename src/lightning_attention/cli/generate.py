@@ -11,6 +11,8 @@ from typing import IO, Annotated, Any
 
 from typer import Exit, Option
 
+from .imports import quick_imports
+
 INTERRUPTED = 130
 LINES_FAILED = 1
 
@@ -44,16 +46,17 @@ def generate(
     bf16: Annotated[bool, Option("--bf16", help="Run in bfloat16.")] = False,
 ) -> None:
     """Generate text after a prompt, or answer a file of prompts."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from ..inference import SamplingOptions
-
-    disable_progress_bar()
-    options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     if prompts is None and output is not None:
         raise ValueError("--output needs --prompts")
     if prompt is not None and prompts is not None:
         raise ValueError("give --prompt or --prompts, not both")
+    with quick_imports():
+        from transformers.utils.logging import disable_progress_bar
+
+        from ..inference import SamplingOptions
+
+    disable_progress_bar()
+    options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     with _explaining_interruption(
         "interrupted" if output is None else f"interrupted: the same command continues {output}"
     ):

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from typer import Option
 
+from .imports import quick_imports
 from .options import given_options, option_names
 
 # Options in the panels of the help.
@@ -87,11 +88,12 @@ def train(
     Start the command with torchrun to train on several GPUs or machines.
     """
     values: dict[str, Any] = dict(locals())
-    from transformers.utils.logging import disable_progress_bar
+    with quick_imports():
+        from transformers.utils.logging import disable_progress_bar
 
-    from ..training import Interrupted, TrainingOptions
-    from ..training import train as run
-    from ..training.processes import SharedError, leave_processes, rank
+        from ..training import Interrupted, TrainingOptions
+        from ..training import train as run
+        from ..training.processes import SharedError, leave_processes, rank
 
     disable_progress_bar()
     given = given_options(context)
