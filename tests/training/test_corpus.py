@@ -40,7 +40,7 @@ def documents(corpus: Corpus) -> list[bytes]:
 @pytest.mark.parametrize("batch", [1, 10, 1 << 22])
 def test_a_corpus_holds_the_documents(tmp_path, monkeypatch, batch):
     """Documents do not depend on batches; names of special tokens are text."""
-    monkeypatch.setattr(encoding, "BATCH", batch)
+    monkeypatch.setattr(encoding, "BYTES_BATCH", batch)
     texts = ["a" * 50, "héllo wörld <|eos|> ", "x", "\r\n\n", "€" * 30]
     folder = write(tmp_path / "data", **{f"f{i}_txt": text for i, text in enumerate(texts)}, empty_txt="")
     corpus = Corpus.prepare(tmp_path / "corpus", Sources.find([folder]), byte_tokenizer(), 0.3)
@@ -66,15 +66,16 @@ def test_a_single_document_is_cut_at_the_held_out_part(tmp_path):
 
 def test_a_corpus_is_kept_until_its_files_change(tmp_path):
     folder = write(tmp_path / "data", a_txt="some text")
-    read: list[int] = []
+    read: list[tuple[int, int]] = []
 
     def prepare() -> Corpus:
         sources = Sources.find([folder])
-        return Corpus.prepare(tmp_path / "corpus", sources, byte_tokenizer(), 0.5, progress=read.append)
+        progress = lambda *numbers: read.append(numbers)  # noqa: E731
+        return Corpus.prepare(tmp_path / "corpus", sources, byte_tokenizer(), 0.5, progress=progress)
 
     first = prepare()
     assert prepare() == first == Corpus.open(tmp_path / "corpus")
-    assert read == [len("some text")]
+    assert read == [(len("some text"), len("some text"))]
     (folder / "a.txt").write_text("other text")
     assert documents(prepare()) == [b"other text"]
     assert len(read) == 2
@@ -110,7 +111,7 @@ def test_a_failed_preparation_leaves_the_folder_unchanged(tmp_path, exists):
         Corpus.prepare(folder, Sources.find([data]), byte_tokenizer(), 0.5)
     assert everything() == before
 
-    def stop(characters: int) -> None:
+    def stop(num_read: int, num_bytes: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

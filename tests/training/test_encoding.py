@@ -2,13 +2,15 @@
 
 import json
 import random
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lightning_attention.inference import encode
-from lightning_attention.models.tokenization import begin_with_bos
+from lightning_attention.models.tokenization import begin_with_bos, bos_ids, encode_texts, well_formed
 from lightning_attention.training import byte_tokenizer, encoding
 from lightning_attention.training.documents import Sources
 
@@ -87,6 +89,18 @@ TOKENIZERS = {
 }
 
 
+# Changes of the byte tokenizer that leave its text as it is.
+BYTES: dict[str, Callable[[PreTrainedTokenizerFast], object]] = {
+    "as made": lambda tokenizer: None,
+    "EOS is padding": lambda tokenizer: tokenizer.add_special_tokens({"eos_token": "<|pad|>"}),
+    "EOS is a letter": lambda tokenizer: tokenizer.add_special_tokens({"eos_token": "a"}),
+    "EOS is the last byte": lambda tokenizer: tokenizer.add_special_tokens({"eos_token": "ÿ"}),
+    "BOS is EOS": lambda tokenizer: tokenizer.add_special_tokens({"bos_token": "<|eos|>"}),
+    "no BOS": lambda tokenizer: setattr(tokenizer, "bos_token", None),
+    "more special tokens": lambda tokenizer: tokenizer.add_special_tokens({"additional_special_tokens": ["<mark>"]}),
+}
+
+
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 @pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
 def test_windows_have_the_tokens_of_the_document(tmp_path, monkeypatch, make, text):
@@ -100,20 +114,56 @@ def test_windows_have_the_tokens_of_the_document(tmp_path, monkeypatch, make, te
     texts = ["abc", text, "cde", text[:5000], text[5000:7999]]
     lines = "\n".join(json.dumps({"text": text}) for text in texts)
     (tmp_path / "data.jsonl").write_text(lines)
-    documents, open_document = [], []
-    for ids, ends in encoding.tokenize(Sources.find(tmp_path), tokenizer):
-        open_document += [int(token) for token in ids]
-        if ends:
-            documents, open_document = [*documents, open_document], []
+    documents = tokenized(Sources.find(tmp_path).documents(), tokenizer)
     begin_with_bos(tokenizer)
     assert documents == [[*encode(tokenizer, text), tokenizer.eos_token_id] for text in texts]
 
 
-def test_progress_counts_every_character_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "WINDOW", 3000)
-    monkeypatch.setattr(encoding, "OVERLAP", 256)
-    (tmp_path / "a.txt").write_text("é" * 10_000)
-    read: list[int] = []
-    for _ in encoding.tokenize(Sources.find(tmp_path), byte_tokenizer(), read.append):
-        pass
-    assert read == [10_000]
+def tokenized(documents: Iterable[Iterator[str]], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Token ids of each document."""
+    tokens, bounds, size = [], [], 0
+    values = encoding.byte_values(tokenizer)
+    for ids, starts in encoding.tokenize(documents, tokenizer):
+        tokens += (ids if values is None else values[ids]).tolist()
+        bounds += [size + start for start in starts]
+        size += len(ids)
+    return [tokens[start:stop] for start, stop in pairwise([*bounds, size])]
+
+
+NASTY = [
+    "a\x00b", "\r\n\r\n", " leading", "<|bos|><|eos|> <|pad|>", "naïve € 😀 \u200d\ufeff", "\U0010ffff\ud7ff",
+    "é" * 700, "invalid \udcff\ud800", "\x7f\x80\xff", "Ġ Ċ ÿ þ", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [1, 100, 1 << 18])
+@pytest.mark.parametrize("change", BYTES.values(), ids=BYTES)
+def test_bytes_are_the_ids_of_the_tokenizer_library(monkeypatch, change, batch):
+    """Text is encoded without the library; special tokens are added ones, or bytes of the vocabulary."""
+    monkeypatch.setattr(encoding, "BYTES_BATCH", batch)
+    tokenizer = byte_tokenizer()
+    change(tokenizer)
+    assert encoding.byte_values(tokenizer) is not None
+    texts = [well_formed(text) for text in NASTY]
+    expected = [
+        [*bos_ids(tokenizer), *each.ids, tokenizer.eos_token_id] for each in encode_texts(tokenizer, texts[:-1])
+    ]
+    documents = (iter([text[:3], "", text[3:]]) for text in texts)
+    assert tokenized(documents, tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokenizer: tokenizer.add_tokens(["<mark>"]),
+        lambda tokenizer: setattr(tokenizer.backend_tokenizer, "normalizer", normalizers.NFC()),
+        lambda tokenizer: setattr(tokenizer.backend_tokenizer, "pre_tokenizer", pre_tokenizers.ByteLevel()),
+    ],
+    ids=["a token of text", "a normalizer", "a space before text"],
+)
+def test_other_tokenizers_are_not_taken_for_bytes(change):
+    tokenizer = byte_tokenizer()
+    change(tokenizer)
+    texts = [well_formed(text) for text in [*NASTY, "e\u0301", "<mark>"] if text]
+    expected = [[*bos_ids(tokenizer), *each.ids, tokenizer.eos_token_id] for each in encode_texts(tokenizer, texts)]
+    assert tokenized(map(iter, zip(texts)), tokenizer) == expected

@@ -47,7 +47,11 @@ def begin_with_bos(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def well_formed(text: str) -> str:
     """Replace lone surrogates, which JSON can contain and tokenizers cannot read, by U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[Encoding]:
@@ -65,13 +69,18 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> li
         raise ValueError(f"the tokenizer cannot encode a text: {error}") from error
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> set[str]:
+    """Tokens whose spelling in a text is encoded as any other text."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return special | set(tokenizer.all_special_tokens)
+
+
 _TEXT_BACKENDS: WeakKeyDictionary[PreTrainedTokenizerFast, tuple[Any, Tokenizer]] = WeakKeyDictionary()
 
 
 def _text_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """Copy of a tokenizer for `encode_texts`, made again after tokens are added or become special."""
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special |= set(tokenizer.all_special_tokens)
+    special = special_tokens(tokenizer)
     key = len(tokenizer), special
     known = _TEXT_BACKENDS.get(tokenizer)
     if known is None or known[0] != key:

@@ -22,7 +22,7 @@ from ..models.heads import IGNORED
 from ..models.tokenization import bos_ids, vocab_size
 from ..paths import PathLike, to_path
 from .documents import Sources
-from .encoding import Tokens, tokenize
+from .encoding import byte_values, id_dtype, tokenize
 
 FORMAT = 2
 OFFSET = np.dtype("<i8")
@@ -77,7 +77,7 @@ class Corpus:
         sources: Sources,
         tokenizer: PreTrainedTokenizerFast,
         held_out_fraction: float = 0.05,
-        progress: Callable[[int], None] = lambda characters: None,
+        progress: Callable[[int, int], None] = lambda num_read, num_bytes: None,
     ) -> "Corpus":
         """Tokenize the sources into `folder`, unless it holds an intact corpus of these sources.
 
@@ -88,7 +88,7 @@ class Corpus:
             sources: the documents.
             tokenizer: with an EOS token.
             held_out_fraction: fraction of the tokens to hold out, between 0 and 1.
-            progress: called with the number of characters read so far.
+            progress: called with the number of bytes of the files that were read so far, and of all.
 
         Raises:
             ValueError: the documents hold no text or are damaged, the fraction is out of range, or the tokenizer has no
@@ -114,7 +114,7 @@ class Corpus:
                 replacing(folder / "documents.bin", "wb") as documents,
                 replacing(folder / "tokens.bin", "wb") as tokens,
             ):
-                num_documents, num_tokens = _write(tokenize(sources, tokenizer, progress), tokens, documents, size)
+                num_documents, num_tokens = _write(sources, tokenizer, progress, tokens, documents)
                 num_train = _held_out_start(np.memmap(documents.name, OFFSET, "r"), num_tokens, held_out_fraction)
                 corpus = cls(
                     folder=folder,
@@ -195,13 +195,13 @@ class Corpus:
         return torch.from_numpy(counts / counts.sum()).log()
 
     def _tokens(self) -> np.ndarray:
-        return np.memmap(self.folder / "tokens.bin", _dtype(self.vocab_size), "r")
+        return np.memmap(self.folder / "tokens.bin", id_dtype(self.vocab_size), "r")
 
     def _sizes(self) -> dict[Path, int]:
         """Expected size of each file in bytes."""
         num_tokens = self.num_train + self.num_held_out
         return {
-            self.folder / "tokens.bin": num_tokens * _dtype(self.vocab_size).itemsize,
+            self.folder / "tokens.bin": num_tokens * id_dtype(self.vocab_size).itemsize,
             self.folder / "documents.bin": self.num_documents * OFFSET.itemsize,
         }
 
@@ -274,10 +274,6 @@ def _hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _dtype(size: int) -> np.dtype:
-    return np.dtype("<u2" if size <= 1 << 16 else "<u4")
-
-
 def _held_out_start(document_starts: np.ndarray, num_tokens: int, held_out_fraction: float) -> int:
     """Index of the first held-out token: a document start if that at most doubles the held-out part."""
     start = num_tokens - math.ceil(num_tokens * held_out_fraction)
@@ -286,17 +282,28 @@ def _held_out_start(document_starts: np.ndarray, num_tokens: int, held_out_fract
     return document if document >= max(earliest, 1) else start
 
 
-def _write(parts: Iterable[Tokens], tokens: IO[bytes], documents: IO[bytes], size: int) -> tuple[int, int]:
+def _write(
+    sources: Sources,
+    tokenizer: PreTrainedTokenizerFast,
+    progress: Callable[[int, int], None],
+    tokens: IO[bytes],
+    documents: IO[bytes],
+) -> tuple[int, int]:
     """Write token ids and document starts; return the numbers of documents and tokens."""
-    num_documents = num_tokens = 0
-    starts = True
-    for ids, ends in parts:
-        if starts:
-            documents.write(OFFSET.type(num_tokens).tobytes())
-            num_documents += 1
-        tokens.write(np.asarray(ids, dtype=_dtype(size)).tobytes())
+    num_documents = num_tokens = num_read = 0
+    num_bytes = sum(file.stat().st_size for file in sources.files)
+    values, dtype = byte_values(tokenizer), id_dtype(vocab_size(tokenizer))
+
+    def count(read: int) -> None:
+        nonlocal num_read
+        num_read += read
+
+    for ids, starts in tokenize(sources.documents(count), tokenizer):
+        documents.write((np.array(starts, OFFSET) + num_tokens).tobytes())
+        num_documents += len(starts)
+        tokens.write((ids if values is None else values.astype(dtype)[ids]).data)
         num_tokens += len(ids)
-        starts = ends
+        progress(num_read, num_bytes)
     if num_documents == 0:
         raise ValueError("the data holds no text")
     tokens.flush()

@@ -71,14 +71,17 @@ class Sources:
         """Count the skipped files and folders by reason, in one line; empty if there are none."""
         return _summary(self.skipped)
 
-    def documents(self) -> Iterator[Iterator[str]]:
+    def documents(self, count: formats.Count = bool) -> Iterator[Iterator[str]]:
         """Read all documents, each as an iterator of consecutive parts of its text.
+
+        Args:
+            count: called with the number of bytes that were read, as they are read.
 
         Raises:
             ValueError, ImportError: as `formats.documents`.
         """
         for file in self.files:
-            yield from formats.documents(file, self.text_field)
+            yield from formats.documents(file, self.text_field, count)
 
 
 def standard_library() -> Path:

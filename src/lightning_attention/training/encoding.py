@@ -1,65 +1,112 @@
 """Tokenization of documents in bounded memory."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, cast
 
+import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
-from ..models.tokenization import bos_ids, encode_texts
-from .documents import Sources
+from ..models.tokenization import bos_ids, encode_texts, vocab_size
+from .tokenizer import has_byte_ids
 
-BATCH = 1 << 22  # characters tokenized at a time
+BYTES_BATCH = 1 << 18  # bytes of text returned at a time by the byte tokenizer
+BATCH = 1 << 22  # characters tokenized at a time by other tokenizers
 WINDOW = 1 << 18  # characters of a window; most documents are shorter, and one window
 OVERLAP = 1 << 12  # characters that consecutive windows of a document share
 
 
 class Tokens(NamedTuple):
-    """Consecutive tokens of a document: all of them, or for a long document some.
+    """Consecutive tokens of the corpus.
 
     Attributes:
-        ids: token ids, with BOS at the start of a document and EOS at its end.
-        ends: True if the document ends with these tokens.
+        ids: token ids, or bytes that stand for them, see `byte_values`; documents begin with BOS and end with EOS.
+        starts: indices in `ids` at which a document begins.
     """
 
-    ids: list[int]
-    ends: bool
+    ids: np.ndarray
+    starts: list[int]
 
 
-def tokenize(
-    sources: Sources, tokenizer: PreTrainedTokenizerFast, progress: Callable[[int], None] = lambda characters: None
-) -> Iterator[Tokens]:
+def byte_values(tokenizer: PreTrainedTokenizerFast) -> np.ndarray | None:
+    """Token ids for which the byte values 0 to 255 stand in `Tokens.ids`; None for a tokenizer of other tokens.
+
+    The last values, which do not occur in UTF-8, stand for BOS and EOS.
+    """
+    if not has_byte_ids(tokenizer):
+        return None
+    special = [*bos_ids(tokenizer), cast(int, tokenizer.eos_token_id)]
+    return np.array([*range(256 - len(special)), *special])
+
+
+def tokenize(documents: Iterable[Iterator[str]], tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
     """Tokenize documents as `[bos] text eos`; documents without text are left out.
+
+    Args:
+        documents: the text of each document, as an iterator of consecutive parts.
+        tokenizer: with an EOS token.
+    """
+    return (_encode_bytes if has_byte_ids(tokenizer) else _encode)(documents, tokenizer)
+
+
+def _encode_bytes(documents: Iterable[Iterator[str]], tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
+    begin = b"\xfe" * len(bos_ids(tokenizer))
+    batch, starts, size = [], [], 0
+    for document in documents:
+        for index, part in enumerate(_framed(document, begin, b"\xff")):
+            if size >= BYTES_BATCH:
+                yield Tokens(np.frombuffer(b"".join(batch), np.uint8), starts)
+                batch, starts, size = [], [], 0
+            if index == 0:
+                starts.append(size)
+            batch.append(part)
+            size += len(part)
+    if batch:
+        yield Tokens(np.frombuffer(b"".join(batch), np.uint8), starts)
+
+
+def _framed(document: Iterator[str], begin: bytes, end: bytes) -> Iterator[bytes]:
+    """Parts of a document in UTF-8, between `begin` and `end`; nothing for a document without text."""
+    parts = filter(None, document)
+    for first in parts:
+        yield begin + first.encode()
+        yield from (part.encode() for part in parts)
+        yield end
+
+
+def _encode(documents: Iterable[Iterator[str]], tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
+    """Tokenize documents by the library of the tokenizer.
 
     A document of more than `WINDOW` characters is tokenized in overlapping windows, which are joined where they have
     the same tokens. The result equals tokenization at once: a tokenizer that puts a space before a text adds one space
     per document. Memory is bounded by a batch, except for a text whose windows never agree.
-
-    Args:
-        sources: the documents.
-        tokenizer: with an EOS token.
-        progress: called with the number of characters read so far.
     """
+    dtype = id_dtype(vocab_size(tokenizer))
     begin, end = bos_ids(tokenizer), [cast(int, tokenizer.eos_token_id)]
     previous: _EncodedWindow | None = None  # the window before, within a document
-    characters = 0
-    for batch in _batches(sources):
+    for batch in _batches(documents):
+        lists, starts, size = [], [], 0
         encodings = encode_texts(tokenizer, (window.text for window in batch))
         for window, encoding in zip(batch, encodings, strict=True):
+            if window.starts:
+                starts.append(size)
             if window.starts and window.ends:
-                yield Tokens([*begin, *encoding.ids, *end], True)
+                ids = [*begin, *encoding.ids, *end]
             elif previous is None:
-                yield Tokens(begin, False)
-                previous = _EncodedWindow(window.text, encoding)
+                ids, previous = begin, _EncodedWindow(window.text, encoding)
             else:
                 ids, previous = _join(tokenizer, previous, _EncodedWindow(window.text, encoding))
-                yield Tokens(ids, False)
             if previous is not None and window.ends:
-                yield Tokens(previous.ids[previous.start :] + end, True)
-                previous = None
-            characters += len(window.text) - (0 if window.starts else OVERLAP)
-        progress(characters)
+                ids, previous = [*ids, *previous.ids[previous.start :], *end], None
+            lists.append(np.array(ids, dtype))
+            size += len(ids)
+        yield Tokens(np.concatenate(lists), starts)
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    """Smallest type for token ids."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 class _Window(NamedTuple):
@@ -68,9 +115,9 @@ class _Window(NamedTuple):
     ends: bool
 
 
-def _batches(sources: Sources) -> Iterator[list[_Window]]:
+def _batches(documents: Iterable[Iterator[str]]) -> Iterator[list[_Window]]:
     batch, size = [], 0
-    for document in sources.documents():
+    for document in documents:
         for window in _windows(document):
             batch.append(window)
             size += len(window.text)

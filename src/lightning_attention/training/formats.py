@@ -2,7 +2,8 @@
 
 import io
 import json
-from collections.abc import Iterator
+from codecs import getincrementaldecoder
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -11,18 +12,25 @@ from typing import Any
 from ..extras import require
 from ..models.tokenization import well_formed
 
-PART = 1 << 18  # characters read at a time, so that a text file need not fit in memory
-BLOCK = 1 << 16  # bytes decompressed at a time
+BLOCK = 1 << 16  # bytes read or decompressed at a time, so that a text file need not fit in memory
 ROWS = 256  # rows of a parquet file read at a time
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "compression.zstd"}
 LINES = ".jsonl", ".ndjson"
 
 
-def documents(file: Path, text_field: str) -> Iterator[Iterator[str]]:
+Count = Callable[[int], object]  # takes a number of bytes that were read
+
+
+def documents(file: Path, text_field: str, count: Count = bool) -> Iterator[Iterator[str]]:
     """Read the documents of a file, each as an iterator of consecutive parts of its text.
 
     A `.jsonl` or `.ndjson` file holds one document per line, a `.parquet` file one per row; any other file is one
     document. JSON lines end in LF, CRLF or CR. Line ends in text are kept, a byte order mark is not.
+
+    Args:
+        file: the file.
+        text_field: field of a JSON line, or column of a parquet file, with the text.
+        count: called with the number of bytes of the file that were read, as they are read.
 
     Raises:
         ValueError: the file is not UTF-8, is damaged, or a line or row has no text in `text_field`.
@@ -30,11 +38,11 @@ def documents(file: Path, text_field: str) -> Iterator[Iterator[str]]:
     """
     suffix, _ = _suffixes(file)
     if suffix == ".parquet":
-        yield from _rows(file, text_field)
+        yield from _rows(file, text_field, count)
     elif suffix in LINES:
-        yield from _lines(file, text_field)
+        yield from _lines(file, text_field, count)
     else:
-        yield _parts(file)
+        yield _parts(file, count)
 
 
 def is_text(file: Path, text_field: str) -> bool:
@@ -63,20 +71,27 @@ def _suffixes(file: Path) -> tuple[str, str]:
     return (Path(name.stem).suffix, name.suffix) if name.suffix in COMPRESSED else (name.suffix, "")
 
 
-def _parts(file: Path) -> Iterator[str]:
-    with _text(file, newline="") as text:
-        while part := text.read(PART):
-            yield part
+def _parts(file: Path, count: Count = bool) -> Iterator[str]:
+    decode = getincrementaldecoder("utf-8-sig")().decode
+    with _named_errors(file), _content(file, count) as content:
+        while block := content.read(BLOCK):
+            yield decode(block)
+        yield decode(b"", final=True)
 
 
-def _lines(file: Path, text_field: str) -> Iterator[Iterator[str]]:
-    with _text(file, newline=None) as lines:
+def _lines(file: Path, text_field: str, count: Count) -> Iterator[Iterator[str]]:
+    # Python limits the digits of an int, and numbers are not needed.
+    decode = json.JSONDecoder(parse_int=float).decode
+    with (
+        _named_errors(file),
+        _content(file, count) as content,
+        io.TextIOWrapper(content, encoding="utf-8-sig", newline=None) as lines,
+    ):
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                # Python limits the digits of an int, and numbers are not needed.
-                text = json.loads(line, parse_int=float)[text_field]
+                text = decode(line)[text_field]
             except (ValueError, KeyError, TypeError, IndexError, RecursionError):
                 text = None
             if not isinstance(text, str):
@@ -84,8 +99,8 @@ def _lines(file: Path, text_field: str) -> Iterator[Iterator[str]]:
             yield iter([well_formed(text)])
 
 
-def _rows(file: Path, text_field: str) -> Iterator[Iterator[str]]:
-    number = 0
+def _rows(file: Path, text_field: str, count: Count) -> Iterator[Iterator[str]]:
+    number, size = 0, file.stat().st_size
     with _parquet(file, text_field) as table:
         for batch in table.iter_batches(batch_size=ROWS, columns=[text_field]):
             for text in batch.column(0).to_pylist():
@@ -93,16 +108,7 @@ def _rows(file: Path, text_field: str) -> Iterator[Iterator[str]]:
                 if not isinstance(text, str):
                     raise ValueError(f"{file}, row {number}: no text in {text_field!r}")
                 yield iter([text])
-
-
-@contextmanager
-def _text(file: Path, newline: str | None) -> Iterator[io.TextIOWrapper]:
-    with (
-        _named_errors(file),
-        _bytes(file) as content,
-        io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline) as text,
-    ):
-        yield text
+            count(size * batch.num_rows // table.metadata.num_rows)
 
 
 @contextmanager
@@ -115,17 +121,35 @@ def _parquet(file: Path, text_field: str) -> Iterator[Any]:
             yield table
 
 
-def _bytes(file: Path) -> Any:
+@contextmanager
+def _content(file: Path, count: Count) -> Iterator[Any]:
+    """Open a file to read its bytes, decompressed."""
     compression = _suffixes(file)[1]
-    if not compression:
-        return file.open("rb")
-    try:
-        return import_module(COMPRESSED[compression]).open(file, "rb")
-    except ModuleNotFoundError:
-        if compression != ".zst":
-            raise
-    require("data", "zstandard")  # before Python 3.14
-    return io.BufferedReader(_BytesReader(_zstd_blocks(file)))
+    with io.BufferedReader(_CountedFile(file, count), BLOCK) as content:
+        if not compression:
+            yield content
+            return
+        try:
+            module = import_module(COMPRESSED[compression])
+        except ModuleNotFoundError:
+            if compression != ".zst":
+                raise
+            require("data", "zstandard")  # before Python 3.14
+            yield io.BufferedReader(_BytesReader(_zstd_blocks(content)))
+            return
+        with module.open(content, "rb") as decompressed:
+            yield decompressed
+
+
+class _CountedFile(io.FileIO):
+    def __init__(self, file: Path, count: Count):
+        super().__init__(file)
+        self.count = count
+
+    def readinto(self, buffer: Any) -> int:
+        num_bytes = super().readinto(buffer) or 0
+        self.count(num_bytes)
+        return num_bytes
 
 
 @contextmanager
@@ -147,20 +171,19 @@ def _named_errors(file: Path) -> Iterator[None]:
         raise
 
 
-def _zstd_blocks(file: Path) -> Iterator[bytes]:
+def _zstd_blocks(compressed: io.BufferedReader) -> Iterator[bytes]:
     """Decompress all frames; unlike zstandard's reader, raise an error if the last one is cut off."""
     zstandard = import_module("zstandard")
-    with file.open("rb") as compressed:
-        frame = None
-        while data := compressed.read(BLOCK):
-            while data:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(data)
-                data = frame.unused_data
-                if frame.eof:
-                    frame = None
-        if frame is not None:
-            raise EOFError("it ends within a frame")
+    frame = None
+    while data := compressed.read(BLOCK):
+        while data:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(data)
+            data = frame.unused_data
+            if frame.eof:
+                frame = None
+    if frame is not None:
+        raise EOFError("it ends within a frame")
 
 
 class _BytesReader(io.RawIOBase):

@@ -1,12 +1,13 @@
 """Tokenizers for training: bytes, or any tokenizer.json."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ..models.tokenization import begin_with_bos
+from ..models.tokenization import begin_with_bos, special_tokens
 from ..paths import PathLike, to_path
 
 INPUTS = ["input_ids", "attention_mask"]
@@ -42,6 +43,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     wrapped = _with_special_tokens(tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
     begin_with_bos(wrapped)
     return wrapped
+
+
+def has_byte_ids(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """True if the ids of every text are the bytes of its UTF-8, as with `byte_tokenizer`."""
+    content, expected = (json.loads(each.backend_tokenizer.to_str()) for each in (tokenizer, byte_tokenizer()))
+    steps = "normalizer", "pre_tokenizer", "model"
+    added = {token["content"] for token in content["added_tokens"]}
+    return all(content[step] == expected[step] for step in steps) and added <= special_tokens(tokenizer)
 
 
 def load_tokenizer(

@@ -10,6 +10,8 @@ from typing import Any, cast
 
 import torch.distributed as dist
 from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from transformers import (
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -261,13 +263,16 @@ def _prepare_corpus(run: _OpenRun, tokenizer: PreTrainedTokenizerFast) -> None:
         sources = Sources.find(options.data, options.text_field, options.seed)
     else:
         sources = Sources.find([standard_library()], seed=options.seed, without=("test", "tests"))
-    with run.console.status("tokenizing") as status:
+    columns = TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    progress = Progress(*columns)
+    task = progress.add_task("tokenizing", total=None)
+    with Live(progress, console=run.console, transient=True):  # unlike Progress, prints nothing to a file
         Corpus.prepare(
             run.folder.path / CORPUS,
             sources,
             tokenizer,
             options.held_out,
-            progress=lambda characters: status.update(f"tokenizing: {characters / 1e6:,.0f} million characters"),
+            progress=lambda num_read, num_bytes: progress.update(task, completed=num_read, total=num_bytes),
         )
     if skipped := sources.describe_skipped():
         run.console.print(skipped, highlight=False)
