@@ -81,7 +81,7 @@ PATHS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "Sources.find": ("paths", "data.txt", lambda path: Sources.find([path])),
     "Sources.find, one": ("paths", "data.txt", Sources.find),
     "Sources": ("files", "data.txt", lambda path: [[*parts] for parts in Sources((path,)).documents()]),
-    "Corpus": ("folder", "corpus", lambda path: Corpus(path, "", 259, 257, 1, 9, 9, 0).train_tokens().tolist()),
+    "Corpus": ("folder", "corpus", lambda path: Corpus(path, "", 259, 257, 1, 9, 9, 0, 1).train_tokens()[:].tolist()),
     "Corpus.open": ("folder", "corpus", Corpus.open),
     "Corpus.prepare": ("folder", "new", lambda path: Corpus.prepare(path, Sources.find("data.txt"), byte_tokenizer())),
     "MetricsCallback": ("file", "metrics.jsonl", lambda path: MetricsCallback(path, 1, Console(quiet=True)).file),

@@ -1,9 +1,11 @@
 """Corpora of tokens, and packed sequences."""
 
+import hashlib
 import json
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
@@ -14,11 +16,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from lightning_attention.training import Corpus, PackedDataset, byte_tokenizer, encoding
 from lightning_attention.training.documents import Sources
 
 BOS, EOS = 256, 257
+FORMAT_2 = {  # fields of a corpus
+    "fingerprint", "vocab_size", "eos_token_id", "num_documents", "num_train", "num_held_out", "skipped_files",
+}  # fmt: skip
 
 
 def write(folder: Path, **files: str) -> Path:
@@ -30,7 +37,7 @@ def write(folder: Path, **files: str) -> Path:
 
 def documents(corpus: Corpus) -> list[bytes]:
     """Text of each document, by the stored document starts."""
-    tokens = [*corpus.train_tokens().tolist(), *corpus.held_out_tokens().tolist()]
+    tokens = [*corpus.train_tokens()[:].tolist(), *corpus.held_out_tokens()[:].tolist()]
     bounds = [*corpus.document_starts().tolist(), len(tokens)]
     framed = [tokens[start:stop] for start, stop in pairwise(bounds)]
     assert all(document[0] == BOS and document[-1] == EOS for document in framed)
@@ -142,15 +149,15 @@ def older(folder: Path) -> None:
 # Damage to a corpus, and the error.
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "tokens missing": (lambda folder: (folder / "tokens.bin").unlink(), "tokens.bin is missing: restore it"),
-    "tokens truncated": (overwrite("tokens.bin", lambda x: x[:-2]), r"tokens.bin has 24 bytes, 26 were written: rest"),
-    "tokens empty": (overwrite("tokens.bin", lambda x: b""), "tokens.bin has 0 bytes, 26 were written: restore it"),
-    "tokens longer": (overwrite("tokens.bin", lambda x: x + x), "tokens.bin has 52 bytes, 26 were written"),
+    "tokens truncated": (overwrite("tokens.bin", lambda x: x[:-2]), r"tokens.bin has 11 bytes, 13 were written: rest"),
+    "tokens empty": (overwrite("tokens.bin", lambda x: b""), "tokens.bin has 0 bytes, 13 were written: restore it"),
+    "tokens longer": (overwrite("tokens.bin", lambda x: x + x), "tokens.bin has 26 bytes, 13 were written"),
     "tokens zero": (overwrite("tokens.bin", lambda x: bytes(len(x))), "tokens.bin is damaged near byte 0: restore it"),
     "tokens flipped": (overwrite("tokens.bin", flipped), "tokens.bin is damaged near byte 0: restore it"),
     "ids out of vocabulary": (overwrite("tokens.bin", lambda x: b"\xff" * len(x)), "tokens.bin is damaged near byte 0"),
     "another dtype": (
-        overwrite("tokens.bin", lambda x: np.frombuffer(x, "<u2").astype("<u4").tobytes()),
-        "tokens.bin has 52 bytes, 26 were written",
+        overwrite("tokens.bin", lambda x: np.frombuffer(x, "u1").astype("<u2").tobytes()),
+        "tokens.bin has 26 bytes, 13 were written",
     ),
     "bounds missing": (lambda folder: (folder / "documents.bin").unlink(), "documents.bin is missing: restore it"),
     "bounds truncated": (overwrite("documents.bin", lambda x: x[:8]), "documents.bin has 8 bytes, 16 were written"),
@@ -164,7 +171,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "description an object": (overwrite("corpus.json", lambda x: b"{}"), "corpus.json is damaged: restore it"),
     "description nested": (overwrite("corpus.json", lambda x: b"[" * 100_000), "corpus.json is damaged: restore it"),
     "description edited": (overwrite("corpus.json", edited), "corpus.json is damaged: restore it"),
-    "format 1": (older, r"corpus.json is of another version of this library \(format 1, not 2\): use that version"),
+    "format 1": (older, r"corpus.json is of another version of this library \(format 1, not 3\): use that version"),
 }
 
 
@@ -181,8 +188,46 @@ def test_a_damaged_corpus_is_an_error_and_can_be_prepared_again(tmp_path, damage
     assert sorted(documents(again)) == [b"some", b"texts"]
 
 
+def test_a_corpus_of_format_2_is_read(tmp_path):
+    """Format 2 has two bytes a token, or four for large vocabularies."""
+    sources = Sources.find([write(tmp_path / "data", a_txt="some", b_txt="texts")])
+    corpus = Corpus.prepare(tmp_path / "corpus", sources, byte_tokenizer(), 0.5)
+    file = tmp_path / "corpus" / "corpus.json"
+    content = json.loads(file.read_text())
+    content |= {"format": 2, "corpus": {k: v for k, v in content["corpus"].items() if k in FORMAT_2}}
+    del content["checksum"]
+    tokens = np.concatenate([corpus.train_tokens()[:], corpus.held_out_tokens()[:]])
+    for dtype, vocab_size in ((np.uint16, 259), (np.uint32, 70_000)):
+        stored = tokens.astype(dtype)
+        stored.tofile(tmp_path / "corpus" / "tokens.bin")
+        content["corpus"]["vocab_size"] = vocab_size
+        content["checksums"]["tokens.bin"] = [zlib.crc32(stored.tobytes())]
+        checksum = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        file.write_text(json.dumps(content | {"checksum": checksum}))
+        older = Corpus.open(tmp_path / "corpus")
+        assert older.vocab_size == vocab_size
+        assert older.train_tokens()[:].dtype == dtype
+        assert sorted(documents(older)) == [b"some", b"texts"]
+
+
+# Tokens beside EOS, and bytes of a token.
+WIDTHS = {"256 tokens": (255, 1), "257 tokens": (256, 2), "65,536 tokens": (65_535, 2), "65,537 tokens": (65_536, 4)}
+
+
+@pytest.mark.parametrize(("num_words", "token_bytes"), WIDTHS.values(), ids=WIDTHS)
+def test_tokens_are_stored_in_as_few_bytes_as_their_ids_need(tmp_path, num_words, token_bytes):
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(num_words)} | {"</s>": num_words}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    (tmp_path / "data.txt").write_text(f"w0 w{num_words - 1} w1")
+    corpus = Corpus.prepare(tmp_path / "corpus", Sources.find([tmp_path / "data.txt"]), tokenizer, 0.5)
+    tokens = [*corpus.train_tokens()[:].tolist(), *corpus.held_out_tokens()[:].tolist()]
+    assert tokens == [0, num_words - 1, 1, num_words]
+    assert (tmp_path / "corpus" / "tokens.bin").stat().st_size == 4 * token_bytes
+
+
 def test_large_files_are_verified_in_evenly_spaced_blocks(tmp_path, monkeypatch):
-    (tmp_path / "data.txt").write_text("x" * 1000)
+    (tmp_path / "data.txt").write_text("x" * 2002)
     monkeypatch.setattr("lightning_attention.training.corpus.BLOCK", 100)
     Corpus.prepare(tmp_path / "intact", Sources.find([tmp_path / "data.txt"]), byte_tokenizer(), 0.5)
     for limit, verified in ((21, set(range(21))), (3, {0, 10, 20})):
@@ -211,7 +256,7 @@ def test_unigram_counts_training_tokens(tmp_path):
     folder = write(tmp_path / "data", a_txt="aaab" * 10)
     corpus = Corpus.prepare(tmp_path / "corpus", Sources.find([folder]), byte_tokenizer(), 0.5)
     frequencies = corpus.unigram().exp()
-    counts = np.bincount(corpus.train_tokens(), minlength=259) + 1
+    counts = np.bincount(corpus.train_tokens()[:], minlength=259) + 1
     np.testing.assert_allclose(frequencies.numpy(), counts / counts.sum())
     assert frequencies.sum().item() == pytest.approx(1)
     sequences = corpus.held_out_set(5)

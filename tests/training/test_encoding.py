@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from lightning_attention.inference import encode
 from lightning_attention.models.tokenization import begin_with_bos, bos_ids, encode_texts, well_formed
 from lightning_attention.training import byte_tokenizer, encoding
+from lightning_attention.training.corpus import ByteTokens
 from lightning_attention.training.documents import Sources
 
 RANDOM = random.Random(0)
@@ -122,11 +124,11 @@ def test_windows_have_the_tokens_of_the_document(tmp_path, monkeypatch, make, te
 def tokenized(documents: Iterable[Iterator[str]], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     """Token ids of each document."""
     tokens, bounds, size = [], [], 0
-    values = encoding.byte_values(tokenizer)
-    for ids, starts in encoding.tokenize(documents, tokenizer):
-        tokens += (ids if values is None else values[ids]).tolist()
+    special = encoding.special_bytes(tokenizer)
+    for stored, starts in encoding.tokenize(documents, tokenizer):
+        tokens += (ByteTokens(stored, special) if special else stored)[:].tolist()
         bounds += [size + start for start in starts]
-        size += len(ids)
+        size += len(stored)
     return [tokens[start:stop] for start, stop in pairwise([*bounds, size])]
 
 
@@ -143,7 +145,7 @@ def test_bytes_are_the_ids_of_the_tokenizer_library(monkeypatch, change, batch):
     monkeypatch.setattr(encoding, "BYTES_BATCH", batch)
     tokenizer = byte_tokenizer()
     change(tokenizer)
-    assert encoding.byte_values(tokenizer) is not None
+    assert encoding.stored_dtype(tokenizer) == np.uint8
     texts = [well_formed(text) for text in NASTY]
     expected = [
         [*bos_ids(tokenizer), *each.ids, tokenizer.eos_token_id] for each in encode_texts(tokenizer, texts[:-1])

@@ -83,7 +83,7 @@ def document(folder: Path, tokenizer: PreTrainedTokenizerFast, text: str) -> lis
     folder.mkdir(parents=True)
     (folder / "data.jsonl").write_text(json.dumps({"text": text}))
     corpus = Corpus.prepare(folder / "corpus", Sources.find([folder / "data.jsonl"]), tokenizer, 0.5)
-    *tokens, eos = [*corpus.train_tokens().tolist(), *corpus.held_out_tokens().tolist()]
+    *tokens, eos = [*corpus.train_tokens()[:].tolist(), *corpus.held_out_tokens()[:].tolist()]
     assert eos == tokenizer.eos_token_id
     return tokens
 
@@ -212,7 +212,7 @@ def test_text_never_encodes_to_a_special_token(tmp_path, make, is_special):
     tokenizer = load_tokenizer(tmp_path / "given")
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in SPELLINGS))
     corpus = Corpus.prepare(tmp_path / "corpus", Sources.find(tmp_path / "data.jsonl"), tokenizer, 0.5)
-    tokens = [*corpus.train_tokens().tolist(), *corpus.held_out_tokens().tolist()]
+    tokens = [*corpus.train_tokens()[:].tolist(), *corpus.held_out_tokens()[:].tolist()]
     bounds = [*corpus.document_starts().tolist(), len(tokens)]
     plain = make()
     for text, (start, stop) in zip(SPELLINGS, pairwise(bounds), strict=True):

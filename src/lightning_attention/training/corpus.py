@@ -5,7 +5,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,9 +22,9 @@ from ..models.heads import IGNORED
 from ..models.tokenization import bos_ids, vocab_size
 from ..paths import PathLike, to_path
 from .documents import Sources
-from .encoding import byte_values, id_dtype, tokenize
+from .encoding import special_bytes, stored_dtype, tokenize
 
-FORMAT = 2
+FORMAT = 3
 OFFSET = np.dtype("<i8")
 COUNTED = 1 << 22  # tokens counted at a time
 BLOCK = 1 << 22  # bytes per checksum
@@ -36,9 +36,9 @@ REMEDY = "restore it from a copy, or start a new run, which tokenizes its data a
 class Corpus:
     """Tokenized corpus in a folder: a training part, followed by a held-out part.
 
-    A document is `[bos] text eos`, with BOS if the tokenizer has one. The folder holds `tokens.bin`, the token ids as
-    uint16, or uint32 for a vocabulary above 65536; `documents.bin`, the start of every document as int64; and
-    `corpus.json`, which is written last. The `.bin` files are little-endian.
+    A document is `[bos] text eos`, with BOS if the tokenizer has one. The folder holds `tokens.bin`, one, two or four
+    bytes a token; `documents.bin`, the start of every document as int64; and `corpus.json`, which is written last. The
+    `.bin` files are little-endian.
 
     Attributes:
         folder: `str` or `os.PathLike`, kept as a `Path`.
@@ -49,6 +49,9 @@ class Corpus:
         num_train: number of tokens in the training part.
         num_held_out: number of tokens in the held-out part.
         skipped_files: number of files and folders that `Sources.find` skipped.
+        token_bytes: bytes of a token in `tokens.bin`.
+        special_ids: token ids for which the last byte values stand in `tokens.bin`: with (256, 257), a byte of 254 is
+            token 256, and 255 is 257. These values do not occur in UTF-8.
 
     Example:
         >>> from lightning_attention.training import Corpus, byte_tokenizer
@@ -66,9 +69,12 @@ class Corpus:
     num_train: int
     num_held_out: int
     skipped_files: int
+    token_bytes: int = 2
+    special_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", to_path(self.folder, "folder"))
+        object.__setattr__(self, "special_ids", tuple(self.special_ids))
 
     @classmethod
     def prepare(
@@ -105,7 +111,6 @@ class Corpus:
             corpus = cls.open(folder)
             if corpus.fingerprint == fingerprint:
                 return corpus
-        size = vocab_size(tokenizer)
         with writable_folder(folder):
             for leftover in folder.glob("*.unfinished"):
                 leftover.unlink()
@@ -119,12 +124,14 @@ class Corpus:
                 corpus = cls(
                     folder=folder,
                     fingerprint=fingerprint,
-                    vocab_size=size,
+                    vocab_size=vocab_size(tokenizer),
                     eos_token_id=tokenizer.eos_token_id,
                     num_documents=num_documents,
                     num_train=num_train,
                     num_held_out=num_tokens - num_train,
                     skipped_files=sum(sources.skipped.values()),
+                    token_bytes=stored_dtype(tokenizer).itemsize,
+                    special_ids=special_bytes(tokenizer),
                 )
                 checksums = {"tokens.bin": _checksums(tokens.name), "documents.bin": _checksums(documents.name)}
                 about = {name: value for name, value in asdict(corpus).items() if name != "folder"}
@@ -153,23 +160,28 @@ class Corpus:
             raise ValueError(f"{file} is damaged: {REMEDY}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{file} is damaged: {REMEDY}")
-        if (found := content.get("format", "fingerprint" in content)) not in (FORMAT, False):
+        if (found := content.get("format", "fingerprint" in content)) not in (2, FORMAT, False):
             raise ValueError(
                 f"{file} is of another version of this library (format {int(found)}, not {FORMAT}): use that version, "
                 "or start a new run, which tokenizes its data again"
             )
         if content.pop("checksum", None) != _hash(content):
             raise ValueError(f"{file} is damaged: {REMEDY}")
-        corpus = cls(folder=folder, **content["corpus"])
+        about = content["corpus"]
+        if found == 2:
+            about["token_bytes"] = 2 if about["vocab_size"] <= 1 << 16 else 4
+        corpus = cls(folder=folder, **about)
         for file, size in corpus._sizes().items():
             _verify(file, size, content["checksums"][file.name])
         return corpus
 
-    def train_tokens(self) -> np.ndarray:
-        return self._tokens()[: self.num_train]
+    def train_tokens(self) -> "np.ndarray | ByteTokens":
+        """Token ids of the training part, memory-mapped: an array, or `ByteTokens`, which are read as one."""
+        return self._tokens(slice(0, self.num_train))
 
-    def held_out_tokens(self) -> np.ndarray:
-        return self._tokens()[self.num_train :]
+    def held_out_tokens(self) -> "np.ndarray | ByteTokens":
+        """Token ids of the held-out part, as `train_tokens`."""
+        return self._tokens(slice(self.num_train, None))
 
     def document_starts(self) -> np.ndarray:
         """Index of the first token of every document, over both parts: `[num_documents]` int64, memory-mapped."""
@@ -189,21 +201,46 @@ class Corpus:
 
     def unigram(self) -> Tensor:
         """Natural logarithms of token frequencies in the training part, `[vocab_size]`, with add-one smoothing."""
-        counts, tokens = np.ones(self.vocab_size, dtype=np.int64), self.train_tokens()
-        for start in range(0, len(tokens), COUNTED):
-            counts += np.bincount(tokens[start : start + COUNTED], minlength=self.vocab_size)
+        counts = 1 + _counts(self.train_tokens(), self.vocab_size)
         return torch.from_numpy(counts / counts.sum()).log()
 
-    def _tokens(self) -> np.ndarray:
-        return np.memmap(self.folder / "tokens.bin", id_dtype(self.vocab_size), "r")
+    def _tokens(self, part: slice) -> "np.ndarray | ByteTokens":
+        stored = np.memmap(self.folder / "tokens.bin", f"<u{self.token_bytes}", "r")[part]
+        return ByteTokens(stored, self.special_ids) if self.special_ids else stored
 
     def _sizes(self) -> dict[Path, int]:
         """Expected size of each file in bytes."""
         num_tokens = self.num_train + self.num_held_out
         return {
-            self.folder / "tokens.bin": num_tokens * id_dtype(self.vocab_size).itemsize,
+            self.folder / "tokens.bin": num_tokens * self.token_bytes,
             self.folder / "documents.bin": self.num_documents * OFFSET.itemsize,
         }
+
+
+class ByteTokens:
+    """Token ids in an array of one byte a token; indices and slices give ids as NumPy does.
+
+    Args:
+        stored: bytes.
+        special_ids: token ids for which the last byte values stand; other bytes stand for themselves.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_attention.training.corpus import ByteTokens
+        >>> ByteTokens(np.array([254, 104, 105, 255], np.uint8), special_ids=(256, 257))[1:]
+        array([104, 105, 257], dtype=uint16)
+    """
+
+    def __init__(self, stored: np.ndarray, special_ids: Sequence[int]):
+        self.stored = stored
+        ids = [*range(256 - len(special_ids)), *special_ids]
+        self.ids = np.array(ids, np.min_scalar_type(max(ids)))
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.ids[self.stored[index]]
 
 
 class PackedDataset(Dataset):
@@ -213,7 +250,7 @@ class PackedDataset(Dataset):
     attention does not cross document boundaries; the first token of a document is not a label.
 
     Args:
-        tokens: token ids, memory-mapped or in any array.
+        tokens: token ids, memory-mapped or in any array, or `ByteTokens`.
         sequence_length: T, at least 2.
         document_starts: index of the first token of every document, ascending.
         max_tokens: number of tokens to use, at most.
@@ -231,7 +268,11 @@ class PackedDataset(Dataset):
     """
 
     def __init__(
-        self, tokens: np.ndarray, sequence_length: int, document_starts: np.ndarray, max_tokens: int | None = None
+        self,
+        tokens: np.ndarray | ByteTokens,
+        sequence_length: int,
+        document_starts: np.ndarray,
+        max_tokens: int | None = None,
     ):
         if sequence_length < 2:
             raise ValueError(f"sequence_length must be at least 2, got {sequence_length}")
@@ -247,7 +288,7 @@ class PackedDataset(Dataset):
 
     def loss_of(self, log_frequencies: Tensor) -> float:
         """Mean loss in nats per token of the token frequencies `[vocab_size]`, in natural logarithms."""
-        counts = np.bincount(self.tokens, minlength=len(log_frequencies))
+        counts = _counts(self.tokens, len(log_frequencies))
         return -(torch.from_numpy(counts) * log_frequencies).sum().item() / len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -262,6 +303,14 @@ class PackedDataset(Dataset):
         starts[bounds] = bounds
         positions = torch.from_numpy(positions - np.maximum.accumulate(starts))
         return {"input_ids": tokens, "labels": tokens.masked_fill(positions == 0, IGNORED), "position_ids": positions}
+
+
+def _counts(tokens: np.ndarray | ByteTokens, vocab_size: int) -> np.ndarray:
+    """How often each token id occurs: `[vocab_size]` int64."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for start in range(0, len(tokens), COUNTED):
+        counts += np.bincount(tokens[start : start + COUNTED], minlength=vocab_size)
+    return counts
 
 
 def _fingerprint(sources: Sources, tokenizer: PreTrainedTokenizerFast, held_out_fraction: float) -> str:
@@ -292,17 +341,16 @@ def _write(
     """Write token ids and document starts; return the numbers of documents and tokens."""
     num_documents = num_tokens = num_read = 0
     num_bytes = sum(file.stat().st_size for file in sources.files)
-    values, dtype = byte_values(tokenizer), id_dtype(vocab_size(tokenizer))
 
     def count(read: int) -> None:
         nonlocal num_read
         num_read += read
 
-    for ids, starts in tokenize(sources.documents(count), tokenizer):
+    for stored, starts in tokenize(sources.documents(count), tokenizer):
         documents.write((np.array(starts, OFFSET) + num_tokens).tobytes())
         num_documents += len(starts)
-        tokens.write((ids if values is None else values.astype(dtype)[ids]).data)
-        num_tokens += len(ids)
+        tokens.write(stored.data)
+        num_tokens += len(stored)
         progress(num_read, num_bytes)
     if num_documents == 0:
         raise ValueError("the data holds no text")

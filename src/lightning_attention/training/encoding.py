@@ -21,23 +21,26 @@ class Tokens(NamedTuple):
     """Consecutive tokens of the corpus.
 
     Attributes:
-        ids: token ids, or bytes that stand for them, see `byte_values`; documents begin with BOS and end with EOS.
-        starts: indices in `ids` at which a document begins.
+        stored: token ids, or bytes that stand for them, see `special_bytes`; with BOS and EOS of documents.
+        starts: indices at which a document begins.
     """
 
-    ids: np.ndarray
+    stored: np.ndarray
     starts: list[int]
 
 
-def byte_values(tokenizer: PreTrainedTokenizerFast) -> np.ndarray | None:
-    """Token ids for which the byte values 0 to 255 stand in `Tokens.ids`; None for a tokenizer of other tokens.
+def special_bytes(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Token ids for which the last byte values stand in `Tokens.stored`, if all others stand for themselves.
 
-    The last values, which do not occur in UTF-8, stand for BOS and EOS.
+    They are the ids of BOS and EOS, if text is encoded as UTF-8, where 254 and 255 do not occur; empty otherwise.
     """
-    if not has_byte_ids(tokenizer):
-        return None
-    special = [*bos_ids(tokenizer), cast(int, tokenizer.eos_token_id)]
-    return np.array([*range(256 - len(special)), *special])
+    return (*bos_ids(tokenizer), cast(int, tokenizer.eos_token_id)) if has_byte_ids(tokenizer) else ()
+
+
+def stored_dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype:
+    """Type of `Tokens.stored`: the smallest for the token ids, or uint8 with `special_bytes`."""
+    largest = vocab_size(tokenizer) - 1
+    return np.dtype(np.uint8) if has_byte_ids(tokenizer) else np.min_scalar_type(largest).newbyteorder("<")
 
 
 def tokenize(documents: Iterable[Iterator[str]], tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
@@ -82,7 +85,7 @@ def _encode(documents: Iterable[Iterator[str]], tokenizer: PreTrainedTokenizerFa
     the same tokens. The result equals tokenization at once: a tokenizer that puts a space before a text adds one space
     per document. Memory is bounded by a batch, except for a text whose windows never agree.
     """
-    dtype = id_dtype(vocab_size(tokenizer))
+    dtype = stored_dtype(tokenizer)
     begin, end = bos_ids(tokenizer), [cast(int, tokenizer.eos_token_id)]
     previous: _EncodedWindow | None = None  # the window before, within a document
     for batch in _batches(documents):
@@ -102,11 +105,6 @@ def _encode(documents: Iterable[Iterator[str]], tokenizer: PreTrainedTokenizerFa
             lists.append(np.array(ids, dtype))
             size += len(ids)
         yield Tokens(np.concatenate(lists), starts)
-
-
-def id_dtype(vocab_size: int) -> np.dtype:
-    """Smallest type for token ids."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 class _Window(NamedTuple):

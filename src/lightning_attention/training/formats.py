@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..extras import require
 from ..models.tokenization import well_formed
@@ -171,7 +171,7 @@ def _named_errors(file: Path) -> Iterator[None]:
         raise
 
 
-def _zstd_blocks(compressed: io.BufferedReader) -> Iterator[bytes]:
+def _zstd_blocks(compressed: IO[bytes]) -> Iterator[bytes]:
     """Decompress all frames; unlike zstandard's reader, raise an error if the last one is cut off."""
     zstandard = import_module("zstandard")
     frame = None
