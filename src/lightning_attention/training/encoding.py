@@ -1,7 +1,10 @@
 """Tokenization of documents in bounded memory."""
 
+import os
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, pairwise
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -12,7 +15,7 @@ from ..models.tokenization import bos_ids, encode_texts, vocab_size
 from .tokenizer import has_byte_ids
 
 BYTES_BATCH = 1 << 18  # bytes of text returned at a time by the byte tokenizer
-BATCH = 1 << 22  # characters tokenized at a time by other tokenizers
+BATCH = max(1 << 21, (os.cpu_count() or 1) << 18)  # characters tokenized at a time by other tokenizers, on all cores
 WINDOW = 1 << 18  # characters of a window; most documents are shorter, and one window
 OVERLAP = 1 << 12  # characters that consecutive windows of a document share
 
@@ -88,29 +91,41 @@ def _encode(documents: Iterable[Iterator[str]], tokenizer: PreTrainedTokenizerFa
     dtype = stored_dtype(tokenizer)
     begin, end = bos_ids(tokenizer), [cast(int, tokenizer.eos_token_id)]
     previous: _EncodedWindow | None = None  # the window before, within a document
-    for batch in _batches(documents):
-        lists, starts, size = [], [], 0
-        encodings = encode_texts(tokenizer, (window.text for window in batch))
-        for window, encoding in zip(batch, encodings, strict=True):
-            if window.starts:
-                starts.append(size)
-            if window.starts and window.ends:
-                ids = [*begin, *encoding.ids, *end]
-            elif previous is None:
-                ids, previous = begin, _EncodedWindow(window.text, encoding)
-            else:
-                ids, previous = _join(tokenizer, previous, _EncodedWindow(window.text, encoding))
-            if previous is not None and window.ends:
-                ids, previous = [*ids, *previous.ids[previous.start :], *end], None
-            lists.append(np.array(ids, dtype))
-            size += len(ids)
-        yield Tokens(np.concatenate(lists), starts)
+    with ThreadPoolExecutor(1) as pool:
+        batches = (pool.submit(_encode_batch, tokenizer, batch) for batch in _batches(documents))
+        for batch, _ in pairwise(chain(batches, [Future()])):  # the next batch is encoded meanwhile
+            lists, starts, size = [], [], 0
+            for window, encoding in batch.result():
+                if window.starts:
+                    starts.append(size)
+                if window.is_document:
+                    ids = [*begin, *encoding.ids, *end]
+                elif previous is None:
+                    ids, previous = begin, _EncodedWindow(window.text, encoding)
+                else:
+                    ids, previous = _join(tokenizer, previous, _EncodedWindow(window.text, encoding))
+                if previous is not None and window.ends:
+                    ids, previous = [*ids, *previous.ids[previous.start :], *end], None
+                lists.append(np.array(ids, dtype))
+                size += len(ids)
+            yield Tokens(np.concatenate(lists), starts)
 
 
 class _Window(NamedTuple):
     text: str
     starts: bool  # the document
     ends: bool
+
+    @property
+    def is_document(self) -> bool:
+        return self.starts and self.ends
+
+
+def _encode_batch(tokenizer: PreTrainedTokenizerFast, batch: list[_Window]) -> list[tuple[_Window, Encoding]]:
+    """Encode windows; only windows to be joined need the positions of tokens."""
+    documents, windows = [x.text for x in batch if x.is_document], [x.text for x in batch if not x.is_document]
+    encodings = iter(encode_texts(tokenizer, documents, positions=False)), iter(encode_texts(tokenizer, windows))
+    return [(window, next(encodings[not window.is_document])) for window in batch]
 
 
 def _batches(documents: Iterable[Iterator[str]]) -> Iterator[list[_Window]]:
