@@ -53,6 +53,13 @@ def test_every_epoch_reads_every_sequence_once(start):
     assert list(islice(shuffled_epochs(7, seed=4), 28)) != order[:28]
 
 
+@pytest.mark.parametrize("length", [255, 256, 70_000])
+def test_the_order_is_that_of_64_bit_indices(length):
+    """Indices take as few bytes as they need; runs of earlier versions keep their order."""
+    expected = np.random.default_rng([3, 1]).permutation(length).tolist()
+    assert list(islice(shuffled_epochs(length, seed=3, start=length), length)) == expected
+
+
 def step_sequences(processes: int, batch_size: int, accumulate: int, steps: int, start: int = 0) -> list[list[int]]:
     """Sequences of each step, over all processes."""
     read = [

@@ -76,7 +76,9 @@ def shuffled_epochs(length: int, seed: int, start: int = 0) -> Iterator[int]:
     """Yield the indices below `length` epoch after epoch, shuffled by seed and epoch, from position `start` on."""
     first, skipped = divmod(start, length)
     for epoch in count(first):
-        yield from map(int, np.random.default_rng([seed, epoch]).permutation(length)[skipped:])
+        order = np.arange(length, dtype=np.min_scalar_type(length))
+        np.random.default_rng([seed, epoch]).shuffle(order)
+        yield from map(int, order[skipped:])
         skipped = 0
 
 
