@@ -82,10 +82,10 @@ def test_a_corpus_is_kept_until_its_files_change(tmp_path):
 
     first = prepare()
     assert prepare() == first == Corpus.open(tmp_path / "corpus")
-    assert read == [(len("some text"), len("some text"))]
+    assert read == [(0, len("some text")), (len("some text"), len("some text"))]
     (folder / "a.txt").write_text("other text")
     assert documents(prepare()) == [b"other text"]
-    assert len(read) == 2
+    assert len(read) == 4
 
 
 def test_an_unfinished_corpus_is_not_used(tmp_path):
@@ -228,10 +228,10 @@ def test_tokens_are_stored_in_as_few_bytes_as_their_ids_need(tmp_path, num_words
 
 def test_large_files_are_verified_in_evenly_spaced_blocks(tmp_path, monkeypatch):
     (tmp_path / "data.txt").write_text("x" * 2002)
-    monkeypatch.setattr("lightning_attention.training.corpus.BLOCK", 100)
+    monkeypatch.setattr("lightning_attention.training.blocks.BLOCK", 100)
     Corpus.prepare(tmp_path / "intact", Sources.find([tmp_path / "data.txt"]), byte_tokenizer(), 0.5)
     for limit, verified in ((21, set(range(21))), (3, {0, 10, 20})):
-        monkeypatch.setattr("lightning_attention.training.corpus.VERIFIED_BLOCKS", limit)
+        monkeypatch.setattr("lightning_attention.training.blocks.VERIFIED_BLOCKS", limit)
         missed = set()
         for block in range(21):
             shutil.rmtree(tmp_path / "copy", ignore_errors=True)

@@ -14,7 +14,7 @@ from lightning_attention.inference import encode
 from lightning_attention.models.tokenization import begin_with_bos, bos_ids, encode_texts, well_formed
 from lightning_attention.training import byte_tokenizer, encoding
 from lightning_attention.training.corpus import ByteTokens
-from lightning_attention.training.documents import Sources
+from lightning_attention.training.documents import Place, Sources
 
 RANDOM = random.Random(0)
 WORDS = ["".join(RANDOM.choices("abcdefgé€", k=RANDOM.randint(1, 9))) for _ in range(300)]
@@ -125,7 +125,11 @@ def tokenized(documents: Iterable[Iterator[str]], tokenizer: PreTrainedTokenizer
     """Token ids of each document."""
     tokens, bounds, size = [], [], 0
     special = encoding.special_bytes(tokenizer)
-    for stored, starts in encoding.tokenize(documents, tokenizer):
+    placed = ((Place(0, number), document) for number, document in enumerate(documents, start=1))
+    for stored, starts, files, place in encoding.tokenize(placed, tokenizer):
+        assert files == [0] * len(starts)
+        if place is not None:
+            assert place.file == 0
         tokens += (ByteTokens(stored, special) if special else stored)[:].tolist()
         bounds += [size + start for start in starts]
         size += len(stored)

@@ -76,10 +76,15 @@ def shuffled_epochs(length: int, seed: int, start: int = 0) -> Iterator[int]:
     """Yield the indices below `length` epoch after epoch, shuffled by seed and epoch, from position `start` on."""
     first, skipped = divmod(start, length)
     for epoch in count(first):
-        order = np.arange(length, dtype=np.min_scalar_type(length))
-        np.random.default_rng([seed, epoch]).shuffle(order)
-        yield from map(int, order[skipped:])
+        yield from map(int, _shuffled(length, [seed, epoch])[skipped:])
         skipped = 0
+
+
+def _shuffled(length: int, seed: list[int]) -> np.ndarray:
+    """Indices below `length` in random order, in as few bytes as they need."""
+    indices = np.arange(length, dtype=np.min_scalar_type(length))
+    np.random.default_rng(seed).shuffle(indices)
+    return indices
 
 
 def held_out_batches(dataset: PackedDataset, share: Share) -> Iterator[Items]:

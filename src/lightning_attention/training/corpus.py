@@ -1,15 +1,12 @@
 """Tokenized corpora in memory-mapped files, which may be larger than memory."""
 
-import hashlib
 import json
 import math
-import os
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,19 +14,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from ..files import replacing, writable_folder
+from ..files import writable_folder, write
 from ..models.heads import IGNORED
 from ..models.tokenization import bos_ids, vocab_size
 from ..paths import PathLike, to_path
+from .blocks import REMEDY, verify
 from .documents import Sources
-from .encoding import special_bytes, stored_dtype, tokenize
+from .encoding import special_bytes
+from .writer import OFFSET, corpus_writer, hashed
 
 FORMAT = 3
-OFFSET = np.dtype("<i8")
 COUNTED = 1 << 22  # tokens counted at a time
-BLOCK = 1 << 22  # bytes per checksum
-VERIFIED_BLOCKS = 1024  # blocks of a file that `Corpus.open` reads at most: seconds for a corpus of any size
-REMEDY = "restore it from a copy, or start a new run, which tokenizes its data again"
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Corpus:
         num_documents: number of documents in both parts.
         num_train: number of tokens in the training part.
         num_held_out: number of tokens in the held-out part.
-        skipped_files: number of files and folders that `Sources.find` skipped.
+        skipped_files: number of files and folders that were skipped.
         token_bytes: bytes of a token in `tokens.bin`.
         special_ids: token ids for which the last byte values stand in `tokens.bin`: with (256, 257), a byte of 254 is
             token 256, and 255 is 257. These values do not occur in UTF-8.
@@ -87,7 +82,8 @@ class Corpus:
     ) -> "Corpus":
         """Tokenize the sources into `folder`, unless it holds an intact corpus of these sources.
 
-        An error leaves the folder as it was; a folder that did not exist is removed.
+        An error leaves the folder as it was; a folder that did not exist is removed. After a kill, the next call for
+        these sources verifies what was written and goes on from there.
 
         Args:
             folder: created if it does not exist.
@@ -111,32 +107,27 @@ class Corpus:
             corpus = cls.open(folder)
             if corpus.fingerprint == fingerprint:
                 return corpus
-        with writable_folder(folder):
-            for leftover in folder.glob("*.unfinished"):
-                leftover.unlink()
-            with (
-                replacing(folder / "corpus.json") as description,
-                replacing(folder / "documents.bin", "wb") as documents,
-                replacing(folder / "tokens.bin", "wb") as tokens,
-            ):
-                num_documents, num_tokens = _write(sources, tokenizer, progress, tokens, documents)
-                num_train = _held_out_start(np.memmap(documents.name, OFFSET, "r"), num_tokens, held_out_fraction)
-                corpus = cls(
-                    folder=folder,
-                    fingerprint=fingerprint,
-                    vocab_size=vocab_size(tokenizer),
-                    eos_token_id=tokenizer.eos_token_id,
-                    num_documents=num_documents,
-                    num_train=num_train,
-                    num_held_out=num_tokens - num_train,
-                    skipped_files=sum(sources.skipped.values()),
-                    token_bytes=stored_dtype(tokenizer).itemsize,
-                    special_ids=special_bytes(tokenizer),
-                )
-                checksums = {"tokens.bin": _checksums(tokens.name), "documents.bin": _checksums(documents.name)}
-                about = {name: value for name, value in asdict(corpus).items() if name != "folder"}
-                content: dict[str, Any] = {"format": FORMAT, "corpus": about, "checksums": checksums}
-                json.dump(content | {"checksum": _hash(content)}, description)
+        with writable_folder(folder), corpus_writer(folder, fingerprint, sources, tokenizer) as writer:
+            writer.write(progress)
+            num_documents, num_tokens = writer.num_documents, writer.num_tokens
+            if num_documents == 0:
+                raise ValueError("the data holds no text")
+            num_train = _held_out_start(writer.document_starts(), num_tokens, held_out_fraction)
+            corpus = cls(
+                folder=folder,
+                fingerprint=fingerprint,
+                vocab_size=vocab_size(tokenizer),
+                eos_token_id=tokenizer.eos_token_id,
+                num_documents=num_documents,
+                num_train=num_train,
+                num_held_out=num_tokens - num_train,
+                skipped_files=sum(sources.skipped.values()) + len(writer.excluded),
+                token_bytes=writer.token_bytes,
+                special_ids=special_bytes(tokenizer),
+            )
+            about = {name: value for name, value in asdict(corpus).items() if name != "folder"}
+            content: dict[str, Any] = {"format": FORMAT, "corpus": about, "checksums": writer.finish()}
+            write(folder / "corpus.json", json.dumps(content | {"checksum": hashed(content)}))
         return corpus
 
     @classmethod
@@ -165,14 +156,14 @@ class Corpus:
                 f"{file} is of another version of this library (format {int(found)}, not {FORMAT}): use that version, "
                 "or start a new run, which tokenizes its data again"
             )
-        if content.pop("checksum", None) != _hash(content):
+        if content.pop("checksum", None) != hashed(content):
             raise ValueError(f"{file} is damaged: {REMEDY}")
         about = content["corpus"]
         if found == 2:
             about["token_bytes"] = 2 if about["vocab_size"] <= 1 << 16 else 4
         corpus = cls(folder=folder, **about)
         for file, size in corpus._sizes().items():
-            _verify(file, size, content["checksums"][file.name])
+            verify(file, size, content["checksums"][file.name])
         return corpus
 
     def train_tokens(self) -> "np.ndarray | ByteTokens":
@@ -316,11 +307,7 @@ def _counts(tokens: np.ndarray | ByteTokens, vocab_size: int) -> np.ndarray:
 def _fingerprint(sources: Sources, tokenizer: PreTrainedTokenizerFast, held_out_fraction: float) -> str:
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     frame = [bos_ids(tokenizer), tokenizer.eos_token_id, sorted(tokenizer.all_special_tokens)]
-    return _hash([FORMAT, sources.describe(), sources.text_field, vocabulary, frame, held_out_fraction])
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return hashed([FORMAT, sources.describe(), sources.text_field, vocabulary, frame, held_out_fraction])
 
 
 def _held_out_start(document_starts: np.ndarray, num_tokens: int, held_out_fraction: float) -> int:
@@ -329,55 +316,3 @@ def _held_out_start(document_starts: np.ndarray, num_tokens: int, held_out_fract
     earliest = num_tokens - math.ceil(num_tokens * min(2 * held_out_fraction, 1.0))
     document = int(document_starts[np.searchsorted(document_starts, start, side="right") - 1])
     return document if document >= max(earliest, 1) else start
-
-
-def _write(
-    sources: Sources,
-    tokenizer: PreTrainedTokenizerFast,
-    progress: Callable[[int, int], None],
-    tokens: IO[bytes],
-    documents: IO[bytes],
-) -> tuple[int, int]:
-    """Write token ids and document starts; return the numbers of documents and tokens."""
-    num_documents = num_tokens = num_read = 0
-    num_bytes = sum(file.stat().st_size for file in sources.files)
-
-    def count(read: int) -> None:
-        nonlocal num_read
-        num_read += read
-
-    for stored, starts in tokenize(sources.documents(count), tokenizer):
-        documents.write((np.array(starts, OFFSET) + num_tokens).tobytes())
-        num_documents += len(starts)
-        tokens.write(stored.data)
-        num_tokens += len(stored)
-        progress(num_read, num_bytes)
-    if num_documents == 0:
-        raise ValueError("the data holds no text")
-    tokens.flush()
-    documents.flush()
-    return num_documents, num_tokens
-
-
-def _checksums(path: PathLike, blocks: Iterable[int] | None = None) -> list[int]:
-    """CRC-32 of blocks of a file, by default all."""
-    with open(path, "rb") as content:
-        checksums = []
-        for block in range(math.ceil(os.path.getsize(path) / BLOCK)) if blocks is None else blocks:
-            content.seek(block * BLOCK)
-            checksums.append(zlib.crc32(content.read(BLOCK)))
-        return checksums
-
-
-def _verify(file: Path, size: int, checksums: list[int]) -> None:
-    """Raise a ValueError that names the file if its size or a checksum differs."""
-    try:
-        found = file.stat().st_size
-    except FileNotFoundError as error:
-        raise ValueError(f"{file} is missing: {REMEDY}") from error
-    if found != size:
-        raise ValueError(f"{file} has {found:,} bytes, {size:,} were written: {REMEDY}")
-    blocks = np.linspace(0, len(checksums) - 1, min(len(checksums), VERIFIED_BLOCKS)).astype(int).tolist()
-    for block, checksum in zip(blocks, _checksums(file, blocks), strict=True):
-        if checksum != checksums[block]:
-            raise ValueError(f"{file} is damaged near byte {block * BLOCK:,}: {REMEDY}")

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from ..paths import PathLike, to_paths
 from . import formats
@@ -23,11 +24,13 @@ class Sources:
         files: `str` or `os.PathLike`, kept as `Path`s; see `formats.documents`.
         text_field: field of a JSON line, or column of a parquet file, with the text.
         skipped: number of skipped files and folders by reason.
+        optional: files to skip if they turn out not to be text; any other such file is an error.
     """
 
     files: tuple[Path, ...]
     text_field: str = "text"
     skipped: Mapping[str, int] = field(default_factory=dict)
+    optional: frozenset[Path] = frozenset()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "files", to_paths(self.files, "files"))
@@ -71,17 +74,45 @@ class Sources:
         """Count the skipped files and folders by reason, in one line; empty if there are none."""
         return _summary(self.skipped)
 
-    def documents(self, count: formats.Count = bool) -> Iterator[Iterator[str]]:
+    def documents(self) -> Iterator[Iterator[str]]:
         """Read all documents, each as an iterator of consecutive parts of its text.
 
+        Raises:
+            ValueError, ImportError: as `formats.documents`.
+        """
+        return (document for _, document in self.documents_from(Place(0, 0)))
+
+    def documents_from(
+        self, start: "Place", excluded: Collection[int] = (), count: formats.Count = bool
+    ) -> Iterator[tuple["Place", Iterator[str]]]:
+        """Read documents from a place on, each with the place after it.
+
         Args:
+            start: where to start; earlier documents of its file are read again, earlier files are not.
+            excluded: indices of files to leave out.
             count: called with the number of bytes that were read, as they are read.
 
         Raises:
             ValueError, ImportError: as `formats.documents`.
         """
-        for file in self.files:
-            yield from formats.documents(file, self.text_field, count)
+        for index in range(start.file, len(self.files)):
+            if index in excluded:
+                continue
+            finished = start.document if index == start.file else 0
+            documents = formats.documents(self.files[index], self.text_field, count)
+            yield from ((Place(index, n), x) for n, x in enumerate(documents, start=1) if n > finished)
+
+
+class Place(NamedTuple):
+    """Place between two documents of the sources.
+
+    Attributes:
+        file: index of a source file.
+        document: number of documents of the file before the place.
+    """
+
+    file: int
+    document: int
 
 
 def standard_library() -> Path:

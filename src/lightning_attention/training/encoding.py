@@ -12,6 +12,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from ..models.tokenization import bos_ids, encode_texts, vocab_size
+from .documents import Place
 from .tokenizer import has_byte_ids
 
 BYTES_BATCH = 1 << 18  # bytes of text returned at a time by the byte tokenizer
@@ -20,16 +21,23 @@ WINDOW = 1 << 18  # characters of a window; most documents are shorter, and one 
 OVERLAP = 1 << 12  # characters that consecutive windows of a document share
 
 
+Documents = Iterable[tuple[Place, Iterator[str]]]
+
+
 class Tokens(NamedTuple):
     """Consecutive tokens of the corpus.
 
     Attributes:
         stored: token ids, or bytes that stand for them, see `special_bytes`; with BOS and EOS of documents.
         starts: indices at which a document begins.
+        files: index of the source file of each of these documents.
+        place: place in the sources after these tokens; None within a document.
     """
 
     stored: np.ndarray
     starts: list[int]
+    files: list[int]
+    place: Place | None
 
 
 def special_bytes(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
@@ -46,30 +54,37 @@ def stored_dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype:
     return np.dtype(np.uint8) if has_byte_ids(tokenizer) else np.min_scalar_type(largest).newbyteorder("<")
 
 
-def tokenize(documents: Iterable[Iterator[str]], tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
+def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
     """Tokenize documents as `[bos] text eos`; documents without text are left out.
 
     Args:
-        documents: the text of each document, as an iterator of consecutive parts.
+        documents: the place after each document, and its text as an iterator of consecutive parts.
         tokenizer: with an EOS token.
     """
     return (_encode_bytes if has_byte_ids(tokenizer) else _encode)(documents, tokenizer)
 
 
-def _encode_bytes(documents: Iterable[Iterator[str]], tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
+def _encode_bytes(documents: Documents, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
     begin = b"\xfe" * len(bos_ids(tokenizer))
-    batch, starts, size = [], [], 0
-    for document in documents:
+    batch, starts, files, size = [], [], [], 0
+    finished = None
+    for place, document in documents:
         for index, part in enumerate(_framed(document, begin, b"\xff")):
-            if size >= BYTES_BATCH:
-                yield Tokens(np.frombuffer(b"".join(batch), np.uint8), starts)
-                batch, starts, size = [], [], 0
+            if size >= BYTES_BATCH or (index == 0 and batch and not starts):  # only the end of a document
+                yield Tokens(_joined(batch), starts, files, finished if index == 0 else None)
+                batch, starts, files, size = [], [], [], 0
             if index == 0:
                 starts.append(size)
+                files.append(place.file)
             batch.append(part)
             size += len(part)
+        finished = place
     if batch:
-        yield Tokens(np.frombuffer(b"".join(batch), np.uint8), starts)
+        yield Tokens(_joined(batch), starts, files, finished)
+
+
+def _joined(batch: list[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(batch), np.uint8)
 
 
 def _framed(document: Iterator[str], begin: bytes, end: bytes) -> Iterator[bytes]:
@@ -81,7 +96,7 @@ def _framed(document: Iterator[str], begin: bytes, end: bytes) -> Iterator[bytes
         yield end
 
 
-def _encode(documents: Iterable[Iterator[str]], tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
+def _encode(documents: Documents, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
     """Tokenize documents by the library of the tokenizer.
 
     A document of more than `WINDOW` characters is tokenized in overlapping windows, which are joined where they have
@@ -94,10 +109,12 @@ def _encode(documents: Iterable[Iterator[str]], tokenizer: PreTrainedTokenizerFa
     with ThreadPoolExecutor(1) as pool:
         batches = (pool.submit(_encode_batch, tokenizer, batch) for batch in _batches(documents))
         for batch, _ in pairwise(chain(batches, [Future()])):  # the next batch is encoded meanwhile
-            lists, starts, size = [], [], 0
+            lists, starts, files, size, place = [], [], [], 0, None
             for window, encoding in batch.result():
+                place = window.place if window.ends else None
                 if window.starts:
                     starts.append(size)
+                    files.append(window.place.file)
                 if window.is_document:
                     ids = [*begin, *encoding.ids, *end]
                 elif previous is None:
@@ -108,13 +125,14 @@ def _encode(documents: Iterable[Iterator[str]], tokenizer: PreTrainedTokenizerFa
                     ids, previous = [*ids, *previous.ids[previous.start :], *end], None
                 lists.append(np.array(ids, dtype))
                 size += len(ids)
-            yield Tokens(np.concatenate(lists), starts)
+            yield Tokens(np.concatenate(lists), starts, files, place)
 
 
 class _Window(NamedTuple):
     text: str
     starts: bool  # the document
     ends: bool
+    place: Place  # after the document
 
     @property
     def is_document(self) -> bool:
@@ -128,30 +146,30 @@ def _encode_batch(tokenizer: PreTrainedTokenizerFast, batch: list[_Window]) -> l
     return [(window, next(encodings[not window.is_document])) for window in batch]
 
 
-def _batches(documents: Iterable[Iterator[str]]) -> Iterator[list[_Window]]:
+def _batches(documents: Documents) -> Iterator[list[_Window]]:
     batch, size = [], 0
-    for document in documents:
-        for window in _windows(document):
+    for place, document in documents:
+        for window in _windows(document, place):
             batch.append(window)
             size += len(window.text)
-            if size >= BATCH:
+            if size >= BATCH or (window.ends and not batch[0].starts):  # only the end of a document
                 yield batch
                 batch, size = [], 0
     if batch:
         yield batch
 
 
-def _windows(document: Iterator[str]) -> Iterator[_Window]:
+def _windows(document: Iterator[str], place: Place) -> Iterator[_Window]:
     """Cut a document into windows of at most `WINDOW` characters that overlap by `OVERLAP`."""
     text, starts = "", True
     for part in document:
         text, at = text + part, 0
         while len(text) - at > WINDOW:
-            yield _Window(text[at : at + WINDOW], starts, False)
+            yield _Window(text[at : at + WINDOW], starts, False, place)
             at, starts = at + WINDOW - OVERLAP, False
         text = text[at:]
     if text:
-        yield _Window(text, starts, True)
+        yield _Window(text, starts, True, place)
 
 
 class _EncodedWindow:

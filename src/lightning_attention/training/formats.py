@@ -62,7 +62,11 @@ def is_text(file: Path, text_field: str) -> bool:
 
 
 class NotUtf8Error(ValueError):
-    """Raised for a file that is not UTF-8 text."""
+    """Raised for a file that is not UTF-8 text without NUL."""
+
+    def __init__(self, file: Path):
+        super().__init__(f"{file} is not UTF-8 text")
+        self.file = file
 
 
 def _suffixes(file: Path) -> tuple[str, str]:
@@ -158,7 +162,7 @@ def _named_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise NotUtf8Error(f"{file} is not UTF-8 text") from error
+        raise NotUtf8Error(file) from error
     except ImportError as error:
         raise ImportError(f"{file}: {error}", name=error.name) from error
     except MemoryError:

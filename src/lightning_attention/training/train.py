@@ -267,13 +267,13 @@ def _prepare_corpus(run: _OpenRun, tokenizer: PreTrainedTokenizerFast) -> None:
     progress = Progress(*columns)
     task = progress.add_task("tokenizing", total=None)
     with Live(progress, console=run.console, transient=True):  # unlike Progress, prints nothing to a file
-        Corpus.prepare(
-            run.folder.path / CORPUS,
-            sources,
-            tokenizer,
-            options.held_out,
-            progress=lambda num_read, num_bytes: progress.update(task, completed=num_read, total=num_bytes),
-        )
+
+        def report(num_read: int, num_bytes: int) -> None:
+            if num_read and not progress.tasks[0].total:
+                run.console.print(f"tokenizing goes on after {num_read:,} of {num_bytes:,} bytes", highlight=False)
+            progress.update(task, completed=num_read, total=num_bytes)
+
+        Corpus.prepare(run.folder.path / CORPUS, sources, tokenizer, options.held_out, report)
     if skipped := sources.describe_skipped():
         run.console.print(skipped, highlight=False)
 
