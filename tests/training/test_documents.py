@@ -124,7 +124,7 @@ def test_a_damaged_file_is_named(tmp_path, name, content, message, named):
     (tmp_path / "fine.txt").write_text("fine")
     (tmp_path / name).write_bytes(content())
     with pytest.raises(ValueError, match=message):
-        Sources.find(tmp_path / name if named else tmp_path)
+        texts(tmp_path / name if named else tmp_path)
 
 
 def test_a_damaged_parquet_file_is_named(tmp_path):
@@ -260,6 +260,24 @@ def test_a_file_that_is_damaged_after_the_search_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"a.txt is not UTF-8 text"):
         list(next(sources.documents()))
+
+
+LATE = b"\xe2\x82\xac" * 50_000  # more text than the search reads
+
+
+@pytest.mark.parametrize("end", [b"\xff", b"\0", b"\xe2\x82"], ids=["not UTF-8", "NUL", "half a character"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
+def test_the_end_of_a_file_is_checked_when_it_is_read(tmp_path, name, end):
+    content = b'{"text": "fine"}\n{"text": "' + LATE + end if name == "a.jsonl" else LATE + end
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    named, found = Sources.find(tmp_path / name), Sources.find(tmp_path)
+    assert named.files == found.files == (tmp_path / name,)
+    assert (named.optional, found.optional) == (frozenset(), {tmp_path / name})
+    assert Sources.find([tmp_path, tmp_path / name]).optional == Sources.find([tmp_path / name, tmp_path]).optional
+    assert not Sources.find([tmp_path, tmp_path / name]).optional
+    for sources in (named, found):
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(tmp_path / name))} is not UTF-8 text$"):
+            ["".join(parts) for parts in sources.documents()]
 
 
 def test_the_standard_library_has_text_files():

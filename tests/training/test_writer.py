@@ -138,3 +138,37 @@ def test_an_error_after_a_kill_removes_the_leftovers(tmp_path, sources):
     with pytest.raises(KeyboardInterrupt):
         Corpus.prepare(copy, sources, byte_tokenizer(), 0.2, stop)
     assert content(copy) == {}
+
+
+@pytest.mark.parametrize("make", [byte_tokenizer, bpe], ids=["bytes", "GPT-2"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_file_that_is_not_text_after_all_is_skipped(tmp_path, sources, make, seed):
+    """Wherever it is in the order of files, after a kill too."""
+    lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in TEXTS[:9])
+    bad = {
+        "bad.txt": b"x" * 700 + b"\xff",
+        "late.jsonl": lines + b"\xff",
+        "nul.jsonl": lines + b"\0",
+        "z": b"y" * 150 + b"\0",
+    }
+    for name, data in bad.items():
+        (tmp_path / "data" / name).write_bytes(data)
+    found = Sources.find(tmp_path / "data", seed=seed)
+    assert len(found.files) == len(sources.files) + len(bad)
+    paths = {tmp_path / "data" / name for name in bad}
+    in_order = Sources(tuple(file for file in found.files if file not in paths))
+    Corpus.prepare(tmp_path / "expected", in_order, make(), 0.2)
+    copies = killed(tmp_path / "corpus", found, make())
+    for folder in [tmp_path / "corpus", *copies[::5]]:
+        corpus = Corpus.prepare(folder, found, make(), 0.2)
+        assert corpus.skipped_files == len(bad)
+        for name in ("tokens.bin", "documents.bin"):
+            assert (folder / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+    assert found.describe_skipped(len(bad)) == "skipped files and folders: 4 not UTF-8 text"
+
+
+def test_a_given_file_that_is_not_text_after_all_is_an_error(tmp_path):
+    (tmp_path / "bad.txt").write_bytes(b"x" * 700 + b"\xff")
+    with pytest.raises(ValueError, match=r"bad.txt is not UTF-8 text"):
+        Corpus.prepare(tmp_path / "corpus", Sources.find(tmp_path / "bad.txt"), byte_tokenizer())
+    assert not (tmp_path / "corpus").exists()

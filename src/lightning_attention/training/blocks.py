@@ -30,7 +30,8 @@ class BlockWriter:
 
     def __init__(self, path: Path, size: int = 0, checksums: Sequence[int] = ()):
         self.path, self.size, self.checksums = path, size, [*checksums]
-        self.file = path.open("ab" if size else "wb")
+        self.file = path.open("ab")
+        os.truncate(path, size)
 
     def write(self, content: bytes | memoryview) -> None:
         if not len(content):  # cannot be cast

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ..paths import PathLike, to_paths
 from . import formats
 
+NOT_TEXT = "not UTF-8 text"
 SKIPPED_FOLDERS = {"__pycache__", "node_modules", "site-packages", "dist-packages"}
 
 
@@ -48,9 +49,12 @@ class Sources:
         Shuffling makes the held-out end of the corpus a sample of all files. Links are followed; a file or folder found
         twice is read once. Hidden files, caches, installed packages and folders named in `without` are skipped.
 
+        The first 64 KiB of a file tell whether it is text. If the rest is not, `Corpus.prepare` skips a file of a
+        folder, and raises an error for a given file.
+
         Raises:
             ValueError: a path does not exist, a given file is not UTF-8 text, a file is not a regular file (a FIFO, a
-                device), a compressed file is damaged, or no file is found.
+                device), the start of a compressed file is damaged, or no file is found.
             OSError: a folder or file cannot be read.
             ImportError: a package for the format of a file is missing.
 
@@ -64,15 +68,19 @@ class Sources:
         if not search.files:
             raise ValueError("no text files found" + (f"; {reasons}" if (reasons := _summary(search.skipped)) else ""))
         random.Random(seed).shuffle(search.files)
-        return cls(tuple(search.files), text_field, dict(search.skipped))
+        return cls(tuple(search.files), text_field, dict(search.skipped), frozenset(search.optional.values()))
 
     def describe(self) -> list[tuple[str, int, int]]:
         """Path, size and modification time of every file."""
         return [(str(file.resolve()), (info := file.stat()).st_size, info.st_mtime_ns) for file in self.files]
 
-    def describe_skipped(self) -> str:
-        """Count the skipped files and folders by reason, in one line; empty if there are none."""
-        return _summary(self.skipped)
+    def describe_skipped(self, num_excluded: int = 0) -> str:
+        """Count the skipped files and folders by reason, in one line; empty if there are none.
+
+        Args:
+            num_excluded: number of `optional` files that turned out not to be text.
+        """
+        return _summary(Counter(self.skipped) + Counter({NOT_TEXT: num_excluded}))
 
     def documents(self) -> Iterator[Iterator[str]]:
         """Read all documents, each as an iterator of consecutive parts of its text.
@@ -126,6 +134,7 @@ class _Search:
     def __init__(self, text_field: str, excluded: Collection[str]):
         self.text_field, self.excluded = text_field, excluded
         self.files: list[Path] = []
+        self.optional: dict[tuple[int, int], Path] = {}  # files in folders, by device and inode
         self.skipped: Counter[str] = Counter()
         self.found: set[tuple[int, int]] = set()  # device and inode
 
@@ -135,7 +144,9 @@ class _Search:
             raise ValueError(f"there is no file or folder {path}: it {what}")
         if path.is_dir():
             self._add_folder(path)
-        elif not self._add_file(path):
+        elif self._add_file(path):
+            self.optional.pop(_identity(path), None)
+        else:
             raise ValueError(f"{path} is not UTF-8 text")
 
     def _add_folder(self, folder: Path) -> None:
@@ -150,7 +161,7 @@ class _Search:
                 self.skipped["dangling links"] += 1
             elif not path.is_dir():
                 if not self._add_file(path):
-                    self.skipped["not UTF-8 text"] += 1
+                    self.skipped[NOT_TEXT] += 1
             elif entry.name in self.excluded:
                 self.skipped["caches, packages and the like"] += 1
             else:
@@ -161,9 +172,10 @@ class _Search:
         if not stat.S_ISREG(file.stat().st_mode):
             raise ValueError(f"{file} is not a regular file but a FIFO, socket or device: copy its content to a file")
         if not self._is_found(file):
-            if not formats.is_text(file, self.text_field):
+            if not formats.may_be_text(file, self.text_field):
                 return False
             self.found.add(_identity(file))
+            self.optional[_identity(file)] = file
             self.files.append(file)
         return True
 

@@ -45,20 +45,22 @@ def documents(file: Path, text_field: str, count: Count = bool) -> Iterator[Iter
         yield _parts(file, count)
 
 
-def is_text(file: Path, text_field: str) -> bool:
-    """True for a parquet file, and for a file that is UTF-8 text without NUL after decompression.
+def may_be_text(file: Path, text_field: str) -> bool:
+    """True for a parquet file, and for a file whose first 64 KiB, decompressed, are UTF-8 text without NUL.
 
     Raises:
-        ValueError: a compressed or parquet file is damaged, or a parquet file has no column `text_field`.
+        ValueError: the start of a compressed file or a parquet file is damaged, or a parquet file has no column
+            `text_field`.
         ImportError: a package for the format is missing.
     """
     if _suffixes(file)[0] == ".parquet":
         with _parquet(file, text_field):
             return True
     try:
-        return all("\0" not in part for part in _parts(file))
+        next(_parts(file), None)
     except NotUtf8Error:
         return False
+    return True
 
 
 class NotUtf8Error(ValueError):
@@ -78,9 +80,14 @@ def _suffixes(file: Path) -> tuple[str, str]:
 def _parts(file: Path, count: Count = bool) -> Iterator[str]:
     decode = getincrementaldecoder("utf-8-sig")().decode
     with _named_errors(file), _content(file, count) as content:
-        while block := content.read(BLOCK):
-            yield decode(block)
-        yield decode(b"", final=True)
+        block = content.read(BLOCK)
+        while block:
+            following = content.read(BLOCK)
+            part = decode(block, final=not following)
+            if "\0" in part:
+                raise NotUtf8Error(file)
+            yield part
+            block = following
 
 
 def _lines(file: Path, text_field: str, count: Count) -> Iterator[Iterator[str]]:
@@ -92,6 +99,8 @@ def _lines(file: Path, text_field: str, count: Count) -> Iterator[Iterator[str]]
         io.TextIOWrapper(content, encoding="utf-8-sig", newline=None) as lines,
     ):
         for number, line in enumerate(lines, start=1):
+            if "\0" in line:
+                raise NotUtf8Error(file)
             if not line.strip():
                 continue
             try:

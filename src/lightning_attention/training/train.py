@@ -273,8 +273,8 @@ def _prepare_corpus(run: _OpenRun, tokenizer: PreTrainedTokenizerFast) -> None:
                 run.console.print(f"tokenizing goes on after {num_read:,} of {num_bytes:,} bytes", highlight=False)
             progress.update(task, completed=num_read, total=num_bytes)
 
-        Corpus.prepare(run.folder.path / CORPUS, sources, tokenizer, options.held_out, report)
-    if skipped := sources.describe_skipped():
+        corpus = Corpus.prepare(run.folder.path / CORPUS, sources, tokenizer, options.held_out, report)
+    if skipped := sources.describe_skipped(corpus.skipped_files - sum(sources.skipped.values())):
         run.console.print(skipped, highlight=False)
 
 
