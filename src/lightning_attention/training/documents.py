@@ -145,48 +145,49 @@ class _Search:
         if path.is_dir():
             self._add_folder(path)
         elif self._add_file(path):
-            self.optional.pop(_identity(path), None)
+            self.optional.pop(_identity(path.stat()), None)
         else:
             raise ValueError(f"{path} is not UTF-8 text")
 
     def _add_folder(self, folder: Path) -> None:
-        if self._is_found(folder):
+        identity = _identity(folder.stat())
+        if self._is_found(identity):
             return
-        self.found.add(_identity(folder))
+        self.found.add(identity)
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            path = Path(entry)
             if entry.name.startswith("."):
                 self.skipped["hidden"] += 1
-            elif not path.exists():
+            elif not os.path.exists(entry):
                 self.skipped["dangling links"] += 1
-            elif not path.is_dir():
-                if not self._add_file(path):
+            elif not entry.is_dir():
+                if not self._add_file(Path(entry)):
                     self.skipped[NOT_TEXT] += 1
             elif entry.name in self.excluded:
                 self.skipped["caches, packages and the like"] += 1
             else:
-                self._add_folder(path)
+                self._add_folder(Path(entry))
 
     def _add_file(self, file: Path) -> bool:
         """Add a file; return False if it is not text."""
-        if not stat.S_ISREG(file.stat().st_mode):
+        information = file.stat()
+        if not stat.S_ISREG(information.st_mode):
             raise ValueError(f"{file} is not a regular file but a FIFO, socket or device: copy its content to a file")
-        if not self._is_found(file):
+        identity = _identity(information)
+        if not self._is_found(identity):
             if not formats.may_be_text(file, self.text_field):
                 return False
-            self.found.add(_identity(file))
-            self.optional[_identity(file)] = file
+            self.found.add(identity)
+            self.optional[identity] = file
             self.files.append(file)
         return True
 
-    def _is_found(self, path: Path) -> bool:
-        if is_found := _identity(path) in self.found:
+    def _is_found(self, identity: tuple[int, int]) -> bool:
+        if is_found := identity in self.found:
             self.skipped["found twice"] += 1
         return is_found
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    information = path.stat()
+def _identity(information: os.stat_result) -> tuple[int, int]:
     return information.st_dev, information.st_ino
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,8 +74,8 @@ class NotUtf8Error(ValueError):
 
 def _suffixes(file: Path) -> tuple[str, str]:
     """Suffixes of the format and of the compression, or an empty one, in lower case."""
-    name = Path(file.name.lower())
-    return (Path(name.stem).suffix, name.suffix) if name.suffix in COMPRESSED else (name.suffix, "")
+    stem, suffix = os.path.splitext(file.name.lower())
+    return (os.path.splitext(stem)[1], suffix) if suffix in COMPRESSED else (suffix, "")
 
 
 def _parts(file: Path, count: Count = bool) -> Iterator[str]:
