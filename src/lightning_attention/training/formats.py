@@ -102,7 +102,7 @@ def _lines(file: Path, text_field: str, count: Count) -> Iterator[Iterator[str]]
         for number, line in enumerate(lines, start=1):
             if "\0" in line:
                 raise NotUtf8Error(file)
-            if not line.strip():
+            if line.isspace():
                 continue
             try:
                 text = decode(line)[text_field]
