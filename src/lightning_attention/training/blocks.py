@@ -3,8 +3,8 @@
 import math
 import os
 import zlib
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,28 +16,35 @@ VERIFIED_BLOCKS = 1024  # blocks that `verify` reads at most: seconds for a file
 REMEDY = "restore it from a copy, or start a new run, which tokenizes its data again"
 
 
+def unfinished(path: Path) -> Path:
+    """Temporary name of a file that is being written."""
+    return path.with_name(f"{path.name}.unfinished")
+
+
 class BlockWriter:
-    """File that is written from start to end, with the checksums of its blocks.
+    """File that is written from start to end under a temporary name, with the checksums of its blocks.
 
     Args:
-        path: the file.
-        size: bytes that it holds; 0 for a new file.
+        path: the file that `finish` creates or replaces.
+        size: bytes that the temporary file holds.
         checksums: checksums of their blocks.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; the error names `path`.
     """
 
     def __init__(self, path: Path, size: int = 0, checksums: Sequence[int] = ()):
         self.path, self.size, self.checksums = path, size, [*checksums]
-        self.file = path.open("ab")
-        os.truncate(path, size)
+        self.temporary = unfinished(path)
+        self.file = self.temporary.open("ab")
+        os.truncate(self.temporary, size)
 
     def write(self, content: bytes | memoryview) -> None:
         if not len(content):  # cannot be cast
             return
         rest = memoryview(content).cast("B")
-        self.file.write(rest)
+        with self._named_errors():
+            self.file.write(rest)
         while rest:
             if self.size % BLOCK == 0:
                 self.checksums.append(0)
@@ -47,20 +54,34 @@ class BlockWriter:
 
     def truncate(self, size: int) -> None:
         """Drop the content after `size` bytes."""
-        self.file.flush()
-        os.truncate(self.path, size)
+        self.flush()
+        os.truncate(self.temporary, size)
         self.size = size
         last = size // BLOCK
-        self.checksums[last:] = _checksums(self.path, range(last, math.ceil(size / BLOCK)))
+        self.checksums[last:] = _checksums(self.temporary, range(last, math.ceil(size / BLOCK)))
 
     def flush(self) -> None:
         """Flush the content to the disk."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with self._named_errors():
+            self.file.flush()
+            os.fsync(self.file.fileno())
+
+    def finish(self) -> None:
+        """Flush the content and give the file its name."""
+        self.flush()
+        os.replace(self.temporary, self.path)
 
     def close(self) -> None:
         with suppress(OSError):  # a full disk, which a flush has reported
             self.file.close()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(self.path)  # a full disk names no file
+            raise
 
 
 def verify(file: Path, size: int, checksums: Sequence[int]) -> None:

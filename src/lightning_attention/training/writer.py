@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from ..files import flush, write
-from .blocks import BlockWriter, verify
+from .blocks import BlockWriter, unfinished, verify
 from .documents import Place, Sources
 from .encoding import stored_dtype, tokenize
 from .formats import NotUtf8Error
@@ -69,7 +69,7 @@ class CorpusWriter:
         else:
             self.excluded, mark, kept = journal["excluded"], journal["mark"], journal["files"]
             self.mark = _Mark(Place(*mark[0]), *mark[1:])
-        self.tokens, self.documents = (BlockWriter(_unfinished(folder / x), *kept[x]) for x in (TOKENS, DOCUMENTS))
+        self.tokens, self.documents = (BlockWriter(folder / x, *kept[x]) for x in (TOKENS, DOCUMENTS))
 
     @property
     def num_tokens(self) -> int:
@@ -81,8 +81,8 @@ class CorpusWriter:
 
     def document_starts(self) -> np.ndarray:
         """Index of the first token of every document, memory-mapped."""
-        self.documents.file.flush()
-        return np.memmap(self.documents.path, OFFSET, "r")
+        self.documents.flush()
+        return np.memmap(self.documents.temporary, OFFSET, "r")
 
     def write(self, progress: Callable[[int, int], None]) -> None:
         """Write the rest of the corpus.
@@ -129,6 +129,7 @@ class CorpusWriter:
             mark = self.mark = mark._replace(num_tokens=int(self.document_starts()[first]), num_documents=first)
         self.tokens.truncate(mark.num_tokens * self.token_bytes)
         self.documents.truncate(mark.num_documents * OFFSET.itemsize)
+        self._record()  # the last record may be of more
 
     def _record(self) -> None:
         files = {TOKENS: self.tokens, DOCUMENTS: self.documents}
@@ -136,14 +137,13 @@ class CorpusWriter:
             file.flush()
         content: dict[str, Any] = {"fingerprint": self.fingerprint, "mark": self.mark, "excluded": self.excluded}
         content["files"] = {name: (file.size, file.checksums) for name, file in files.items()}
-        write(_unfinished(self.folder / JOURNAL), json.dumps(content | {"checksum": hashed(content)}))
+        write(unfinished(self.folder / JOURNAL), json.dumps(content | {"checksum": hashed(content)}))
         self.recorded = time.monotonic()
 
     def finish(self) -> dict[str, list[int]]:
         """Give the files their names; return their checksums."""
-        for name, file in ((TOKENS, self.tokens), (DOCUMENTS, self.documents)):
-            file.flush()
-            os.replace(file.path, self.folder / name)
+        self.tokens.finish()
+        self.documents.finish()
         flush(self.folder)
         return {TOKENS: self.tokens.checksums, DOCUMENTS: self.documents.checksums}
 
@@ -156,10 +156,6 @@ def corpus_writer(
     writer = CorpusWriter(folder, fingerprint, sources, tokenizer)
     try:
         yield writer
-    except OSError as error:
-        if error.filename is None:  # a full disk names no file
-            error.filename = str(folder / TOKENS)
-        raise
     finally:
         writer.tokens.close()
         writer.documents.close()
@@ -173,10 +169,6 @@ def hashed(content: Any) -> str:
     return sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f"{path.name}.unfinished")
-
-
 def _read(folder: Path, fingerprint: str) -> dict[str, Any]:
     """Read the journal, verify the unfinished files and cut off what was written after it.
 
@@ -184,13 +176,13 @@ def _read(folder: Path, fingerprint: str) -> dict[str, Any]:
         ValueError: a file is damaged, or the journal is of another corpus.
         OSError: a file cannot be read.
     """
-    journal = _unfinished(folder / JOURNAL)
+    journal = unfinished(folder / JOURNAL)
     content = json.loads(journal.read_bytes())
     if not isinstance(content, dict) or content.pop("checksum", None) != hashed(content):
         raise ValueError(f"{journal} is damaged")
     if content["fingerprint"] != fingerprint:
         raise ValueError(f"{journal} is of another corpus")
     for name, (size, checksums) in content["files"].items():
-        os.truncate(_unfinished(folder / name), size)
-        verify(_unfinished(folder / name), size, checksums)
+        os.truncate(unfinished(folder / name), size)
+        verify(unfinished(folder / name), size, checksums)
     return content
