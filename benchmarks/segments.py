@@ -5,10 +5,11 @@ from functools import partial
 
 import torch
 
+from lightning_attention.ops.calls import call
 from lightning_attention.ops.gpu import scans
 from lightning_attention.ops.gpu.segments import Segments, ceil_div
 from lightning_attention.ops.hopper import config
-from lightning_attention.ops.problem import AttentionInputs
+from lightning_attention.ops.problem import AttentionInputs, GradientInputs
 
 from .cases import BACKWARD, FORWARD, OpCase
 from .harness import Call, interleaved_times, release
@@ -47,8 +48,8 @@ def measure(case: OpCase, counts: list[int], device: torch.device) -> Record:
     from lightning_attention.ops.triton import launch as portable
 
     passes = {
-        FORWARD: lambda cut: scans.forward(cut, x, 1.0, False),
-        BACKWARD: lambda cut: scans.backward(cut, x, inputs.do, None, 1.0),
+        FORWARD: lambda cut: partial(call, partial(scans.forward, cut), x, 1.0, False),
+        BACKWARD: lambda cut: partial(call, partial(scans.backward, cut), GradientInputs(*x, inputs.do, None), 1.0),
     }
     record: Record = {
         "batch_size": case.batch_size,
@@ -56,14 +57,11 @@ def measure(case: OpCase, counts: list[int], device: torch.device) -> Record:
         "num_heads": case.num_heads,
         "head_dim": case.head_dim,
         "documents": case.packed_sequences,
-        "chosen": [_chosen_count(call) for call in passes.values()],
+        "chosen": [_chosen_count(call_of) for call_of in passes.values()],
     }
-    for direction, call in passes.items():
-        calls: dict[str, Call] = {
-            "chosen": partial(call, hopper.Scans),
-            "portable": partial(call, portable.Scans),
-        }
-        calls |= {str(count): partial(call, _scans_of(count)) for count in counts}
+    for direction, call_of in passes.items():
+        calls: dict[str, Call] = {"chosen": call_of(hopper.Scans), "portable": call_of(portable.Scans)}
+        calls |= {str(count): call_of(_scans_of(count)) for count in counts}
         times, failures = interleaved_times(calls, 0.012, device)
         if failures:
             raise RuntimeError(f"{case} failed: {failures}")
@@ -86,7 +84,7 @@ def _scans_of(count: int) -> type[scans.Scans]:
     return Cut
 
 
-def _chosen_count(call: Callable[[type[scans.Scans]], object]) -> int:
+def _chosen_count(call_of: Callable[[type[scans.Scans]], Call]) -> int:
     """Number of segments that the cost model chooses for a call."""
     from lightning_attention.ops.hopper.launch import Scans
 
@@ -97,5 +95,5 @@ def _chosen_count(call: Callable[[type[scans.Scans]], object]) -> int:
             chosen.append(super().cut())
             return chosen[-1]
 
-    call(Observed)
+    call_of(Observed)()
     return chosen[0].count

@@ -22,10 +22,11 @@ from ops.gluon_emulator import emulated  # noqa: E402
 from lightning_attention import lightning_attention  # noqa: E402
 from lightning_attention.ops import hopper  # noqa: E402
 from lightning_attention.ops.backends import BACKENDS  # noqa: E402
+from lightning_attention.ops.calls import call  # noqa: E402
 from lightning_attention.ops.gpu.plan import Plan  # noqa: E402
 from lightning_attention.ops.gpu.segments import Segments, ceil_div  # noqa: E402
 from lightning_attention.ops.hopper import config, gradients, kernels, launch, states  # noqa: E402
-from lightning_attention.ops.problem import AttentionInputs, Problem  # noqa: E402
+from lightning_attention.ops.problem import AttentionInputs, GradientInputs, Problem  # noqa: E402
 
 pytestmark = pytest.mark.triton
 
@@ -143,9 +144,9 @@ def test_the_first_launch_of_a_call_waits_for_the_previous_kernel(kernels_run, m
 
     monkeypatch.setattr(Plan, "run", checked)
     x = make_inputs(Case(B=1, T=180, H=2, K=64, V=V), torch.bfloat16).on(device_of("triton"))
-    read = AttentionInputs(*x.qkv, x.log_decay, x.initial_state, None)
-    launch.forward(read, 1.0, True)
-    launch.backward(read, x.do, x.d_final_state, 1.0)
+    read = *x.qkv, x.log_decay, x.initial_state, None
+    call(launch.forward, AttentionInputs(*read), 1.0, True)
+    call(launch.backward, GradientInputs(*read, x.do, x.d_final_state), 1.0)
     assert [len(options) for options in overlaps] == [3, 6 + (V != 64)] if is_accumulated else [2, 4 + (V != 64)]
     assert not any(options[0] for options in overlaps)
     assert all(options[-1] for options in overlaps)

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,13 +27,14 @@ from lightning_attention import (  # noqa: E402
     lightning_attention_verify,
 )
 from lightning_attention.ops.backends import BACKENDS  # noqa: E402
+from lightning_attention.ops.calls import call  # noqa: E402
 from lightning_attention.ops.gpu import accumulate, plan  # noqa: E402
 from lightning_attention.ops.gpu.segments import Segments, ceil_div  # noqa: E402
 from lightning_attention.ops.hopper import config as hopper_config  # noqa: E402
 from lightning_attention.ops.hopper import gradients, states  # noqa: E402
 from lightning_attention.ops.hopper import kernels as hopper_kernels  # noqa: E402
 from lightning_attention.ops.hopper import launch as hopper_launch  # noqa: E402
-from lightning_attention.ops.problem import AttentionInputs  # noqa: E402
+from lightning_attention.ops.problem import AttentionInputs, GradientInputs  # noqa: E402
 from lightning_attention.ops.triton import config, decoding, kernels  # noqa: E402
 
 pytestmark = pytest.mark.triton
@@ -112,9 +114,10 @@ DTYPES = {"triton": torch.float16, "hopper": torch.bfloat16}
 def arguments_of(backend: str, case: Case, seed: int = 0) -> dict[str, tuple]:
     """Return arguments of a backend's `forward` and `backward`."""
     x = make_inputs(case, DTYPES[backend], seed).on(device_of("triton"))
-    read = AttentionInputs(*x.qkv, x.log_decay, x.initial_state, x.cu_seqlens)
+    read = *x.qkv, x.log_decay, x.initial_state, x.cu_seqlens
     d_state = x.d_final_state if case.state else None
-    return {"forward": (read, case.scale, True), "backward": (read, x.do, d_state, case.scale)}
+    forward, backward = AttentionInputs(*read), GradientInputs(*read, x.do, d_state)
+    return {"forward": (forward, case.scale, True), "backward": (backward, case.scale)}
 
 
 @pytest.mark.parametrize("num_segments", [1, 2, 3])
@@ -130,13 +133,13 @@ def test_results_of_a_reused_plan_equal_those_of_a_new_plan(backend, monkeypatch
         monkeypatch.setattr(module, "segments", cut)
         monkeypatch.setattr(module, "MAX_SUMMED", 2)
     for name in ("forward", "backward"):
-        run = getattr(BACKENDS[backend], name)
+        run = partial(call, getattr(BACKENDS[backend], name))
         inputs = [arguments_of(backend, case, seed)[name] for seed in (0, 1, 2)]
         again = [run(*x) for x in inputs]
         for results, arguments in zip(again, inputs, strict=True):
             plan.clear()
             for found, expected in zip(results, run(*arguments), strict=True):
-                assert found is expected is None or torch.equal(found, expected)
+                assert torch.equal(found, expected)
 
 
 STATES = {
@@ -302,7 +305,8 @@ def test_unusual_layouts_do_not_share_plans(backend, change):
     """Calls follow a usual call of the same shapes, and are repeated."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor) -> list[Any]:
-        return [*BACKENDS[backend].forward(AttentionInputs(q, k, v, log_decay, initial_state, None), 0.5, True)]
+        x = AttentionInputs(q, k, v, log_decay, initial_state, None)
+        return call(BACKENDS[backend].forward, x, 0.5, True)
 
     arguments = arguments_of(backend, Case(T=3, K=64, V=64))["forward"][0][:5]
     usual = forward(*arguments)
@@ -318,7 +322,7 @@ def test_unusual_layouts_do_not_share_plans(backend, change):
 
 def test_plans_keep_no_tensors(backend):
     x, *rest = arguments_of(backend, CASES[0])["forward"]
-    results = BACKENDS[backend].forward(x, *rest)
+    results = call(BACKENDS[backend].forward, x, *rest)
     tensors = [weakref.ref(y) for y in (*x, *results) if y is not None]
     del x, results
     assert not any(y() is not None for y in tensors)
@@ -327,10 +331,10 @@ def test_plans_keep_no_tensors(backend):
 def test_threads_share_plans(backend):
     """Several threads make calls of several shapes, and clear the plans meanwhile."""
     inputs = [arguments_of(backend, Case(B=1, T=T, H=1, K=64, V=64), seed=T)["forward"] for T in range(1, 9)]
-    forward = BACKENDS[backend].forward
+    forward = partial(call, BACKENDS[backend].forward)
     expected = [forward(*arguments)[0] for arguments in inputs]
 
-    def call(i: int) -> bool:
+    def is_equal(i: int) -> bool:
         if i % 10 == 0:
             plan.clear()
         o = forward(*inputs[i % len(inputs)])[0]
@@ -339,11 +343,11 @@ def test_threads_share_plans(backend):
     # The emulation of Hopper kernels runs one program at a time.
     num_threads = 1 if INTERPRETED else 4
     with ThreadPoolExecutor(num_threads) as pool:
-        assert all(pool.map(call, range(64)))
+        assert all(pool.map(is_equal, range(64)))
 
 
 def test_a_launch_must_name_every_argument_of_its_kernel():
-    planner = plan.Planner(torch.device("cpu"), 0)
+    planner = plan.Planner(torch.device("cpu"), 0, "ieee")
     x = planner.empty(4, dtype=torch.float32)
     arguments = dict.fromkeys(("interval_states", "factors", "log_decay"), x)
     with pytest.raises(TypeError, match=r"accumulate_kernel and its launch differ in arguments: BLOCK, .*, blocks"):

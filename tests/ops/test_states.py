@@ -7,8 +7,8 @@ import torch
 from oracle import device_of, error
 from torch import Tensor
 
+from lightning_attention.distributed.states import read_state_, write_state
 from lightning_attention.ops import states
-from lightning_attention.ops.backends import BACKENDS
 from lightning_attention.ops.chunked import finite_log_decay
 from lightning_attention.ops.gpu.segments import Segments, ceil_div
 from lightning_attention.ops.triton import config
@@ -83,7 +83,7 @@ def test_written_states_match_the_formula(backend, dtype, sizes, reverse):
     B, T, H, X, Y, slope = sizes
     x, y = (surrounded(B, T, H, D, seed=D, dtype=dtype, device=device_of(backend))[0] for D in (X, Y))
     log_decay = make_log_decay(slope, x)
-    state = BACKENDS[backend].write_state(x, y, log_decay, reverse=reverse)
+    state = write_state(backend, x, y, log_decay, reverse=reverse)
     assert state.dtype == FP32
 
     def formula(dtype: torch.dtype) -> Tensor:
@@ -107,7 +107,7 @@ def test_reads_match_the_formula_and_touch_nothing_else(backend, dtype, sizes, r
     if not add:
         out.fill_(float("nan"))
     log_decay = make_log_decay(slope, x)
-    BACKENDS[backend].read_state_(out, x, S, log_decay, reverse=reverse, add=add)
+    read_state_(backend, out, x, S, log_decay, reverse=reverse, add=add)
 
     def formula(dtype: torch.dtype) -> Tensor:
         decayed = x.cpu() * weights(log_decay, T, rising=not reverse)

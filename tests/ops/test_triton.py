@@ -17,10 +17,12 @@ from oracle import (
 )
 
 from lightning_attention import lightning_attention
+from lightning_attention.distributed.states import write_state
 from lightning_attention.ops import triton as backend
+from lightning_attention.ops.calls import call
 from lightning_attention.ops.gpu import product_precision
 from lightning_attention.ops.gpu.segments import Segments, ceil_div
-from lightning_attention.ops.problem import AttentionInputs, Problem
+from lightning_attention.ops.problem import GradientInputs, Problem
 from lightning_attention.ops.triton import config
 
 kernels_run = pytest.mark.triton
@@ -90,7 +92,7 @@ def test_forward_and_reverse_states_share_a_buffer(segments, monkeypatch):
 
     monkeypatch.setattr(Planner, "launch", launched)
     x = make_inputs(Case(B=1, T=600, H=2, K=16, V=16), torch.float32).on(device_of("triton"))
-    launch.backward(AttentionInputs(*x.qkv, x.log_decay, None, None), x.do, None, 1.0)
+    call(launch.backward, GradientInputs(*x.qkv, x.log_decay, None, None, x.do, None), 1.0)
     assert len(made) == 2
     assert made[0] is made[1]
 
@@ -100,11 +102,9 @@ def test_forward_and_reverse_states_share_a_buffer(segments, monkeypatch):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "reverse"])
 def test_written_states_are_accurate_after_a_short_interval(monkeypatch, reverse, slope):
     """Three intervals of 64 tokens and one of 8; slopes make heads remember several, one, or a part of one."""
-    from lightning_attention.ops.triton import launch
-
     monkeypatch.setattr(config, "whole_sequence", lambda length, *_: Segments(256, 64, 2))
     x = make_inputs(Case(B=1, T=200, H=1, K=32, V=16), torch.float16).on(device_of("triton"))
-    state = launch.write_state(x.k, x.v, torch.tensor([-slope], device=x.k.device), reverse=reverse)
+    state = write_state("triton", x.k, x.v, torch.tensor([-slope], device=x.k.device), reverse=reverse)
     age = torch.arange(1, 201) if reverse else torch.arange(199, -1, -1)
     weights = torch.exp(-slope * age.double()).to(x.k.device)
     exact = torch.einsum("t,bthk,bthv->bhkv", weights, x.k.double(), x.v.double())

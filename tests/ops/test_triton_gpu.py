@@ -22,9 +22,11 @@ from lightning_attention import (
     lightning_attention_step,
     lightning_attention_verify,
 )
+from lightning_attention.distributed.states import read_state_, write_state
 from lightning_attention.ops.backends import BACKENDS as ALL_BACKENDS
-from lightning_attention.ops.problem import AttentionInputs, Problem
-from lightning_attention.ops.triton import config, launch
+from lightning_attention.ops.calls import call as prepared
+from lightning_attention.ops.problem import AttentionInputs, GradientInputs, Problem
+from lightning_attention.ops.triton import config
 
 pytestmark = pytest.mark.gpu
 
@@ -172,18 +174,17 @@ def test_states_of_more_than_two_to_the_31_elements():
     log_decay = torch.full((H,), -1.0, device="cuda")
     for reverse in (False, True):
         written, read = (slice(0, n), slice(T - n, T)) if reverse else (slice(T - n, T), slice(0, n))
-        state = launch.write_state(q, k, log_decay, reverse=reverse)
-        assert (
-            error(state, launch.write_state(q[:, written], k[:, written], log_decay, reverse=reverse).double()) < 4e-3
-        )
+        state = write_state("triton", q, k, log_decay, reverse=reverse)
+        expected = write_state("triton", q[:, written], k[:, written], log_decay, reverse=reverse)
+        assert error(state, expected.double()) < 4e-3
         o, short = torch.empty_like(q), torch.empty_like(q[:, read])
-        launch.read_state_(o, q, state, log_decay, reverse=reverse, add=False)
-        launch.read_state_(short, q[:, read], state, log_decay, reverse=reverse, add=False)
+        read_state_("triton", o, q, state, log_decay, reverse=reverse, add=False)
+        read_state_("triton", short, q[:, read], state, log_decay, reverse=reverse, add=False)
         assert error(o[:, read], short.double()) < 4e-3
         assert not o[:, : read.start].any()
         assert not o[:, read.stop :].any()
         added = k.clone()
-        launch.read_state_(added, q, state, log_decay, reverse=reverse, add=True)
+        read_state_("triton", added, q, state, log_decay, reverse=reverse, add=True)
         assert torch.equal(added[:, : read.start], k[:, : read.start])
         assert torch.equal(added[:, read.stop :], k[:, read.stop :])
         assert error(added[:, read], k[:, read].double() + short.double()) < 4e-3
@@ -193,13 +194,13 @@ def test_states_between_slices_take_little_memory():
     """Writing a state takes little memory besides the state; reading takes none."""
     q, k, o, _ = large(1, 65536, 16, 128)
     log_decay = decay.log_decay(16, preset="alibi").cuda()
-    state = launch.write_state(q, k, log_decay, reverse=False)
+    state = write_state("triton", q, k, log_decay, reverse=False)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    launch.read_state_(o, q, state, log_decay, reverse=False, add=True)
+    read_state_("triton", o, q, state, log_decay, reverse=False, add=True)
     assert torch.cuda.max_memory_allocated() == before
-    launch.write_state(q, k, log_decay, reverse=True)
+    write_state("triton", q, k, log_decay, reverse=True)
     assert torch.cuda.max_memory_allocated() - before <= 0.05 * (q.nbytes + k.nbytes)
 
 
@@ -254,15 +255,15 @@ def test_workspace_is_small(backend, shape):
     multiprocessors = torch.cuda.get_device_properties("cuda").multi_processor_count
     states = multiprocessors * tiles.programs_per_sm * tiles.BK * tiles.BV * 4
     x = AttentionInputs(q, k, v, decay.log_decay(shape[2], preset="alibi").cuda(), None, None)
-    for call, inputs, results in (
-        (lambda: launch.forward(x, 1.0, False), 3, 1),
-        (lambda: launch.backward(x, do, None, 1.0), 4, 3),
+    for attend, inputs, results in (
+        (lambda: prepared(launch.forward, x, 1.0, False), 3, 1),
+        (lambda: prepared(launch.backward, GradientInputs(*x, do, None), 1.0), 4, 3),
     ):
-        call()
+        attend()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
+        attend()
         extra = torch.cuda.max_memory_allocated() - before - results * q.nbytes
         assert extra <= max(0.05 * inputs * q.nbytes, states)
 

@@ -8,10 +8,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.api import LightningAttentionOutput, autocast
+from ..ops import autograd
+from ..ops.api import LightningAttentionOutput
 from ..ops.api import lightning_attention as attend
 from ..ops.backends import choose_backend
 from ..ops.chunked import finite_log_decay
+from ..ops.custom_ops import autocast
 from ..ops.problem import (
     AttentionInputs,
     Problem,
@@ -106,6 +108,7 @@ def lightning_attention(
             raise TypeError(f"check must be True or False, got {type(check).__name__}")
         inputs, others = {"q": q, "k": k, "v": v}, {"log_decay": log_decay, "initial_state": initial_state}
         check_tensors(inputs, {**others, "cu_seqlens": cu_seqlens})
+        autograd.refuse_gradient(log_decay)
         refuse_transforms("distributed.lightning_attention", inputs | others)
         scale = checked_scale(scale)
         check_output_final_state(output_final_state)

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops.backends import BACKENDS
+from ..ops.calls import call
+from ..ops.problem import ReadInputs, WriteInputs
 from .slices import Slice
 
 
@@ -27,6 +29,19 @@ def copy_integers(values: Sequence[int], like: Tensor) -> Tensor:
     """`[len(values)]` int64 on the device of `like`, without a wait of the host."""
     pinned = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=like.is_cuda)
     return pinned.to(like.device, non_blocking=True)
+
+
+def write_state(backend: str, k: Tensor, v: Tensor, log_decay: Tensor, *, reverse: bool) -> Tensor:
+    """`Backend.write_state` of a backend by name."""
+    (state,) = call(BACKENDS[backend].write_state, WriteInputs(k, v, log_decay), reverse)
+    return state
+
+
+def read_state_(
+    backend: str, o: Tensor, q: Tensor, state: Tensor, log_decay: Tensor, *, reverse: bool, add: bool
+) -> None:
+    """`Backend.read_state_` of a backend by name."""
+    call(BACKENDS[backend].read_state_, ReadInputs(o, q, state, log_decay), reverse, add)
 
 
 def outgoing_state(
@@ -58,16 +73,16 @@ class _OutgoingState(torch.autograd.Function):
     def forward(ctx, k: Tensor, v: Tensor, log_decay: Tensor, length: int, backend: str):
         ctx.save_for_backward(k, v, log_decay)
         ctx.length, ctx.backend = length, backend
-        state = BACKENDS[backend].write_state(_last(k, length), _last(v, length), log_decay, reverse=False)
+        state = write_state(backend, _last(k, length), _last(v, length), log_decay, reverse=False)
         return state, k.view_as(k), v.view_as(v)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_state, dk, dv):
         k, v, log_decay = ctx.saved_tensors
-        read_ = BACKENDS[ctx.backend].read_state_
-        read_(_last(dk, ctx.length), _last(v, ctx.length), d_state.mT, log_decay, reverse=True, add=True)
-        read_(_last(dv, ctx.length), _last(k, ctx.length), d_state, log_decay, reverse=True, add=True)
+        dk_last, dv_last, k, v = (_last(x, ctx.length) for x in (dk, dv, k, v))
+        read_state_(ctx.backend, dk_last, v, d_state.mT, log_decay, reverse=True, add=True)
+        read_state_(ctx.backend, dv_last, k, d_state, log_decay, reverse=True, add=True)
         return dk, dv, None, None, None
 
 
@@ -77,7 +92,7 @@ class _AddIncoming(torch.autograd.Function):
         ctx.save_for_backward(q, state, log_decay)
         ctx.mark_dirty(o)
         ctx.length, ctx.scale, ctx.backend = length, scale, backend
-        BACKENDS[backend].read_state_(o[:, :length], q[:, :length], scale * state, log_decay, reverse=False, add=True)
+        read_state_(backend, o[:, :length], q[:, :length], scale * state, log_decay, reverse=False, add=True)
         return o
 
     @staticmethod
@@ -87,11 +102,11 @@ class _AddIncoming(torch.autograd.Function):
         length, dq = ctx.length, None
         if length:
             dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-            read_ = BACKENDS[ctx.backend].read_state_
-            read_(dq[:, :length], do[:, :length], ctx.scale * state.mT, log_decay, reverse=False, add=False)
+            weighted = ctx.scale * state.mT
+            read_state_(ctx.backend, dq[:, :length], do[:, :length], weighted, log_decay, reverse=False, add=False)
             dq[:, length:] = 0
-        d_state = ctx.scale * BACKENDS[ctx.backend].write_state(q[:, :length], do[:, :length], log_decay, reverse=True)
-        return do, dq, d_state, None, None, None, None
+        d_state = write_state(ctx.backend, q[:, :length], do[:, :length], log_decay, reverse=True)
+        return do, dq, ctx.scale * d_state, None, None, None, None
 
 
 def _last(x: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The public functions, all of one shape: autocast, check the problem, choose a backend, call the operator."""
+"""The public functions, all of one shape: check kinds of arguments, then an operator checks the rest and runs."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from . import autograd, custom_ops
-from .backends import choose_backend
 from .problem import (
     AttentionInputs,
-    DecodingInputs,
     Problem,
     check_backend,
     check_output_final_state,
+    check_state_positions,
     check_tensors,
     checked_scale,
+    integers,
 )
 from .transforms import refuse_tangents
 
@@ -106,14 +106,9 @@ def lightning_attention(
     scale = checked_scale(scale)
     check_output_final_state(output_final_state)
     check_backend(backend)
-    q, k, v = autocast(q, k, v)
-    x = AttentionInputs(q, k, v, log_decay, initial_state, cu_seqlens)
-    problem = Problem.of_attention(x)
-    chosen = choose_backend(backend, problem)
-    if autograd.is_needed(q, k, v, initial_state):
-        backward_backend = choose_backend(backend, problem._replace(is_backward=True))
-        return LightningAttentionOutput(*autograd.attention(x, scale, output_final_state, chosen, backward_backend))
-    return LightningAttentionOutput(*custom_ops.forward(*x, scale, output_final_state, chosen))
+    run = autograd.attention if autograd.is_needed(q, k, v, log_decay, initial_state) else custom_ops.forward
+    results = run(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend)
+    return LightningAttentionOutput(*results)
 
 
 def lightning_attention_step(
@@ -164,10 +159,8 @@ def lightning_attention_step(
     check_tensors(inputs, {"log_decay": log_decay, "state_indices": state_indices})
     scale = checked_scale(scale)
     check_backend(backend)
-    _refuse_gradients("lightning_attention_step", inputs, log_decay)
-    q, k, v = autocast(q, k, v)
-    problem = Problem.of_step(DecodingInputs(q, k, v, log_decay, state, state_indices))
-    backend = choose_backend(backend, problem)
+    if autograd.is_needed(q, k, v, log_decay, state):
+        _refuse_gradients("lightning_attention_step", inputs, log_decay)
     return custom_ops.step(q, k, v, log_decay, state, state_indices, scale, backend)
 
 
@@ -222,10 +215,8 @@ def lightning_attention_verify(
     check_tensors(inputs, {"log_decay": log_decay, "parents": parents, "state_indices": state_indices})
     scale = checked_scale(scale)
     check_backend(backend)
-    _refuse_gradients("lightning_attention_verify", inputs, log_decay)
-    q, k, v = autocast(q, k, v)
-    problem = Problem.of_drafts(DecodingInputs(q, k, v, log_decay, state, state_indices, parents))
-    backend = choose_backend(backend, problem)
+    if autograd.is_needed(q, k, v, log_decay, state):
+        _refuse_gradients("lightning_attention_verify", inputs, log_decay)
     return custom_ops.verify(q, k, v, log_decay, state, state_indices, parents, scale, backend)
 
 
@@ -268,11 +259,9 @@ def lightning_attention_commit(
     inputs = {"k": k, "v": v, "state": state, "last": last}
     check_tensors(inputs, {"log_decay": log_decay, "parents": parents, "state_indices": state_indices})
     check_backend(backend)
-    _refuse_gradients("lightning_attention_commit", inputs, log_decay)
-    k, v = autocast(k, v)
-    x = DecodingInputs(k, k, v, log_decay, state, state_indices, parents, last)
-    backend = choose_backend(backend, Problem.of_drafts(x))
-    custom_ops.commit(*x, backend)
+    if autograd.is_needed(k, v, log_decay, state):
+        _refuse_gradients("lightning_attention_commit", inputs, log_decay)
+    custom_ops.commit(k, k, v, log_decay, state, state_indices, parents, last, backend)
 
 
 def lightning_attention_prefill(
@@ -309,29 +298,20 @@ def lightning_attention_prefill(
     """
     inputs = {"q": q, "k": k, "v": v}
     check_tensors(inputs, {"log_decay": log_decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens})
-    if isinstance(state_positions, Tensor):
-        check_tensors({"state_positions": state_positions}, {})
     scale = checked_scale(scale)
     check_backend(backend)
-    _refuse_gradients("lightning_attention_prefill", {**inputs, "initial_state": initial_state}, log_decay)
-    q, k, v = autocast(q, k, v)
+    if autograd.is_needed(q, k, v, log_decay, initial_state):
+        _refuse_gradients("lightning_attention_prefill", {**inputs, "initial_state": initial_state}, log_decay)
     x = AttentionInputs(q, k, v, log_decay, initial_state, cu_seqlens)
-    backend = choose_backend(backend, Problem.of_prefill(x, state_positions))
     if not isinstance(state_positions, Tensor):
-        state_positions = torch.tensor(list(state_positions), dtype=torch.int64, device=q.device)
+        positions = integers("state_positions", state_positions)
+        check_state_positions(positions, Problem.of_attention(x).length)
+        state_positions = torch.tensor(positions, dtype=torch.int64, device=q.device)
     return PrefillOutput(*custom_ops.prefill(*x, state_positions, scale, backend))
 
 
 def _refuse_gradients(function: str, inputs: Mapping[str, Tensor | None], log_decay: Tensor | None) -> None:
     if autograd.need_gradients(*inputs.values()):
         raise ValueError(f"{function} keeps no gradient: call it under torch.no_grad()")
+    autograd.refuse_gradient(log_decay)
     refuse_tangents(function, {**inputs, "log_decay": log_decay})
-
-
-def autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
-    """Inputs as PyTorch's own matrix products get them: under autocast cast to its dtype, except float64."""
-    device_type = inputs[0].device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return inputs
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in inputs)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from . import custom_ops, transforms
-from .problem import AttentionInputs
+from .problem import AttentionInputs, GradientInputs
 
 NAME = "lightning_attention"
 # Names of the arguments of the functions below.
 INPUTS = AttentionInputs._fields
-FORWARD = (*INPUTS, "scale", "output_final_state", "backend", "backward_backend")
-BACKWARD = (*INPUTS, "do", "d_final_state", "scale", "backend")
+FORWARD = (*INPUTS, "scale", "output_final_state", "backend")
+BACKWARD = (*GradientInputs._fields, "scale", "backend")
 
 
 def is_needed(*inputs: Tensor | None) -> bool:
@@ -21,18 +21,23 @@ def is_needed(*inputs: Tensor | None) -> bool:
 
 
 def need_gradients(*inputs: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in inputs])  # noqa: C419: faster
 
 
-def attention(
-    x: AttentionInputs[Tensor], scale: float, output_final_state: bool, backend: str, backward_backend: str
-) -> tuple[Tensor, ...]:
-    """The output, and the final state if it is asked for, with gradients."""
+def refuse_gradient(log_decay: Tensor | None) -> None:
+    if log_decay is not None and log_decay.requires_grad and torch.is_grad_enabled():
+        raise ValueError("log_decay must not require a gradient: none is computed for it; pass log_decay.detach()")
+
+
+def attention(q, k, v, log_decay, *rest) -> tuple[Tensor, ...]:
+    """The output, and the final state if it is asked for, with gradients; takes the arguments `FORWARD`."""
+    refuse_gradient(log_decay)
+    arguments = *custom_ops.autocast(q, k, v), log_decay, *rest
     if transforms.is_transformed():
         from .compiler import transformed_attention
 
-        return transformed_attention(x, scale, output_final_state, backend, backward_backend)
-    return _Attention.apply(*x, scale, output_final_state, backend, backward_backend)
+        return transformed_attention(*arguments)
+    return _Attention.apply(*arguments)
 
 
 class _Attention(torch.autograd.Function):
@@ -41,9 +46,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         ctx.save_for_backward(*arguments[: len(INPUTS)])
-        ctx.scale, _, _, ctx.backend = arguments[len(INPUTS) :]
+        ctx.scale, _, ctx.backend = arguments[len(INPUTS) :]
         ctx.set_materialize_grads(False)
-        return tuple(custom_ops.forward(*arguments[:-1]))
+        return tuple(custom_ops.forward(*arguments))
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -67,14 +72,14 @@ class TransformedAttention(torch.autograd.Function):
     """`_Attention` for the transforms of torch.func. The compiler counts the parameters of `forward`."""
 
     @staticmethod
-    def forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend, backward_backend):
+    def forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend):
         x = q, k, v, log_decay, initial_state, cu_seqlens
         return tuple(custom_ops.forward(*x, scale, output_final_state, backend))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[: len(INPUTS)])
-        ctx.scale, _, _, ctx.backend = inputs[len(INPUTS) :]
+        ctx.scale, _, ctx.backend = inputs[len(INPUTS) :]
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -118,10 +123,10 @@ class _TransformedGradients(torch.autograd.Function):
 
 def _gradients(differentiate: Any, ctx: Any, do: Tensor | None, d_final_state: Tensor | None = None) -> tuple:
     """Gradients of the arguments `FORWARD`, by a function of the arguments `BACKWARD`."""
-    x = AttentionInputs(*ctx.saved_tensors)
-    do = torch.zeros_like(x.v) if do is None else do
-    dq, dk, dv, *d_initial_state = differentiate(*x, do, d_final_state, ctx.scale, ctx.backend)
-    return dq, dk, dv, None, d_initial_state[0] if d_initial_state else None, *[None] * (len(FORWARD) - 5)
+    saved = ctx.saved_tensors
+    do = torch.zeros_like(saved[2]) if do is None else do
+    dq, dk, dv, *d_initial_state = differentiate(*saved, do, d_final_state, ctx.scale, ctx.backend)
+    return dq, dk, dv, None, d_initial_state[0] if d_initial_state else None, None, None, None, None
 
 
 def _no_forward_mode(names, tangents) -> NotImplementedError:

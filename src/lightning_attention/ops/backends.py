@@ -1,19 +1,34 @@
 """The backends, in the order in which backend="auto" asks them."""
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Protocol, cast
 
 from torch import Tensor
 
 from . import chunked, hopper, reference, triton
-from .problem import AttentionInputs, DecodingInputs, Problem
+from .calls import Inputs, Prepared
+from .problem import (
+    AttentionInputs,
+    DecodingInputs,
+    GradientInputs,
+    Metadata,
+    PrefillInputs,
+    Problem,
+    ReadInputs,
+    WriteInputs,
+    check_attention_values,
+    check_decoding_values,
+    check_prefill_values,
+)
 
 
 class Backend(Protocol):
-    """A module with these functions, which get inputs that `problem.py` has checked.
+    """What runs calls that `problem.py` has checked; shapes and formulas are those of the public functions.
 
-    Shapes and formulas are those of the public functions. A backend refuses by `unsupported_reasons` what it cannot
-    do; nothing falls back in silence. Functions whose names end in `_`, and `step` and `commit`, write in place.
+    A backend refuses by `unsupported_reasons` what it cannot do; nothing falls back in silence. All functions from
+    `forward` on prepare a call from the metadata of its inputs: they return the function that computes. `step` and
+    `commit` update the state in place, `read_state_` its `o`.
     """
 
     # True if decoding never waits for the device, so that a CUDA graph can record it.
@@ -27,43 +42,55 @@ class Backend(Protocol):
         """True if a backend after this one is preferable."""
         ...
 
-    def forward(
-        self, x: AttentionInputs[Tensor], scale: float, output_final_state: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """`o` and the final state, if it is asked for."""
+    def forward(self, x: AttentionInputs[Metadata], scale: float, output_final_state: bool) -> Prepared:
+        """Computes `o`, and the final state if it is asked for."""
         ...
 
-    def backward(
-        self, x: AttentionInputs[Tensor], do: Tensor, d_final_state: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """`dq`, `dk`, `dv`, and `d_initial_state` if there is an initial state."""
+    def backward(self, x: GradientInputs[Metadata], scale: float) -> Prepared:
+        """Computes `dq`, `dk`, `dv`, and `d_initial_state` if there is an initial state."""
         ...
 
-    def prefill(
-        self, x: AttentionInputs[Tensor], state_positions: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`o`, the final state, and the states `[B, M, H, K, V]` after `state_positions` `[M]` tokens."""
+    def prefill(self, x: PrefillInputs[Metadata], scale: float) -> Prepared:
+        """Computes `o`, the final state, and the states `[B, M, H, K, V]` after `state_positions` `[M]` tokens."""
         ...
 
-    def step(self, x: DecodingInputs[Tensor], scale: float) -> Tensor:
-        """`o` of one token `[B, H, D]` or of several `[B, T, H, D]`; updates the state."""
+    def step(self, x: DecodingInputs[Metadata], scale: float) -> Prepared:
+        """Computes `o` of one token `[B, H, D]` or of several `[B, T, H, D]`."""
         ...
 
-    def verify(self, x: DecodingInputs[Tensor], scale: float) -> Tensor:
-        """`o` of drafts."""
+    def verify(self, x: DecodingInputs[Metadata], scale: float) -> Prepared:
+        """Computes `o` of drafts."""
         ...
 
-    def commit(self, x: DecodingInputs[Tensor]) -> None:
-        """Update the state by the accepted drafts; there is at least one draft. q is not read."""
+    def commit(self, x: DecodingInputs[Metadata]) -> Prepared:
+        """Updates the state by the accepted drafts. q is not read."""
         ...
 
-    def write_state(self, k: Tensor, v: Tensor, log_decay: Tensor, *, reverse: bool) -> Tensor:
-        """`Σ_i λ^(T-1-i) k_i v_iᵀ` `[B, H, K, V]`, or in reverse `Σ_i λ^(i+1) k_i v_iᵀ`."""
+    def write_state(self, x: WriteInputs[Metadata], reverse: bool) -> Prepared:
+        """Computes `Σ_i λ^(T-1-i) k_i v_iᵀ` `[B, H, K, V]`, or in reverse `Σ_i λ^(i+1) k_i v_iᵀ`."""
         ...
 
-    def read_state_(self, o: Tensor, q: Tensor, state: Tensor, log_decay: Tensor, *, reverse: bool, add: bool) -> None:
-        """`o_i = λ^(i+1) q_i S`, or with `add` `o_i += ...`; in reverse the weight is `λ^(T-1-i)`."""
+    def read_state_(self, x: ReadInputs[Metadata], reverse: bool, add: bool) -> Prepared:
+        """Computes `o_i = λ^(i+1) q_i S`, or with `add` `o_i += ...`; in reverse the weight is `λ^(T-1-i)`."""
         ...
+
+
+class _InPyTorch:
+    """A backend of a module's functions that compute from inputs and options, with nothing to prepare."""
+
+    def __init__(self, module: ModuleType):
+        self._module = module
+        self.supports_cuda_graphs = module.supports_cuda_graphs
+        self.unsupported_reasons, self.is_slow = module.unsupported_reasons, module.is_slow
+
+    def __getattr__(self, name: str) -> Callable[..., Prepared]:
+        compute = getattr(self._module, name)
+
+        def prepare(x: Inputs, *options: Any) -> Prepared:
+            return lambda x: compute(x, *options)
+
+        setattr(self, name, prepare)
+        return prepare
 
 
 class _Combined:
@@ -86,8 +113,8 @@ class _Combined:
 BACKENDS: dict[str, Backend] = {
     "hopper": cast(Backend, _Combined(hopper, triton)),
     "triton": cast(Backend, triton),
-    "chunked": cast(Backend, chunked),
-    "reference": cast(Backend, reference),
+    "chunked": cast(Backend, _InPyTorch(chunked)),
+    "reference": cast(Backend, _InPyTorch(reference)),
 }
 
 
@@ -97,8 +124,40 @@ def choose_backend(name: str, problem: Problem) -> str:
         for name, backend in BACKENDS.items():
             if not backend.unsupported_reasons(problem) and not backend.is_slow(problem):
                 return name
+    check_supported(name, problem)
+    return name
+
+
+def check_supported(name: str, problem: Problem) -> None:
+    """Refuse a name of a backend that there is not, or that cannot run the problem."""
+    if name == "auto":
+        return
     if name not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
     if reasons := BACKENDS[name].unsupported_reasons(problem):
         raise NotImplementedError(f"backend {name!r} cannot run this: {'; '.join(reasons)}")
-    return name
+
+
+# Checks of the metadata of each operator, and of values on a CPU; those of a gradient are checked before the forward.
+CHECKS: dict[str, tuple[Callable[..., Problem], Callable[..., None] | None]] = {
+    "forward": (Problem.of_attention, check_attention_values),
+    "backward": (Problem.of_gradient, None),
+    "prefill": (Problem.of_prefill, check_prefill_values),
+    "step": (Problem.of_step, check_decoding_values),
+    "verify": (Problem.of_drafts, check_decoding_values),
+    "commit": (Problem.of_drafts, check_decoding_values),
+}
+
+
+def prepare(x: Inputs, operator: str, backend: str, *options: Any) -> Prepared:
+    """Check the metadata of inputs, choose a backend, and prepare the call."""
+    problem_of, check_values = CHECKS[operator]
+    compute = getattr(BACKENDS[choose_backend(backend, problem_of(x))], operator)(x, *options)
+    if check_values is None or not any(y is not None and y.device.type == "cpu" for y in x):
+        return compute
+
+    def checked(x: Inputs) -> list[Tensor]:
+        check_values(x)
+        return compute(x)
+
+    return checked

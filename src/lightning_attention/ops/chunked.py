@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from .prefill import prefill as prefill_by
-from .problem import AttentionInputs, DecodingInputs, Problem, sequence_bounds, state_dtype
+from .problem import (
+    AttentionInputs,
+    DecodingInputs,
+    GradientInputs,
+    PrefillInputs,
+    Problem,
+    sequence_bounds,
+    state_dtype,
+)
 from .states import read_state_, write_state
 
 # Measured on one core of an AMD EPYC with AVX-512, in float32, in µs a token, forward and backward.
@@ -54,31 +62,30 @@ def is_slow(problem: Problem) -> bool:
     return False
 
 
-def forward(x: AttentionInputs[Tensor], scale: float, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
+def forward(x: AttentionInputs[Tensor], scale: float, output_final_state: bool) -> list[Tensor]:
     tiles = _Tiles(x.q, x.v, x.cu_seqlens)
     final_state = tiles.new_states(x.initial_state) if output_final_state else None
-    return _scan(tiles, x, scale, final_state), final_state
+    o = _scan(tiles, x, scale, final_state)
+    return [o] if final_state is None else [o, final_state]
 
 
-def prefill(x: AttentionInputs[Tensor], state_positions: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    return prefill_by(forward, x, state_positions, scale)
+def prefill(x: PrefillInputs[Tensor], scale: float) -> list[Tensor]:
+    return prefill_by(forward, x, scale)
 
 
-def backward(
-    x: AttentionInputs[Tensor], do: Tensor, d_final_state: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def backward(x: GradientInputs[Tensor], scale: float) -> list[Tensor]:
     tiles = _Tiles(x.q, x.v, x.cu_seqlens)
     decay = _Decay(tiles, finite_log_decay(x.q, x.log_decay), scale)
     dq, dk, dv = (torch.empty_like(y, memory_format=torch.contiguous_format) for y in (x.q, x.k, x.v))
-    d_initial_state = None if x.initial_state is None else tiles.new_states(d_final_state)
+    d_initial_state = None if x.initial_state is None else tiles.new_states(x.d_final_state)
     for rows in tiles.batch_rows:
         initial, d_initial, d_final = (
-            tiles.states_of(rows, states) for states in (x.initial_state, d_initial_state, d_final_state)
+            tiles.states_of(rows, states) for states in (x.initial_state, d_initial_state, x.d_final_state)
         )
         states = _states_before_chunks(tiles, rows, x.k, x.v, decay, initial)
         R = None  # gradient of the state; None is zero
         for chunk, state in zip(reversed(tiles.chunks), reversed(states), strict=True):
-            qc, kc, vc, doc = (tiles.load(y, rows, chunk) for y in (x.q, x.k, x.v, do))
+            qc, kc, vc, doc = (tiles.load(y, rows, chunk) for y in (x.q, x.k, x.v, x.do))
             scores, d_scores = decay.scores(qc, kc, chunk), decay.scores(doc, vc, chunk)
             dqc, dkc = _product(d_scores, kc, chunk), _product(d_scores.mT, qc, chunk)
             dvc = _product(scores.mT, doc, chunk)
@@ -100,33 +107,37 @@ def backward(
                     R = decay.advance(R, decay.read(qs), dos, out)
             for out, gradient in ((dq, dqc), (dk, dkc), (dv, dvc)):
                 tiles.store(out, rows, chunk, gradient)
-    return dq, dk, dv, d_initial_state
+    return [dq, dk, dv] if d_initial_state is None else [dq, dk, dv, d_initial_state]
 
 
-def step(x: DecodingInputs[Tensor], scale: float) -> Tensor:
+def step(x: DecodingInputs[Tensor], scale: float) -> list[Tensor]:
     is_plain = x.state_indices is None and x.state.dtype == state_dtype(x.q.dtype)
     if x.q.dim() == 3:
         if is_plain:
-            return _step_token_(x.q, x.k, x.v, x.log_decay, x.state, scale)
-        return step(x._replace(q=x.q.unsqueeze(1), k=x.k.unsqueeze(1), v=x.v.unsqueeze(1)), scale).squeeze(1)
+            return [_step_token_(x.q, x.k, x.v, x.log_decay, x.state, scale)]
+        (o,) = step(x._replace(q=x.q.unsqueeze(1), k=x.k.unsqueeze(1), v=x.v.unsqueeze(1)), scale)
+        return [o.squeeze(1)]
     if is_plain:
-        return _step_(x.q, x.k, x.v, x.log_decay, x.state, scale)
+        return [_step_(x.q, x.k, x.v, x.log_decay, x.state, scale)]
     rows, slots, states = _taken(x)
     o = torch.zeros_like(x.v, memory_format=torch.contiguous_format)
     o[rows] = _step_(x.q[rows], x.k[rows], x.v[rows], x.log_decay, states, scale)
     x.state[slots] = states.to(x.state.dtype)
-    return o
+    return [o]
 
 
 def _step_token_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float) -> Tensor:
     """The output `[B, H, V]`; `state` `[B, H, K, V]` is updated in place."""
+    dtype = v.dtype
+    if dtype != state.dtype:
+        q, k, v = (x.to(state.dtype) for x in (q, k, v))
     _advanced_(state, k, v, log_decay)
     H, K, V = state.shape[1:]
-    o = torch.bmm(_cast(q, state.dtype).reshape(-1, 1, K), state.flatten(0, 1)).view(-1, H, V)
-    return _cast(o if scale == 1 else o.mul_(scale), v.dtype)
+    o = torch.bmm(q.reshape(-1, 1, K), state.flatten(0, 1)).view(-1, H, V)
+    return _cast(o if scale == 1 else o.mul_(scale), dtype)
 
 
-def verify(x: DecodingInputs[Tensor], scale: float) -> Tensor:
+def verify(x: DecodingInputs[Tensor], scale: float) -> list[Tensor]:
     """`o_i = scale (λ^d_i q_i S + Σ_j λ^(d_i-d_j) (q_i k_j) v_j)` over the ancestors j of i and itself, at depths d."""
     rows, _, states = _taken(x)
     path = _paths(x)[rows]
@@ -137,19 +148,22 @@ def verify(x: DecodingInputs[Tensor], scale: float) -> Tensor:
     read = torch.exp(log_decay * depth)[..., None]
     o = torch.zeros_like(x.v, memory_format=torch.contiguous_format)
     o[rows] = (scale * ((q * read) @ states + ((q @ k.mT) * between) @ v)).transpose(1, 2).to(o.dtype)
-    return o
+    return [o]
 
 
-def commit(x: DecodingInputs[Tensor]) -> None:
+def commit(x: DecodingInputs[Tensor]) -> list[Tensor]:
     assert x.last is not None
+    if not x.k.numel():
+        return []
     rows, slots, states = _taken(x)
     paths, last = _paths(x)[rows], x.last[rows]
     accepted = paths[torch.arange(len(last), device=last.device), last.clamp_min(0).long()] & (last >= 0)[:, None]
-    k, v = x.k[rows], x.v[rows]
+    k, v = (y[rows].to(states.dtype) for y in (x.k, x.v))
     for t in range(k.shape[1]):
         after = _advanced_(states.clone(), k[:, t], v[:, t], x.log_decay)
         states = torch.where(accepted[:, t, None, None, None], after, states)
     x.state[slots] = states.to(x.state.dtype)
+    return []
 
 
 def _taken(x: DecodingInputs[Tensor]) -> tuple[slice | Tensor, slice | Tensor, Tensor]:
@@ -176,10 +190,10 @@ def _paths(x: DecodingInputs[Tensor]) -> Tensor:
 
 
 def _advanced_(states: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
-    """`λ S + k vᵀ` for one token of every batch row, in place."""
+    """`λ S + k vᵀ` for one token of every batch row, in place; all in the dtype of the states but log_decay."""
     if log_decay is not None:
         states.mul_(_cast(log_decay, states.dtype).exp().view(-1, 1, 1))
-    return states.addcmul_(_cast(k, states.dtype).unsqueeze(-1), _cast(v, states.dtype).unsqueeze(-2))
+    return states.addcmul_(k.unsqueeze(-1), v.unsqueeze(-2))
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

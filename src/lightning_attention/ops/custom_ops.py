@@ -1,16 +1,18 @@
-"""The operators as PyTorch sees them: schemas, fake kernels, registration.
+"""The operators as PyTorch sees them: schemas, fake kernels, autocast, registration.
 
 The name of the backend is an argument: a new backend is a line in `backends.py`, not an operator.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import transforms
-from .backends import BACKENDS
-from .problem import AttentionInputs, DecodingInputs, check_attention_values, check_decoding_values, state_dtype
+from .backends import CHECKS, check_supported, prepare
+from .calls import Inputs, call
+from .problem import AttentionInputs, DecodingInputs, GradientInputs, PrefillInputs, state_dtype
 
 NAMESPACE = "lightning_attention"
 # Arguments that operators share, in the order of `AttentionInputs` and `DecodingInputs`.
@@ -24,7 +26,7 @@ AUTOCAST_KEYS = [f"Autocast{name}" for name in ("CPU", "CUDA", "HPU", "MPS", "MT
 def _operator(signature: str, fake: Callable) -> Callable[[Callable], Callable]:
     """Register a function and its fake kernel; the operator takes the place of the function.
 
-    `torch.library.custom_op` costs 45 µs a call, `define` and `impl` 3 µs.
+    `torch.library.custom_op` costs 45 µs a call, `define` and `impl` 2 µs.
     """
 
     def register(implementation: Callable) -> Callable:
@@ -34,23 +36,36 @@ def _operator(signature: str, fake: Callable) -> Callable[[Callable], Callable]:
         torch.library.register_fake(name, fake)
         operator = getattr(torch.ops.lightning_attention, implementation.__name__).default
         for key in AUTOCAST_KEYS:
-            torch.library.impl(name, key, _without_autocast(operator))
+            torch.library.impl(name, key, partial(_under_autocast, operator))
         return operator
 
     return register
 
 
-def _without_autocast(operator: Callable) -> Callable:
-    """The kernel of an operator under autocast: products inside of it are of the inputs as they are given."""
+def _under_autocast(operator: Callable, q: Tensor, k: Tensor, v: Tensor, *arguments):
+    """The kernel of an operator under autocast: products inside of it are of q, k and v as `autocast` returns them."""
+    q, k, v = autocast(q, k, v)
+    with torch.autocast(q.device.type, enabled=False):
+        return operator(q, k, v, *arguments)
 
-    def call(x: Tensor, *arguments):
-        with torch.autocast(x.device.type, enabled=False):
-            return operator(x, *arguments)
 
-    return call
+def autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """Inputs as PyTorch's own matrix products get them: under autocast cast to its dtype, except float64."""
+    device_type = inputs[0].device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return inputs
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in inputs)
+
+
+def _check(operator: str, x: Inputs, backend: str) -> None:
+    """Check inputs that are traced. The backend is chosen when the operator runs: sizes that decide are no guards."""
+    problem_of, _ = CHECKS[operator]
+    check_supported(backend, problem_of(x))
 
 
 def _fake_forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend):
+    _check("forward", AttentionInputs(q, k, v, log_decay, initial_state, cu_seqlens), backend)
     return [_fake_output(v), *([_fake_state(q, v, cu_seqlens)] if output_final_state else [])]
 
 
@@ -60,16 +75,24 @@ def _fake_backward(q, k, v, log_decay, initial_state, cu_seqlens, do, d_final_st
 
 
 def _fake_prefill(q, k, v, log_decay, initial_state, cu_seqlens, state_positions, scale, backend):
+    x = PrefillInputs(q, k, v, log_decay, initial_state, cu_seqlens, state_positions)
+    _check("prefill", x, backend)
     state = _fake_state(q, v, cu_seqlens)
     return _fake_output(v), state, state.new_empty(q.shape[0], state_positions.shape[0], *state.shape[1:])
 
 
-def _fake_step(q, k, v, *rest):
+def _fake_step(q, k, v, log_decay, state, state_indices, scale, backend):
+    _check("step", DecodingInputs(q, k, v, log_decay, state, state_indices), backend)
     return _fake_output(v)
 
 
-def _fake_commit(*arguments):
-    return None
+def _fake_verify(q, k, v, log_decay, state, state_indices, parents, scale, backend):
+    _check("verify", DecodingInputs(q, k, v, log_decay, state, state_indices, parents), backend)
+    return _fake_output(v)
+
+
+def _fake_commit(q, k, v, log_decay, state, state_indices, parents, last, backend):
+    _check("commit", DecodingInputs(q, k, v, log_decay, state, state_indices, parents, last), backend)
 
 
 def _fake_output(x: Tensor) -> Tensor:
@@ -85,48 +108,39 @@ def _fake_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 def forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend):
     """`[o, final_state]`, or `[o]`."""
     x = AttentionInputs(q, k, v, log_decay, initial_state, cu_seqlens)
-    check_attention_values(x)
-    o, final_state = BACKENDS[backend].forward(x, scale, output_final_state)
-    return [o, final_state] if output_final_state else [o]
+    return call(prepare, x, "forward", backend, scale, output_final_state)
 
 
 @_operator(f"({ATTENTION}, Tensor do, Tensor? d_final_state, float scale, str backend) -> Tensor[]", _fake_backward)
 def backward(q, k, v, log_decay, initial_state, cu_seqlens, do, d_final_state, scale, backend):
     """`[dq, dk, dv, d_initial_state]`, or `[dq, dk, dv]`."""
-    x = AttentionInputs(q, k, v, log_decay, initial_state, cu_seqlens)
-    *gradients, d_initial_state = BACKENDS[backend].backward(x, do, d_final_state, scale)
-    return gradients if initial_state is None else [*gradients, d_initial_state]
+    x = GradientInputs(q, k, v, log_decay, initial_state, cu_seqlens, do, d_final_state)
+    return call(prepare, x, "backward", backend, scale)
 
 
 @_operator(
     f"({ATTENTION}, Tensor state_positions, float scale, str backend) -> (Tensor, Tensor, Tensor)", _fake_prefill
 )
 def prefill(q, k, v, log_decay, initial_state, cu_seqlens, state_positions, scale, backend):
-    x = AttentionInputs(q, k, v, log_decay, initial_state, cu_seqlens)
-    check_attention_values(x, state_positions)
-    return BACKENDS[backend].prefill(x, state_positions, scale)
+    x = PrefillInputs(q, k, v, log_decay, initial_state, cu_seqlens, state_positions)
+    return tuple(call(prepare, x, "prefill", backend, scale))
 
 
 @_operator(f"({DECODING_IN_PLACE}, float scale, str backend) -> Tensor", _fake_step)
 def step(q, k, v, log_decay, state, state_indices, scale, backend):
-    x = DecodingInputs(q, k, v, log_decay, state, state_indices)
-    check_decoding_values(x)
-    return BACKENDS[backend].step(x, scale)
+    (o,) = call(prepare, DecodingInputs(q, k, v, log_decay, state, state_indices), "step", backend, scale)
+    return o
 
 
-@_operator(f"({DECODING}, Tensor? parents, float scale, str backend) -> Tensor", _fake_step)
+@_operator(f"({DECODING}, Tensor? parents, float scale, str backend) -> Tensor", _fake_verify)
 def verify(q, k, v, log_decay, state, state_indices, parents, scale, backend):
-    x = DecodingInputs(q, k, v, log_decay, state, state_indices, parents)
-    check_decoding_values(x)
-    return BACKENDS[backend].verify(x, scale)
+    (o,) = call(prepare, DecodingInputs(q, k, v, log_decay, state, state_indices, parents), "verify", backend, scale)
+    return o
 
 
 @_operator(f"({DECODING_IN_PLACE}, Tensor? parents, Tensor last, str backend) -> ()", _fake_commit)
 def commit(q, k, v, log_decay, state, state_indices, parents, last, backend):
-    x = DecodingInputs(q, k, v, log_decay, state, state_indices, parents, last)
-    check_decoding_values(x)
-    if k.numel():
-        BACKENDS[backend].commit(x)
+    call(prepare, DecodingInputs(q, k, v, log_decay, state, state_indices, parents, last), "commit", backend)
 
 
 # Operators without a gradient, with the dimension of heads of each output, counted from the last.

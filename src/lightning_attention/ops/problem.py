@@ -55,8 +55,20 @@ def check_output_final_state(output_final_state: object) -> None:
         raise TypeError(f"output_final_state must be True or False, got {type(output_final_state).__name__}")
 
 
+class Metadata(NamedTuple):
+    """What is known of a tensor without its values and its address."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+
 class AttentionInputs(NamedTuple, Generic[X]):
-    """What attention reads: tensors, or operands of a plan."""
+    """What attention reads: tensors, their metadata, or operands of a plan."""
 
     q: X
     k: X
@@ -66,8 +78,33 @@ class AttentionInputs(NamedTuple, Generic[X]):
     cu_seqlens: X | None
 
 
+class GradientInputs(NamedTuple, Generic[X]):
+    """What the gradient reads: what attention does, and the gradients of its results."""
+
+    q: X
+    k: X
+    v: X
+    log_decay: X | None
+    initial_state: X | None
+    cu_seqlens: X | None
+    do: X
+    d_final_state: X | None
+
+
+class PrefillInputs(NamedTuple, Generic[X]):
+    """What prefill reads: what attention does, and the numbers of tokens after which states are asked for."""
+
+    q: X
+    k: X
+    v: X
+    log_decay: X | None
+    initial_state: X | None
+    cu_seqlens: X | None
+    state_positions: X
+
+
 class DecodingInputs(NamedTuple, Generic[X]):
-    """What decoding reads, one step or drafts: tensors, or operands of a plan. Drafts are committed without a q."""
+    """What decoding reads, one step or drafts. Drafts are committed without a q."""
 
     q: X
     k: X
@@ -77,6 +114,35 @@ class DecodingInputs(NamedTuple, Generic[X]):
     state_indices: X | None
     parents: X | None = None
     last: X | None = None
+
+
+class WriteInputs(NamedTuple, Generic[X]):
+    """What `write_state` reads."""
+
+    k: X
+    v: X
+    log_decay: X
+
+
+class ReadInputs(NamedTuple, Generic[X]):
+    """What `read_state_` reads, and `o`, which it writes."""
+
+    o: X
+    q: X
+    state: X
+    log_decay: X
+
+
+# What the checks read.
+Checked = Tensor | Metadata
+_ReadsSequences = (
+    AttentionInputs[Tensor]
+    | AttentionInputs[Metadata]
+    | GradientInputs[Tensor]
+    | GradientInputs[Metadata]
+    | PrefillInputs[Tensor]
+    | PrefillInputs[Metadata]
+)
 
 
 class Problem(NamedTuple):
@@ -94,7 +160,7 @@ class Problem(NamedTuple):
     is_backward: bool = False
 
     @classmethod
-    def of_attention(cls, x: AttentionInputs[Tensor]) -> "Problem":
+    def of_attention(cls, x: _ReadsSequences) -> "Problem":
         if x.q.dim() != 4:
             raise ValueError(f"q must be [B, T, H, K], got shape {tuple(x.q.shape)}")
         _check_inputs(x.q, x.k, x.v, x.log_decay)
@@ -112,18 +178,19 @@ class Problem(NamedTuple):
         return problem
 
     @classmethod
-    def of_prefill(cls, x: AttentionInputs[Tensor], state_positions: Tensor | Sequence[int]) -> "Problem":
+    def of_gradient(cls, x: GradientInputs[Tensor] | GradientInputs[Metadata]) -> "Problem":
+        return cls.of_attention(x)._replace(is_backward=True)
+
+    @classmethod
+    def of_prefill(cls, x: PrefillInputs[Tensor] | PrefillInputs[Metadata]) -> "Problem":
         problem = cls.of_attention(x)
-        if not isinstance(state_positions, Tensor):
-            check_state_positions(_integers("state_positions", state_positions), problem.length)
-            return problem
-        if state_positions.dim() != 1:
-            raise ValueError(f"state_positions must be [M], got shape {tuple(state_positions.shape)}")
-        _check_indices("state_positions", state_positions, x.q, M=state_positions.shape[0])
+        if x.state_positions.dim() != 1:
+            raise ValueError(f"state_positions must be [M], got shape {tuple(x.state_positions.shape)}")
+        _check_indices("state_positions", x.state_positions, x.q, M=x.state_positions.shape[0])
         return problem
 
     @classmethod
-    def of_step(cls, x: DecodingInputs[Tensor]) -> "Problem":
+    def of_step(cls, x: DecodingInputs[Tensor] | DecodingInputs[Metadata]) -> "Problem":
         """Decoding, with q, k, v as `[B, T, H, D]` or `[B, H, D]`."""
         if x.q.dim() not in (3, 4):
             raise ValueError(f"q must be [B, H, K] or [B, T, H, K], got shape {tuple(x.q.shape)}")
@@ -138,7 +205,7 @@ class Problem(NamedTuple):
         return problem
 
     @classmethod
-    def of_drafts(cls, x: DecodingInputs[Tensor]) -> "Problem":
+    def of_drafts(cls, x: DecodingInputs[Tensor] | DecodingInputs[Metadata]) -> "Problem":
         """Speculative decoding."""
         if x.q.dim() != 4:
             raise ValueError(f"drafts must be [B, T, H, D], got shape {tuple(x.q.shape)}")
@@ -150,7 +217,7 @@ class Problem(NamedTuple):
         return problem
 
     @classmethod
-    def _of(cls, q: Tensor, v: Tensor, num_states: int | None, is_tree: bool = False) -> "Problem":
+    def _of(cls, q: Checked, v: Checked, num_states: int | None, is_tree: bool = False) -> "Problem":
         batch_size, *length, num_heads, key_dim = q.shape
         return cls(
             batch_size,
@@ -164,7 +231,7 @@ class Problem(NamedTuple):
             is_tree,
         )
 
-    def _check_state(self, name: str, state: Tensor, q: Tensor, stored: tuple[torch.dtype, ...] = ()) -> None:
+    def _check_state(self, name: str, state: Checked, q: Checked, stored: tuple[torch.dtype, ...] = ()) -> None:
         expected = (self.num_states, self.num_heads, self.key_dim, self.value_dim)
         if state.shape != expected:
             hint = _transposed_hint(q, state.shape[1]) if state.dim() == 4 else ""
@@ -179,7 +246,7 @@ class Problem(NamedTuple):
             _check_device(name, state, q)
 
 
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> None:
+def _check_inputs(q: Checked, k: Checked, v: Checked, log_decay: Checked | None) -> None:
     shape, dtype = q.shape, q.dtype
     if k.shape != shape:
         raise ValueError(f"k must have the shape of q {tuple(shape)}, got {tuple(k.shape)}")
@@ -207,18 +274,17 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> 
         raise ValueError(f"log_decay must be [H] = [{num_heads}], got shape {tuple(log_decay.shape)}{hint}")
     if log_decay.device != device:
         _check_device("log_decay", log_decay, q)
-    if log_decay.requires_grad:
-        raise ValueError("log_decay must not require a gradient: none is computed for it; pass log_decay.detach()")
 
 
-def _transposed_hint(q: Tensor, num_heads: int) -> str:
+def _transposed_hint(q: Checked, num_heads: int) -> str:
     """A hint at head-first inputs, a common cause of a wrong number of heads."""
     if q.dim() != 4 or q.shape[1] != num_heads or q.shape[2] == num_heads:
         return ""
     return f"; q of shape {tuple(q.shape)} looks like [B, H, T, D]: pass q, k and v as x.transpose(1, 2)"
 
 
-def _integers(name: str, values: object) -> list[int]:
+def integers(name: str, values: object) -> list[int]:
+    """A sequence of integers as a list."""
     if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
         raise TypeError(f"{name} must be a tensor or a sequence of integers, got {type(values).__name__}")
     for value in values:
@@ -227,7 +293,7 @@ def _integers(name: str, values: object) -> list[int]:
     return list(values)
 
 
-def _check_indices(name: str, indices: Tensor, q: Tensor, **sizes: int) -> None:
+def _check_indices(name: str, indices: Checked, q: Checked, **sizes: int) -> None:
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be int32 or int64, got {indices.dtype}")
     if tuple(indices.shape) != tuple(sizes.values()):
@@ -236,7 +302,7 @@ def _check_indices(name: str, indices: Tensor, q: Tensor, **sizes: int) -> None:
     _check_device(name, indices, q)
 
 
-def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
+def _check_device(name: str, tensor: Checked, q: Checked) -> None:
     if tensor.device != q.device:
         raise ValueError(f"{name} must be on the device of q, {q.device}, got {tensor.device}")
 
@@ -245,20 +311,23 @@ def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
 # when they run: tensors that are traced or transformed have none yet.
 
 
-def check_attention_values(x: AttentionInputs[Tensor], state_positions: Tensor | None = None) -> None:
+def check_attention_values(x: AttentionInputs[Tensor] | PrefillInputs[Tensor]) -> None:
     """Refuse values out of range, of tensors on the CPU."""
-    if x.log_decay is not None:
-        check_log_decay(x.log_decay)
+    check_log_decay(x.log_decay)
     if x.cu_seqlens is not None and x.cu_seqlens.is_cpu:
         sequence_bounds(x.cu_seqlens, x.q.shape[1])
-    if state_positions is not None and state_positions.is_cpu:
-        check_state_positions(state_positions.tolist(), x.q.shape[1])
+
+
+def check_prefill_values(x: PrefillInputs[Tensor]) -> None:
+    """Refuse values out of range, of tensors on the CPU."""
+    check_attention_values(x)
+    if x.state_positions.is_cpu:
+        check_state_positions(x.state_positions.tolist(), x.q.shape[1])
 
 
 def check_decoding_values(x: DecodingInputs[Tensor]) -> None:
     """Refuse values out of range, of tensors on the CPU."""
-    if x.log_decay is not None:
-        check_log_decay(x.log_decay)
+    check_log_decay(x.log_decay)
     if x.state_indices is not None:
         _check_range("state_indices", x.state_indices, x.state.shape[0])
     if x.last is not None:

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from .prefill import prefill as prefill_by
-from .problem import AttentionInputs, DecodingInputs, Problem, sequence_bounds, state_dtype
+from .problem import (
+    AttentionInputs,
+    DecodingInputs,
+    GradientInputs,
+    PrefillInputs,
+    Problem,
+    sequence_bounds,
+    state_dtype,
+)
 from .states import read_state_, write_state
 
 __all__ = [
@@ -64,30 +72,28 @@ def quadratic(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: 
     return scale * torch.einsum("bhij,bjhv->bihv", scores, v)
 
 
-def forward(x: AttentionInputs[Tensor], scale: float, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
+def forward(x: AttentionInputs[Tensor], scale: float, output_final_state: bool) -> list[Tensor]:
     sequences = _sequences(x.q, x.cu_seqlens)
     state = _initial_state(x, len(sequences), x.initial_state).clone()
     o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
     for i, at in enumerate(sequences):
         o[at], state[i : i + 1] = recurrence(x.q[at], x.k[at], x.v[at], x.log_decay, scale, state[i : i + 1])
-    return o, state if output_final_state else None
+    return [o, state] if output_final_state else [o]
 
 
-def prefill(x: AttentionInputs[Tensor], state_positions: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    return prefill_by(forward, x, state_positions, scale)
+def prefill(x: PrefillInputs[Tensor], scale: float) -> list[Tensor]:
+    return prefill_by(forward, x, scale)
 
 
-def backward(
-    x: AttentionInputs[Tensor], do: Tensor, d_final_state: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(x: GradientInputs[Tensor], scale: float) -> list[Tensor]:
     """`dq_t = scale S_t do_t`; with `R_t = λ R_{t+1} + scale q_t do_tᵀ`: `dk_t = R_t v_t`, `dv_t = R_tᵀ k_t`."""
     dq, dk, dv = (torch.empty_like(y, memory_format=torch.contiguous_format) for y in (x.q, x.k, x.v))
     sequences = _sequences(x.q, x.cu_seqlens)
     states = _initial_state(x, len(sequences), x.initial_state)
-    d_states = _initial_state(x, len(sequences), d_final_state).clone()
+    d_states = _initial_state(x, len(sequences), x.d_final_state).clone()
     decay = _decay(x.log_decay, states)
     for i, at in enumerate(sequences):
-        q, k, v, dos = (y[at].to(states.dtype) for y in (x.q, x.k, x.v, do))
+        q, k, v, dos = (y[at].to(states.dtype) for y in (x.q, x.k, x.v, x.do))
         state, d_state = states[i : i + 1], d_states[i : i + 1]
         for t in range(q.shape[1]):
             state = decay * state + k[:, t, :, :, None] * v[:, t, :, None, :]
@@ -98,20 +104,21 @@ def backward(
             dv[at][:, t] = torch.einsum("bhkv,bhk->bhv", d_state, k[:, t])
             d_state = decay * d_state
         d_states[i : i + 1] = d_state
-    return dq, dk, dv, d_states
+    return [dq, dk, dv] if x.initial_state is None else [dq, dk, dv, d_states]
 
 
-def step(x: DecodingInputs[Tensor], scale: float) -> Tensor:
+def step(x: DecodingInputs[Tensor], scale: float) -> list[Tensor]:
     if x.q.dim() == 3:
-        return step(x._replace(q=x.q.unsqueeze(1), k=x.k.unsqueeze(1), v=x.v.unsqueeze(1)), scale).squeeze(1)
+        (o,) = step(x._replace(q=x.q.unsqueeze(1), k=x.k.unsqueeze(1), v=x.v.unsqueeze(1)), scale)
+        return [o.squeeze(1)]
     o = torch.zeros_like(x.v, memory_format=torch.contiguous_format)
     for at, of in _slots(x):
         state = x.state[of].to(state_dtype(x.q.dtype))
         o[at], x.state[of] = recurrence(x.q[at], x.k[at], x.v[at], x.log_decay, scale, state)
-    return o
+    return [o]
 
 
-def verify(x: DecodingInputs[Tensor], scale: float) -> Tensor:
+def verify(x: DecodingInputs[Tensor], scale: float) -> list[Tensor]:
     o = torch.zeros_like(x.v, memory_format=torch.contiguous_format)
     T = x.q.shape[1]
     for at, of in _slots(x):
@@ -121,10 +128,10 @@ def verify(x: DecodingInputs[Tensor], scale: float) -> Tensor:
             draft = at, slice(t, t + 1)
             q, k, v = x.q[draft], x.k[draft], x.v[draft]
             o[draft], states[t] = recurrence(q, k, v, x.log_decay, scale, states[parent])
-    return o
+    return [o]
 
 
-def commit(x: DecodingInputs[Tensor]) -> None:
+def commit(x: DecodingInputs[Tensor]) -> list[Tensor]:
     assert x.last is not None
     for at, of in _slots(x):
         accepted, draft, parents = [], int(x.last[at]), _parents(x, at)
@@ -133,6 +140,7 @@ def commit(x: DecodingInputs[Tensor]) -> None:
             draft = parents[draft]
         k, v = x.k[at][:, accepted], x.v[at][:, accepted]
         x.state[of] = recurrence(k, k, v, x.log_decay, 1.0, x.state[of].to(state_dtype(k.dtype)))[1]
+    return []
 
 
 def _slots(x: DecodingInputs[Tensor]) -> list[tuple[slice, slice]]:
@@ -153,7 +161,9 @@ def _sequences(q: Tensor, cu_seqlens: Tensor | None) -> list[tuple[slice, slice]
     return [(slice(None), slice(start, end)) for start, end in pairwise(bounds)]
 
 
-def _initial_state(x: AttentionInputs[Tensor], num_sequences: int, state: Tensor | None) -> Tensor:
+def _initial_state(
+    x: AttentionInputs[Tensor] | GradientInputs[Tensor], num_sequences: int, state: Tensor | None
+) -> Tensor:
     if state is not None:
         return state
     return x.q.new_zeros(num_sequences, *x.q.shape[2:], x.v.shape[3], dtype=state_dtype(x.q.dtype))

@@ -27,7 +27,7 @@ def is_functional() -> bool:
 
 def is_transformed() -> bool:
     """True if a transform of torch.func is active, or forward mode."""
-    return is_functional() or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def refuse_tangents(function: str, inputs: Mapping[str, Any]) -> None:

@@ -1,22 +1,23 @@
 """Plans: the launches of a call, prepared once for inputs of given metadata.
 
 A backend describes a call to a `Planner`, by a pure function of the shapes, strides and dtypes of its inputs and of
-options. The `Plan` that comes out is kept in one bounded cache. Every call looks its plan up, allocates and launches.
+options. The `Plan` that comes out is kept with all else that `calls.call` prepares. Every call allocates and launches.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import Context, copy_context
-from functools import lru_cache, reduce
+from functools import cache, partial, reduce
 from itertools import accumulate, repeat
 from operator import itemgetter, mul, or_
-from typing import Any, NamedTuple, TypeAlias, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 import triton
 from torch import Tensor
 
-MAX_PLANS = 1024
-CONTIGUOUS = torch.contiguous_format
+from .. import calls
+from ..calls import Inputs, Prepared
+from . import product_precision
 
 
 class Operand(NamedTuple):
@@ -34,10 +35,6 @@ class Operand(NamedTuple):
         return batch, token[0] if token else 0, head
 
 
-# Stand for the inputs of a call, in order; None for an input that is None.
-Operands: TypeAlias = list[Any]
-
-
 CONSTANT, SPECIALIZED, NOT_SPECIALIZED = "constant", "specialized", "not specialized"
 
 
@@ -47,7 +44,10 @@ class _Signature:
     Attributes:
         kernel: kept, since its id is a key.
         kinds: what compiled code depends on, by parameter: its value, properties of the value, or nothing.
+        num_pointers: of parameters that are tensors, which come first; known after the first launch.
     """
+
+    num_pointers = 0
 
     def __init__(self, kernel: Any):
         self.kernel = kernel
@@ -63,7 +63,10 @@ class _Signature:
         if arguments.keys() != self._names:
             wrong = ", ".join(sorted(arguments.keys() ^ self._names))
             raise TypeError(f"{self.kernel.__name__} and its launch differ in arguments: {wrong}")
-        return self._pick(arguments)
+        values = self._pick(arguments)
+        if not self.num_pointers:
+            self.num_pointers = next(i for i, x in enumerate(values) if x is not None and not isinstance(x, Operand))
+        return values
 
 
 _signatures: dict[int, _Signature] = {}  # by id: Triton hashes a kernel's code
@@ -79,9 +82,7 @@ class Launch:
     def __init__(self, kernel: Any, programs: int, arguments: dict[str, Any], options: dict[str, Any]):
         signature = _signatures.get(id(kernel)) or _signatures.setdefault(id(kernel), _Signature(kernel))
         values = signature.in_order(arguments)
-        num_pointers = len(values)
-        while not isinstance(values[num_pointers - 1], Operand):
-            num_pointers -= 1
+        num_pointers = signature.num_pointers
         pointers, self._rest = values[:num_pointers], values[num_pointers:]
         self.kernel, self.grid, self.options = kernel, (programs, 1, 1), options
         # An index of -1 finds None, which `Plan.run` puts last.
@@ -131,57 +132,63 @@ class Plan(NamedTuple):
         copies: indices of inputs that have to be made contiguous for the kernels.
         needs_alignment: the kernels read no inputs that are not aligned to 16 bytes.
         needs_scratch: the kernels keep descriptors of TMA in memory.
-        buffers: shapes, strides and dtypes. Kernels may overlap, so all live until everything is launched.
+        buffers: functions that allocate them. Kernels may overlap, so all live until everything is launched.
         launches: in order.
-        results: indices among inputs and buffers, or None.
+        results: indices among inputs and buffers.
     """
 
     device: torch.device
     copies: tuple[int, ...]
     needs_alignment: bool
     needs_scratch: bool
-    buffers: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
+    buffers: tuple[Callable[[], Tensor], ...]
     launches: tuple[Launch, ...]
-    results: tuple[int | None, ...]
+    results: tuple[int, ...]
 
-    def run(self, inputs: Sequence[Tensor | None]) -> list[Any]:
-        """The results, tensors or None, for inputs with the metadata that the plan was made for."""
-        device = self.device
-        memory = [*inputs]
+    def run(self, inputs: Sequence[Tensor | None]) -> list[Tensor]:
+        """The results, for inputs with the metadata that the plan was made for."""
+        memory: list[Any] = [*inputs]
         for i in self.copies:
-            memory[i] = _contiguous(inputs[i])
-        for shape, strides, dtype in self.buffers:
-            memory.append(torch.empty_strided(shape, strides, dtype=dtype, device=device))
+            memory[i] = memory[i].contiguous()
+        memory += [allocate() for allocate in self.buffers]
         memory.append(None)
-        if self.needs_scratch:
-            with_scratch(device).run(self._launch, memory)
-        else:
-            self._launch(memory)
-        return [None if i is None else memory[i] for i in self.results]
-
-    def _launch(self, memory: list[Tensor | None]) -> None:
         addresses = [None if x is None else x.data_ptr() for x in memory]
         is_aligned = reduce(or_, filter(None, addresses), 0) % 16 == 0
+        if not is_aligned and self.needs_alignment:
+            memory = [x if x is None or x.data_ptr() % 16 == 0 else _aligned(x) for x in memory]
+            addresses = [None if x is None else x.data_ptr() for x in memory]
+            is_aligned = True
+        if self.needs_scratch:
+            with_scratch(self.device).run(self._launch, memory, addresses, is_aligned)
+        else:
+            self._launch(memory, addresses, is_aligned)
+        return [memory[i] for i in self.results]
+
+    def _launch(self, memory: list[Tensor | None], addresses: list[int | None], is_aligned: bool) -> None:
         with torch.accelerator.device_index(self.device.index):
             for launch in self.launches:
                 launch(memory, addresses, is_aligned)
 
 
 class Planner:
-    """Collects the buffers and launches of a plan."""
+    """Collects the buffers and launches of a plan.
 
-    def __init__(self, device: torch.device, num_inputs: int):
-        self.device = device
+    Attributes:
+        precision: "ieee" or "tf32", of products of float32.
+    """
+
+    def __init__(self, device: torch.device, num_inputs: int, precision: str):
+        self.device, self.precision = device, precision
         self.needs_alignment = self.needs_scratch = False
         self._num_inputs = num_inputs
         self._copies: list[int] = []
-        self._buffers: list[tuple] = []
+        self._buffers: list[Callable[[], Tensor]] = []
         self._launches: list[Launch] = []
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Operand:
         """A contiguous buffer, or result."""
         strides = _contiguous_strides(shape)
-        self._buffers.append((shape, strides, dtype))
+        self._buffers.append(partial(torch.empty_strided, shape, strides, dtype=dtype, device=self.device))
         return Operand(self._num_inputs + len(self._buffers) - 1, shape, strides, dtype)
 
     @overload
@@ -213,52 +220,59 @@ class Planner:
             self.needs_scratch,
             tuple(self._buffers),
             tuple(self._launches),
-            tuple(None if x is None else x.index for x in results),
+            tuple(x.index for x in results if x is not None),
         )
 
 
-def run(make_plan: Callable[..., Results], inputs: Sequence[Tensor | None], *options: Hashable) -> list[Any]:
-    """Run the plan that `make_plan(planner, operands, *options)` describes, once for all inputs of some metadata.
+def planned(make_plan: Callable[..., Results], x: Inputs, *options: Any) -> Prepared:
+    """A function that runs the plan which `make_plan(planner, operands, *options)` describes.
 
     Args:
-        make_plan: returns the operands to return as tensors, of those that stand for the inputs and of buffers.
-        inputs: tensors on one device; the first one is given.
-        options: all else that the plan depends on.
+        make_plan: returns the operands to return as tensors, of those that stand for the inputs and of buffers; None
+            for those that are not asked for.
+        x: metadata of the inputs, on one device; the first one is given.
     """
-    first = inputs[0]
-    assert first is not None
-    metadata = tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in inputs])
-    plan = _plan(make_plan, first.device, metadata, options)
-    if plan.needs_alignment and any(x is not None and x.data_ptr() % 16 for x in inputs):
-        aligned = [x if x is None or x.data_ptr() % 16 == 0 else x.clone(memory_format=CONTIGUOUS) for x in inputs]
-        return run(make_plan, aligned, *options)
-    return plan.run(inputs)
 
+    def plan(precision: str) -> Plan:
+        planner = Planner(x[0].device, len(x), precision)
+        operands = [None if y is None else Operand(i, y.shape, y.strides, y.dtype) for i, y in enumerate(x)]
+        return planner.plan(make_plan(planner, type(x)(*operands), *options))
 
-@lru_cache(MAX_PLANS)
-def _plan(make_plan: Callable[..., Results], device: torch.device, metadata: tuple, options: tuple) -> Plan:
-    planner = Planner(device, len(metadata))
-    operands = [None if x is None else Operand(i, *x) for i, x in enumerate(metadata)]
-    return planner.plan(make_plan(planner, operands, *options))
+    if x[0].dtype != torch.float32:
+        return plan("ieee").run
+    plan_once = cache(plan)
+    return lambda inputs: plan_once(product_precision(torch.float32)).run(inputs)
 
 
 def clear() -> None:
-    """Forget all plans."""
-    _plan.cache_clear()
+    """Forget all plans, and compiled code."""
+    calls.clear()
     _compiled.clear()
 
 
 def strides(**operands: Operand) -> dict[str, int]:
     """`stride_qb`, `stride_qt` and `stride_qh` for an operand q, and so on."""
-    return {
-        f"stride_{name}{dim}": stride
-        for name, operand in operands.items()
-        for dim, stride in zip("bth", operand.token_strides, strict=True)
-    }
+    found = {}
+    for name, operand in operands.items():
+        of_batch, of_token, of_head = _STRIDES[name]
+        found[of_batch], found[of_token], found[of_head] = operand.token_strides
+    return found
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
+class _StrideNames(dict):
+    def __missing__(self, name: str) -> tuple[str, ...]:
+        names = self[name] = tuple([f"stride_{name}{dim}" for dim in "bth"])
+        return names
+
+
+_STRIDES = _StrideNames()
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """A copy of the memory of `x`, with the same strides; no strides are 0."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    memory = x.as_strided((max(extent, 0),), (1,)).clone()
+    return memory.as_strided(x.shape, x.stride())
 
 
 def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:

@@ -3,11 +3,11 @@
 from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor
 
-from ..problem import AttentionInputs, state_dtype
-from . import accumulate, product_precision
-from .plan import Operand, Operands, Planner, run
+from ..calls import Prepared
+from ..problem import AttentionInputs, GradientInputs, Metadata, PrefillInputs, state_dtype
+from . import accumulate
+from .plan import Operand, Planner, planned
 from .segments import Segments, ceil_div
 
 
@@ -17,7 +17,6 @@ class Scans(ABC):
     Args:
         planner: collects the launches.
         x: operands of the call; the attribute has them as the kernels read them.
-        precision: "ieee" or "tf32", of products of float32.
         scale: factor on every output.
         is_backward: plan the gradients, not the output.
     """
@@ -25,13 +24,12 @@ class Scans(ABC):
     def __init__(
         self,
         planner: Planner,
-        x: AttentionInputs[Operand],
-        precision: str,
+        x: AttentionInputs[Operand] | GradientInputs[Operand] | PrefillInputs[Operand],
         scale: float,
         *,
         is_backward: bool = False,
     ):
-        self.planner, self.precision, self.scale, self.is_backward = planner, precision, scale, is_backward
+        self.planner, self.precision, self.scale, self.is_backward = planner, planner.precision, scale, is_backward
         others = (planner.contiguous(y) for y in (x.log_decay, x.initial_state, x.cu_seqlens))
         self.x = AttentionInputs(*self.readable(planner, x.q, x.k, x.v), *others)
         self.dtype = x.q.dtype
@@ -120,37 +118,29 @@ class Scans(ABC):
         )
 
 
-def forward(
-    scans: type[Scans], x: AttentionInputs[Tensor], scale: float, output_final_state: bool
-) -> tuple[Tensor, Tensor | None]:
+def forward(scans: type[Scans], x: AttentionInputs[Metadata], scale: float, output_final_state: bool) -> Prepared:
     """`forward` of the backend whose scans are given."""
-    o, final_state = run(_plan_forward, x, scans, product_precision(x.q.dtype), scale, output_final_state)
-    return o, final_state
+    return planned(_plan_forward, x, scans, scale, output_final_state)
 
 
 def _plan_forward(
-    planner: Planner, operands: Operands, scans: type[Scans], precision: str, scale: float, output_final_state: bool
+    planner: Planner, x: AttentionInputs[Operand], scans: type[Scans], scale: float, output_final_state: bool
 ) -> tuple[Operand | None, ...]:
-    call = scans(planner, AttentionInputs(*operands), precision, scale)
+    call = scans(planner, x, scale)
     final_state = call.empty_states(call.N) if output_final_state else None
     return call.output(final_state), final_state
 
 
-def backward(
-    scans: type[Scans], x: AttentionInputs[Tensor], do: Tensor, d_final_state: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def backward(scans: type[Scans], x: GradientInputs[Metadata], scale: float) -> Prepared:
     """`backward` of the backend whose scans are given."""
-    inputs = *x, do, d_final_state
-    dq, dk, dv, d_initial_state = run(_plan_backward, inputs, scans, product_precision(x.q.dtype), scale)
-    return dq, dk, dv, d_initial_state
+    return planned(_plan_backward, x, scans, scale)
 
 
 def _plan_backward(
-    planner: Planner, operands: Operands, scans: type[Scans], precision: str, scale: float
+    planner: Planner, x: GradientInputs[Operand], scans: type[Scans], scale: float
 ) -> tuple[Operand | None, ...]:
-    *of_forward, do, d_final_state = operands
-    call = scans(planner, AttentionInputs(*of_forward), precision, scale, is_backward=True)
-    (do,) = scans.readable(planner, do)
+    call = scans(planner, x, scale, is_backward=True)
+    (do,) = scans.readable(planner, x.do)
     d_initial_state = None if call.x.initial_state is None else call.empty_states(call.N)
-    gradients = call.gradients(do, planner.contiguous(d_final_state), d_initial_state)
+    gradients = call.gradients(do, planner.contiguous(x.d_final_state), d_initial_state)
     return *gradients, d_initial_state

@@ -1,12 +1,12 @@
 """Kernels for Hopper GPUs (H100, H200), in Gluon, for bfloat16 and heads of 64 and 128: forward and backward."""
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 
-from ..gpu import device_reasons
 from ..problem import Problem
 from .config import HEAD_DIMS, MIN_ELEMENTS
 
@@ -14,7 +14,7 @@ supports_cuda_graphs = True
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
-    if reasons := device_reasons(_reasons_of_device, problem.device):
+    if reasons := _reasons_of_device(problem.device):
         return reasons
     if problem.dtype == torch.float16:
         reasons = ["float16 scores and states could overflow here; the portable kernels scale them"]
@@ -41,6 +41,7 @@ def __getattr__(name: str) -> Callable:
     return function
 
 
+@cache
 def _reasons_of_device(device: torch.device) -> list[str]:
     if device.type != "cuda":
         return [f"it runs on Hopper GPUs, got {device}"]

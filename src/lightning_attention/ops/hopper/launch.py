@@ -1,15 +1,13 @@
-"""Plans of the Hopper kernels, for tensors that `problem.py` has checked."""
+"""Plans of launches of the Hopper kernels."""
 
 from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..gpu import scans
 from ..gpu.plan import Operand, strides
 from ..gpu.segments import Segments, ceil_div, num_multiprocessors
-from ..problem import AttentionInputs
 from . import config, gradients, kernels, states
 
 
@@ -212,14 +210,8 @@ class Scans(scans.Scans):
         return {"num_warps": 4, "maxnreg": config.MAX_REGISTERS[V], "launch_pdl": overlap_previous}
 
 
-def forward(x: AttentionInputs[Tensor], scale: float, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
-    return scans.forward(Scans, x, scale, output_final_state)
-
-
-def backward(
-    x: AttentionInputs[Tensor], do: Tensor, d_final_state: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    return scans.backward(Scans, x, do, d_final_state, scale)
+forward = partial(scans.forward, Scans)
+backward = partial(scans.backward, Scans)
 
 
 @cache

@@ -3,12 +3,12 @@
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 
-from ..gpu import device_reasons
 from ..problem import Problem
 from .config import MAX_HEAD_DIM, MAX_TREE
 
@@ -16,7 +16,7 @@ supports_cuda_graphs = True
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
-    reasons = device_reasons(_reasons_of_device, problem.device)
+    reasons = _reasons_of_device(problem.device)
     if problem.dtype == torch.float64:
         reasons = [*reasons, "float64 has no tensor cores"]
     if problem.dtype == torch.bfloat16 and problem.device.type == "cpu":
@@ -45,6 +45,7 @@ def __getattr__(name: str) -> Callable:
     return function
 
 
+@cache
 def _reasons_of_device(device: torch.device) -> list[str]:
     if find_spec("triton") is None:
         return ["triton is not installed"]

@@ -7,32 +7,32 @@ here C is the number of drafts, rounded up.
 import triton.language as tl
 from torch import Tensor
 
-from ..gpu.plan import Operand, Operands, Planner, run, strides
+from ..calls import Prepared, call
+from ..gpu.plan import Operand, Planner, planned, strides
 from ..gpu.primitives import decay_over, jit, load_log_decay, program_ids
 from ..gpu.segments import ceil_div
-from ..problem import AttentionInputs, DecodingInputs
+from ..problem import AttentionInputs, DecodingInputs, Metadata
 from .config import MAX_TREE, step_tiles, verify_tiles
 from .launch import Scans, forward
 
 
-def step(x: DecodingInputs[Tensor], scale: float) -> Tensor:
-    (o,) = run(_plan_step, x, scale)
-    return o
+def step(x: DecodingInputs[Metadata], scale: float) -> Prepared:
+    return planned(_plan_step, x, scale)
 
 
-def _plan_step(planner: Planner, operands: Operands, scale: float) -> tuple[Operand]:
-    x = _readable(planner, operands)
+def _plan_step(planner: Planner, x: DecodingInputs[Operand], scale: float) -> tuple[Operand]:
+    x = _readable(planner, x)
     o = planner.empty(*x.v.shape, dtype=x.v.dtype)
     _advance(planner, x, o, scale)
     return (o,)
 
 
-def commit(x: DecodingInputs[Tensor]) -> None:
-    run(_plan_commit, x)
+def commit(x: DecodingInputs[Metadata]) -> Prepared:
+    return planned(_plan_commit, x)
 
 
-def _plan_commit(planner: Planner, operands: Operands) -> tuple[()]:
-    _advance(planner, _readable(planner, operands), None, 1.0)
+def _plan_commit(planner: Planner, x: DecodingInputs[Operand]) -> tuple[()]:
+    _advance(planner, _readable(planner, x), None, 1.0)
     return ()
 
 
@@ -58,20 +58,22 @@ def _advance(planner: Planner, x: DecodingInputs[Operand], o: Operand | None, sc
     )
 
 
-def verify(x: DecodingInputs[Tensor], scale: float) -> Tensor:
+def verify(x: DecodingInputs[Metadata], scale: float) -> Prepared:
     if x.q.shape[1] <= MAX_TREE:
-        (o,) = run(_plan_verify, x, scale)
-        return o
-    # A chain.
+        return planned(_plan_verify, x, scale)
+    return lambda x: _verify_chain(x, scale)
+
+
+def _verify_chain(x: DecodingInputs[Tensor], scale: float) -> list[Tensor]:
     state, is_padding = x.state, None
     if x.state_indices is not None:
         state, is_padding = state[x.state_indices.clamp_min(0)], x.state_indices < 0
-    o, _ = forward(AttentionInputs(x.q, x.k, x.v, x.log_decay, state.float(), None), scale, False)
-    return o if is_padding is None else o.masked_fill_(is_padding[:, None, None, None], 0)
+    (o,) = call(forward, AttentionInputs(x.q, x.k, x.v, x.log_decay, state.float(), None), scale, False)
+    return [o if is_padding is None else o.masked_fill_(is_padding[:, None, None, None], 0)]
 
 
-def _plan_verify(planner: Planner, operands: Operands, scale: float) -> tuple[Operand]:
-    x = _readable(planner, operands)
+def _plan_verify(planner: Planner, x: DecodingInputs[Operand], scale: float) -> tuple[Operand]:
+    x = _readable(planner, x)
     (B, T, H, K), V = x.q.shape, x.v.shape[3]
     o = planner.empty(*x.v.shape, dtype=x.v.dtype)
     C, BK, BV, num_warps = verify_tiles(K, V, max(T, 1))
@@ -101,11 +103,11 @@ def _plan_verify(planner: Planner, operands: Operands, scale: float) -> tuple[Op
     return (o,)
 
 
-def _readable(planner: Planner, operands: Operands) -> DecodingInputs[Operand]:
+def _readable(planner: Planner, x: DecodingInputs[Operand]) -> DecodingInputs[Operand]:
     """Operands as the kernels read them; the state, which they write, has any strides."""
-    q, k, v, log_decay, state, *indices = operands
-    q, k, v = Scans.readable(planner, q, k, v)
-    return DecodingInputs(q, k, v, planner.contiguous(log_decay), state, *map(planner.contiguous, indices))
+    q, k, v = Scans.readable(planner, x.q, x.k, x.v)
+    log_decay, *indices = (planner.contiguous(y) for y in (x.log_decay, x.state_indices, x.parents, x.last))
+    return DecodingInputs(q, k, v, log_decay, x.state, *indices)
 
 
 def _state_strides(state: Operand) -> dict[str, int]:

@@ -1,12 +1,14 @@
-"""Sequences in the Triton backend: plans of launches, for tensors that `problem.py` has checked."""
+"""Sequences in the Triton backend: plans of launches."""
+
+from functools import partial
 
 import torch
-from torch import Tensor
 
-from ..gpu import product_precision, scans
-from ..gpu.plan import Operand, Operands, Planner, run, strides
+from ..calls import Prepared
+from ..gpu import scans
+from ..gpu.plan import Operand, Planner, planned, strides
 from ..gpu.segments import Segments, ceil_div, num_multiprocessors
-from ..problem import AttentionInputs
+from ..problem import AttentionInputs, Metadata, PrefillInputs, ReadInputs, WriteInputs
 from . import config, kernels
 from .config import Tiles
 
@@ -169,49 +171,41 @@ class Scans(scans.Scans):
         return ceil_div(V, tiles.BV) * self.H * self.B
 
 
-def forward(x: AttentionInputs[Tensor], scale: float, output_final_state: bool) -> tuple[Tensor, Tensor | None]:
-    return scans.forward(Scans, x, scale, output_final_state)
+forward = partial(scans.forward, Scans)
+backward = partial(scans.backward, Scans)
 
 
-def backward(
-    x: AttentionInputs[Tensor], do: Tensor, d_final_state: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    return scans.backward(Scans, x, do, d_final_state, scale)
+def prefill(x: PrefillInputs[Metadata], scale: float) -> Prepared:
+    return planned(_plan_prefill, x, scale)
 
 
-def prefill(x: AttentionInputs[Tensor], state_positions: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    o, final_state, states = run(_plan_prefill, (*x, state_positions), product_precision(x.q.dtype), scale)
-    return o, final_state, states
-
-
-def _plan_prefill(planner: Planner, operands: Operands, precision: str, scale: float) -> tuple[Operand, ...]:
-    *x, state_positions = operands
-    call = Scans(planner, AttentionInputs(*x), precision, scale)
-    state_positions = planner.contiguous(state_positions)
+def _plan_prefill(planner: Planner, x: PrefillInputs[Operand], scale: float) -> tuple[Operand, ...]:
+    call = Scans(planner, x, scale)
+    state_positions = planner.contiguous(x.state_positions)
     final_state, states = call.empty_states(call.N), call.empty_states(call.B, state_positions.shape[0])
     return call.output(final_state, states, state_positions), final_state, states
 
 
-def write_state(k: Tensor, v: Tensor, log_decay: Tensor, *, reverse: bool) -> Tensor:
-    (states,) = run(_plan_write_state, (k, v, log_decay), product_precision(k.dtype), reverse)
-    return states[:, -1].clone(memory_format=torch.contiguous_format)
+def write_state(x: WriteInputs[Metadata], reverse: bool) -> Prepared:
+    run = planned(_plan_write_state, x, reverse)
+    return lambda x: [states[:, -1].clone(memory_format=torch.contiguous_format) for states in run(x)]
 
 
-def _plan_write_state(planner: Planner, operands: Operands, precision: str, reverse: bool) -> tuple[Operand]:
-    k, v, log_decay = operands
-    return (Scans(planner, AttentionInputs(k, k, v, log_decay, None, None), precision, 1.0).state_after(reverse),)
+def _plan_write_state(planner: Planner, x: WriteInputs[Operand], reverse: bool) -> tuple[Operand]:
+    k, v, log_decay = x
+    return (Scans(planner, AttentionInputs(k, k, v, log_decay, None, None), 1.0).state_after(reverse),)
 
 
-def read_state_(o: Tensor, q: Tensor, state: Tensor, log_decay: Tensor, *, reverse: bool, add: bool) -> None:
-    run(_plan_read_state, (o, q, state, log_decay), product_precision(q.dtype), reverse, add)
+def read_state_(x: ReadInputs[Metadata], reverse: bool, add: bool) -> Prepared:
+    return planned(_plan_read_state, x, reverse, add)
 
 
-def _plan_read_state(planner: Planner, operands: Operands, precision: str, reverse: bool, add: bool) -> tuple[()]:
-    o, q, state, log_decay = operands
+def _plan_read_state(planner: Planner, x: ReadInputs[Operand], reverse: bool, add: bool) -> tuple[()]:
+    o, q, state, log_decay = x
     assert Scans.can_read(o), "it is written in place"
     (q,) = Scans.readable(planner, q)
     (B, T, H, K), V = q.shape, o.shape[3]
-    tiles = config.interval_tiles(K, V, q.dtype, precision)
+    tiles = config.interval_tiles(K, V, q.dtype, planner.precision)
     planner.launch(
         kernels.read_kernel,
         ceil_div(V, tiles.BV) * H * B * ceil_div(T, config.TOKENS_PER_READ),
@@ -227,7 +221,7 @@ def _plan_read_state(planner: Planner, operands: Operands, precision: str, rever
         **_constants(tiles, K, V),
         REVERSE=reverse,
         ADD=add,
-        PRECISION=precision,
+        PRECISION=planner.precision,
     )
     return ()
 
