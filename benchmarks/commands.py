@@ -303,6 +303,15 @@ def segments(output: Annotated[Path, Option(help="Folder for segments.json.")] =
         _write("segments", results, device, output)
 
 
+@app.command("host", cls=Command)
+def host(output: Annotated[Path, Option(help="Folder for host.json.")] = OUTPUT, device: Device = None) -> None:
+    """Time that calls on small inputs keep the host."""
+    from .host import measure
+
+    torch_device = _device(device)
+    _write("host", measure(torch_device), torch_device, output)
+
+
 @app.command("counters", cls=Command)
 def counters(output: Annotated[Path, Option(help="Folder for counters.json.")] = OUTPUT) -> None:
     """Hardware counters of the kernels for Hopper, by Nsight Compute (ncu), on a Hopper GPU."""

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_attention import distributed
 from lightning_attention.distributed import exchange
-from lightning_attention.ops import chunked, states
+from lightning_attention.ops import custom_ops, states
 
 WORLD_SIZE = 4
 TIMEOUT_SECONDS = 180  # many processes start at once, and compile kernels on a GPU
@@ -278,6 +278,6 @@ def events(group: Any, case: Case, lengths: Sequence[int], strategy: str) -> lis
     with ExitStack() as patches:
         patches.enter_context(patch.dict(exchange.STRATEGIES, {strategy: launched}))
         for name in ("forward", "backward"):
-            patches.enter_context(patch.object(chunked, name, recorded(name, getattr(chunked, name))))
+            patches.enter_context(patch.object(custom_ops, name, recorded(name, getattr(custom_ops, name))))
         run(layers, local_inputs(group, make_inputs(case), lengths))
     return happened

@@ -303,7 +303,9 @@ def lightning_attention_prefill(
     if autograd.is_needed(q, k, v, log_decay, initial_state):
         _refuse_gradients("lightning_attention_prefill", {**inputs, "initial_state": initial_state}, log_decay)
     x = AttentionInputs(q, k, v, log_decay, initial_state, cu_seqlens)
-    if not isinstance(state_positions, Tensor):
+    if isinstance(state_positions, Tensor):
+        check_tensors({"state_positions": state_positions}, {})
+    else:
         positions = integers("state_positions", state_positions)
         check_state_positions(positions, Problem.of_attention(x).length)
         state_positions = torch.tensor(positions, dtype=torch.int64, device=q.device)
