@@ -16,7 +16,7 @@ from lightning_attention import (
     lightning_attention_step,
     lightning_attention_verify,
 )
-from lightning_attention.ops import triton
+from lightning_attention.distributed.states import read_state_, write_state
 
 FP16, FP32, FP64 = torch.float16, torch.float32, torch.float64
 EPS = torch.finfo(FP16).eps
@@ -220,14 +220,14 @@ def test_states_of_slices_are_accurate(case, make, reverse):
     write, read = (ages + 1, T - 1 - ages) if reverse else (T - 1 - ages, ages + 1)
     written, weights = (torch.exp(slopes.double() * age[:, None]) for age in (write, read))
 
-    state = triton.write_state(x.k, x.v, log_decay, reverse=reverse)
+    state = write_state("triton", x.k, x.v, log_decay, reverse=reverse)
     assert_close(state, torch.einsum("th,bthk,bthv->bhkv", written, wide.k, wide.v))
 
     exact = torch.einsum("th,bthk,bhkv->bthv", weights, wide.q, case.scale * wide.state)
     is_read = weights.amax(dim=1) > SMALLEST_NORMAL
     for add in (False, True):
         o = x.do.clone()
-        triton.read_state_(o, x.q, case.scale * x.state, log_decay, reverse=reverse, add=add)
+        read_state_("triton", o, x.q, case.scale * x.state, log_decay, reverse=reverse, add=add)
         expected = exact + wide.do if add else exact
         assert_close(o[:, is_read], expected[:, is_read])
 
