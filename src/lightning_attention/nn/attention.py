@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.api import lightning_attention, lightning_attention_prefill, lightning_attention_step
 from ..ops.problem import check_log_decay, check_tensors, state_dtype
 from .float32 import Float32Module
+from .gates import activated_parts, gated_norm_linear
 from .norms import SimpleRMSNorm
 from .positions import LRPE
 from .sizes import check_size
@@ -140,12 +140,12 @@ class GatedLightningAttention(nn.Module):
         Returns:
             Output `[B, T, W]`, and the state after the tokens, with gradients; None without `state`.
         """
-        q, k, v, u = self.qkvu_proj(x).chunk(4, dim=-1)
-        q, k, v = (y.unflatten(-1, (self.num_heads, self.head_dim)) for y in (F.silu(q), F.silu(k), v))
+        q, k, v, u = activated_parts(self.qkvu_proj(x))
+        q, k, v = (y.unflatten(-1, (self.num_heads, self.head_dim)) for y in (q, k, v))
         if self.lrpe is not None:
             q, k = self.lrpe(q, positions), self.lrpe(k, positions)
         o, state = self._attend(q, k, v, cu_seqlens, state, slots)
-        return self.out_proj(self.norm(o.flatten(-2)) * u), state
+        return gated_norm_linear(o.flatten(-2), u, self.norm, self.out_proj), state
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None, slots: Slots | None

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from .gates import gated_linear
 from .sizes import check_size
 
 
@@ -33,5 +34,4 @@ class SimpleGLU(nn.Module):
         self.out_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        v, u = self.vu_proj(x).chunk(2, dim=-1)
-        return self.out_proj(v * u)
+        return gated_linear(self.vu_proj(x), self.out_proj)

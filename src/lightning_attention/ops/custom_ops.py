@@ -5,6 +5,7 @@ The name of the backend is an argument: a new backend is a line in `backends.py`
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,23 +24,32 @@ DECODING_IN_PLACE = DECODING.replace("Tensor state", "Tensor(a!) state")
 AUTOCAST_KEYS = [f"Autocast{name}" for name in ("CPU", "CUDA", "HPU", "MPS", "MTIA", "XLA", "XPU", "PrivateUse1")]
 
 
-def _operator(signature: str, fake: Callable) -> Callable[[Callable], Callable]:
+def register(signature: str, fake: Callable) -> Callable[[Callable], Any]:
     """Register a function and its fake kernel; the operator takes the place of the function.
 
     `torch.library.custom_op` costs 45 µs a call, `define` and `impl` 2 µs.
     """
 
-    def register(implementation: Callable) -> Callable:
+    def decorate(implementation: Callable) -> Any:
         name = f"{NAMESPACE}::{implementation.__name__}"
         torch.library.define(name, signature)
         torch.library.impl(name, "CompositeExplicitAutograd", implementation)
         torch.library.register_fake(name, fake)
-        operator = getattr(torch.ops.lightning_attention, implementation.__name__).default
+        return getattr(torch.ops.lightning_attention, implementation.__name__).default
+
+    return decorate
+
+
+def _operator(signature: str, fake: Callable) -> Callable[[Callable], Any]:
+    """Register an operator of q, k and v, which autocast casts."""
+
+    def decorate(implementation: Callable) -> Any:
+        operator = register(signature, fake)(implementation)
         for key in AUTOCAST_KEYS:
-            torch.library.impl(name, key, partial(_under_autocast, operator))
+            torch.library.impl(operator.name(), key, partial(_under_autocast, operator))
         return operator
 
-    return register
+    return decorate
 
 
 def _under_autocast(operator: Callable, q: Tensor, k: Tensor, v: Tensor, *arguments):
