@@ -25,6 +25,7 @@ from ..distributed.agreement import Agreement
 from ..distributed.parallel import SequenceParallel
 from ..nn import LRPE, GatedLightningAttention, SimpleGLU, SimpleRMSNorm
 from ..nn.attention import Decay, Slots
+from ..ops.custom_ops import autocast
 from ..ops.problem import state_dtype
 from ..paths import to_path
 from .cache import CACHE, CacheName, LightningCache, resolve_cache
@@ -304,7 +305,10 @@ class LightningModel(LightningPreTrainedModel):
         return self.sequence_parallel.agreement(self.embed_tokens.weight)
 
     def _scale(self, embeddings: Tensor) -> Tensor:
-        return embeddings * self.config.hidden_size**0.5
+        """Input of the first layer: in bfloat16 autocast bfloat16, as are the outputs that layers add to it."""
+        embeddings = embeddings * self.config.hidden_size**0.5
+        (cast,) = autocast(embeddings)
+        return cast if cast.dtype == torch.bfloat16 else embeddings  # float16 would overflow
 
     def _resolve_use_cache(
         self,
