@@ -230,6 +230,50 @@ def train(
     _run("train", [measured], Plot("train", plot_training), torch_device, torch_dtype, output)
 
 
+@app.command("speed", cls=Command)
+def speed(
+    output: Output = OUTPUT,
+    size: Annotated[
+        list[str] | None,
+        Option(help="Size of the model, as in train; repeat for more. By default 385M, 1B and 3B on a GPU, demo on a CPU."),
+    ] = None,
+    length: Annotated[
+        list[int] | None,
+        Option(
+            help="Tokens of a sequence; repeat for more. By default 1024 to 131072 on a GPU for the first size and 4096 "
+            "for others, 256 to 4096 on a CPU."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, Option(help="Tokens of a step, at least one sequence. By default as many as fit: 65536 for 385M.")
+    ] = None,
+    steps: Annotated[int, Option(help="Steps to measure.")] = 5,
+    dtype: Dtype = None,
+    device: Device = None,
+    compile: Annotated[
+        bool | None, Option("--compile/--no-compile", help="Compile the layers. By default on a GPU.")
+    ] = None,
+) -> None:
+    """Training steps of models, beside a LLaMA of equal size, at several lengths."""
+    from .speed import SpeedCase, benchmark, default_tokens
+
+    torch_device = _device(device)
+    torch_dtype = _dtype(dtype, torch_device)
+    on_gpu = torch_device.type == "cuda"
+    check_at_least(1, steps=steps, tokens=tokens)
+    check_at_least(2, length=length)
+    sizes = [_size(name, torch_device) for name in size or (["385M", "1B", "3B"] if on_gpu else ["demo"])]
+    cases = []
+    for name in sizes:
+        default = _doubling(1024, 8) if on_gpu and name == sizes[0] else [4096] if on_gpu else [256, 1024, 4096]
+        for T in sorted(set(length or default)):
+            cases.append(SpeedCase(name, T, max(T, tokens or default_tokens(name))))
+    measured = benchmark(
+        cases, torch_device, torch_dtype, compiled=on_gpu if compile is None else compile, steps=steps
+    )
+    _run("speed", [measured], None, torch_device, torch_dtype, output)
+
+
 @app.command("scaling", cls=Command)
 def scaling(
     context: typer.Context,
@@ -376,7 +420,7 @@ def _command() -> str:
 
 
 def _run(
-    name: str, measured: Sequence["Benchmark"], plot: "Plot", device: torch.device, dtype: torch.dtype, output: Path
+    name: str, measured: Sequence["Benchmark"], plot: "Plot | None", device: torch.device, dtype: torch.dtype, output: Path
 ) -> None:
     from .run import run
 

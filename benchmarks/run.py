@@ -49,7 +49,7 @@ class Plot:
 def run(
     name: str,
     benchmarks: Sequence[Benchmark],
-    plot: Plot,
+    plot: Plot | None,
     device: torch.device,
     *,
     dtype: torch.dtype,
@@ -62,7 +62,7 @@ def run(
     Args:
         name: stem of the files.
         benchmarks: what to measure.
-        plot: what to draw.
+        plot: what to draw; None for no plot.
         device: device to measure on.
         dtype: dtype of the inputs, to print.
         command: command that produces these results, to record.
@@ -101,7 +101,7 @@ def run(
                 report.write(document, results)
                 for line in benchmark.table.lines(benchmark.title(case, bandwidth), measured):
                     echo(line)
-        if plot.kind not in document["runs"]:
+        if plot is None or plot.kind not in document["runs"]:
             return [results]
         plot.draw(document, drawing)
         return [results, drawing]

@@ -1,0 +1,186 @@
+"""Training steps as `train` makes them, beside a LLaMA of equal size from transformers: tokens per second and memory."""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_attention.models import LightningConfig, LightningForCausalLM, compile_layers
+
+from .harness import Comparison, release
+from .report import OURS, Column, Record, Table, field, rounded, times_ours
+from .run import Benchmark
+from .scaling import num_parameters
+
+LLAMA = "LLaMA (transformers)"
+# NVIDIA's figures for dense products in bfloat16, in operations per second.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+@dataclass(frozen=True)
+class SpeedCase:
+    """Step of a model on random tokens, in sequences of `length` tokens."""
+
+    size: str
+    length: int
+    tokens: int
+
+    @property
+    def batch_size(self) -> int:
+        return self.tokens // self.length
+
+
+def default_tokens(size: str) -> int:
+    """Tokens of a step that fit into 80 GiB."""
+    return {"385M": 1 << 16, "1B": 1 << 14, "3B": 1 << 13, "7B": 1 << 12, "15B": 1 << 12}.get(size, 1 << 13)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    seconds: float
+    first_seconds: float
+    peak_bytes: int | None
+    loss: float
+
+
+def benchmark(
+    cases: list[SpeedCase], device: torch.device, dtype: torch.dtype, *, compiled: bool, steps: int
+) -> Benchmark:
+    """Measure steps with AdamW, in autocast of a dtype, of models whose layers are compiled or not."""
+
+    def measure_case(case: SpeedCase, bandwidth: float) -> list[Record]:
+        return measure(case, device, dtype, compiled=compiled, steps=steps)
+
+    needed = max(16 * num_parameters(LightningConfig.from_size(case.size)) for case in cases)
+    return Benchmark("speed", cases, measure_case, _title, _TABLE, needed)
+
+
+def measure(case: SpeedCase, device: torch.device, dtype: torch.dtype, *, compiled: bool, steps: int) -> list[Record]:
+    """Measure a case.
+
+    Returns:
+        Of every model: `seconds` of a step, the mean of `steps` steps that follow each other; `tokens_per_second`;
+        `peak_share`, the share of the GPU's peak by 6 operations a parameter and token; `times_ours`; `peak_bytes`,
+        with weights, gradients and moments; `first_seconds`, of the first step, with compilation; and `loss`, of the
+        first step.
+    """
+    models: dict[str, Callable[[LightningConfig], nn.Module]] = {OURS: _ours, LLAMA: _llama}
+    config = LightningConfig.from_size(case.size)
+    comparison: Comparison[_Steps] = Comparison(device)
+    sizes: dict[str, int] = {}
+    for name, create in models.items():
+
+        def run(create: Callable[[LightningConfig], nn.Module] = create, name: str = name) -> _Steps:
+            torch.manual_seed(0)
+            with device:
+                model = create(config).train()
+            sizes[name] = sum(parameter.numel() for parameter in model.parameters())
+            if compiled:
+                _compile(model)
+            return _run(model, case, device, dtype, steps)
+
+        comparison.prepare(name, run)
+        gc.collect()
+        torch.compiler.reset()
+        release(device)
+    times = {name: prepared.seconds for name, prepared in comparison.prepared.items()}
+    peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in _name(device)), None)
+
+    def results(name: str, result: _Steps) -> Record:
+        flops = 6 * sizes[name] * case.tokens / result.seconds
+        return {
+            "parameters": sizes[name],
+            "seconds": rounded(result.seconds),
+            "tokens_per_second": rounded(case.tokens / result.seconds),
+            "peak_share": rounded(flops / peak) if peak else None,
+            "times_ours": times_ours(times, name),
+            "peak_bytes": result.peak_bytes,
+            "first_seconds": rounded(result.first_seconds),
+            "loss": rounded(result.loss),
+        }
+
+    return comparison.records(
+        {"size": case.size, "batch_size": case.batch_size, "length": case.length, "compiled": compiled}, results
+    )
+
+
+def _ours(config: LightningConfig) -> nn.Module:
+    return LightningForCausalLM(config)
+
+
+def _llama(config: LightningConfig) -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            tie_word_embeddings=config.tie_word_embeddings,
+            max_position_embeddings=1 << 20,
+            attn_implementation="sdpa",
+        )
+    )
+
+
+def _compile(model: Any) -> None:
+    if isinstance(model, LightningForCausalLM):
+        compile_layers(model)
+    else:
+        for layer in model.model.layers:
+            layer.compile()
+
+
+def _run(model: Any, case: SpeedCase, device: torch.device, dtype: torch.dtype, steps: int) -> _Steps:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
+    tokens = torch.randint(model.config.vocab_size, (case.batch_size, case.length), device=device)
+    options = {"skip_logits": True} if isinstance(model, LightningForCausalLM) else {}
+
+    def step() -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(input_ids=tokens, labels=tokens, use_cache=False, **options).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    start = time.perf_counter()
+    loss = step().item()
+    first_seconds = time.perf_counter() - start
+    step().item()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        last = step()
+    last.item()
+    seconds = (time.perf_counter() - start) / steps
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return _Steps(seconds, first_seconds, peak, loss)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+def _title(case: SpeedCase, bandwidth: float) -> str:
+    return f"{case.size}, {case.batch_size} x {case.length} tokens"
+
+
+_TABLE = Table(
+    {
+        "": [
+            Column("tokens/s", 11, field("tokens_per_second"), ".4g"),
+            Column("of peak", 9, field("peak_share"), ".0%"),
+            Column("ours", 8, field("times_ours"), ".3g", "x"),
+            Column("GiB", 8, field("peak_bytes", scale=2**-30), ".3g"),
+            Column("first s", 9, field("first_seconds"), ".3g"),
+            Column("loss", 9, field("loss"), ".4g"),
+        ]
+    }
+)
