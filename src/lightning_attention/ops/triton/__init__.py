@@ -16,7 +16,7 @@ supports_cuda_graphs = True
 
 
 def unsupported_reasons(problem: Problem) -> list[str]:
-    reasons = _reasons_of_device(problem.device)
+    reasons = reasons_of_device(problem.device)
     if problem.dtype == torch.float64:
         reasons = [*reasons, "float64 has no tensor cores"]
     if problem.dtype == torch.bfloat16 and problem.device.type == "cpu":
@@ -46,7 +46,8 @@ def __getattr__(name: str) -> Callable:
 
 
 @cache
-def _reasons_of_device(device: torch.device) -> list[str]:
+def reasons_of_device(device: torch.device) -> list[str]:
+    """Why Triton kernels do not run on a device; empty if they do."""
     if find_spec("triton") is None:
         return ["triton is not installed"]
     if device.type == "cuda":
