@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from lightning_attention.models import LightningConfig, LightningForCausalLM
 from lightning_attention.training import byte_tokenizer
@@ -28,7 +27,6 @@ def make_model(dtype: torch.dtype = torch.float64, **options: Any) -> LightningF
     model = LightningForCausalLM(make_config(**options)).to(dtype)
     for parameter in model.parameters():  # `theta` too, which `to` leaves in float32
         parameter.data = parameter.data.to(dtype)
-    model.loss_function = mean_loss  # transformers' loss is float32 in every dtype
     return model
 
 
@@ -40,10 +38,3 @@ def save_checkpoint(folder: Path) -> Path:
     LightningForCausalLM(make_config(vocab_size=len(tokenizer), **ids)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def mean_loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **_):
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=-100)[..., 1:]
-    count = (shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-    return F.cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), reduction="sum") / count

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -15,6 +17,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from ..nn import linear_cross_entropy
 from .cache import CACHE, CacheName, LightningCache, resolve_cache
 from .configuration import LightningConfig
 from .model import LightningModel, LightningPreTrainedModel
@@ -69,31 +72,40 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         past_key_values: LightningCache | None = None,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> LightningOutput:
         """Compute logits, and the loss if labels are given.
+
+        The loss is computed from chunks of logits (`nn.linear_cross_entropy`), unless `loss_function` has been set or
+        `lm_head` is other than a plain linear layer: replaced or wrapped, with a bias or with hooks.
 
         Args:
             labels: `[B, T]` tokens, usually `input_ids`; shifted here, so that token t predicts label t + 1. Labels of
                 -100 are left out of the loss.
             logits_to_keep: tokens whose logits are computed; 0 is all. A number n: the last n. Indices: `[M]`, or
                 `[B, M]` for each batch row. A bool mask `[B, T]`: logits are then `[tokens, vocab_size]`.
+            skip_logits: with labels, return no logits. The memory that training takes then does not grow with
+                T × vocab_size, unless all logits are needed for the loss, as above.
             kwargs: `num_items_in_batch`, a divisor of the summed loss in place of the number of labels (0 counts as
                 1); `shift_labels`, labels that are already shifted, which a rank of sequence parallelism must give;
                 `ignore_index` in place of -100; and arguments of `LightningModel`.
             others: see `LightningModel.forward`.
 
         Returns:
-            Logits `[B, T, vocab_size]`; with labels, the mean loss in nats per token (0 with gradients of 0 if all
+            Logits `[B, T, vocab_size]`, or None with `skip_logits`; with labels, the mean loss in nats per token (0 with gradients of 0 if all
             labels are ignored); the cache; and, if `states` are given, the states after the tokens.
 
         Raises:
-            TypeError, ValueError: see `LightningModel.forward`; ValueError also for labels with only some logits.
+            TypeError, ValueError: see `LightningModel.forward`; ValueError also for labels with only some logits, and for
+                `skip_logits` without labels.
         """
         for_loss = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         has_labels = labels is not None or for_loss.get("shift_labels") is not None
         if has_labels and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need all logits: leave logits_to_keep out")
+        if skip_logits and not has_labels:
+            raise ValueError("skip_logits needs labels: without them the logits are the only result")
         if has_labels and self.model.sequence_parallel is not None and for_loss.get("shift_labels") is None:
             raise ValueError("with sequence parallelism give shift_labels: the next rank holds the last token's label")
         outputs = self.model(
@@ -111,16 +123,31 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(_select_tokens(outputs.last_hidden_state, logits_to_keep))
+        hidden_states = _select_tokens(outputs.last_hidden_state, logits_to_keep)
+        in_chunks = has_labels and self._has_loss_in_chunks()
+        logits = None if skip_logits and in_chunks else self.lm_head(hidden_states)
         loss = None
         if has_labels:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **_loss_arguments(labels, **for_loss)
-            )
+            given = _loss_arguments(labels, **for_loss)
+            if in_chunks:
+                loss = _loss_in_chunks(hidden_states, self.lm_head.weight, labels, **given)
+            else:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **given)
         returned: dict[str, Any] = {CACHE: outputs.cache}
         return LightningOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, states=outputs.states, **returned
+            loss=loss,
+            logits=None if skip_logits else cast(Any, logits),
+            hidden_states=outputs.hidden_states,
+            states=outputs.states,
+            **returned,
         )
+
+    def _has_loss_in_chunks(self) -> bool:
+        """True if the loss is the cross-entropy of a plain linear layer, which then need not be called."""
+        head: Any = self.lm_head
+        hooks = head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks
+        is_plain = type(head) is nn.Linear and head.bias is None and "forward" not in vars(head) and not any(hooks)
+        return is_plain and self.loss_function is ForCausalLMLoss
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers does; `cache` or `past_key_values` continues an earlier call."""
@@ -187,6 +214,22 @@ def _loss_arguments(
         "shift_labels": shift_labels,
         "ignore_index": ignore_index,
     }
+
+
+def _loss_in_chunks(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor | None,
+    *,
+    num_items_in_batch: int | Tensor,
+    shift_labels: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    """`ForCausalLMLoss` of the logits of a linear layer, without all logits."""
+    if shift_labels is None:
+        shift_labels = F.pad(cast(Tensor, labels), (0, 1), value=ignore_index)[..., 1:]
+    x, expected = hidden_states.flatten(0, -2), shift_labels.flatten().to(hidden_states.device)
+    return linear_cross_entropy(x, weight, expected, ignore_index=ignore_index, reduction="sum") / num_items_in_batch
 
 
 def _select_tokens(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:
