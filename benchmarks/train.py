@@ -27,7 +27,7 @@ def in_segments(model: torch.nn.Module, input_ids: Tensor, case: TrainingCase) -
 
 def at_once(model: torch.nn.Module, input_ids: Tensor, case: TrainingCase) -> Tensor:
     input_ids = input_ids.to(next(model.parameters()).device)
-    return model(input_ids, labels=input_ids, use_cache=False).loss
+    return model(input_ids, labels=input_ids, use_cache=False, skip_logits=True).loss
 
 
 # Losses by name, and the largest number of training segments to measure.

@@ -228,7 +228,11 @@ class _Passes:
         """Compute the loss of a segment and the states after it."""
         with self.autocast():
             outputs = self.model(
-                **self.segments.segment(index), states=states, use_cache=False, num_items_in_batch=self.num_items
+                **self.segments.segment(index),
+                states=states,
+                use_cache=False,
+                skip_logits=True,
+                num_items_in_batch=self.num_items,
             )
         return outputs.loss, list(outputs.states)
 

@@ -73,10 +73,10 @@ class PackedTrainer(CheckpointingTrainer):
         return super().compute_loss(self._loss_model(model), inputs, return_outputs, num_items_in_batch)
 
     def _loss_model(self, model: Any) -> Any:
-        """The model, or a function that computes its loss by training segments."""
+        """The model without its logits, or a function that computes its loss by training segments."""
         length = self.segment_length
         if length is None:
-            return model
+            return partial(model, skip_logits=True)
         return lambda **inputs: {"loss": segmented_loss(model, **inputs, segment_length=length)}
 
     def evaluate(
