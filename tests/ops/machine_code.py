@@ -24,10 +24,11 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from lightning_attention.ops.hopper import config, gradients, kernels, states
 
-TENSORS = {"q", "k", "v", "o", "do", "dk", "dv"}
+TENSORS = {"q", "k", "v", "o", "do", "dk", "dv", "logits"}
 STATES = {"initial_state", "interval_states", "final_state", "states", "factors", "log_decay", "state"}
-STATES |= {"d_initial_state", "d_final_state"}
+STATES |= {"d_initial_state", "d_final_state", "losses"}
 INTEGERS = {"cu_seqlens", "state_indices", "state_positions", "parents", "last"}
+LONG_INTEGERS = {"labels"}
 
 HASHES = Path(__file__).with_name("hopper_machine_code.json")
 
@@ -130,6 +131,8 @@ def signature_of(kernel: Any, dtype: str, constants: dict[str, Any]) -> tuple[di
             signature[name] = "*fp32"
         elif name in INTEGERS:
             signature[name] = "*i32"
+        elif name in LONG_INTEGERS:
+            signature[name] = "*i64"
         else:
             signature[name] = "fp32" if name == "scale" else "i32"
     aligned = [

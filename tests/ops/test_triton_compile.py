@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from lightning_attention.ops.gpu import accumulate  # noqa: E402
-from lightning_attention.ops.triton import decoding, kernels  # noqa: E402
+from lightning_attention.ops.triton import decoding, kernels, softmax_gradient  # noqa: E402
 
 pytestmark = [
     pytest.mark.kernels,
@@ -135,6 +135,16 @@ def test_verification_compiles_and_fits(arch, head_dim, num_drafts):
     sizes = {"K": head_dim, "V": head_dim, "C": C, "BK": BK, "BV": BV, "stride_sv": 1}
     compiled = compile_kernel(decoding.verify_kernel, arch, "bf16", None, num_warps=num_warps, **sizes)
     check(compiled, arch, head_dim, products=False)
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_softmax_gradient_compiles_and_loads_16_bytes_a_thread(arch, dtype):
+    sizes = {"V": 50_304, "BLOCK": softmax_gradient.MAX_BLOCK, "NEEDS_GRADIENT": True}
+    kernel, num_warps = softmax_gradient.softmax_gradient_kernel, softmax_gradient.NUM_WARPS
+    compiled = compile_kernel(kernel, arch, dtype, None, num_warps=num_warps, **sizes)
+    check(compiled, arch, 128, products=False)
+    assert "LDG.E.128" in machine_code(compiled)[1]
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

@@ -93,12 +93,14 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
             others: see `LightningModel.forward`.
 
         Returns:
-            Logits `[B, T, vocab_size]`, or None with `skip_logits`; with labels, the mean loss in nats per token (0 with gradients of 0 if all
-            labels are ignored); the cache; and, if `states` are given, the states after the tokens.
+            Logits `[B, T, vocab_size]`, None with `skip_logits`; with labels, the mean loss in nats per token (0 with
+            gradients of 0 if all labels are ignored); the cache; and, if `states` are given, the states after the
+            tokens.
 
         Raises:
-            TypeError, ValueError: see `LightningModel.forward`; ValueError also for labels with only some logits, and for
-                `skip_logits` without labels.
+            TypeError, ValueError: see `LightningModel.forward`; ValueError also for labels with only some logits, and
+                for `skip_logits` without labels.
+            IndexError: a label on a CPU is out of range.
         """
         for_loss = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         has_labels = labels is not None or for_loss.get("shift_labels") is not None

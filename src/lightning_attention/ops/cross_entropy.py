@@ -1,7 +1,7 @@
 """Cross-entropy of a linear layer, with its gradients, in the memory of one chunk of logits.
 
-The gradients are computed in the forward pass, while the logits of a chunk of tokens exist: `G = softmax(X Wᵀ) - onehot`
-is the gradient of the logits, `dX = G W` and `dW = Gᵀ X`. Source: Liger Kernel (arXiv 2410.10989), section 3.2.
+The gradients are computed in the forward pass, while the logits of a chunk exist: `G = softmax(X Wᵀ) - onehot` is the
+gradient of the logits, `dX = G W` and `dW = Gᵀ X`. Source: Liger Kernel (arXiv 2410.10989), section 3.2.
 """
 
 from typing import Any
@@ -73,7 +73,7 @@ def scale_gradients(ctx: Any, d_outputs: list[Tensor | None]) -> tuple[Tensor | 
     d_loss, *d_gradients = d_outputs
     if any(gradient is not None for gradient in d_gradients):
         raise NotImplementedError("linear_cross_entropy has no second derivative")
-    gradients = [(gradient * d_loss).to(ctx.dtype) for gradient in ctx.saved_tensors]
+    gradients = [None if d_loss is None else (y * d_loss).to(ctx.dtype) for y in ctx.saved_tensors]
     dx = gradients[0] if ctx.needs_dx else None
     dweight = gradients[-1] if ctx.needs_dweight else None
     return dx, dweight, None, None, None, None
