@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_attention.distributed.parallel import SequenceParallel
 from lightning_attention.training import segmented_loss
@@ -85,9 +86,24 @@ def _gradients_on_gpus(group: Any, T: int, segment_length: int, strategy: str) -
     return {name: x.cpu() for name, x in _gradients(model, loss).items()}
 
 
-def gradients_sharded(group: Any, T: int, segment_length: int | None) -> dict[str, Tensor]:
+def gradients_averaged(ranks: int, T: int, tied: bool) -> dict[str, Tensor]:
+    """Gradients of one process for the batch rows of all ranks, of which each has as many labels."""
+    model = make_model(torch.float32, tie_word_embeddings=tied)
+    input_ids = torch.cat([tokens(1, T, seed=rank) for rank in range(ranks)])
+    return _gradients(model, model(input_ids, labels=input_ids, skip_logits=True).loss)
+
+
+def gradients_replicated(group: Any, T: int, tied: bool) -> dict[str, Tensor]:
+    """Gradients of a model within `DistributedDataParallel`, with one batch row per rank."""
+    model = make_model(torch.float32, tie_word_embeddings=tied)
+    input_ids = tokens(1, T, seed=dist.get_rank(group))
+    replica = DistributedDataParallel(model, process_group=group)
+    return _gradients(model, replica(input_ids, labels=input_ids, skip_logits=True).loss)
+
+
+def gradients_sharded(group: Any, T: int, segment_length: int | None, tied: bool = True) -> dict[str, Tensor]:
     """Gradients of a model sharded over the group by `fully_shard`, with one batch row per rank."""
-    model = make_model(torch.float32)
+    model = make_model(torch.float32, tie_word_embeddings=tied)
     world: Any = group or dist.group.WORLD
     mesh = DeviceMesh.from_group(world, "cpu")
     for module in (*model.model.layers, model):
@@ -96,10 +112,10 @@ def gradients_sharded(group: Any, T: int, segment_length: int | None) -> dict[st
     # The views are states, which are not changed in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if segment_length is None:
-        loss = model(input_ids, labels=input_ids).loss
+        loss = model(input_ids, labels=input_ids, skip_logits=True).loss
     else:
         loss = segmented_loss(model, input_ids, segment_length=segment_length)
-    return {name: x.full_tensor() for name, x in _gradients(model, loss).items() if isinstance(x, DTensor)}
+    return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in _gradients(model, loss).items()}
 
 
 def _gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:

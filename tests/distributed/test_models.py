@@ -70,9 +70,27 @@ def test_segmented_gradients_of_a_sharded_model_equal_one_pass(ranks, members):
     expected = ranks(jobs.gradients_sharded, 29, None, members=members)[0]
     actual = ranks(jobs.gradients_sharded, 29, 8, members=members)[0]
     assert len(expected) > 10
+    assert_equal(actual, expected)
+
+
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Check float32 gradients, relative to each or a hundredth of the largest."""
     largest = max(x.norm() for x in expected.values())
     for name, exact in expected.items():
         assert (actual[name] - exact).norm() < 1e-5 * max(exact.norm(), largest / 100), name
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("wrapper", ["replicated", "sharded"])
+def test_loss_without_logits_of_a_wrapped_model_equals_one_process(ranks, wrapper, tied):
+    expected = jobs.gradients_averaged(2, 29, tied)
+    if wrapper == "replicated":
+        parts = ranks(jobs.gradients_replicated, 29, tied, members=(0, 1))
+    else:
+        parts = ranks(jobs.gradients_sharded, 29, None, tied, members=(0, 1))
+    torch.testing.assert_close(torch.stack([part.pop("loss") for part in parts]).mean(), expected.pop("loss"))
+    for part in parts:
+        assert_equal(part, expected)
 
 
 def assert_every_rank_raises(outcomes: list, name: str) -> None:

@@ -131,7 +131,7 @@ def subclass(head: nn.Linear) -> nn.Module:
 
 
 def hook(head: nn.Linear) -> nn.Module:
-    head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    head.register_forward_hook(lambda module, inputs, output: output.mul(2))
     return head
 
 
@@ -142,7 +142,7 @@ def hook_inputs(head: nn.Linear) -> nn.Module:
 
 def replace_forward(head: nn.Linear) -> nn.Module:
     forward = head.forward
-    head.forward = lambda x: 2 * forward(x)
+    head.forward = lambda input: 2 * forward(input)
     return head
 
 
@@ -180,6 +180,7 @@ def test_hooks_on_the_gradient_of_the_head_are_called():
     assert seen == [(2, 9, VOCAB)]
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
 def test_gradient_checkpointing_changes_nothing():
     model = make_model().train()
     expected = gradients(model, labels=IDS, skip_logits=True)

@@ -44,8 +44,8 @@ def with_gradients(loss_of: Any, x: Tensor, weight: Tensor, labels: Tensor, **op
 
 def assert_accurate(x: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> None:
     """Assert that errors against float64 are at most twice those of plain PyTorch, plus a rounding."""
-    wide = [y.detach().double().requires_grad_() for y in (x, weight)]
-    exact = with_gradients(plain, *wide, labels, **options)
+    wide, wide_weight = (y.detach().double().requires_grad_() for y in (x, weight))
+    exact = with_gradients(plain, wide, wide_weight, labels, **options)
     baseline = with_gradients(plain, x, weight, labels, **options)
     for found, plainly, expected in zip(
         with_gradients(linear_cross_entropy, x, weight, labels, **options), baseline, exact, strict=True
@@ -135,8 +135,9 @@ def test_labels_may_be_any_integers(dtype):
 @pytest.mark.parametrize("frozen", ["x", "weight", "both"])
 def test_gradients_that_are_not_needed_are_not_computed(frozen):
     x, weight, labels = make_inputs(6)
-    expected = dict(zip(("x", "weight"), with_gradients(linear_cross_entropy, x, weight, labels)[1:], strict=True))
-    leaves = {"x": x, "weight": weight}
+    names = ["x", "weight"]
+    leaves = dict(zip(names, (x, weight), strict=True))
+    expected = dict(zip(names, with_gradients(linear_cross_entropy, x, weight, labels)[1:], strict=True))
     for name in leaves if frozen == "both" else [frozen]:
         leaves[name].requires_grad_(False)
     with torch.profiler.profile() as profile:
@@ -164,6 +165,7 @@ def test_large_sums_do_not_overflow_in_float16():
     """4096 tokens with the label 0, each of which adds up to 64: the sum exceeds 65504, the mean does not."""
     x, weight = torch.full((4096, 8), 64.0, dtype=FP16), torch.zeros(5, 8, dtype=FP16, requires_grad=True)
     linear_cross_entropy(x, weight, torch.zeros(4096, dtype=torch.int64)).backward()
+    assert weight.grad is not None
     torch.testing.assert_close(weight.grad[:2, 0], torch.tensor([-0.8 * 64, 0.2 * 64]).half(), rtol=1e-3, atol=0)
 
 
@@ -178,16 +180,15 @@ def test_second_derivative_raises():
 @DEVICES
 def test_autocast_multiplies_in_its_dtype_and_keeps_gradients_float32(device):
     x, weight, labels = make_inputs(6, device=device)
-    low = [y.detach().bfloat16().requires_grad_() for y in (x, weight)]
-    expected = with_gradients(linear_cross_entropy, *low, labels)
-    for inputs in ((x, weight), (low[0], weight)):
+    low_x, low_weight = (y.detach().bfloat16().requires_grad_() for y in (x, weight))
+    expected = with_gradients(linear_cross_entropy, low_x, low_weight, labels)
+    for given_x in (x, low_x):
         with torch.autocast(x.device.type, BF16):
-            found = with_gradients(linear_cross_entropy, *inputs, labels)
+            found = with_gradients(linear_cross_entropy, given_x, weight, labels)
         assert found[2].dtype == FP32
         torch.testing.assert_close([y.float() for y in found], [y.float() for y in expected], rtol=0, atol=0)
-    wide = [y.detach().double().requires_grad_() for y in (x, weight)]
     with torch.autocast(x.device.type, BF16):
-        assert linear_cross_entropy(*wide, labels).dtype == FP64
+        assert linear_cross_entropy(x.double(), weight.double(), labels).dtype == FP64
 
 
 @DEVICES
@@ -238,7 +239,7 @@ def test_meta_and_fake_tensors_have_the_right_metadata():
         fake = torch.empty(2, 6, 12, dtype=BF16), torch.empty(30, 12, dtype=BF16), torch.zeros(2, 6, dtype=torch.int64)
     for inputs in ((x, weight, labels), fake):
         leaves = [y.requires_grad_() for y in inputs[:2]]
-        loss = linear_cross_entropy(*leaves, inputs[2])
+        loss = linear_cross_entropy(leaves[0], leaves[1], inputs[2])
         assert (loss.shape, loss.dtype) == ((), FP32)
         gradients = torch.autograd.grad(loss, leaves)
         assert [(g.shape, g.dtype) for g in gradients] == [(y.shape, BF16) for y in leaves]

@@ -167,7 +167,7 @@ def linear_cross_entropy(x, weight, labels, ignore_index, needs_dx, needs_dweigh
 
 
 torch.library.register_autograd(
-    linear_cross_entropy.name(), cross_entropy.scale_gradients, setup_context=cross_entropy.save_gradients
+    f"{NAMESPACE}::linear_cross_entropy", cross_entropy.scale_gradients, setup_context=cross_entropy.save_gradients
 )
 
 
