@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ..nn import linear_cross_entropy
+from ..nn.gates import is_plain_linear
 from .cache import CACHE, CacheName, LightningCache, resolve_cache
 from .configuration import LightningConfig
 from .model import LightningModel, LightningPreTrainedModel
@@ -146,10 +147,7 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
 
     def _has_loss_in_chunks(self) -> bool:
         """True if the loss is the cross-entropy of a plain linear layer, which then need not be called."""
-        head: Any = self.lm_head
-        hooks = head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks
-        is_plain = type(head) is nn.Linear and head.bias is None and "forward" not in vars(head) and not any(hooks)
-        return is_plain and self.loss_function is ForCausalLMLoss
+        return is_plain_linear(self.lm_head) and self.loss_function is ForCausalLMLoss
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers does; `cache` or `past_key_values` continues an earlier call."""
