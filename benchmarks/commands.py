@@ -235,13 +235,13 @@ def speed(
     output: Output = OUTPUT,
     size: Annotated[
         list[str] | None,
-        Option(help="Size of the model, as in train; repeat for more. By default 385M, 1B and 3B on a GPU, demo on a CPU."),
+        Option(help="Size, as in train; repeat for more. By default 385M, 1B and 3B on a GPU, demo on a CPU."),
     ] = None,
     length: Annotated[
         list[int] | None,
         Option(
-            help="Tokens of a sequence; repeat for more. By default 1024 to 131072 on a GPU for the first size and 4096 "
-            "for others, 256 to 4096 on a CPU."
+            help="Tokens of a sequence; repeat for more. By default doubling from 1024 to 131072 for the first size "
+            "and 4096 for others on a GPU, 256 to 4096 on a CPU."
         ),
     ] = None,
     tokens: Annotated[
@@ -268,9 +268,7 @@ def speed(
         default = _doubling(1024, 8) if on_gpu and name == sizes[0] else [4096] if on_gpu else [256, 1024, 4096]
         for T in sorted(set(length or default)):
             cases.append(SpeedCase(name, T, max(T, tokens or default_tokens(name))))
-    measured = benchmark(
-        cases, torch_device, torch_dtype, compiled=on_gpu if compile is None else compile, steps=steps
-    )
+    measured = benchmark(cases, torch_device, torch_dtype, compiled=on_gpu if compile is None else compile, steps=steps)
     _run("speed", [measured], None, torch_device, torch_dtype, output)
 
 
@@ -420,7 +418,12 @@ def _command() -> str:
 
 
 def _run(
-    name: str, measured: Sequence["Benchmark"], plot: "Plot | None", device: torch.device, dtype: torch.dtype, output: Path
+    name: str,
+    measured: Sequence["Benchmark"],
+    plot: "Plot | None",
+    device: torch.device,
+    dtype: torch.dtype,
+    output: Path,
 ) -> None:
     from .run import run
 

@@ -1,4 +1,4 @@
-"""Time against the number of segments with few heads and with many, to which the cost model in `ops/hopper/config.py` is fitted."""
+"""Time against the number of segments, to which the cost model in `ops/hopper/config.py` is fitted."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -1,4 +1,4 @@
-"""Training steps as `train` makes them, beside a LLaMA of equal size from transformers: tokens per second and memory."""
+"""Training steps as `train` makes them, beside a LLaMA of equal size from transformers."""
 
 import gc
 import time
@@ -114,18 +114,13 @@ def _ours(config: LightningConfig) -> nn.Module:
 
 
 def _llama(config: LightningConfig) -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            tie_word_embeddings=config.tie_word_embeddings,
-            max_position_embeddings=1 << 20,
-            attn_implementation="sdpa",
-        )
-    )
+    names = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "tie_word_embeddings",
+    )  # fmt: skip
+    options: dict[str, Any] = {name: getattr(config, name) for name in names}
+    options |= {"max_position_embeddings": 1 << 20, "attn_implementation": "sdpa"}
+    return LlamaForCausalLM(LlamaConfig(**options))
 
 
 def _compile(model: Any) -> None:
@@ -156,9 +151,8 @@ def _run(model: Any, case: SpeedCase, device: torch.device, dtype: torch.dtype, 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    for _ in range(steps):
-        last = step()
-    last.item()
+    losses = [step() for _ in range(steps)]
+    losses[-1].item()
     seconds = (time.perf_counter() - start) / steps
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return _Steps(seconds, first_seconds, peak, loss)
