@@ -178,7 +178,7 @@ def test_training_lowers_the_loss_and_the_model_generates_text(tmp_path, compile
         sequence_length=256,
         steps=100,
         eval_tokens=1024,
-        bf16=True,
+        dtype="bfloat16",
         compile=compile,
     )
     train(options, console=Console(quiet=True))

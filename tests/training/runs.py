@@ -30,6 +30,7 @@ def write_inputs(folder: Path) -> None:
 def options(files: Path, name: str = "run", **changes: Any) -> TrainingOptions:
     defaults: dict[str, Any] = {"steps": 20, "save_every": 10, "eval_every": 10, "log_every": 5, "eval_tokens": 512}
     defaults |= {"sequence_length": 64, "batch_size": 2, "config": files / "model.json"}
+    defaults |= {"dtype": "float32", "compile": False}  # not what the machine is fast at
     return TrainingOptions(files / name, (files / "data.txt",), **defaults | changes)
 
 
@@ -40,6 +41,7 @@ def arguments(files: Path, name: str = "run", **changes: Any) -> list[str]:
     flags = {key: value for key, value in values.items() if value is not None and not isinstance(value, bool)}
     del flags["size"]
     switches = [f"--{key}" for key, value in values.items() if value is True]
+    switches += ["--no-compile"] if values["compile"] is False else []
     return ["train", *(f"--{key.replace('_', '-')}={value}" for key, value in flags.items()), *switches]
 
 

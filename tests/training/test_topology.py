@@ -63,7 +63,9 @@ def test_the_order_is_that_of_64_bit_indices(length):
 def step_sequences(processes: int, batch_size: int, accumulate: int, steps: int, start: int = 0) -> list[list[int]]:
     """Sequences of each step, over all processes."""
     read = [
-        TrainingBatches(dataset(29), indices, Share(rank, processes, batch_size), 0, 100, lambda: start)
+        TrainingBatches(
+            dataset(29), indices, Share(rank, processes, batch_size), 0, 100, lambda: start, torch.device("cpu")
+        )
         for rank in range(processes)
     ]
     batches = [list(islice(iter(batches), steps * accumulate)) for batches in read]
@@ -315,7 +317,7 @@ def test_losses_do_not_depend_on_the_processes(small, processes, changes):
 
 @pytest.mark.slow
 def test_losses_in_bfloat16_do_not_depend_on_the_processes(small):
-    one, other = run(small, "one", 1, bf16=True), run(small, "other", 4, bf16=True, batch_size=2)
+    one, other = run(small, "one", 1, dtype="bfloat16"), run(small, "other", 4, dtype="bfloat16", batch_size=2)
     for name in ("loss", "eval_loss"):
         assert numbers(one, name) == pytest.approx(numbers(other, name), rel=1e-5), name
 

@@ -40,6 +40,7 @@ from lightning_attention.models.checkpoint import checkpoints, last_checkpoint
 from lightning_attention.training import PackedDataset, TrainingOptions, evaluate, train
 from lightning_attention.training.arguments import training_arguments
 from lightning_attention.training.checkpoint import CheckpointingTrainer
+from lightning_attention.training.execution import Execution
 from lightning_attention.training.metrics import drop_after, plot_loss, read_metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -76,7 +77,7 @@ def test_a_run_writes_checkpoints_metrics_and_plot(files):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"bf16": True},
+        {"dtype": "bfloat16"},
         {"gradient_checkpointing": True},
         {"accumulate": 2, "batch_size": 1},
         {"decay_preset": "retnet"},
@@ -90,7 +91,7 @@ def test_losses_do_not_depend_on_how_a_step_is_computed(files, changes):
     train(options(files, "plain"), console=quiet())
     checkpoint = train(options(files, "other", **changes), console=quiet())
     plain, other = losses(files / "plain"), losses(files / "other")
-    tolerance = 0.05 if changes in ({"bf16": True}, {"decay_preset": "retnet"}) else 1e-4
+    tolerance = 0.05 if changes in ({"dtype": "bfloat16"}, {"decay_preset": "retnet"}) else 1e-4
     assert other == pytest.approx(plain, rel=tolerance)
     model, _ = load(checkpoint)
     assert model.config.decay_preset == changes.get("decay_preset", "transnormer")
@@ -202,8 +203,8 @@ def test_several_processes_make_the_steps_of_one(files, processes, changes):
 )
 def test_a_process_of_torchrun_on_a_gpu(files, changes):
     """One process over NCCL."""
-    train(options(files, "alone", steps=10, bf16=True), console=quiet())
-    process = torchrun(1, *arguments(files, "one", steps=10, bf16=True, **changes), where=os.environ)
+    train(options(files, "alone", steps=10, dtype="bfloat16"), console=quiet())
+    process = torchrun(1, *arguments(files, "one", steps=10, dtype="bfloat16", **changes), where=os.environ)
     output, _ = process.communicate()
     assert process.returncode == 0, output
     assert losses(files / "one") == pytest.approx(losses(files / "alone"), rel=1e-2)
@@ -331,7 +332,7 @@ def test_invalid_options_start_no_run(files, changes, message):
 def test_a_process_works_on_one_device(files, monkeypatch):
     """The Trainer would use DataParallel and twice the batch size on two devices."""
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
-    single = training_arguments(options(files, batch_size=3))
+    single = training_arguments(options(files, batch_size=3), Execution(bf16=False, compiled=False, description=""))
     assert single.n_gpu == 1
     assert single.train_batch_size == 3
 

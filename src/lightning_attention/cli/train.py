@@ -16,8 +16,8 @@ from .options import given_options, option_names
 
 # Options in the panels of the help.
 DATA, MODEL, RUN = (partial(Option, rich_help_panel=panel) for panel in ("Data", "Model", "Run"))
-# Options that may change on --resume, for another number of machines.
-SHARING = "sequence_parallel", "sequence_parallel_strategy", "fsdp", "timeout"
+# Options that may change on --resume, for other machines.
+MACHINES = "sequence_parallel", "sequence_parallel_strategy", "fsdp", "timeout", "dtype", "compile"
 
 
 class _Console(Console):
@@ -70,8 +70,17 @@ def train(
     log_every: Annotated[int, RUN(help="Steps between logs.")] = 10,
     eval_every: Annotated[int, RUN(help="Steps between evaluations.")] = 200,
     save_every: Annotated[int, RUN(help="Steps between checkpoints.")] = 200,
-    bf16: Annotated[bool, RUN("--bf16", help="Train in bfloat16 autocast.")] = False,
-    compile: Annotated[bool, RUN("--compile", help="torch.compile the model.")] = False,
+    dtype: Annotated[
+        str,
+        RUN(
+            help="float32, or bfloat16 for autocast. auto is bfloat16 on a GPU that computes it natively and on a CPU "
+            "with AMX, float32 elsewhere."
+        ),
+    ] = "auto",
+    bf16: Annotated[bool, RUN("--bf16", help="Short for --dtype bfloat16.")] = False,
+    compile: Annotated[
+        bool | None, RUN(help="Compile the layers. By default on a GPU where that works, not on a CPU.")
+    ] = None,
     gradient_checkpointing: Annotated[bool, RUN("--gradient-checkpointing", help="Recompute activations.")] = False,
     timeout: Annotated[float, RUN(help="Seconds to wait for a process that does not answer.")] = 1800.0,
     seed: Annotated[int, RUN(help="Seed of weights and data order.")] = 0,
@@ -79,7 +88,7 @@ def train(
         bool,
         RUN(
             "--resume",
-            help="Resume the run in --output with its options; options on the number of processes may change.",
+            help="Resume the run in --output with its options; those on processes, --dtype and --compile may change.",
         ),
     ] = False,
 ) -> None:
@@ -97,11 +106,15 @@ def train(
 
     disable_progress_bar()
     given = given_options(context)
+    if bf16:
+        if "dtype" in given:
+            raise ValueError("give --dtype or --bf16, not both")
+        values["dtype"], given = "bfloat16", given - {"bf16"} | {"dtype"}
     if resume:
-        if extra := given - {"resume", "output", *SHARING}:
+        if extra := given - {"resume", "output", *MACHINES}:
             raise ValueError(f"--resume uses the options of the run; leave out {option_names(sorted(extra))}")
         options = TrainingOptions.load(output)
-        options = replace(options, **{name: values[name] for name in SHARING if name in given})
+        options = replace(options, **{name: values[name] for name in MACHINES if name in given})
     else:
         if {"size", "config"} <= given:
             raise ValueError("give --size or --config, not both")

@@ -76,6 +76,7 @@ class SequenceParallel:
         if lengths != (expected := self._lengths(total)):
             raise ValueError(f"the ranks must hold {expected} of the {total} tokens in cu_seqlens, got {lengths}")
 
+    @torch.compiler.disable(reason="ranks that share a sequence communicate outside of graphs")
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor, initial_state: Tensor | None
     ) -> LightningAttentionOutput:

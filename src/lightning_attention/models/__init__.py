@@ -14,6 +14,7 @@ from transformers import (  # noqa: E402
 )
 
 from .cache import LightningCache  # noqa: E402
+from .compilation import compile_layers  # noqa: E402
 from .configuration import SIZES, LightningConfig  # noqa: E402
 from .heads import (  # noqa: E402
     LightningForCausalLM,
@@ -39,4 +40,5 @@ __all__ = [
     "LightningForSequenceClassification",
     "LightningForTokenClassification",
     "LightningModel",
+    "compile_layers",
 ]

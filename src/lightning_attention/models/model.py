@@ -245,7 +245,7 @@ class LightningModel(LightningPreTrainedModel):
             keeps_hidden_states = (
                 self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
             )
-            embeddings = self._scale(self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
+            embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             if embeddings.dim() != 3:
                 dimensions = embeddings.dim() - 1
                 raise ValueError(f"input_ids must be [B, T], or inputs_embeds [B, T, W], got {dimensions} dimensions")
@@ -267,7 +267,7 @@ class LightningModel(LightningPreTrainedModel):
         returned: dict[str, Any] = {CACHE: cache if returns_cache else None}
         return LightningModelOutput(
             last_hidden_state=hidden_states[-1],
-            hidden_states=(embeddings, *hidden_states) if keeps_hidden_states else None,
+            hidden_states=(self._scale(embeddings), *hidden_states) if keeps_hidden_states else None,
             states=None if states is None else tuple(map(layout.after_rows, states_after)),
             **returned,
         )
@@ -353,7 +353,9 @@ class LightningModel(LightningPreTrainedModel):
             Hidden states `[B, T, W]`: of every layer but the last if they are kept, then the normalised output; and of
             every layer the state after the tokens, if there was one before.
         """
-        x, slots = layout.pack(embeddings), None if layout.slots is None else Slots(layout.slots)
+        # Scaled after packing: a graph for a view, which `pack` may return, would not serve the outputs of layers.
+        x = self._scale(layout.pack(embeddings))
+        slots = None if layout.slots is None else Slots(layout.slots)
         passes = [(x, layout.positions)]
         needs_one_pass = layout.cu_seqlens is not None or states is not None or torch.is_grad_enabled()
         if not needs_one_pass and not torch.compiler.is_compiling() and x.shape[1] > TOKENS_PER_PASS:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from .execution import Execution
 from .options import TrainingOptions
 
 # transformers renames gradient_checkpointing within version 5.
@@ -22,7 +23,7 @@ class OneDeviceArguments(TrainingArguments):
         return min(super().n_gpu, 1)
 
 
-def training_arguments(options: TrainingOptions) -> TrainingArguments:
+def training_arguments(options: TrainingOptions, execution: Execution) -> TrainingArguments:
     checkpointing: dict[str, Any] = {CHECKPOINTING: True} if options.gradient_checkpointing else {}
     return OneDeviceArguments(
         output_dir=str(options.output),
@@ -35,6 +36,7 @@ def training_arguments(options: TrainingOptions) -> TrainingArguments:
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=round(options.warmup * options.steps),
         weight_decay=options.weight_decay,
+        optim="adamw_torch_fused",
         adam_beta2=0.95,
         max_grad_norm=1.0,
         logging_steps=options.log_every,
@@ -43,16 +45,14 @@ def training_arguments(options: TrainingOptions) -> TrainingArguments:
         save_strategy="steps",
         save_steps=options.save_every,
         save_total_limit=2,
-        bf16=options.bf16,
+        bf16=execution.bf16,
         use_cpu=not torch.accelerator.is_available(),  # or bf16 is refused
-        torch_compile=options.compile,
         seed=options.seed,
         data_seed=options.seed,
         prediction_loss_only=True,
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to="none",
-        dataloader_pin_memory=False,
         ddp_find_unused_parameters=False if "RANK" in os.environ else None,
         **checkpointing,
     )

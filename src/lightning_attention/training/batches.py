@@ -13,6 +13,7 @@ from torch import Tensor
 from ..distributed.parallel import SequenceParallel
 from ..models.heads import IGNORED
 from .corpus import PackedDataset
+from .prefetch import prefetch
 
 Items = list[dict[str, Tensor]]  # of a PackedDataset
 
@@ -52,6 +53,7 @@ class TrainingBatches:
         seed: seed of the order.
         num_batches: length to report, for the run as a whole.
         start: returns the number of sequences that were read before.
+        device: where batches are yielded; a thread reads them ahead.
     """
 
     dataset: PackedDataset
@@ -60,11 +62,15 @@ class TrainingBatches:
     seed: int
     num_batches: int
     start: Callable[[], int]
+    device: torch.device
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[Any]:
+        return prefetch(self._read(), self.device)
+
+    def _read(self) -> Iterator[Any]:
         order = shuffled_epochs(len(self.dataset), self.seed, self.start())
         first, size = self.share.data_rank * self.share.batch_size, self.share.batch_size
         while True:
@@ -105,6 +111,15 @@ def join_sequences(items: Items) -> dict[str, Tensor]:
     return {name: torch.cat([item[name] for item in items])[None] for name in names}
 
 
+def pack_sequences(items: Items) -> dict[str, Tensor]:
+    """Join sequences into one batch row, with the `cu_seqlens` of their documents.
+
+    The host counts the documents: a model that finds them in positions on a GPU waits for the GPU.
+    """
+    batch = join_sequences(items)
+    return {"input_ids": batch["input_ids"], "labels": batch["labels"], "cu_seqlens": _cu_seqlens(batch)}
+
+
 def join_and_slice(parallel: SequenceParallel, items: Items) -> dict[str, Tensor]:
     """Join sequences into one batch row and cut out the slice of this rank.
 
@@ -113,9 +128,14 @@ def join_and_slice(parallel: SequenceParallel, items: Items) -> dict[str, Tensor
     batch = join_sequences(items)
     length = batch["input_ids"].shape[1]
     batch["shift_labels"] = batch["labels"] = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-    starts = (batch["position_ids"][0] == 0).nonzero()[:, 0]
     tokens = parallel.slice(length)
-    return {name: x[:, tokens] for name, x in batch.items()} | {"cu_seqlens": F.pad(starts, (0, 1), value=length)}
+    return {name: x[:, tokens] for name, x in batch.items()} | {"cu_seqlens": _cu_seqlens(batch)}
+
+
+def _cu_seqlens(batch: dict[str, Tensor]) -> Tensor:
+    """`[N + 1]` bounds of the documents in a batch row."""
+    positions = batch["position_ids"][0]
+    return F.pad((positions == 0).nonzero()[:, 0], (0, 1), value=len(positions))
 
 
 def num_labels(items: Items) -> int:

@@ -18,9 +18,10 @@ AT_LEAST_ONE = (
 # Options that may change when a run resumes.
 MAY_CHANGE = {
     "output", "steps", "segment_length", "batch_size", "sequence_parallel", "sequence_parallel_strategy", "fsdp",
-    "accumulate", "eval_tokens", "log_every", "eval_every", "save_every", "bf16", "compile", "gradient_checkpointing",
+    "accumulate", "eval_tokens", "log_every", "eval_every", "save_every", "dtype", "compile", "gradient_checkpointing",
     "timeout",
 }  # fmt: skip
+DTYPES = ("auto", "float32", "bfloat16")
 LIMIT = 1 << 53  # largest number: JSON readers keep integers up to here exactly, as floats
 
 
@@ -59,8 +60,10 @@ class TrainingOptions:
         log_every: steps between logs.
         eval_every: steps between evaluations.
         save_every: steps between checkpoints; the last two are kept.
-        bf16: train in bfloat16 autocast.
-        compile: torch.compile the model.
+        dtype: "bfloat16" autocast, or "float32"; "auto" is bfloat16 on a GPU that computes it natively and on a CPU
+            with AMX, float32 elsewhere.
+        compile: compile the layers, see `models.compile_layers`; None is True on a GPU where that works, False on a
+            CPU.
         gradient_checkpointing: recompute activations in the backward pass.
         seed: seed of weights and data order, below 2^32.
         timeout: seconds to wait for a process that does not answer.
@@ -98,8 +101,8 @@ class TrainingOptions:
     log_every: int = 10
     eval_every: int = 200
     save_every: int = 200
-    bf16: bool = False
-    compile: bool = False
+    dtype: str = "auto"
+    compile: bool | None = None
     gradient_checkpointing: bool = False
     seed: int = 0
     timeout: float = 1800.0
@@ -119,11 +122,10 @@ class TrainingOptions:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length must be at least 2, got {self.sequence_length}")
-        if self.sequence_parallel_strategy not in STRATEGIES:
-            names = ", ".join(map(repr, STRATEGIES))
-            raise ValueError(
-                f"sequence_parallel_strategy must be one of {names}, got {self.sequence_parallel_strategy!r}"
-            )
+        for name, known in (("sequence_parallel_strategy", STRATEGIES), ("dtype", DTYPES)):
+            if getattr(self, name) not in known:
+                names = ", ".join(map(repr, known))
+                raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed must be at least 0 and below 2^32, got {self.seed}")
         for name, is_right, range_ in (
@@ -149,7 +151,8 @@ class TrainingOptions:
         """Read the options of the run in a folder.
 
         Raises:
-            ValueError: there is no run, or its `run.json` is damaged or holds unknown or invalid options.
+            ValueError: there is no run, or its `run.json` is damaged or holds unknown or invalid options. Options of
+                earlier versions are known.
         """
         output = to_path(output, "output")
         file = output / FILE
@@ -161,6 +164,7 @@ class TrainingOptions:
             raise ValueError(f"{file} is damaged, it is no JSON: {error}") from error
         if not isinstance(saved, dict):
             raise ValueError(f"{file} is damaged, it holds no options")
+        saved = _of_this_version(saved)
         known = {field.name for field in fields(cls)}
         if unknown := set(saved) - known:
             raise ValueError(f"{file} has options this version does not know: {', '.join(sorted(unknown))}")
@@ -187,6 +191,7 @@ def resumed_options(
     """
     if record is None:
         return options, []
+    record = _of_this_version(record)
     for name, (before, now) in _changes(options, record).items():
         if name not in MAY_CHANGE:
             raise ValueError(
@@ -205,6 +210,14 @@ def resumed_options(
     changes = _changes(options, record)
     changes.pop("output", None)
     return options, [f"{name} {before} is now {now}" for name, (before, now) in changes.items()]
+
+
+def _of_this_version(saved: dict[str, Any]) -> dict[str, Any]:
+    """Options as this version names them: `bf16`, true or false, became `dtype`."""
+    if isinstance(saved.get("bf16"), bool) and "dtype" not in saved:
+        saved = saved | {"dtype": "bfloat16" if saved["bf16"] else "float32"}
+        del saved["bf16"]
+    return saved
 
 
 def _changes(options: TrainingOptions, record: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

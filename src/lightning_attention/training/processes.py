@@ -48,6 +48,11 @@ def join_processes(timeout: float) -> None:
         _watch(dist.group.WORLD)
 
 
+def local_device() -> torch.device:
+    """The device of this process."""
+    return cast(torch.device, PartialState().device)
+
+
 def leave_processes() -> None:
     """Destroy the process group, so that no process exits while another still communicates with it."""
     if dist.is_initialized():
@@ -56,6 +61,10 @@ def leave_processes() -> None:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_started_by_torchrun() -> bool:
@@ -131,10 +140,9 @@ def sequence_parallel_group(size: int, strategy: str, timeout: float) -> Sequenc
     """
     if size == 1:
         return None
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if world_size % size:
+    if world_size() % size:
         raise ValueError(
-            f"sequence_parallel must divide the number of processes, which torchrun sets: {world_size}, got {size}"
+            f"sequence_parallel must divide the number of processes, which torchrun sets: {world_size()}, got {size}"
         )
     group: Any = dist.new_subgroups(size, timeout=timedelta(seconds=timeout))[0]
     _watch(group)

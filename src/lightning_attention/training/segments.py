@@ -45,8 +45,8 @@ def segmented_loss(
     summed over the group.
 
     Args:
-        model: a `LightningForCausalLM`, also within `DistributedDataParallel` or `torch.compile`, or sharded by
-            `fully_shard`.
+        model: a `LightningForCausalLM`, also with compiled layers (`compile_layers`), within `torch.compile` or
+            `DistributedDataParallel`, or sharded by `fully_shard`.
         input_ids: `[B, T]`, any integer dtype, on any device; segments are moved to the model's device.
         labels: `[B, T]`, as for the model, by default `input_ids`; -100 is excluded from the loss.
         segment_length: tokens per training segment; the last one may be shorter.
@@ -166,11 +166,12 @@ class _Segments:
 
     def _positions(self, start: int, end: int) -> Tensor:
         if self.position_ids is None:
-            return torch.arange(start, end, device=self.device).expand(len(self.input_ids), -1)
-        return self._on_device(self.position_ids[:, start:end])
+            return torch.arange(start, end, device=self.device).repeat(len(self.input_ids), 1)
+        # Copied, since a compiled layer has a graph for each kind of view.
+        return self._on_device(self.position_ids[:, start:end], copy=True)
 
-    def _on_device(self, x: Tensor) -> Tensor:
-        return x.to(self.device, torch.int64, non_blocking=True)
+    def _on_device(self, x: Tensor, copy: bool = False) -> Tensor:
+        return x.to(self.device, torch.int64, non_blocking=True, copy=copy)
 
 
 class _Passes:

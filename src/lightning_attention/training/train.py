@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ..distributed.parallel import SequenceParallel
-from ..models import LightningConfig, LightningForCausalLM
+from ..models import LightningConfig, LightningForCausalLM, compile_layers
 from ..models.checkpoint import checkpoint_step, checkpoints, last_checkpoint, load_model
 from ..models.tokenization import vocab_size
 from .arguments import training_arguments
@@ -31,6 +31,7 @@ from .batches import has_labels
 from .checkpoint import check_checkpoint, read_record
 from .corpus import Corpus, PackedDataset
 from .documents import Sources, standard_library
+from .execution import Execution, choose_execution
 from .folder import CORPUS, METRICS, PLOT, RunFolder, last_intact
 from .metrics import MetricsCallback, plot_loss
 from .options import TrainingOptions, resumed_options
@@ -39,11 +40,13 @@ from .processes import (
     explain_lost_processes,
     is_restarted,
     join_processes,
+    local_device,
     on_first,
     rank,
     sequence_parallel_group,
     shard,
     together,
+    world_size,
 )
 from .signals import Interrupted, StopRequest, stop_requests
 from .tokenizer import load_tokenizer
@@ -91,12 +94,14 @@ class _OpenRun:
     Attributes:
         folder: the output folder, locked by the first process.
         sequence_parallel: the processes that share sequences with this one, if any.
+        execution: precision and compilation.
         checkpoint: the checkpoint to resume from.
         has_corpus: True if the run resumes, with the tokens in its folder.
     """
 
     options: TrainingOptions
     arguments: TrainingArguments
+    execution: Execution
     folder: RunFolder
     sequence_parallel: SequenceParallel | None
     checkpoint: Path | None
@@ -114,7 +119,6 @@ class _OpenRun:
 def _open(options: TrainingOptions, resume: bool, console: Console | None) -> Iterator[_OpenRun]:
     """Join the processes, lock the output folder, and choose the checkpoint to resume from."""
     join_processes(options.timeout)
-    arguments = training_arguments(options)
     console = Console(quiet=True) if rank() > 0 else console or Console(markup=False, emoji=False)
     folder, checkpoint = RunFolder(options.output), None
     with ExitStack() as stack:
@@ -128,12 +132,15 @@ def _open(options: TrainingOptions, resume: bool, console: Console | None) -> It
             on_first(folder.check_free)
         elif checkpoint := on_first(lambda: last_intact(folder.path, check_checkpoint, console.print)):
             console.print(f"resuming from {checkpoint}")
-            data_size = arguments.world_size // options.sequence_parallel
+            data_size = world_size() // options.sequence_parallel
             options, changes = together(lambda: resumed_options(options, read_record(checkpoint), data_size))
             for change in changes:
                 console.print(change, markup=False)
-            arguments = training_arguments(options)
-        yield _OpenRun(options, arguments, folder, sequence_parallel, checkpoint, resumes, stop, console)
+        execution = together(lambda: choose_execution(options, local_device()))
+        check_equal({"dtype": "bfloat16" if execution.bf16 else "float32", "compile": execution.compiled})
+        console.print(execution.description, markup=False, highlight=False)
+        arguments = training_arguments(options, execution)
+        yield _OpenRun(options, arguments, execution, folder, sequence_parallel, checkpoint, resumes, stop, console)
 
 
 def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
@@ -148,10 +155,12 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
     set_seed(options.seed)
     model = together(lambda: LightningForCausalLM(config) if config else load_model(cast(Path, run.checkpoint)))
     num_parameters = model.num_parameters()
-    if options.fsdp:
-        shard(model, run.arguments.device.type)
     if run.sequence_parallel is not None:
         model.model.set_sequence_parallel(run.sequence_parallel)
+    if run.execution.compiled:
+        compile_layers(model)
+    if options.fsdp:
+        shard(model, run.arguments.device.type)
     tokens_per_step = run.sequences_per_step * options.sequence_length
     trainer = PackedTrainer(
         options.segment_length,

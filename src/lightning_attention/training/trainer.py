@@ -12,9 +12,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import speed_metrics
 
 from ..distributed.parallel import SequenceParallel
-from .batches import Share, TrainingBatches, held_out_batches, join_and_slice, join_sequences, num_labels
+from .batches import (
+    Share,
+    TrainingBatches,
+    held_out_batches,
+    join_and_slice,
+    join_sequences,
+    num_labels,
+    pack_sequences,
+)
 from .checkpoint import CheckpointingTrainer
 from .corpus import PackedDataset
+from .prefetch import prefetch
 from .processes import sum_over_processes
 from .segments import segmented_loss
 
@@ -33,7 +42,7 @@ class PackedTrainer(CheckpointingTrainer):
     """
 
     def __init__(self, segment_length: int | None, sequence_parallel: SequenceParallel | None, **options: Any):
-        collate: Any = default_collate
+        collate: Any = pack_sequences if segment_length is None else default_collate
         if sequence_parallel is not None:
             collate = partial(join_and_slice, sequence_parallel) if segment_length is None else join_sequences
         super().__init__(**options, data_collator=collate)
@@ -42,7 +51,7 @@ class PackedTrainer(CheckpointingTrainer):
         self.group_size = 1 if sequence_parallel is None else sequence_parallel.size
         sequences = self._share(self.args.train_batch_size).total * self.args.gradient_accumulation_steps
         self.add_callback(_CountTokens(sequences, len(options["train_dataset"]), self._sequence_length))
-        if isinstance(self.model, FSDPModule):  # autocast and compilation, but no DistributedDataParallel
+        if isinstance(self.model, FSDPModule):  # autocast, but no DistributedDataParallel
             prepare: Any = self.accelerator.prepare_model
             self.model_wrapped = prepare(self.model, device_placement=False, evaluation_mode=True)
 
@@ -62,6 +71,7 @@ class PackedTrainer(CheckpointingTrainer):
             self.args.seed if self.args.data_seed is None else self.args.data_seed,
             self.args.max_steps * self.args.gradient_accumulation_steps,
             start=lambda: self.state.num_input_tokens_seen // self._sequence_length,
+            device=self.args.device,
         )
 
     def compute_loss(
@@ -93,9 +103,10 @@ class PackedTrainer(CheckpointingTrainer):
         dataset = cast(PackedDataset, self.eval_dataset if eval_dataset is None else eval_dataset)
         started, loss_model = time.time(), self._loss_model(cast(Any, self.model).eval())
         count, losses = 0, []
-        for sequences in held_out_batches(dataset, self._share(self.args.eval_batch_size)):
-            count += num_labels(sequences)
-            inputs = self._prepare_inputs(self.data_collator(sequences))
+        sequences = held_out_batches(dataset, self._share(self.args.eval_batch_size))
+        batches = ((num_labels(items), self.data_collator(items)) for items in sequences)
+        for num_predicted, inputs in prefetch(batches, self.args.device):
+            count += num_predicted
             with torch.no_grad(), self.accelerator.autocast():
                 losses.append(loss_model(**inputs, num_items_in_batch=1)["loss"])
         total, count = sum_over_processes(

@@ -1,0 +1,58 @@
+"""Decoder layers compiled in place."""
+
+import warnings
+
+import torch
+from torch import nn
+
+from .model import LightningDecoderLayer
+
+# Graphs of all layers together, which share code. A run needs one for each of: gradients or none; a first layer with
+# LRPE-d and layers without; packed sequences, one batch row or several; states or none.
+MAX_GRAPHS = 64
+
+
+def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile every decoder layer of a model in place, by `torch.compile`, at its first call.
+
+    Layers keep their class and the names of their weights: save, load and generate as before. Equal layers share a
+    graph, so compilation takes as long for 40 layers as for one. A graph serves every number of tokens, batch rows and
+    packed sequences above 1; another one is compiled for one batch row, for one token, with states, with `cu_seqlens`,
+    and without gradients.
+
+    Call it before `fully_shard`, `DistributedDataParallel` or transformers' `Trainer`, in place of its
+    `torch_compile=True`, and after `set_sequence_parallel`: ranks communicate outside of the graphs.
+
+    Args:
+        model: any model of this library, or a module that holds one.
+        backend: backend of `torch.compile`.
+
+    Raises:
+        TypeError: the model has no decoder layer of this library.
+
+    Example:
+        >>> from lightning_attention.models import LightningConfig, LightningForCausalLM, compile_layers
+        >>> model = LightningForCausalLM(LightningConfig.from_size("demo", vocab_size=256))
+        >>> compile_layers(model)
+    """
+    layers = [module for module in model.modules() if isinstance(module, LightningDecoderLayer)]
+    if not layers:
+        raise TypeError(f"compile_layers takes a model with lightning attention layers, got {type(model).__name__}")
+    import torch._dynamo  # as slow to import as PyTorch
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
+    for layer in layers:
+        layer.compile(fullgraph=layer.attention.sequence_parallel is None, dynamic=True, backend=backend)
+
+
+def compiler_error(device: torch.device) -> str | None:
+    """Compile a small function for a device; return why that failed, in a line, or None.
+
+    A missing C++ compiler, Python header or Triton would otherwise fail the first step.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # advice on TF32, given once, which is not about the function
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # of many types, by the step that fails
+        return f"torch.compile fails: {' '.join(str(error).split())[:200]}"
+    return None

@@ -1,0 +1,66 @@
+"""Precision and compilation of a run, by its options and its device."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+from ..models.compilation import compiler_error
+from .options import TrainingOptions
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a device computes the steps of a run.
+
+    Attributes:
+        bf16: bfloat16 autocast; float32 without.
+        compiled: the layers are compiled.
+        description: the choice, why the faster one was not taken, and the options that change it.
+    """
+
+    bf16: bool
+    compiled: bool
+    description: str
+
+
+def choose_execution(options: TrainingOptions, device: torch.device) -> Execution:
+    """Choose precision and compilation; what the options leave open is what is fast on the device.
+
+    Raises:
+        ValueError: the layers are to be compiled, which fails on this machine.
+    """
+    against_bf16 = _against_bf16(device) if options.dtype == "auto" else None
+    bf16 = options.dtype == "bfloat16" or (options.dtype == "auto" and against_bf16 is None)
+    against_compiling = None if options.compile is False else _against_compiling(device, options.compile is None)
+    if options.compile and against_compiling is not None:
+        raise ValueError(f"compile must be off on this machine: {against_compiling}")
+    compiled = options.compile is not False and against_compiling is None
+
+    reasons = "; ".join(filter(None, (against_bf16, against_compiling)))
+    others = [f"--dtype {'float32' if bf16 else 'bfloat16'}"] if options.dtype == "auto" else []
+    if options.compile is None:
+        others.append("--no-compile" if compiled else "--compile")
+    description = f"{'bfloat16 autocast' if bf16 else 'float32'}, {'compiled' if compiled else 'eager'} layers"
+    description += f": {reasons}" if reasons else ""
+    description += f" ({', '.join(others)} to change)" if others else ""
+    return Execution(bf16, compiled, description)
+
+
+def _against_bf16(device: torch.device) -> str | None:
+    """Why bfloat16 is not fast on a device."""
+    if device.type == "cuda":
+        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return None if is_native else "this GPU emulates bfloat16"
+    if device.type == "cpu":
+        return None if torch.cpu._is_amx_tile_supported() else "this CPU has no AMX for bfloat16"
+    return f"bfloat16 is chosen on NVIDIA and AMD GPUs and CPUs alone, not on {device.type}"
+
+
+def _against_compiling(device: torch.device, is_automatic: bool) -> str | None:
+    """Why layers are not compiled on a device: it is not worth the wait, or it fails."""
+    if is_automatic and device.type != "cuda":
+        return f"compilation takes longer than it saves on a {device.type.upper()}"
+    if device.type == "cuda" and find_spec("triton") is None:
+        return "torch.compile needs Triton, which is not installed"
+    return compiler_error(device)
