@@ -20,6 +20,9 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     packed sequences above 1; another one is compiled for one batch row, for one token, with states, with `cu_seqlens`,
     and without gradients.
 
+    It sets `torch._dynamo.config.recompile_limit` to at least 64, and turns off `optimize_ddp` and
+    `torch.fx.experimental._config.use_duck_shape`, in the process as a whole.
+
     Call it before `fully_shard`, `DistributedDataParallel` or transformers' `Trainer`, in place of its
     `torch_compile=True`, and after `set_sequence_parallel`: ranks communicate outside of the graphs.
 
@@ -38,11 +41,21 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     layers = [module for module in model.modules() if isinstance(module, LightningDecoderLayer)]
     if not layers:
         raise TypeError(f"compile_layers takes a model with lightning attention layers, got {type(model).__name__}")
-    import torch._dynamo  # as slow to import as PyTorch
-
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
+    _configure_compiler()
     for layer in layers:
         layer.compile(fullgraph=layer.attention.sequence_parallel is None, dynamic=True, backend=backend)
+
+
+def _configure_compiler() -> None:
+    """Set what `torch.compile` takes from global configuration alone."""
+    import torch._dynamo  # as slow to import as PyTorch
+    import torch.fx.experimental._config as symbols
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
+    # Equal sizes are else one symbol: a graph traced with as many tokens as channels would be for that many alone.
+    symbols.use_duck_shape = False
+    # DistributedDataParallel overlaps communication by layers; the compiler would cut layers into buckets.
+    torch._dynamo.config.optimize_ddp = False
 
 
 def compiler_error(device: torch.device) -> str | None:
