@@ -53,10 +53,10 @@ def losses(output: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in read_metrics(output / "metrics.jsonl") if "loss" in record}
 
 
-def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+def command(*arguments: object, env: Mapping[str, str] = ON_CPU, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run `lightning-attention` and wait for its end."""
     return subprocess.run(
-        [*COMMAND, *map(str, arguments)], env=ON_CPU, capture_output=True, text=True, timeout=300, **options
+        [*COMMAND, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=300, **options
     )
 
 

@@ -1,7 +1,7 @@
 """Batches that are read in the background, while the device computes."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -14,7 +14,7 @@ T = TypeVar("T")
 AHEAD = 2  # batches
 
 
-def prefetch(batches: Iterator[T], device: torch.device) -> Iterator[T]:
+def prefetch(batches: Iterator[T], device: torch.device) -> Generator[T, None, None]:
     """Yield batches in their order, on a device, while a thread reads the next ones.
 
     The thread copies batches to pinned memory, from where they are sent to an accelerator without waiting. An error in
