@@ -1,7 +1,7 @@
 """Jobs of a rank in the training of a model with sequence parallelism."""
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from distributed.ranks import messages_by_way_of_the_host, over_nccl
 from tiny_model import make_model, tokens
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_attention.distributed.parallel import SequenceParallel
+from lightning_attention.models import compile_layers
 from lightning_attention.training import segmented_loss
 
 
@@ -39,6 +41,35 @@ def gradients_by_segments(
     return _gradients(
         model, segmented_loss(model, tokens(1, T), position_ids=position_ids, segment_length=segment_length)
     )
+
+
+def gradients_compiled(
+    group: Any, kind: str, T: int, segment_length: int | None, is_compiled: bool
+) -> tuple[dict[str, Tensor], int]:
+    """Gradients of a model that the group shares in some way, perhaps with compiled layers; and the graph breaks."""
+    rank, world = dist.get_rank(group), group or dist.group.WORLD
+    model: Any = make_model(torch.float32)
+    ids = tokens(1, T, seed=0 if kind == "tokens" else rank)
+    if kind == "tokens":
+        model.model.set_sequence_parallel(SequenceParallel(group))
+    with warnings.catch_warnings(action="ignore"):  # from the compiler
+        if is_compiled:
+            torch.compiler.reset()
+            counters.clear()
+            compile_layers(model, "aot_eager")
+        if kind == "model":
+            mesh = DeviceMesh.from_group(cast(Any, world), "cpu")
+            for module in (*model.model.layers, model):
+                fully_shard(module, mesh=mesh)
+        if kind == "sequences":
+            model = DistributedDataParallel(model, process_group=world)
+        if segment_length is None:
+            loss = model(ids, labels=ids, cu_seqlens=torch.tensor([0, 7, T])).loss
+        else:
+            loss = segmented_loss(model, ids, segment_length=segment_length)
+        gradients = _gradients(model, loss)
+    whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in gradients.items()}
+    return whole, sum(counters["graph_break"].values()) if is_compiled else 0
 
 
 def gradients_of_last_labels(group: Any, T: int, num_labels: int, segment_length: int | None) -> dict[str, Tensor]:

@@ -93,6 +93,20 @@ def test_loss_without_logits_of_a_wrapped_model_equals_one_process(ranks, wrappe
         assert_equal(part, expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "segment_length"), [("sequences", None), ("sequences", 8), ("model", None), ("model", 8), ("tokens", 8)]
+)
+def test_gradients_with_compiled_layers_equal_eager(ranks, kind, segment_length):
+    """Ranks that share tokens communicate between graphs; others have no graph break."""
+    eager = ranks(jobs.gradients_compiled, kind, 29, segment_length, False, members=(0, 1))
+    compiled = ranks(jobs.gradients_compiled, kind, 29, segment_length, True, members=(0, 1))
+    for (expected, _), (actual, num_breaks) in zip(eager, compiled, strict=True):
+        assert (num_breaks > 0) == (kind == "tokens")
+        for name, exact in expected.items():
+            torch.testing.assert_close(actual[name], exact, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def assert_every_rank_raises(outcomes: list, name: str) -> None:
     """Check the errors of all ranks, and that the right forward pass after them equals one process."""
     _, message = (faults.RAISED | faults.DIFFERENT)[name]
