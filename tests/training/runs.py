@@ -40,7 +40,7 @@ def arguments(files: Path, name: str = "run", **changes: Any) -> list[str]:
     values["data"] = files / "data.txt"
     flags = {key: value for key, value in values.items() if value is not None and not isinstance(value, bool)}
     del flags["size"]
-    switches = [f"--{key}" for key, value in values.items() if value is True]
+    switches = [f"--{key.replace('_', '-')}" for key, value in values.items() if value is True]
     switches += ["--no-compile"] if values["compile"] is False else []
     return ["train", *(f"--{key.replace('_', '-')}={value}" for key, value in flags.items()), *switches]
 
