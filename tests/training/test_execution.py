@@ -27,7 +27,7 @@ def test_layers_are_eager_on_a_cpu_by_default():
     execution = choose(CPU, dtype="float32")
     assert not execution.compiled
     assert execution.description == (
-        "float32, eager layers: compilation takes longer than it saves on a CPU (--compile to change)"
+        "float32, eager layers: by default layers are compiled on a GPU alone (--compile to change)"
     )
 
 

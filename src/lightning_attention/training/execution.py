@@ -58,9 +58,9 @@ def _against_bf16(device: torch.device) -> str | None:
 
 
 def _against_compiling(device: torch.device, is_automatic: bool) -> str | None:
-    """Why layers are not compiled on a device: it is not worth the wait, or it fails."""
+    """Why layers are not compiled on a device."""
     if is_automatic and device.type != "cuda":
-        return f"compilation takes longer than it saves on a {device.type.upper()}"
+        return "by default layers are compiled on a GPU alone"
     if device.type == "cuda" and find_spec("triton") is None:
         return "torch.compile needs Triton, which is not installed"
     return compiler_error(device)
