@@ -138,7 +138,6 @@ def _open(options: TrainingOptions, resume: bool, console: Console | None) -> It
                 console.print(change, markup=False)
         execution = together(lambda: choose_execution(options, local_device()))
         check_equal({"dtype": "bfloat16" if execution.bf16 else "float32", "compile": execution.compiled})
-        console.print(execution.description, markup=False, highlight=False)
         arguments = training_arguments(options, execution)
         yield _OpenRun(options, arguments, execution, folder, sequence_parallel, checkpoint, resumes, stop, console)
 
@@ -179,6 +178,7 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
         f"{num_parameters / 1e6:.1f}M parameters on {run.arguments.world_size} x {run.arguments.device.type}, "
         f"{corpus.num_train:,} tokens of {corpus.num_documents:,} documents, {tokens_per_step:,} tokens a step"
     )
+    run.console.print(run.execution.description, markup=False, highlight=False)
     return trainer, corpus
 
 
