@@ -52,6 +52,8 @@ def test_gradients_of_kernels_equal_those_of_the_formula(width, dtype):
     x, u = drawn(2, 2, 3, width, dtype=dtype)
     exact = gradients(lambda x, u: F.rms_norm(x, x.shape[-1:], eps=1e-6) * u, [x, u], d_y)
     assert_rounded(gates.gated_norm_gradient(x, u, d_y, 1e-6), exact)
+    part_of_wider_rows = torch.cat([x, u, x], dim=-1)[..., width : 2 * width]
+    assert_rounded(gates.gated_norm_gradient(x, part_of_wider_rows, d_y, 1e-6), exact)
 
 
 @pytest.mark.triton

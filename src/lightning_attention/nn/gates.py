@@ -140,4 +140,5 @@ def gated_norm_gradient(x, u, dy, eps):
     """`dx`, `du`, and the product `y`."""
     from ..ops.triton import gates
 
-    return gates.gated_norm_gradient(x.contiguous(), u.contiguous(), dy.contiguous(), eps)
+    u = u if u.stride(-1) == 1 else u.contiguous()
+    return gates.gated_norm_gradient(x.contiguous(), u, dy.contiguous(), eps)

@@ -29,8 +29,11 @@ def product_gradient(vu: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gated_norm_gradient(x: Tensor, u: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    dx, du, y = torch.empty_like(x), torch.empty_like(u), torch.empty_like(dy)
-    _launch(gated_norm_gradient_kernel, dy, whole_rows=True, x=x, u=u, dy=dy, dx=dx, du=du, y=y, eps=eps)
+    """Of u, which is a part of wider rows, only the last dimension need be contiguous."""
+    dx, du, y = torch.empty_like(x), torch.empty_like(dy), torch.empty_like(dy)
+    u = u.reshape(-1, u.shape[-1])  # a view of such a part
+    rows = {"u": u, "stride_u": u.stride(0)}
+    _launch(gated_norm_gradient_kernel, dy, whole_rows=True, x=x, **rows, dy=dy, dx=dx, du=du, y=y, eps=eps)
     return dx, du, y
 
 
@@ -79,12 +82,13 @@ def product_gradient_kernel(vu, dy, dvu, y, W, BLOCK: tl.constexpr):
 
 
 @jit
-def gated_norm_gradient_kernel(x, u, dy, dx, du, y, eps, W, BLOCK: tl.constexpr):
+def gated_norm_gradient_kernel(x, u, dy, dx, du, y, stride_u, eps, W, BLOCK: tl.constexpr):
     o_w = tl.arange(0, BLOCK)
     mask = o_w < W
-    o_x = tl.program_id(0).to(tl.int64) * W + o_w
+    i_n = tl.program_id(0).to(tl.int64)
+    o_x = i_n * W + o_w
     b_x = tl.load(x + o_x, mask=mask, other=0.0).to(tl.float32)
-    b_u = tl.load(u + o_x, mask=mask, other=0.0).to(tl.float32)
+    b_u = tl.load(u + i_n * stride_u + o_w, mask=mask, other=0.0).to(tl.float32)
     b_dy = tl.load(dy + o_x, mask=mask, other=0.0).to(tl.float32)
     rms = tl.rsqrt(tl.sum(b_x * b_x) / W + eps)
     b_n = b_x * rms
