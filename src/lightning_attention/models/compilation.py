@@ -1,9 +1,11 @@
 """Decoder layers compiled in place."""
 
 import warnings
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .model import LightningDecoderLayer
 
@@ -43,7 +45,24 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
         raise TypeError(f"compile_layers takes a model with lightning attention layers, got {type(model).__name__}")
     _configure_compiler()
     for layer in layers:
-        layer.compile(fullgraph=layer.attention.sequence_parallel is None, dynamic=True, backend=backend)
+        layer.compile(fullgraph=layer.attention.sequence_parallel is None, backend=backend)
+        layer._compiled_call_impl = _with_any_sizes(cast(Callable[..., Any], layer._compiled_call_impl))
+
+
+def _with_any_sizes(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled layer, with a graph for any number of batch rows, tokens and sequences.
+
+    `dynamic=True` would make every size a symbol: on a GPU that takes minutes to compile.
+    """
+    from torch._dynamo import maybe_mark_dynamic  # as slow to import as PyTorch
+
+    def call(x: Tensor, positions: Tensor, cu_seqlens: Tensor | None, state: Tensor | None, *rest: Any) -> Any:
+        for tensor, sizes in ((x, (0, 1)), (positions, (0, 1)), (cu_seqlens, 0), (state, 0)):
+            if tensor is not None:
+                maybe_mark_dynamic(tensor, sizes)
+        return compiled(x, positions, cu_seqlens, state, *rest)
+
+    return call
 
 
 def _configure_compiler() -> None:
