@@ -69,6 +69,7 @@ def test_no_tokens():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
 def test_layers_on_a_gpu_have_the_gradients_of_a_cpu(dtype, is_compiled):
@@ -92,7 +93,7 @@ def test_layers_on_a_gpu_have_the_gradients_of_a_cpu(dtype, is_compiled):
 
 def run(function, modules, x: Tensor, d_y: Tensor) -> list[Tensor]:
     x = x.clone().requires_grad_()
-    y = function(x)
+    y = 1 * function(x)  # a thread whose first operation is a product warns that it has no CUDA context
     leaves = [x, *(parameter for module in modules for parameter in module.parameters())]
     return [y, *torch.autograd.grad(y, leaves, d_y.to(y.dtype))]
 
@@ -103,7 +104,9 @@ def test_products_are_not_kept():
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         glu(x)
-    assert sorted(tuple(y.shape) for y in kept if y.dim() == 3) == [(2, 33, 64), (2, 33, 320)]
+    sizes = [y.numel() for y in kept]
+    assert 2 * 33 * 320 in sizes
+    assert 2 * 33 * 160 not in sizes
 
 
 @pytest.mark.gpu

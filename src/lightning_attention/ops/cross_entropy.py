@@ -57,6 +57,7 @@ def loss_and_gradients(
             torch.mm(gradient.to(x.dtype), weight, out=dx[chunk])
         if dweight is not None:
             _add_product(dweight, gradient.mT, x[chunk])
+        del logits, gradient  # before those of the next chunk are made
     return [losses.sum(), *(gradient for gradient in (dx, dweight) if gradient is not None)]
 
 
