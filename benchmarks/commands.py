@@ -210,7 +210,7 @@ def train(
     size: Size = None,
     dtype: Dtype = None,
     device: Device = None,
-    compile: Annotated[bool, Option("--compile", help="torch.compile the model.")] = False,
+    compile: Annotated[bool, Option("--compile", help="Compile the layers.")] = False,
 ) -> None:
     """A training step against the length of one sequence, in segments, and at once up to 4 segments."""
     from .cases import TrainingCase

@@ -56,8 +56,13 @@ def benchmark(
     def measure_case(case: SpeedCase, bandwidth: float) -> list[Record]:
         return measure(case, device, dtype, compiled=compiled, steps=steps)
 
-    needed = max(16 * num_parameters(LightningConfig.from_size(case.size)) for case in cases)
-    return Benchmark("speed", cases, measure_case, _title, _TABLE, needed)
+    return Benchmark("speed", cases, measure_case, _title, _TABLE, max(map(_needed_bytes, cases)))
+
+
+def _needed_bytes(case: SpeedCase) -> int:
+    """Least memory: float32 weights, gradients and two moments, and the input of every layer."""
+    config = LightningConfig.from_size(case.size)
+    return 16 * num_parameters(config) + 2 * case.tokens * config.num_hidden_layers * config.hidden_size
 
 
 def measure(case: SpeedCase, device: torch.device, dtype: torch.dtype, *, compiled: bool, steps: int) -> list[Record]:

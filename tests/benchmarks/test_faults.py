@@ -16,6 +16,7 @@ HUGE, BEYOND_64_BITS = str(10**15), "1" + 30 * "0"
 OP = ["op", "--length", "32", "--heads", "1", "--head-dim", "4", "--seconds", "0.001"]
 KERNEL = ["decode", "--only", "kernel", "--seconds", "0.001"]
 TRAIN = ["train", "--length", "32", "--segment-length", "16"]
+SPEED = ["speed", "--length", "32", "--tokens", "64", "--steps", "1"]
 SCALING = ["scaling"]
 INTEGERS = (
     *((OP, name, ("0", "-1", HUGE)) for name in ("--length", "--batch-size", "--heads", "--head-dim")),
@@ -24,6 +25,8 @@ INTEGERS = (
     (["decode"], "--length", ("0", "-1")),
     (TRAIN, "--length", ("0", "-1", HUGE)),
     (TRAIN, "--segment-length", ("0", "-1")),
+    *((SPEED, name, ("0", "-1", HUGE)) for name in ("--length", "--tokens")),
+    (SPEED, "--steps", ("0", "-1")),
     *((SCALING, name, ("0", "-1")) for name in ("--tokens", "--batch-size", "--blocks", "--node-size")),
     (SCALING, "--gpus", ("0", "-1", HUGE)),
 )

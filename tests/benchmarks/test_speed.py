@@ -1,0 +1,30 @@
+"""The benchmark of training steps measures what it claims. No test here is about speed."""
+
+import json
+import math
+
+import pytest
+
+from benchmarks.report import OURS
+from benchmarks.speed import LLAMA
+from lightning_attention.models import LightningConfig
+
+
+def test_the_command_measures_both_models_at_every_length(bench, tmp_path, capsys):
+    sizes = "--size demo --length 16 --length 32 --tokens 64 --steps 1 --device cpu --output"
+    bench("speed", *sizes.split(), tmp_path)
+    results = json.loads((tmp_path / "speed.json").read_text())["runs"]["speed"]["results"]
+    assert [(r["implementation"], r["batch_size"], r["length"]) for r in results] == [
+        (OURS, 4, 16),
+        (LLAMA, 4, 16),
+        (OURS, 2, 32),
+        (LLAMA, 2, 32),
+    ]
+    for record in results:
+        assert record["tokens_per_second"] == pytest.approx(64 / record["seconds"], rel=1e-2)
+        # Random weights: every symbol is about as likely.
+        assert record["loss"] == pytest.approx(math.log(LightningConfig.from_size("demo").vocab_size), rel=0.05)
+        assert record["peak_share"] is None
+    ours, llama = (record["parameters"] for record in results[:2])
+    assert llama == pytest.approx(ours, rel=0.1)
+    assert "demo, 2 x 32 tokens" in capsys.readouterr().out
