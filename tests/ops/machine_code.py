@@ -25,10 +25,12 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from lightning_attention.ops.hopper import config, gradients, kernels, states
 
 TENSORS = {"q", "k", "v", "o", "do", "dk", "dv", "logits"}
+TENSORS |= {"qkvu", "dq", "du", "dqkvu", "vu", "dvu", "x", "u", "y", "dx", "dy"}
 STATES = {"initial_state", "interval_states", "final_state", "states", "factors", "log_decay", "state"}
 STATES |= {"d_initial_state", "d_final_state", "losses"}
 INTEGERS = {"cu_seqlens", "state_indices", "state_positions", "parents", "last"}
 LONG_INTEGERS = {"labels"}
+FLOATS = {"scale", "eps"}
 
 HASHES = Path(__file__).with_name("hopper_machine_code.json")
 
@@ -134,7 +136,7 @@ def signature_of(kernel: Any, dtype: str, constants: dict[str, Any]) -> tuple[di
         elif name in LONG_INTEGERS:
             signature[name] = "*i64"
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
+            signature[name] = "fp32" if name in FLOATS else "i32"
     aligned = [
         i for i, name in enumerate(signature) if signature[name].startswith("*") or re.match(r"stride_\w+[bth]", name)
     ]

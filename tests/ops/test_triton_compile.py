@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from lightning_attention.ops.gpu import accumulate  # noqa: E402
-from lightning_attention.ops.triton import decoding, kernels, softmax_gradient  # noqa: E402
+from lightning_attention.ops.triton import decoding, gates, kernels, softmax_gradient  # noqa: E402
 
 pytestmark = [
     pytest.mark.kernels,
@@ -143,6 +143,18 @@ def test_softmax_gradient_compiles_and_loads_16_bytes_a_thread(arch, dtype):
     sizes = {"V": 50_304, "BLOCK": softmax_gradient.MAX_BLOCK, "NEEDS_GRADIENT": True}
     kernel, num_warps = softmax_gradient.softmax_gradient_kernel, softmax_gradient.NUM_WARPS
     compiled = compile_kernel(kernel, arch, dtype, None, num_warps=num_warps, **sizes)
+    check(compiled, arch, 128, products=False)
+    assert "LDG.E.128" in machine_code(compiled)[1]
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
+@pytest.mark.parametrize(
+    "kernel",
+    [gates.activated_parts_gradient_kernel, gates.product_gradient_kernel, gates.gated_norm_gradient_kernel],
+    ids=lambda kernel: kernel.__name__,
+)
+def test_gradients_of_gates_compile_and_load_16_bytes_a_thread(arch, kernel):
+    compiled = compile_kernel(kernel, arch, "bf16", None, W=1024, BLOCK=1024)
     check(compiled, arch, 128, products=False)
     assert "LDG.E.128" in machine_code(compiled)[1]
 

@@ -6,7 +6,7 @@ module is not plain, these are the modules' own functions.
 """
 
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops import transforms
 from ..ops.autograd import need_gradients
-from ..ops.custom_ops import register
+from ..ops.custom_ops import autocast, register
 from .norms import SimpleRMSNorm
 
 DTYPES = torch.float32, torch.float16, torch.bfloat16
@@ -29,19 +29,17 @@ def activated_parts(qkvu: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def gated_linear(vu: Tensor, linear: nn.Module) -> Tensor:
     """`linear(v ⊙ u)`, of the halves of `[..., 2 W]`."""
-    if _has_kernels(vu) and is_plain_linear(linear):
-        return _GatedLinear.apply(vu, linear.weight.to(vu.dtype))
-    return linear(_product(vu))
+    weight = _weight(linear, vu)
+    return linear(_product(vu)) if weight is None else _GatedLinear.apply(vu, weight)
 
 
 def gated_norm_linear(x: Tensor, u: Tensor, norm: SimpleRMSNorm, linear: nn.Module) -> Tensor:
     """`linear(norm(x) ⊙ u)`, of `[..., W]`."""
-    if _has_kernels(x) and x.dtype == u.dtype and is_plain(norm, SimpleRMSNorm) and is_plain_linear(linear):
-        return _GatedNormLinear.apply(x, u, linear.weight.to(x.dtype), norm.eps)
-    return linear(norm(x) * u)
+    weight = _weight(linear, x) if x.dtype == u.dtype and is_plain(norm, SimpleRMSNorm) else None
+    return linear(norm(x) * u) if weight is None else _GatedNormLinear.apply(x, u, weight, norm.eps)
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """True if the module's product with its weight may be computed without calling it."""
     return is_plain(module, nn.Linear) and module.bias is None and type(module.weight) is nn.Parameter
 
@@ -50,6 +48,14 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """True if nothing replaces the module's `forward`, and no hook sees its inputs or outputs."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return type(module) is kind and not any(hooks) and "forward" not in vars(module)
+
+
+def _weight(linear: nn.Module, x: Tensor) -> Tensor | None:
+    """The weight as the product of x with it takes it, if kernels compute the gradient."""
+    if not (_has_kernels(x) and is_plain_linear(linear)):
+        return None
+    (weight,) = autocast(linear.weight)
+    return weight if weight.dtype == x.dtype else None
 
 
 def _has_kernels(x: Tensor) -> bool:

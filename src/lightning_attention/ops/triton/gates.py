@@ -32,7 +32,7 @@ def gated_norm_gradient(x: Tensor, u: Tensor, dy: Tensor, eps: float) -> tuple[T
     """Of u, which is a part of wider rows, only the last dimension need be contiguous."""
     dx, du, y = torch.empty_like(x), torch.empty_like(dy), torch.empty_like(dy)
     u = u.reshape(-1, u.shape[-1])  # a view of such a part
-    rows = {"u": u, "stride_u": u.stride(0)}
+    rows = {"u": u, "stride_ut": u.stride(0)}
     _launch(gated_norm_gradient_kernel, dy, whole_rows=True, x=x, **rows, dy=dy, dx=dx, du=du, y=y, eps=eps)
     return dx, du, y
 
@@ -48,7 +48,7 @@ def _launch(kernel: Any, of_width: Tensor, *, whole_rows: bool = False, **argume
 
 
 @jit
-def activated_parts_gradient_kernel(qkvu, dq, dk, dv, du, dqkvu, W, BLOCK: tl.constexpr):
+def activated_parts_gradient_kernel(qkvu, dq, dk, dv, du, dqkvu, W: tl.constexpr, BLOCK: tl.constexpr):
     i_n = tl.program_id(0).to(tl.int64)
     o_w = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = o_w < W
@@ -68,7 +68,7 @@ def _silu_gradient(x, dy, mask):
 
 
 @jit
-def product_gradient_kernel(vu, dy, dvu, y, W, BLOCK: tl.constexpr):
+def product_gradient_kernel(vu, dy, dvu, y, W: tl.constexpr, BLOCK: tl.constexpr):
     i_n = tl.program_id(0).to(tl.int64)
     o_w = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = o_w < W
@@ -82,13 +82,13 @@ def product_gradient_kernel(vu, dy, dvu, y, W, BLOCK: tl.constexpr):
 
 
 @jit
-def gated_norm_gradient_kernel(x, u, dy, dx, du, y, stride_u, eps, W, BLOCK: tl.constexpr):
+def gated_norm_gradient_kernel(x, u, dy, dx, du, y, stride_ut, eps, W: tl.constexpr, BLOCK: tl.constexpr):
     o_w = tl.arange(0, BLOCK)
     mask = o_w < W
     i_n = tl.program_id(0).to(tl.int64)
     o_x = i_n * W + o_w
     b_x = tl.load(x + o_x, mask=mask, other=0.0).to(tl.float32)
-    b_u = tl.load(u + i_n * stride_u + o_w, mask=mask, other=0.0).to(tl.float32)
+    b_u = tl.load(u + i_n * stride_ut + o_w, mask=mask, other=0.0).to(tl.float32)
     b_dy = tl.load(dy + o_x, mask=mask, other=0.0).to(tl.float32)
     rms = tl.rsqrt(tl.sum(b_x * b_x) / W + eps)
     b_n = b_x * rms
