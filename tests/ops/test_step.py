@@ -49,6 +49,30 @@ def test_one_step_of_several_tokens_equals_attention(backend):
     assert error(state, expected.final_state) < rounding
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(
+    "slots",
+    [(0, 1, 2, 3), (6, 5, 4, 3), (4, -1, 5, 9), (9, 2, 7, 0), (-1, -1, -1, -1)],
+    ids=["one run", "reversed", "two runs and padding", "scattered", "padding"],
+)
+@pytest.mark.parametrize("head_dim", [8, 64])
+def test_slots_in_any_order_of_a_pool_with_other_memory_between(slots, tokens, head_dim):
+    """Runs of consecutive slots, with large states, are updated in place."""
+    inputs = make_inputs(Case(B=4, T=tokens, H=8, K=head_dim, V=head_dim), torch.float64)
+    size = 8 * head_dim**2
+    memory = torch.randn(10, 3 * size, dtype=torch.float64)
+    expected_pool = memory[:, size : 2 * size].unflatten(1, (8, head_dim, head_dim)).clone()
+    before, pool = memory.clone(), memory[:, size : 2 * size].unflatten(1, (8, head_dim, head_dim))
+    q, k, v = inputs.qkv if tokens > 1 else [x[:, 0] for x in inputs.qkv]
+    options = {"state_indices": torch.tensor(slots)}
+    o = lightning_attention_step(q, k, v, inputs.log_decay, state=pool, backend="chunked", **options)
+    expected = lightning_attention_step(q, k, v, inputs.log_decay, state=expected_pool, backend="reference", **options)
+    torch.testing.assert_close(o, expected)
+    torch.testing.assert_close(pool, expected_pool)
+    for part in (slice(0, size), slice(2 * size, 3 * size)):
+        assert torch.equal(memory[:, part], before[:, part])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_batch_rows_use_only_their_slots(backend, tokens):

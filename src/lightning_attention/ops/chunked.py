@@ -6,6 +6,7 @@ of the batch row, of any number of sequences. Formulas: docs/algorithm.md.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -36,6 +37,8 @@ CHUNK_SIZE = 64
 # With 8 heads of 64, 4 at once are best and 32 take 1.2 and 1.4 times as long; with 16 heads, 1 to 4 are level.
 TOKENS_AT_ONCE = 32 * CHUNK_SIZE
 
+# Elements of states whose copies, there and back, take as long as the calls for a run of slots.
+RUN = 24_000
 
 __all__ = [
     "backward",
@@ -119,10 +122,13 @@ def step(x: DecodingInputs[Tensor], scale: float) -> list[Tensor]:
         return [o.squeeze(1)]
     if is_plain:
         return [_step_(x.q, x.k, x.v, x.log_decay, x.state, scale)]
-    rows, slots, states = _taken(x)
     o = torch.zeros_like(x.v, memory_format=torch.contiguous_format)
-    o[rows] = _step_(x.q[rows], x.k[rows], x.v[rows], x.log_decay, states, scale)
-    x.state[slots] = states.to(x.state.dtype)
+    for rows, run in (runs := _runs(x)):
+        o[rows] = _step_(x.q[rows], x.k[rows], x.v[rows], x.log_decay, x.state[run], scale)
+    if not runs:
+        rows, slots, states = _taken(x)
+        o[rows] = _step_(x.q[rows], x.k[rows], x.v[rows], x.log_decay, states, scale)
+        x.state[slots] = states.to(x.state.dtype)
     return [o]
 
 
@@ -133,7 +139,10 @@ def _step_token_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, stat
         q, k, v = (x.to(state.dtype) for x in (q, k, v))
     _advanced_(state, k, v, log_decay)
     H, K, V = state.shape[1:]
-    o = torch.bmm(q.reshape(-1, 1, K), state.flatten(0, 1)).view(-1, H, V)
+    if state.is_contiguous():
+        o = torch.bmm(q.reshape(-1, 1, K), state.flatten(0, 1)).view(-1, H, V)
+    else:  # by head, without a copy of the states
+        o = torch.cat([torch.bmm(q[:, h].unsqueeze(1), state[:, h]) for h in range(H)], dim=1)
     return _cast(o if scale == 1 else o.mul_(scale), dtype)
 
 
@@ -174,6 +183,22 @@ def _taken(x: DecodingInputs[Tensor]) -> tuple[slice | Tensor, slice | Tensor, T
     rows = (x.state_indices >= 0).nonzero()[:, 0]
     slots = x.state_indices[rows]
     return rows, slots, x.state[slots].to(dtype)
+
+
+def _runs(x: DecodingInputs[Tensor]) -> list[tuple[Tensor, slice]]:
+    """Batch rows by runs of consecutive slots, whose states are updated in place; none where copying them is faster.
+
+    Measured on a CPU core with 32 states of 8 heads of 64: copies take 2.6 ms, one run 0.8, runs of 8 1.3, of one 2.0.
+    """
+    if x.state_indices is None or x.state.device.type != "cpu" or x.state.dtype != state_dtype(x.q.dtype):
+        return []
+    order = x.state_indices.argsort()
+    slots = x.state_indices[order].tolist()
+    begin, end = bisect_left(slots, 0), len(slots)
+    bounds = [i for i in range(begin, end) if i == begin or slots[i] != slots[i - 1] + 1]
+    if len(bounds) * RUN > (end - begin) * x.state[0].numel():
+        return []
+    return [(order[i:j], slice(slots[i], slots[i] + j - i)) for i, j in pairwise([*bounds, end])]
 
 
 def _paths(x: DecodingInputs[Tensor]) -> Tensor:
