@@ -234,3 +234,13 @@ def test_gradient_checkpointing_refuses_a_cache(model):
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="gradient checkpointing would advance the cache twice"):
         model.train()(tokens(1, 3), past_key_values=LightningCache(3))
+
+
+def test_gradients_reach_every_hidden_state():
+    torch.manual_seed(0)
+    model = LightningForCausalLM(make_config())
+    output = model(torch.randint(model.config.vocab_size, (2, 7)), output_hidden_states=True)
+    for state in output.hidden_states:
+        state.retain_grad()
+    output.logits.sum().backward()
+    assert all(state.grad is not None and state.grad.any() for state in output.hidden_states)

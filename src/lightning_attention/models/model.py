@@ -260,14 +260,19 @@ class LightningModel(LightningPreTrainedModel):
         if cache is None and returns_cache and not layout.splits_rows:
             cache = LightningCache(len(self.layers))
 
-        hidden_states, states_after = self._run_layers(embeddings, layout, cache, states, bool(keeps_hidden_states))
+        if keeps_hidden_states:
+            embeddings = self._scale(embeddings)
+            x = layout.pack(embeddings)
+        else:  # scaled last: a compiled layer would have a graph for a view, which `pack` may return
+            x = self._scale(layout.pack(embeddings))
+        hidden_states, states_after = self._run_layers(x, layout, cache, states, bool(keeps_hidden_states))
         if cache is not None:
             batch_size, length = layout.batch_shape
             cache.advance(length, layout.count_tokens(), batch_size, embeddings.device)
         returned: dict[str, Any] = {CACHE: cache if returns_cache else None}
         return LightningModelOutput(
             last_hidden_state=hidden_states[-1],
-            hidden_states=(self._scale(embeddings), *hidden_states) if keeps_hidden_states else None,
+            hidden_states=(embeddings, *hidden_states) if keeps_hidden_states else None,
             states=None if states is None else tuple(map(layout.after_rows, states_after)),
             **returned,
         )
@@ -341,20 +346,18 @@ class LightningModel(LightningPreTrainedModel):
 
     def _run_layers(
         self,
-        embeddings: Tensor,
+        x: Tensor,
         layout: Layout,
         cache: LightningCache | None,
         states: Sequence[Tensor] | None,
         keeps_hidden_states: bool,
     ) -> tuple[list[Tensor], list[Any]]:
-        """Run the layers, for long inputs without gradients TOKENS_PER_PASS tokens at a time.
+        """Run the layers on packed tokens, for long inputs without gradients TOKENS_PER_PASS tokens at a time.
 
         Returns:
             Hidden states `[B, T, W]`: of every layer but the last if they are kept, then the normalised output; and of
             every layer the state after the tokens, if there was one before.
         """
-        # Scaled after packing: a graph for a view, which `pack` may return, would not serve the outputs of layers.
-        x = self._scale(layout.pack(embeddings))
         slots = None if layout.slots is None else Slots(layout.slots)
         passes = [(x, layout.positions)]
         needs_one_pass = layout.cu_seqlens is not None or states is not None or torch.is_grad_enabled()
