@@ -1,5 +1,7 @@
 """Decoding steps of every backend against attention."""
 
+from typing import Any
+
 import pytest
 import torch
 from oracle import BACKENDS, Case, device_of, dtype_of, error, make_inputs
@@ -64,7 +66,7 @@ def test_slots_in_any_order_of_a_pool_with_other_memory_between(slots, tokens, h
     expected_pool = memory[:, size : 2 * size].unflatten(1, (8, head_dim, head_dim)).clone()
     before, pool = memory.clone(), memory[:, size : 2 * size].unflatten(1, (8, head_dim, head_dim))
     q, k, v = inputs.qkv if tokens > 1 else [x[:, 0] for x in inputs.qkv]
-    options = {"state_indices": torch.tensor(slots)}
+    options: dict[str, Any] = {"state_indices": torch.tensor(slots)}
     o = lightning_attention_step(q, k, v, inputs.log_decay, state=pool, backend="chunked", **options)
     expected = lightning_attention_step(q, k, v, inputs.log_decay, state=expected_pool, backend="reference", **options)
     torch.testing.assert_close(o, expected)
