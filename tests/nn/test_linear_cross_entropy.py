@@ -59,13 +59,12 @@ def assert_accurate(x: Tensor, weight: Tensor, labels: Tensor, **options: Any) -
 @given(
     st.sampled_from([FP32, BF16, FP16]),
     st.sampled_from([(), (1,), (9,), (2, 3)]),
-    st.integers(8, 40),
-    st.integers(8, 70),
+    st.integers(1, 40),
+    st.integers(2, 70),
     st.floats(0, 1),
     st.sampled_from(["mean", "sum"]),
 )
 def test_loss_and_gradients_match_float64(device, dtype, batch, W, V, ignored, reduction):
-    """With fewer channels or symbols a gradient can cancel to less than the roundings of its terms."""
     x, weight, labels = make_inputs(*batch, 11, W=W, V=V, dtype=dtype, device=device)
     labels[torch.rand(labels.shape, device=device) < ignored] = -100
     labels[..., 0] = V - 1

@@ -78,7 +78,7 @@ def test_a_missing_compiler_is_one_error_before_the_run_starts(files):
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"segment_length": 17}, {"gradient_checkpointing": True}], ids=str)
 def test_a_compiled_run_makes_the_steps_of_an_eager_one_and_resumes_eager(files, changes):
-    """With the compiler's own backend."""
+    """The backend is the compiler's own."""
     train(options(files, "eager"), console=quiet())
     process = command(*arguments(files, "compiled", compile=True, **changes))
     assert process.returncode == 0, process.stderr

@@ -29,7 +29,7 @@ def product_gradient(vu: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gated_norm_gradient(x: Tensor, u: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of u, which is a part of wider rows, only the last dimension need be contiguous."""
+    """Gradients; u may be a part of wider rows, with a contiguous last dimension."""
     dx, du, y = torch.empty_like(x), torch.empty_like(dy), torch.empty_like(dy)
     u = u.reshape(-1, u.shape[-1])  # a view of such a part
     rows = {"u": u, "stride_ut": u.stride(0)}
