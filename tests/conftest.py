@@ -3,6 +3,7 @@
 import os
 from importlib.util import find_spec
 
+import hypothesis
 import pytest
 import torch
 
@@ -15,6 +16,18 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and (count := torch.cuda.de
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[first : first + gpus])
 
 from oracle import HAS_GPU, INTERPRETED
+
+
+class TorchRandom:
+    """The generator of torch for hypothesis, which seeds it before every example: one that fails fails again."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference
+hypothesis.register_random(TORCH_RANDOM)
 
 HAS_TRITON = find_spec("triton") is not None
 CAN_INTERPRET = INTERPRETED and HAS_TRITON

@@ -88,6 +88,7 @@ def test_failures_run_again(suite, tmp_path):
     assert suite("test", "--again") == (2, found)  # nothing is left to run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("keyword", "exit_code"), [("good", 0), ("skipped", 1)])
 def test_the_exit_code_is_0_if_a_test_passed_and_none_failed(suite, keyword, exit_code):
     assert suite(keyword)[0] == exit_code

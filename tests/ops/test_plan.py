@@ -103,7 +103,7 @@ def backend(monkeypatch, request):
 
 
 CASES = [
-    Case(B=2, T=70, H=2, K=64, V=64),
+    Case(B=2, T=70, H=1, K=64, V=64),
     Case(B=1, T=150, H=1, K=64, V=128, slope=None, state=False, scale=0.5),
     Case(lengths=(3, 0, 64, 70), H=1, K=128, V=128, slope=0.1),
 ]
@@ -120,7 +120,7 @@ def arguments_of(backend: str, case: Case, seed: int = 0) -> dict[str, tuple]:
     return {"forward": (forward, case.scale, True), "backward": (backward, case.scale)}
 
 
-@pytest.mark.parametrize("num_segments", [1, 2, 3])
+@pytest.mark.parametrize("num_segments", [1, 3])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_results_of_a_reused_plan_equal_those_of_a_new_plan(backend, monkeypatch, case, num_segments):
     """Calls after the first one launch compiled code."""

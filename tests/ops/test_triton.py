@@ -54,7 +54,7 @@ SEGMENTED = [
     # Sequences end inside of a segment, at its end and at the end of an interval; they span several, or are empty.
     Case(lengths=(0, 100, 28, 64, 0, 0, 200, 1, 63, 0, 144, 0), H=2, slope=0.1),
     Case(lengths=(600,), H=2, slope=0.01),
-    Case(lengths=(1,) * 130, H=1, K=16, V=16),
+    Case(lengths=(1,) * 70, H=1, K=16, V=16),
 ]
 
 
