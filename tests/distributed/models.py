@@ -26,16 +26,16 @@ def positions(T: int, starts: list[int]) -> Tensor:
     return (at - torch.tensor([0, *starts])[torch.searchsorted(torch.tensor(starts), at, right=True)])[None]
 
 
-def gradients_of_one_process(T: int, starts: list[int]) -> dict[str, Tensor]:
-    model = make_model()
+def gradients_of_one_process(T: int, starts: list[int], **options: Any) -> dict[str, Tensor]:
+    model = make_model(**options)
     return _gradients(model, model(tokens(1, T), labels=tokens(1, T), position_ids=positions(T, starts)).loss)
 
 
 def gradients_by_segments(
-    group: Any, T: int, starts: list[int], segment_length: int, strategy: str
+    group: Any, T: int, starts: list[int], segment_length: int, strategy: str, options: dict[str, Any] | None = None
 ) -> dict[str, Tensor]:
-    """This rank's part of the gradients of `segmented_loss`."""
-    model = make_model()
+    """This rank's part of the gradients of `segmented_loss`, of a model with these options."""
+    model = make_model(**options or {})
     model.model.set_sequence_parallel(SequenceParallel(group, strategy))
     position_ids = positions(T, starts)
     return _gradients(

@@ -30,6 +30,13 @@ def test_segmented_gradients_equal_one_process(ranks, T, starts, segment_length,
     assert_sum(parts, jobs.gradients_of_one_process(T, starts), 1e-10)
 
 
+@pytest.mark.parametrize("attention", ["elu", "cosformer", "rfa", "performer"])
+def test_gradients_of_other_attentions_equal_one_process(ranks, attention):
+    options = {"linear_attention": attention, "max_position_embeddings": 64}
+    parts = ranks(jobs.gradients_by_segments, 41, [7, 20, 21], 10, "all-gather", options, members=(0, 1))
+    assert_sum(parts, jobs.gradients_of_one_process(41, [7, 20, 21], **options), 1e-10)
+
+
 @pytest.mark.parametrize("segment_length", [None, 7], ids=["one pass", "training segments"])
 @pytest.mark.parametrize("num_labels", [0, 1, 9])
 def test_ranks_without_labels_add_nothing(ranks, num_labels, segment_length):

@@ -53,6 +53,10 @@ def train(
     eval_tokens: Annotated[int, DATA(help="Held-out tokens to evaluate on, at most.")] = 1 << 18,
     size: Annotated[str, MODEL(help="demo, 45M, 385M, 1B, 3B, 7B or 15B.")] = "demo",
     config: Annotated[Path | None, MODEL(help="JSON file of a model configuration, instead of a size.")] = None,
+    attention: Annotated[
+        str | None,
+        MODEL(help="lightning, elu, cosformer, rfa or performer. By default that of the configuration: lightning."),
+    ] = None,
     decay_preset: Annotated[
         str | None, MODEL(help="Name of the decays. By default the preset of the configuration.")
     ] = None,

@@ -78,7 +78,13 @@ class SequenceParallel:
 
     @torch.compiler.disable(reason="ranks that share a sequence communicate outside of graphs")
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor, initial_state: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        cu_seqlens: Tensor,
+        initial_state: Tensor | None,
     ) -> LightningAttentionOutput:
         """Attention of this rank's tokens, with `cu_seqlens` of the complete batch row on the CPU.
 

@@ -196,6 +196,7 @@ class Engine:
             raise ValueError("prompt must be token ids")
         if min(tokens) < 0 or max(tokens) >= vocab_size:
             raise ValueError(f"prompt must be token ids in [0, {vocab_size}), got {min(tokens)} to {max(tokens)}")
+        self.model.config.check_length(len(tokens) + options.max_new_tokens - 1)
         stop = default_stop_token_ids(self.model) if stop_token_ids is None else frozenset(stop_token_ids)
         sampler = Sampler(options, tokens, vocab_size, self.model.device)
         history = History(self.prefix_block, tokens)

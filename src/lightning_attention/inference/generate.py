@@ -101,7 +101,8 @@ def stream(
         Text without special tokens, never empty.
 
     Raises:
-        ValueError: the prompt cannot be encoded, see `encode`, or the model's logits are not finite.
+        ValueError: the prompt cannot be encoded, see `encode`; the prompt and the new tokens exceed the positions of
+            the model, see `LightningConfig.max_position_embeddings`; or the model's logits are not finite.
 
     Example:
         >>> from lightning_attention.inference import SamplingOptions, load, stream
@@ -109,7 +110,9 @@ def stream(
         >>> text = "".join(stream(model, tokenizer, "Once upon a time", SamplingOptions(max_new_tokens=8, seed=0)))
     """
     warn_of_ignored_options(model)
-    return _generate(model, Detokenizer(tokenizer), encode(tokenizer, prompt), options)
+    ids = encode(tokenizer, prompt)
+    model.config.check_length(len(ids) + options.max_new_tokens - 1)
+    return _generate(model, Detokenizer(tokenizer), ids, options)
 
 
 def _generate(

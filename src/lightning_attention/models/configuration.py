@@ -10,13 +10,23 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, logging
 
+from ..nn.feature_maps import default_positive_features
 from ..ops.decay import LAYERLESS_PRESETS, PRESETS, log_decay
 from ..paths import PathLike, to_path
 from .remote_code import is_ours, with_auto_map, write_remote_code
 
 logger = logging.get_logger(__name__)
 
-POSITIONS = ("mix", "lrpe-d", "decay")
+# Linear attentions, and the positions of each: the first is the default.
+POSITIONS = {
+    "lightning": ("mix", "lrpe-d", "decay"),
+    "elu": ("learned", "none"),
+    "cosformer": ("none",),
+    "rfa": ("learned", "none"),
+    "performer": ("learned", "none"),
+}
+# Default number of random features for a head size.
+DEFAULT_FEATURES = {"rfa": lambda head_dim: 2 * head_dim, "performer": default_positive_features}
 SIZE_OPTIONS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Options that are not fields, and that transformers takes or writes.
 TRANSFORMERS_OPTIONS = frozenset({
@@ -53,16 +63,22 @@ class LightningConfig(PreTrainedConfig):
         intermediate_size: width of the GLU.
         num_hidden_layers: number of layers L.
         num_attention_heads: number of heads H.
-        positions: "mix", LRPE-d in the first layer and decay alone in the others; "lrpe-d", LRPE-d in every layer;
-            "decay", decay alone in every layer.
+        linear_attention: "lightning", or an attention of a feature map with a denominator, without decay: "elu",
+            "cosformer", "rfa" or "performer", see `nn.feature_maps`.
+        positions: for lightning attention "mix", LRPE-d in the first layer and decay alone in the others; "lrpe-d",
+            LRPE-d in every layer; or "decay", decay alone in every layer. For others "learned", embeddings added to
+            those of tokens, or "none", which is the only choice for cosFormer, whose features hold positions. None is
+            "mix", "none" for cosFormer, and "learned" for others.
         decay_preset: name of the decays of all heads and layers, see `decay.log_decay`. A trained model must keep its
             preset.
         log_decay: L lists of H numbers <= 0, natural logarithm of the decay per token; replaces the preset.
         norm_eps: added to the mean square in every norm.
         initializer_range: standard deviation of new weights.
         use_cache: whether a forward pass returns its cache by default.
-        max_position_embeddings: longest context length that tools such as lm-eval should use; None is no limit. The
-            model itself has no limit and does not read this option.
+        max_position_embeddings: longest context length that tools such as lm-eval should use; None is no limit. Learned
+            positions and cosFormer need it: it is their longest context. Other models have no limit and do not read it.
+        num_features: features of a head for "rfa" and "performer"; None is their default for the head size.
+        feature_seed: seed of their random features; every layer has its own.
         layer_types: "linear_attention" for every layer, the only type.
         bos_token_id, eos_token_id, pad_token_id: special tokens in `[0, vocab_size)`, or None.
 
@@ -84,7 +100,8 @@ class LightningConfig(PreTrainedConfig):
     intermediate_size: int = 2816
     num_hidden_layers: int = 24
     num_attention_heads: int = 8
-    positions: str = "mix"
+    linear_attention: str = "lightning"
+    positions: str | None = None
     decay_preset: str = "transnormer"
     log_decay: list[list[float]] | None = None
     norm_eps: float = 1e-6
@@ -96,6 +113,8 @@ class LightningConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     layer_types: list[str] | None = None
     max_position_embeddings: int | None = None
+    num_features: int | None = None
+    feature_seed: int = 0
 
     def __post_init__(self, **kwargs: Any):
         if unknown := sorted(set(kwargs) - TRANSFORMERS_OPTIONS):
@@ -111,8 +130,7 @@ class LightningConfig(PreTrainedConfig):
                 f"hidden_size must be a multiple of num_attention_heads = {self.num_attention_heads}, "
                 f"got {self.hidden_size}"
             )
-        if self.positions not in POSITIONS:
-            raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
+        self._check_linear_attention()
         if self.decay_preset not in PRESETS:
             raise ValueError(f"decay_preset must be one of {', '.join(PRESETS)}, got {self.decay_preset!r}")
         if self.log_decay is not None:
@@ -135,6 +153,31 @@ class LightningConfig(PreTrainedConfig):
         if is_ours(type(self)):
             kwargs["auto_map"] = with_auto_map(kwargs.get("auto_map"))
         super().__post_init__(**kwargs)
+
+    def _check_linear_attention(self) -> None:
+        """Check the options of the linear attention, and that they go together; set the default positions."""
+        name = self.linear_attention
+        if name not in POSITIONS:
+            raise ValueError(f"linear_attention must be one of {', '.join(POSITIONS)}, got {name!r}")
+        if self.positions is None:
+            self.positions = POSITIONS[name][0]
+        if self.positions not in POSITIONS[name]:
+            known = ", ".join(POSITIONS[name])
+            raise ValueError(f"positions must be one of {known} for {name} attention, got {self.positions!r}")
+        if name != "lightning" and (self.log_decay is not None or self.decay_preset != type(self).decay_preset):
+            raise ValueError(f"log_decay and decay_preset go with lightning attention, {name} has no decay")
+        if self.position_limit is None and (name == "cosformer" or self.positions == "learned"):
+            raise ValueError(
+                f"max_position_embeddings is needed by {name} attention with positions {self.positions!r}: the "
+                "longest context of the model"
+            )
+        _check_int("feature_seed", self.feature_seed, at_least=0)
+        if name not in DEFAULT_FEATURES:
+            if self.num_features is not None:
+                raise ValueError(f"num_features goes with {' and '.join(DEFAULT_FEATURES)}, not with {name}")
+        elif self.num_features is None:
+            self.num_features = DEFAULT_FEATURES[name](self.head_dim)
+        _check_int("num_features", self.num_features or 1, at_least=1)
 
     def check_token_ids(self, vocab_size: int) -> None:
         """Check that special tokens are in a vocabulary of this size.
@@ -216,10 +259,37 @@ class LightningConfig(PreTrainedConfig):
         """True if the layer encodes positions by LRPE-d."""
         return self.positions == "lrpe-d" or (self.positions == "mix" and layer_idx == 0)
 
+    @property
+    def head_dim(self) -> int:
+        """Channels D of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def position_limit(self) -> int | None:
+        """Number of positions that the model has; None is no limit."""
+        has_limit = self.positions == "learned" or self.linear_attention == "cosformer"
+        return self.max_position_embeddings if has_limit else None
+
+    def check_length(self, length: int) -> None:
+        """Check a context length.
+
+        Raises:
+            ValueError: the model has fewer positions.
+        """
+        if self.position_limit is not None and length > self.position_limit:
+            raise ValueError(
+                f"{length} tokens exceed the {self.position_limit} positions of this model (max_position_embeddings)"
+            )
+
     def layer_state_shape(self, layer_idx: int) -> tuple[int, int, int]:
-        """Shape `(H, K, V)` of a layer's state of one sequence; LRPE-d doubles K."""
-        head_dim = self.hidden_size // self.num_attention_heads
-        return self.num_attention_heads, head_dim * (2 if self.layer_has_lrpe(layer_idx) else 1), head_dim
+        """Shape `(H, K, V)` of a layer's state of one sequence.
+
+        LRPE-d doubles K. With a feature map, K is the number of features and V has a column for the denominators.
+        """
+        H, D = self.num_attention_heads, self.head_dim
+        if self.linear_attention == "lightning":
+            return H, D * (2 if self.layer_has_lrpe(layer_idx) else 1), D
+        return H, self.num_features or D * (2 if self.linear_attention == "cosformer" else 1), D + 1
 
 
 def _check_int(name: str, value: object, at_least: int | None = None) -> None:

@@ -142,7 +142,9 @@ def build_layout(x: Tensor, given: BatchDescription, cache: LightningCache | Non
             return Layout((batch_size, length), positions, cu_seqlens, tokens, splits_rows=True)
 
     if position_ids is None:
-        columns = torch.arange(length, device=x.device)[None] if is_token is None else is_token.cumsum(dim=1) - 1
+        columns = torch.arange(length, device=x.device)[None]
+        if is_token is not None:
+            columns = (is_token.cumsum(dim=1) - 1).clamp_min(0)
         past = None if cache is None else cache.positions
         position_ids = columns if past is None else past[:, None] + columns
     if is_token is None:

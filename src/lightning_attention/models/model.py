@@ -1,4 +1,4 @@
-"""TransNormerLLM: in every layer `x ← x + GLA(SRMSNorm(x))`, then `x ← x + SGLU(SRMSNorm(x))`.
+"""TransNormerLLM: in every layer `x ← x + mixer(SRMSNorm(x))`, then `x ← x + SGLU(SRMSNorm(x))`; see `mixers`.
 
 Shapes: B batch rows, T tokens, W width, H heads, L layers.
 Source: TransNormerLLM (arXiv 2307.14995), figure 1 and section 3.
@@ -23,14 +23,16 @@ from transformers.utils.generic import can_return_tuple
 
 from ..distributed.agreement import Agreement
 from ..distributed.parallel import SequenceParallel
-from ..nn import LRPE, GatedLightningAttention, SimpleGLU, SimpleRMSNorm
-from ..nn.attention import Decay, Slots
+from ..nn import LRPE, LearnedPositions, SimpleGLU, SimpleRMSNorm, Slots, TokenMixer
+from ..nn.attention import Decay
+from ..nn.feature_maps import RandomFeatures, RandomFourierFeatures
 from ..ops.custom_ops import autocast
 from ..ops.problem import state_dtype
 from ..paths import to_path
 from .cache import CACHE, CacheName, LightningCache, resolve_cache
 from .configuration import LightningConfig
 from .layout import BatchDescription, Layout, build_layout
+from .mixers import make_mixer
 from .remote_code import is_ours
 from .sequence_parallel import compare_ranks, slice_layout
 
@@ -52,18 +54,12 @@ class LightningModelOutput(CacheName, BaseModelOutputWithPast):  # pyright: igno
 
 
 class LightningDecoderLayer(GradientCheckpointingLayer):
-    """One layer: gated lightning attention and a GLU, each with a norm before and a residual connection."""
+    """One layer: a token mixer and a GLU, each with a norm before and a residual connection."""
 
     def __init__(self, config: LightningConfig, layer_idx: int):
         super().__init__()
         self.attention_norm = SimpleRMSNorm(config.norm_eps)
-        self.attention = GatedLightningAttention(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.layer_log_decay(layer_idx),
-            lrpe=config.layer_has_lrpe(layer_idx),
-            eps=config.norm_eps,
-        )
+        self.attention = make_mixer(config, layer_idx)
         self.mlp_norm = SimpleRMSNorm(config.norm_eps)
         self.mlp = SimpleGLU(config.hidden_size, config.intermediate_size)
 
@@ -90,7 +86,7 @@ class LightningPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LightningDecoderLayer"]
     # No assisted generation: the state cannot be rolled back.
     _is_stateful = True
-    _keep_in_fp32_modules_strict = ["theta"]
+    _keep_in_fp32_modules_strict = ["theta", "sigma", "directions"]
     # Means generate() with transformers' static cache, which this model does not take; torch.compile(fullgraph=True)
     # works.
     _can_compile_fullgraph = False
@@ -108,7 +104,7 @@ class LightningPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw weights from a normal distribution; set decays and LRPE-d angles as the configuration says."""
+        """Draw weights from a normal distribution; set other parameters and constants as the configuration says."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if (bias := getattr(module, "bias", None)) is not None:
@@ -117,6 +113,10 @@ class LightningPreTrainedModel(PreTrainedModel):
             init.copy_(module.theta, LRPE.initial_theta(*module.theta.shape, device=module.theta.device))
         elif isinstance(module, Decay):
             init.copy_(module.log_decay, module.initial_log_decay(module.log_decay.device))
+        elif isinstance(module, RandomFeatures):
+            init.copy_(module.directions, module.draw().to(module.directions.device))
+            if isinstance(module, RandomFourierFeatures):
+                init.ones_(module.sigma)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as transformers does, with every weight: a head tied to the embedding once, any other head itself."""
@@ -160,6 +160,9 @@ class LightningModel(LightningPreTrainedModel):
         super().__init__(config)
         # No padding_idx: padding is removed, and a token that is also used as padding must be learned.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = (
+            LearnedPositions(config.position_limit or 0, config.hidden_size) if config.positions == "learned" else None
+        )
         self.layers = nn.ModuleList([LightningDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = SimpleRMSNorm(config.norm_eps)
         self.gradient_checkpointing = False
@@ -175,7 +178,7 @@ class LightningModel(LightningPreTrainedModel):
         """
         self.sequence_parallel = sequence_parallel
         for module in self.modules():
-            if isinstance(module, GatedLightningAttention):
+            if isinstance(module, TokenMixer):
                 module.sequence_parallel = sequence_parallel
 
     @can_return_tuple
@@ -253,6 +256,8 @@ class LightningModel(LightningPreTrainedModel):
                 layout = build_layout(embeddings, given, cache, one_per_row=one_per_row)
             else:
                 layout = slice_layout(embeddings, given, cache)
+            if not layout.splits_rows and (cache is not None or not given.may_split_rows):
+                self.config.check_length(layout.batch_shape[1] + (0 if cache is None else cache.length))
             if states is not None:
                 self._check_states(states, layout, position_ids, cache)
             if agreement is not None:
@@ -260,11 +265,12 @@ class LightningModel(LightningPreTrainedModel):
         if cache is None and returns_cache and not layout.splits_rows:
             cache = LightningCache(len(self.layers))
 
+        encoded = None if self.embed_positions is None else self.embed_positions(layout.positions)
         if keeps_hidden_states:
-            embeddings = self._scale(embeddings)
+            embeddings = self._scale(embeddings, None if encoded is None else layout.unpack(encoded))
             x = layout.pack(embeddings)
         else:  # scaled last: a compiled layer would have a graph for a view, which `pack` may return
-            x = self._scale(layout.pack(embeddings))
+            x = self._scale(layout.pack(embeddings), encoded)
         hidden_states, states_after = self._run_layers(x, layout, cache, states, bool(keeps_hidden_states))
         if cache is not None:
             batch_size, length = layout.batch_shape
@@ -293,7 +299,8 @@ class LightningModel(LightningPreTrainedModel):
         Returns:
             `[N, W]`, normalised hidden states of the last token of each sequence.
         """
-        x = self._scale(self.embed_tokens(input_ids))
+        encoded = None if self.embed_positions is None else self.embed_positions(positions)
+        x = self._scale(self.embed_tokens(input_ids), encoded)
         for layer, state in zip(self.layers, states, strict=True):
             x, _ = layer(x, positions, cu_seqlens, state, slots)
         return self.norm(x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:] - 1])
@@ -309,8 +316,13 @@ class LightningModel(LightningPreTrainedModel):
             return nullcontext()
         return self.sequence_parallel.agreement(self.embed_tokens.weight)
 
-    def _scale(self, embeddings: Tensor) -> Tensor:
-        """Input of the first layer: in bfloat16 autocast bfloat16, as are the outputs that layers add to it."""
+    def _scale(self, embeddings: Tensor, positions: Tensor | None) -> Tensor:
+        """Input of the first layer, with embeddings of positions added to those of tokens, if there are any.
+
+        In bfloat16 autocast it is bfloat16, as are the outputs that layers add to it.
+        """
+        if positions is not None:
+            embeddings = embeddings + positions
         embeddings = embeddings * self.config.hidden_size**0.5
         (cast,) = autocast(embeddings)
         return cast if cast.dtype == torch.bfloat16 else embeddings  # float16 would overflow

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.agreement import Agreement
-from ..nn import GatedLightningAttention
+from ..nn import TokenMixer
 from .cache import LightningCache
 from .layout import BatchDescription, Layout
 
@@ -31,7 +31,8 @@ def slice_layout(x: Tensor, given: BatchDescription, cache: LightningCache | Non
 def compare_ranks(model: Any, agreement: Agreement, x: Tensor, layout: Layout, states: Sequence[Tensor] | None) -> None:
     """Raise on every rank unless all of them run the same forward pass; the layers then compare nothing more."""
     assert layout.cu_seqlens is not None
-    layers = [module for module in model.modules() if isinstance(module, GatedLightningAttention)]
+    mixers = [module for module in model.modules() if isinstance(module, TokenMixer)]
+    decays = [mixer.log_decay for mixer in mixers if mixer.log_decay is not None]
     leaves = (x, *(states or ()), *model.parameters()) if torch.is_grad_enabled() else ()
     device = x.device.type
     terms = {
@@ -41,7 +42,7 @@ def compare_ranks(model: Any, agreement: Agreement, x: Tensor, layout: Layout, s
         if torch.is_autocast_enabled(device)
         else None,
         "the device of the model": device,
-        "log_decay of the layers": torch.stack([layer.decay.log_decay.to(x.device) for layer in layers]).tolist(),
+        "log_decay of the layers": torch.stack(decays).tolist() if decays else None,
         "states": None if states is None else [(*state.shape, str(state.dtype)) for state in states],
         "gradient checkpointing": model.is_checkpointing,
         "a gradient for inputs, states or parameters": [leaf.requires_grad for leaf in leaves],

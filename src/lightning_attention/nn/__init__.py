@@ -1,9 +1,27 @@
-"""Layers with lightning attention, in plain PyTorch, and the loss of a language model's head."""
+"""Layers with linear attention, in plain PyTorch, and the loss of a language model's head."""
 
-from .attention import GatedLightningAttention, Slots
+from .attention import GatedLightningAttention
 from .cross_entropy import linear_cross_entropy
+from .feature_maps import CosFormerFeatures, EluFeatures, FeatureMap, PositiveRandomFeatures, RandomFourierFeatures
 from .glu import SimpleGLU
+from .normalized import NormalizedLinearAttention
 from .norms import SimpleRMSNorm
-from .positions import LRPE
+from .positions import LRPE, LearnedPositions
+from .token_mixer import Slots, TokenMixer
 
-__all__ = ["LRPE", "GatedLightningAttention", "SimpleGLU", "SimpleRMSNorm", "Slots", "linear_cross_entropy"]
+__all__ = [
+    "LRPE",
+    "CosFormerFeatures",
+    "EluFeatures",
+    "FeatureMap",
+    "GatedLightningAttention",
+    "LearnedPositions",
+    "NormalizedLinearAttention",
+    "PositiveRandomFeatures",
+    "RandomFourierFeatures",
+    "SimpleGLU",
+    "SimpleRMSNorm",
+    "Slots",
+    "TokenMixer",
+    "linear_cross_entropy",
+]

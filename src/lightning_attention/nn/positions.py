@@ -1,4 +1,4 @@
-"""Position encoding LRPE-d."""
+"""Position encodings."""
 
 import math
 
@@ -18,6 +18,50 @@ def _reduce_angle(angles: Tensor) -> Tensor:
     """Subtract the nearest multiple of 2π, to the precision of float32, for angles up to some thousands."""
     turns = (angles.detach() / (2 * math.pi)).round()
     return (angles - turns * TWO_PI_HIGH) - turns * TWO_PI_LOW
+
+
+def out_of_range(positions: Tensor, max_positions: int) -> Tensor:
+    """Mask of positions that are not in `[0, max_positions)`.
+
+    Raises:
+        ValueError: there is one, where values are at hand: on a CPU, outside of traced graphs.
+    """
+    wrong = (positions < 0) | (positions >= max_positions)
+    if positions.is_cpu and not torch.compiler.is_compiling() and wrong.any():
+        raise ValueError(f"positions must be in [0, {max_positions}), got {positions[wrong][0].item()}")
+    return wrong
+
+
+class LearnedPositions(nn.Embedding):
+    """Learned embeddings of positions `[B, T]`, to be added to those of tokens, `[B, T, W]`.
+
+    A position out of range raises ValueError on a CPU, and gives NaN elsewhere.
+
+    Args:
+        max_positions: number of positions.
+        hidden_size: width W.
+
+    Raises:
+        ValueError: a size is less than 1.
+        TypeError: a size is not an integer.
+
+    Source: BERT (arXiv 1810.04805), section 3; GPT.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attention.nn import LearnedPositions
+        >>> LearnedPositions(128, 64)(torch.arange(10)[None]).shape
+        torch.Size([1, 10, 64])
+    """
+
+    def __init__(self, max_positions: int, hidden_size: int):
+        check_size("max_positions", max_positions)
+        check_size("hidden_size", hidden_size)
+        super().__init__(max_positions, hidden_size)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        wrong = out_of_range(positions, self.num_embeddings)
+        return super().forward(positions.masked_fill(wrong, 0)).masked_fill(wrong[..., None], torch.nan)
 
 
 class LRPE(Float32Module):

@@ -114,8 +114,9 @@ class CheckpointingTrainer(GuardedTrainer):
         return prepared.model, prepared.optimizer.optimizer, prepared.lr_scheduler
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """Exclude the frequencies of rotary positions from weight decay, in addition to biases and norms."""
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("theta")]
+        """Exclude frequencies of LRPE-d and scales of random features from weight decay, besides biases and norms."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.endswith(("theta", "sigma"))]
 
 
 def check_checkpoint(checkpoint: Path) -> None:

@@ -249,8 +249,13 @@ def _model_config(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) 
     }
     if options.decay_preset is not None:
         changes["decay_preset"] = options.decay_preset
+    defaults: dict[str, Any] = {}
+    if options.attention is not None:
+        changes["linear_attention"] = options.attention
+        if options.attention != "lightning":
+            defaults["max_position_embeddings"] = options.sequence_length
     if options.config is None:
-        return LightningConfig.from_size(options.size, **changes)
+        return LightningConfig.from_size(options.size, **defaults, **changes)
     try:
         if options.config.exists() and not options.config.is_file():
             raise ValueError("it is not a file")
@@ -261,7 +266,9 @@ def _model_config(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) 
             raise ValueError(f"its model_type is {given['model_type']!r}, not {LightningConfig.model_type!r}")
         if unknown := sorted(set(given) - set(LightningConfig().to_dict())):
             raise ValueError(f"unknown option {', '.join(unknown)}")
-        return LightningConfig.from_dict(given | changes)
+        config = LightningConfig.from_dict(defaults | given | changes)
+        config.check_length(options.sequence_length)
+        return config
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{options.config} is not a model configuration: {error}") from error
 

@@ -1,0 +1,58 @@
+"""Linear attention with a feature map and a denominator."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from .feature_maps import FeatureMap
+from .token_mixer import Slots, TokenMixer
+
+
+class NormalizedLinearAttention(TokenMixer):
+    """Linear attention with a feature map φ, in the block of `GatedLightningAttention`: `W_o(SRMSNorm(o) ⊙ u)`.
+
+    `o_t = Σ_s φ(q_t)ᵀ φ(k_s) v_s / max(Σ_s φ(q_t)ᵀ φ(k_s), eps)` over tokens `s <= t`, with `q = x W_q`, `k = x W_k`,
+    `v = x W_v` and `u = x W_u`. The state is `[N, H, F, D + 1]`: its last column sums keys, for the denominators.
+
+    Args:
+        hidden_size: width W of input and output, a multiple of `num_heads`.
+        num_heads: number of heads H, of D = W / H channels each.
+        feature_map: φ for heads of D channels; it has F features and the smallest denominator `eps`.
+        eps: added to the mean square in the norm.
+
+    Raises:
+        ValueError: `hidden_size` is not a multiple of `num_heads`; a size is less than 1; or eps is negative.
+        TypeError: a size is not an integer.
+
+    Source: Transformers are RNNs (arXiv 2006.16236), equations 9 to 12.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attention import nn
+        >>> layer = nn.NormalizedLinearAttention(64, 4, nn.EluFeatures(16))
+        >>> y, _ = layer(torch.randn(2, 10, 64), torch.arange(10)[None])
+        >>> y.shape
+        torch.Size([2, 10, 64])
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, feature_map: FeatureMap, *, eps: float = 1e-6):
+        super().__init__(hidden_size, num_heads, eps)
+        self.feature_map = feature_map
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q, k, v, u = self.qkvu_proj(x).chunk(4, dim=-1)
+        q, k, v = self.split_heads(q, k, v)
+        if q.dtype == torch.float16:  # denominators grow with the context, beyond the range of float16
+            q, k, v = q.float(), k.float(), v.float()
+        return self.feature_map(q, positions, is_query=True), self.feature_map(k, positions, is_query=False), v, u
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None, slots: Slots | None
+    ) -> tuple[Tensor, Tensor | None]:
+        v = torch.cat([v, v.new_ones(1).expand(*v.shape[:-1], 1)], dim=-1)
+        device = q.device.type
+        casts_to_float16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+        with torch.autocast(device, enabled=False) if casts_to_float16 else nullcontext():
+            o, state = super().attend(q, k, v, cu_seqlens, state, slots)
+        return o[..., :-1] / o[..., -1:].clamp_min(self.feature_map.eps), state

@@ -1,0 +1,125 @@
+"""What token mixers with a recurrent state have in common: projections, and attention from a state, slots or ranks."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.api import lightning_attention, lightning_attention_prefill, lightning_attention_step
+from ..ops.problem import state_dtype
+from .gates import gated_norm_linear
+from .norms import SimpleRMSNorm
+from .sizes import check_size
+
+if TYPE_CHECKING:
+    from ..distributed.parallel import SequenceParallel  # imports torch._dynamo, as `ops.compiler` does
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Slots of a call's sequences in state pools `[num_slots, H, K, V]`; the same in every layer.
+
+    Attributes:
+        of_sequences: `[N]` int64, slot of each sequence; when single tokens are decoded, -1 is padding.
+        saved: `[M]` int64, slots that receive intermediate states.
+        saved_after: `[M]` int64, numbers of tokens of the packed input before each of these states, rising.
+    """
+
+    of_sequences: Tensor
+    saved: Tensor | None = None
+    saved_after: Tensor | None = None
+
+
+class TokenMixer(nn.Module):
+    """Base of token mixers: projections to q, k, v and a gate u, the norm and the projection of the gated output.
+
+    Args:
+        hidden_size: width W of input and output, a multiple of `num_heads`.
+        num_heads: number of heads H, of D = W / H channels each.
+        eps: added to the mean square in the norm.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, eps: float):
+        super().__init__()
+        check_size("hidden_size", hidden_size)
+        check_size("num_heads", num_heads)
+        if hidden_size % num_heads:
+            raise ValueError(f"hidden_size must be a multiple of num_heads = {num_heads}, got {hidden_size}")
+        self.num_heads, self.head_dim = num_heads, hidden_size // num_heads
+        self.qkvu_proj = nn.Linear(hidden_size, 4 * hidden_size, bias=False)
+        self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.norm = SimpleRMSNorm(eps)
+        self.sequence_parallel: SequenceParallel | None = None
+
+    @property
+    def log_decay(self) -> Tensor | None:
+        """`[H]` float32, natural logarithm of the decay per token; None is no decay."""
+        return None
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | None = None,
+        state: Tensor | None = None,
+        slots: Slots | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix tokens.
+
+        Args:
+            x: `[B, T, W]`.
+            positions: `[B, T]` or `[1, T]` integers.
+            cu_seqlens: `[N + 1]` bounds of sequences packed into one batch row, see `lightning_attention`. With
+                `sequence_parallel`, bounds in the tokens of all ranks, while x is this rank's slice.
+            state: `[N, H, K, V]` float32, before the tokens. A single token without gradients updates it in place.
+            slots: if `state` is a pool, the slots of the sequences, updated in place.
+
+        Returns:
+            Output `[B, T, W]`, and the state after the tokens, with gradients; None without `state`.
+        """
+        q, k, v, u = self.project(x, positions)
+        o, state = self.attend(q, k, v, cu_seqlens, state, slots)
+        return gated_norm_linear(o.flatten(-2).to(u.dtype), u, self.norm, self.out_proj), state
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return q and k `[B, T, H, K]`, v `[B, T, H, D]` and u `[B, T, W]`."""
+        raise NotImplementedError
+
+    def split_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.unflatten(-1, (self.num_heads, self.head_dim)) for x in tensors)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None, slots: Slots | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of all heads by the operator, and the state after the tokens."""
+        log_decay = self.log_decay
+        if self.sequence_parallel is not None:
+            assert cu_seqlens is not None
+            return self.sequence_parallel.attend(q, k, v, log_decay, cu_seqlens, state)
+        if state is None:
+            return lightning_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens)
+        if cu_seqlens is None and q.shape[1] == 1 and not torch.is_grad_enabled():
+            indices = None if slots is None else slots.of_sequences
+            return lightning_attention_step(q, k, v, log_decay, state=state, state_indices=indices), state
+        if slots is not None:
+            return self._prefill(q, k, v, cu_seqlens, state, slots), state
+        return lightning_attention(
+            q, k, v, log_decay, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens
+        )
+
+    def _prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, pool: Tensor, slots: Slots
+    ) -> Tensor:
+        """Attend from the pool's states, and store the final states and copies in between in the pool."""
+        inputs = {"initial_state": pool[slots.of_sequences].to(state_dtype(q.dtype)), "cu_seqlens": cu_seqlens}
+        if slots.saved is None or slots.saved_after is None:
+            o, final_state = lightning_attention(q, k, v, self.log_decay, output_final_state=True, **inputs)
+        else:
+            o, final_state, saved = lightning_attention_prefill(
+                q, k, v, self.log_decay, state_positions=slots.saved_after, **inputs
+            )
+            pool[slots.saved] = saved[0].to(pool.dtype)
+        assert final_state is not None
+        pool[slots.of_sequences] = final_state.to(pool.dtype)
+        return o
