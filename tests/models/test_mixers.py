@@ -1,12 +1,22 @@
 """Models with every linear attention: training, decoding, saving, and options that do not go together."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from tiny_model import make_config, make_model, tokens
 
 from lightning_attention.inference import Engine, SamplingOptions
-from lightning_attention.models import LightningCache, LightningConfig, LightningForCausalLM, compile_layers
-from lightning_attention.nn import LearnedPositions
+from lightning_attention.models import (
+    LightningCache,
+    LightningConfig,
+    LightningForCausalLM,
+    LinearAttention,
+    compile_layers,
+    register_attention,
+)
+from lightning_attention.models.mixers import ATTENTIONS
+from lightning_attention.nn import EluFeatures, LearnedPositions, NormalizedLinearAttention
 from lightning_attention.nn.feature_maps import RandomFeatures
 from lightning_attention.training import segmented_loss
 
@@ -197,3 +207,34 @@ def test_configurations_keep_their_attention(tmp_path):
         loaded = LightningConfig.from_pretrained(tmp_path / name)
         assert {key: getattr(loaded, key) for key in CHOSEN} == {key: getattr(config, key) for key in CHOSEN}
     assert make_config().positions == "mix"
+
+
+@pytest.fixture
+def squared() -> Iterator[str]:
+    """Name of a registered attention, whose features are the squares of 1 + elu."""
+
+    class Squared(EluFeatures):
+        def forward(self, x, positions, *, is_query):
+            return super().forward(x, positions, is_query=is_query).square()
+
+    def make_squared(config: LightningConfig, layer_idx: int) -> NormalizedLinearAttention:
+        return NormalizedLinearAttention(config.hidden_size, config.num_attention_heads, Squared(config.head_dim))
+
+    register_attention("squared", attention := LinearAttention(make_squared, ("none",)))
+    register_attention("squared", attention)
+    with pytest.raises(ValueError, match="there is an attention 'squared' already"):
+        register_attention("squared", LinearAttention(make_squared))
+    yield "squared"
+    del ATTENTIONS["squared"]
+
+
+def test_a_registered_attention_trains_decodes_and_loads(squared, tmp_path):
+    model, ids = make_model(linear_attention=squared), tokens(2, 20)
+    assert model.config.positions == "none"
+    expected = gradients(model, model(ids, labels=ids).loss)
+    torch.testing.assert_close(gradients(model, segmented_loss(model, ids, segment_length=6)), expected)
+    model.eval().save_pretrained(tmp_path)
+    loaded = LightningForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    (answer,) = Engine(loaded).run([ids[0].tolist()], SamplingOptions(max_new_tokens=5, temperature=0))
+    generated = model.generate(ids[:1], max_new_tokens=5, do_sample=False)
+    assert generated[0, 20:].tolist() == answer.tokens

@@ -316,17 +316,35 @@ def test_sigterm_ends_a_process_that_waits_for_a_frozen_one(files):
         ({"config": Path("typo.json")}, "unknown option hiden_size"),
         ({"config": None, "size": "2B"}, "size must be one of"),
         ({"decay_preset": "fast"}, "decay_preset must be one of"),
+        ({"attention": "fast"}, "linear_attention must be one of lightning, elu, cosformer, rfa, performer"),
+        ({"attention": "elu", "decay_preset": "alibi"}, "decay_preset go with lightning attention, elu has no decay"),
+        ({"config": Path("short.json")}, "64 tokens exceed the 63 positions"),
         ({"tokenizer": "nowhere"}, "there is no file nowhere"),
     ],
 )
 def test_invalid_options_start_no_run(files, changes, message):
     (files / "typo.json").write_text('{"hiden_size": 8}')
-    if changes.get("config") == Path("typo.json"):
-        changes = {"config": files / "typo.json"}
+    short = MODEL | {"linear_attention": "cosformer", "max_position_embeddings": 63}
+    (files / "short.json").write_text(json.dumps(short))
+    if changes.get("config") in (Path("typo.json"), Path("short.json")):
+        changes = {"config": files / changes["config"]}
     with pytest.raises(ValueError, match=message):
         train(options(files, **changes), console=quiet())
     assert not (files / "run" / "run.json").exists()
     assert checkpoints(files / "run") == []
+
+
+@pytest.mark.parametrize("attention", ["elu", "cosformer", "rfa", "performer"])
+def test_other_attentions_train_and_resume(files, attention):
+    chosen = {"attention": attention, "steps": 10, "save_every": 5, "segment_length": 20}
+    train(options(files, **chosen), console=quiet())
+    config = load(files / "run")[0].config
+    assert (config.linear_attention, config.max_position_embeddings) == (attention, 64)
+    found = losses(files / "run")
+    assert found[10] < found[5]
+    shutil.rmtree(files / "run" / "checkpoint-10")
+    train(TrainingOptions.load(files / "run"), resume=True, console=quiet())
+    assert losses(files / "run") == found
 
 
 def test_a_process_works_on_one_device(files, monkeypatch):
@@ -342,12 +360,14 @@ def test_resuming_needs_a_run(tmp_path):
         TrainingOptions.load(tmp_path)
 
 
-def test_weight_decay_excludes_position_frequencies():
-    names = CheckpointingTrainer.get_decay_parameter_names(
-        CheckpointingTrainer.__new__(CheckpointingTrainer), LightningForCausalLM(make_config())
-    )
+@pytest.mark.parametrize(("attention", "excluded"), [("lightning", "theta"), ("rfa", "sigma")])
+def test_weight_decay_excludes_frequencies_and_scales(attention, excluded):
+    model = LightningForCausalLM(make_config(linear_attention=attention, max_position_embeddings=8))
+    assert any(excluded in name for name, _ in model.named_parameters())
+    trainer = CheckpointingTrainer.__new__(CheckpointingTrainer)
+    names = CheckpointingTrainer.get_decay_parameter_names(trainer, model)
     assert "model.layers.0.attention.qkvu_proj.weight" in names
-    assert not any("theta" in name for name in names)
+    assert not any(excluded in name for name in names)
 
 
 def test_evaluation_counts_only_symbols():

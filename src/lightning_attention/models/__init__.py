@@ -22,6 +22,7 @@ from .heads import (  # noqa: E402
     LightningForSequenceClassification,
     LightningForTokenClassification,
 )
+from .mixers import LinearAttention, register_attention  # noqa: E402
 from .model import LightningModel  # noqa: E402
 
 AutoConfig.register(LightningConfig.model_type, LightningConfig, exist_ok=True)
@@ -40,5 +41,7 @@ __all__ = [
     "LightningForSequenceClassification",
     "LightningForTokenClassification",
     "LightningModel",
+    "LinearAttention",
     "compile_layers",
+    "register_attention",
 ]

@@ -10,23 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, logging
 
-from ..nn.feature_maps import default_positive_features
+from ..nn import TokenMixer
 from ..ops.decay import LAYERLESS_PRESETS, PRESETS, log_decay
 from ..paths import PathLike, to_path
+from .mixers import ATTENTIONS
 from .remote_code import is_ours, with_auto_map, write_remote_code
 
 logger = logging.get_logger(__name__)
 
-# Linear attentions, and the positions of each: the first is the default.
-POSITIONS = {
-    "lightning": ("mix", "lrpe-d", "decay"),
-    "elu": ("learned", "none"),
-    "cosformer": ("none",),
-    "rfa": ("learned", "none"),
-    "performer": ("learned", "none"),
-}
-# Default number of random features for a head size.
-DEFAULT_FEATURES = {"rfa": lambda head_dim: 2 * head_dim, "performer": default_positive_features}
 SIZE_OPTIONS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Options that are not fields, and that transformers takes or writes.
 TRANSFORMERS_OPTIONS = frozenset({
@@ -64,7 +55,7 @@ class LightningConfig(PreTrainedConfig):
         num_hidden_layers: number of layers L.
         num_attention_heads: number of heads H.
         linear_attention: "lightning", or an attention of a feature map with a denominator, without decay: "elu",
-            "cosformer", "rfa" or "performer", see `nn.feature_maps`.
+            "cosformer", "rfa" or "performer", see `nn.feature_maps`; or one of your own, see `register_attention`.
         positions: for lightning attention "mix", LRPE-d in the first layer and decay alone in the others; "lrpe-d",
             LRPE-d in every layer; or "decay", decay alone in every layer. For others "learned", embeddings added to
             those of tokens, or "none", which is the only choice for cosFormer, whose features hold positions. None is
@@ -157,27 +148,27 @@ class LightningConfig(PreTrainedConfig):
     def _check_linear_attention(self) -> None:
         """Check the options of the linear attention, and that they go together; set the default positions."""
         name = self.linear_attention
-        if name not in POSITIONS:
-            raise ValueError(f"linear_attention must be one of {', '.join(POSITIONS)}, got {name!r}")
+        if name not in ATTENTIONS:
+            raise ValueError(f"linear_attention must be one of {', '.join(ATTENTIONS)}, got {name!r}")
+        attention = ATTENTIONS[name]
         if self.positions is None:
-            self.positions = POSITIONS[name][0]
-        if self.positions not in POSITIONS[name]:
-            known = ", ".join(POSITIONS[name])
+            self.positions = attention.positions[0]
+        if self.positions not in attention.positions:
+            known = ", ".join(attention.positions)
             raise ValueError(f"positions must be one of {known} for {name} attention, got {self.positions!r}")
         if name != "lightning" and (self.log_decay is not None or self.decay_preset != type(self).decay_preset):
             raise ValueError(f"log_decay and decay_preset go with lightning attention, {name} has no decay")
-        if self.position_limit is None and (name == "cosformer" or self.positions == "learned"):
+        if (attention.has_limit or self.positions == "learned") and self.max_position_embeddings is None:
             raise ValueError(
                 f"max_position_embeddings is needed by {name} attention with positions {self.positions!r}: the "
                 "longest context of the model"
             )
         _check_int("feature_seed", self.feature_seed, at_least=0)
-        if name not in DEFAULT_FEATURES:
-            if self.num_features is not None:
-                raise ValueError(f"num_features goes with {' and '.join(DEFAULT_FEATURES)}, not with {name}")
-        elif self.num_features is None:
-            self.num_features = DEFAULT_FEATURES[name](self.head_dim)
-        _check_int("num_features", self.num_features or 1, at_least=1)
+        if self.num_features is not None:
+            _check_int("num_features", self.num_features, at_least=1)
+            if not attention.has_random_features:
+                names = [other for other, known in ATTENTIONS.items() if known.has_random_features]
+                raise ValueError(f"num_features goes with {' and '.join(names)}, not with {name}")
 
     def check_token_ids(self, vocab_size: int) -> None:
         """Check that special tokens are in a vocabulary of this size.
@@ -267,7 +258,7 @@ class LightningConfig(PreTrainedConfig):
     @property
     def position_limit(self) -> int | None:
         """Number of positions that the model has; None is no limit."""
-        has_limit = self.positions == "learned" or self.linear_attention == "cosformer"
+        has_limit = self.positions == "learned" or ATTENTIONS[self.linear_attention].has_limit
         return self.max_position_embeddings if has_limit else None
 
     def check_length(self, length: int) -> None:
@@ -282,14 +273,13 @@ class LightningConfig(PreTrainedConfig):
             )
 
     def layer_state_shape(self, layer_idx: int) -> tuple[int, int, int]:
-        """Shape `(H, K, V)` of a layer's state of one sequence.
+        """Shape `(H, K, V)` of a layer's state of one sequence, see `TokenMixer.state_shape`."""
+        with torch.device("meta"):
+            return self.make_mixer(layer_idx).state_shape
 
-        LRPE-d doubles K. With a feature map, K is the number of features and V has a column for the denominators.
-        """
-        H, D = self.num_attention_heads, self.head_dim
-        if self.linear_attention == "lightning":
-            return H, D * (2 if self.layer_has_lrpe(layer_idx) else 1), D
-        return H, self.num_features or D * (2 if self.linear_attention == "cosformer" else 1), D + 1
+    def make_mixer(self, layer_idx: int) -> TokenMixer:
+        """Create the token mixer of a layer."""
+        return ATTENTIONS[self.linear_attention].make(self, layer_idx)
 
 
 def _check_int(name: str, value: object, at_least: int | None = None) -> None:

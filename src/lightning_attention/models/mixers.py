@@ -1,4 +1,8 @@
-"""The token mixers of a configuration."""
+"""The linear attentions that a configuration may name, and their token mixers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..nn import (
     CosFormerFeatures,
@@ -10,30 +14,97 @@ from ..nn import (
     RandomFourierFeatures,
     TokenMixer,
 )
-from .configuration import LightningConfig
+
+if TYPE_CHECKING:
+    from .configuration import LightningConfig
+
+MakeMixer = Callable[["LightningConfig", int], TokenMixer]
+# Positions that any attention may have: none, or learned embeddings added to those of tokens.
+COMMON_POSITIONS = ("learned", "none")
 
 
-def make_mixer(config: LightningConfig, layer_idx: int) -> TokenMixer:
-    """Create the token mixer of a layer."""
-    sizes = config.hidden_size, config.num_attention_heads
-    if config.linear_attention == "lightning":
-        has_lrpe = config.layer_has_lrpe(layer_idx)
-        return GatedLightningAttention(*sizes, config.layer_log_decay(layer_idx), lrpe=has_lrpe, eps=config.norm_eps)
-    return NormalizedLinearAttention(*sizes, _feature_map(config, layer_idx), eps=config.norm_eps)
+@dataclass(frozen=True)
+class LinearAttention:
+    """A linear attention by its name in `LightningConfig.linear_attention`.
+
+    Attributes:
+        make: function from a configuration and a layer's index to the token mixer.
+        positions: values of `LightningConfig.positions` that it takes; the first is the default.
+        has_limit: whether positions must be below `max_position_embeddings`, also if none are learned.
+        has_random_features: whether it reads `num_features` and `feature_seed`.
+    """
+
+    make: MakeMixer
+    positions: tuple[str, ...] = COMMON_POSITIONS
+    has_limit: bool = False
+    has_random_features: bool = False
 
 
-def _feature_map(config: LightningConfig, layer_idx: int) -> FeatureMap:
-    H, D = config.num_attention_heads, config.head_dim
-    seed = config.feature_seed * config.num_hidden_layers + layer_idx
-    match config.linear_attention:
-        case "elu":
-            return EluFeatures(D)
-        case "cosformer":
-            assert config.max_position_embeddings is not None
-            return CosFormerFeatures(D, config.max_position_embeddings)
-        case "rfa":
-            return RandomFourierFeatures(H, D, config.num_features, seed=seed)
-        case "performer":
-            return PositiveRandomFeatures(D, config.num_features, seed=seed)
-        case name:
-            raise ValueError(f"{name} attention has no feature map")
+def register_attention(name: str, attention: LinearAttention) -> None:
+    """Let configurations name an attention of your own, in this process.
+
+    Raises:
+        ValueError: there is another attention of this name.
+
+    Example:
+        >>> from lightning_attention import nn
+        >>> from lightning_attention.models import LightningConfig, LinearAttention, register_attention
+        >>> class Squared(nn.FeatureMap):
+        ...     def __init__(self, head_dim):
+        ...         super().__init__()
+        ...         self.num_features = head_dim
+        ...
+        ...     def forward(self, x, positions, *, is_query):
+        ...         return x.square()
+        >>> def make(config, layer_idx):
+        ...     features = Squared(config.head_dim)
+        ...     return nn.NormalizedLinearAttention(config.hidden_size, config.num_attention_heads, features)
+        >>> register_attention("squared", LinearAttention(make))
+        >>> LightningConfig.from_size("demo", linear_attention="squared", positions="none").layer_state_shape(0)
+        (4, 48, 49)
+    """
+    if ATTENTIONS.get(name, attention) != attention:
+        raise ValueError(f"there is an attention {name!r} already")
+    ATTENTIONS[name] = attention
+
+
+def _lightning(config: "LightningConfig", layer_idx: int) -> TokenMixer:
+    return GatedLightningAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.layer_log_decay(layer_idx),
+        lrpe=config.layer_has_lrpe(layer_idx),
+        eps=config.norm_eps,
+    )
+
+
+def _normalized(features: Callable[["LightningConfig", int], FeatureMap]) -> MakeMixer:
+    """Function that makes the mixers of a feature map, which is made from a configuration and a seed."""
+
+    def make(config: "LightningConfig", layer_idx: int) -> TokenMixer:
+        feature_map = features(config, config.feature_seed * config.num_hidden_layers + layer_idx)
+        return NormalizedLinearAttention(
+            config.hidden_size, config.num_attention_heads, feature_map, eps=config.norm_eps
+        )
+
+    return make
+
+
+def _rfa(config: "LightningConfig", seed: int) -> FeatureMap:
+    return RandomFourierFeatures(config.num_attention_heads, config.head_dim, config.num_features, seed=seed)
+
+
+ATTENTIONS = {
+    "lightning": LinearAttention(_lightning, ("mix", "lrpe-d", "decay")),
+    "elu": LinearAttention(_normalized(lambda config, _: EluFeatures(config.head_dim))),
+    "cosformer": LinearAttention(
+        _normalized(lambda config, _: CosFormerFeatures(config.head_dim, config.max_position_embeddings or 0)),
+        ("none",),
+        has_limit=True,
+    ),
+    "rfa": LinearAttention(_normalized(_rfa), has_random_features=True),
+    "performer": LinearAttention(
+        _normalized(lambda config, seed: PositiveRandomFeatures(config.head_dim, config.num_features, seed=seed)),
+        has_random_features=True,
+    ),
+}

@@ -1,4 +1,4 @@
-"""TransNormerLLM: in every layer `x ← x + mixer(SRMSNorm(x))`, then `x ← x + SGLU(SRMSNorm(x))`; see `mixers`.
+"""TransNormerLLM: in every layer `x ← x + mixer(SRMSNorm(x))`, then `x ← x + SGLU(SRMSNorm(x))`.
 
 Shapes: B batch rows, T tokens, W width, H heads, L layers.
 Source: TransNormerLLM (arXiv 2307.14995), figure 1 and section 3.
@@ -32,7 +32,6 @@ from ..paths import to_path
 from .cache import CACHE, CacheName, LightningCache, resolve_cache
 from .configuration import LightningConfig
 from .layout import BatchDescription, Layout, build_layout
-from .mixers import make_mixer
 from .remote_code import is_ours
 from .sequence_parallel import compare_ranks, slice_layout
 
@@ -59,7 +58,7 @@ class LightningDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: LightningConfig, layer_idx: int):
         super().__init__()
         self.attention_norm = SimpleRMSNorm(config.norm_eps)
-        self.attention = make_mixer(config, layer_idx)
+        self.attention = config.make_mixer(layer_idx)
         self.mlp_norm = SimpleRMSNorm(config.norm_eps)
         self.mlp = SimpleGLU(config.hidden_size, config.intermediate_size)
 
@@ -397,9 +396,10 @@ class LightningModel(LightningPreTrainedModel):
         return [layout.unpack(x) for x in hidden_states], current
 
     def _read_cache(self, cache: LightningCache, batch_size: int, x: Tensor) -> list[Tensor]:
+        mixers: list[Any] = [layer.attention for layer in self.layers]
         states = [
-            cache.state(i, (batch_size, *self.config.layer_state_shape(i)), state_dtype(x.dtype), x.device)
-            for i in range(len(self.layers))
+            cache.state(i, (batch_size, *mixer.state_shape), state_dtype(x.dtype), x.device)
+            for i, mixer in enumerate(mixers)
         ]
         # Cloned with gradients, since a backward pass may read them after the cache is updated.
         return [state.clone() for state in states] if torch.is_grad_enabled() else states

@@ -92,6 +92,10 @@ class GatedLightningAttention(TokenMixer):
     def log_decay(self) -> Tensor:
         return self.decay.log_decay
 
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.num_heads, self.head_dim * (1 if self.lrpe is None else 2), self.head_dim
+
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         q, k, v, u = activated_parts(self.qkvu_proj(x))
         q, k, v = self.split_heads(q, k, v)

@@ -40,6 +40,10 @@ class NormalizedLinearAttention(TokenMixer):
         super().__init__(hidden_size, num_heads, eps)
         self.feature_map = feature_map
 
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        return self.num_heads, self.feature_map.num_features, self.head_dim + 1
+
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         q, k, v, u = self.qkvu_proj(x).chunk(4, dim=-1)
         q, k, v = self.split_heads(q, k, v)

@@ -57,6 +57,11 @@ class TokenMixer(nn.Module):
         """`[H]` float32, natural logarithm of the decay per token; None is no decay."""
         return None
 
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """Shape `(H, K, V)` of the state of one sequence."""
+        raise NotImplementedError
+
     def forward(
         self,
         x: Tensor,
