@@ -305,6 +305,12 @@ class LightningModel(LightningPreTrainedModel):
         return self.norm(x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:] - 1])
 
     @property
+    def state_shapes(self) -> list[tuple[int, int, int]]:
+        """Shape `(H, K, V)` of the state of one sequence, of every layer."""
+        mixers: list[Any] = [layer.attention for layer in self.layers]
+        return [mixer.state_shape for mixer in mixers]
+
+    @property
     def is_checkpointing(self) -> bool:
         """True if the next forward pass recomputes activations in its backward pass."""
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
@@ -396,10 +402,9 @@ class LightningModel(LightningPreTrainedModel):
         return [layout.unpack(x) for x in hidden_states], current
 
     def _read_cache(self, cache: LightningCache, batch_size: int, x: Tensor) -> list[Tensor]:
-        mixers: list[Any] = [layer.attention for layer in self.layers]
         states = [
-            cache.state(i, (batch_size, *mixer.state_shape), state_dtype(x.dtype), x.device)
-            for i, mixer in enumerate(mixers)
+            cache.state(i, (batch_size, *shape), state_dtype(x.dtype), x.device)
+            for i, shape in enumerate(self.state_shapes)
         ]
         # Cloned with gradients, since a backward pass may read them after the cache is updated.
         return [state.clone() for state in states] if torch.is_grad_enabled() else states

@@ -98,14 +98,20 @@ class RandomFeatures(FeatureMap, Float32Module):
     """Features by random directions, a constant buffer that is part of checkpoints and stays float32.
 
     Args:
+        shape: shape of the directions.
+        num_features: F.
         seed: seed of the directions: equal sizes and seeds give equal directions.
     """
 
     directions: Tensor
 
-    def __init__(self, seed: int):
+    def __init__(self, shape: tuple[int, ...], num_features: int, seed: int):
         super().__init__()
-        self.seed = seed
+        self.shape, self.num_features, self.seed = shape, num_features, seed
+        is_meta = torch.get_default_device().type == "meta"
+        self.register_buffer(
+            "directions", torch.empty(shape) if is_meta else self.draw().to(torch.get_default_device())
+        )
 
     def draw(self) -> Tensor:
         """Return the directions of this seed, float32 on the CPU."""
@@ -151,16 +157,15 @@ class RandomFourierFeatures(RandomFeatures):
     """
 
     def __init__(self, num_heads: int, head_dim: int, num_features: int | None = None, *, seed: int = 0):
-        super().__init__(seed)
-        self.num_features = 2 * head_dim if num_features is None else num_features
-        for name, size in (("num_heads", num_heads), ("head_dim", head_dim), ("num_features", self.num_features)):
-            check_size(name, size)
-        if self.num_features % 2:
-            raise ValueError(f"num_features must be even, sines and cosines, got {self.num_features}")
-        self.shape = num_heads, self.num_features // 2, head_dim
-        self.eps = 20 / self.num_features
+        check_size("num_heads", num_heads)
+        check_size("head_dim", head_dim)
+        num_features = 2 * head_dim if num_features is None else num_features
+        check_size("num_features", num_features)
+        if num_features % 2:
+            raise ValueError(f"num_features must be even, sines and cosines, got {num_features}")
+        super().__init__((num_heads, num_features // 2, head_dim), num_features, seed)
+        self.eps = 20 / num_features
         self.sigma = nn.Parameter(torch.ones(num_heads, head_dim))
-        self.register_buffer("directions", self.draw().to(torch.get_default_device()))
 
     def _draw(self, generator: torch.Generator) -> Tensor:
         return torch.randn(self.shape, generator=generator, device="cpu")
@@ -198,15 +203,14 @@ class PositiveRandomFeatures(RandomFeatures):
     """
 
     def __init__(self, head_dim: int, num_features: int | None = None, *, seed: int = 0):
-        super().__init__(seed)
         check_size("head_dim", head_dim)
+        num_features = default_positive_features(head_dim) if num_features is None else num_features
+        check_size("num_features", num_features)
+        super().__init__((num_features, head_dim), num_features, seed)
         self.head_dim = head_dim
-        self.num_features = default_positive_features(head_dim) if num_features is None else num_features
-        check_size("num_features", self.num_features)
-        self.register_buffer("directions", self.draw().to(torch.get_default_device()))
 
     def _draw(self, generator: torch.Generator) -> Tensor:
-        D, F = self.head_dim, self.num_features
+        F, D = self.shape
         blocks = torch.randn(-(-F // D), D, D, dtype=torch.float64, generator=generator, device="cpu")
         lengths = torch.randn(F, D, dtype=torch.float64, generator=generator, device="cpu").norm(dim=-1, keepdim=True)
         return torch.linalg.qr(blocks).Q.mT.flatten(0, 1)[:F] * lengths

@@ -194,8 +194,8 @@ class _Passes:
 
     @torch.no_grad()
     def forward(self, *, keep_states: bool = False) -> Tensor:
-        config, dtype = self.body.config, state_dtype(self.body.dtype)
-        shapes = [(len(self.segments.input_ids), *config.layer_state_shape(i)) for i in range(config.num_hidden_layers)]
+        dtype = state_dtype(self.body.dtype)
+        shapes = [(len(self.segments.input_ids), *shape) for shape in self.body.model.state_shapes]
         states = [torch.zeros(shape, dtype=dtype, device=self.device) for shape in shapes]
         loss = torch.zeros((), device=self.device)
         for index in range(len(self.segments)):
