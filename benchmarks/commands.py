@@ -247,6 +247,10 @@ def speed(
     tokens: Annotated[
         int | None, Option(help="Tokens of a step, at least one sequence. By default as many as fit: 65536 for 385M.")
     ] = None,
+    attention: Annotated[
+        list[str] | None,
+        Option(help="Another linear attention in our model: elu, cosformer, rfa or performer; repeat for more."),
+    ] = None,
     steps: Annotated[int, Option(help="Steps to measure.")] = 5,
     dtype: Dtype = None,
     device: Device = None,
@@ -255,7 +259,12 @@ def speed(
     ] = None,
 ) -> None:
     """Training steps of models, beside a LLaMA of equal size, at several lengths."""
+    from lightning_attention.models.mixers import ATTENTIONS
+
     from .speed import SpeedCase, benchmark, default_tokens
+
+    if unknown := set(attention or ()) - (ATTENTIONS.keys() - {"lightning"}):
+        raise ValueError(f"--attention must be elu, cosformer, rfa or performer, got {', '.join(sorted(unknown))}")
 
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, torch_device)
@@ -268,7 +277,9 @@ def speed(
         default = _doubling(1024, 8) if on_gpu and name == sizes[0] else [4096] if on_gpu else [256, 1024, 4096]
         for T in sorted(set(length or default)):
             cases.append(SpeedCase(name, T, max(T, tokens or default_tokens(name))))
-    measured = benchmark(cases, torch_device, torch_dtype, compiled=on_gpu if compile is None else compile, steps=steps)
+    options: dict[str, Any] = {"compiled": on_gpu if compile is None else compile, "steps": steps}
+    attentions = list(dict.fromkeys(attention or ()))
+    measured = benchmark(cases, torch_device, torch_dtype, attentions=attentions, **options)
     _run("speed", [measured], None, torch_device, torch_dtype, output)
 
 

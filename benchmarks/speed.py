@@ -2,8 +2,9 @@
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,12 +50,22 @@ class _Steps:
 
 
 def benchmark(
-    cases: list[SpeedCase], device: torch.device, dtype: torch.dtype, *, compiled: bool, steps: int
+    cases: list[SpeedCase],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    attentions: Sequence[str] = (),
+    compiled: bool,
+    steps: int,
 ) -> Benchmark:
-    """Measure steps with AdamW, in autocast of a dtype, of models whose layers are compiled or not."""
+    """Measure steps with AdamW, in autocast of a dtype, of models whose layers are compiled or not.
+
+    Args:
+        attentions: values of `linear_attention`, besides lightning attention.
+    """
 
     def measure_case(case: SpeedCase, bandwidth: float) -> list[Record]:
-        return measure(case, device, dtype, compiled=compiled, steps=steps)
+        return measure(case, device, dtype, attentions, compiled=compiled, steps=steps)
 
     return Benchmark("speed", cases, measure_case, _title, _TABLE, max(map(_needed_bytes, cases)))
 
@@ -65,7 +76,15 @@ def _needed_bytes(case: SpeedCase) -> int:
     return 16 * num_parameters(config) + 2 * case.tokens * config.num_hidden_layers * config.hidden_size
 
 
-def measure(case: SpeedCase, device: torch.device, dtype: torch.dtype, *, compiled: bool, steps: int) -> list[Record]:
+def measure(
+    case: SpeedCase,
+    device: torch.device,
+    dtype: torch.dtype,
+    attentions: Sequence[str] = (),
+    *,
+    compiled: bool,
+    steps: int,
+) -> list[Record]:
     """Measure a case.
 
     Returns:
@@ -74,16 +93,19 @@ def measure(case: SpeedCase, device: torch.device, dtype: torch.dtype, *, compil
         with weights, gradients and moments; `first_seconds`, of the first step, with compilation; and `loss`, of the
         first step.
     """
-    models: dict[str, Callable[[LightningConfig], nn.Module]] = {OURS: _ours, LLAMA: _llama}
     config = LightningConfig.from_size(case.size)
+    models: dict[str, Callable[[], nn.Module]] = {OURS: lambda: LightningForCausalLM(config)}
+    for attention in attentions:
+        models[f"{attention} attention"] = partial(_with_attention, case, attention)
+    models[LLAMA] = partial(_llama, config)
     comparison: Comparison[_Steps] = Comparison(device)
     sizes: dict[str, int] = {}
     for name, create in models.items():
 
-        def run(create: Callable[[LightningConfig], nn.Module] = create, name: str = name) -> _Steps:
+        def run(create: Callable[[], nn.Module] = create, name: str = name) -> _Steps:
             torch.manual_seed(0)
             with device:
-                model = create(config).train()
+                model = create().train()
             sizes[name] = sum(parameter.numel() for parameter in model.parameters())
             if compiled:
                 _compile(model)
@@ -114,8 +136,9 @@ def measure(case: SpeedCase, device: torch.device, dtype: torch.dtype, *, compil
     )
 
 
-def _ours(config: LightningConfig) -> nn.Module:
-    return LightningForCausalLM(config)
+def _with_attention(case: SpeedCase, attention: str) -> nn.Module:
+    options = {"linear_attention": attention, "max_position_embeddings": case.length}
+    return LightningForCausalLM(LightningConfig.from_size(case.size, **options))
 
 
 def _llama(config: LightningConfig) -> nn.Module:

@@ -9,22 +9,22 @@ from benchmarks.report import OURS
 from benchmarks.speed import LLAMA
 from lightning_attention.models import LightningConfig
 
+RFA = "rfa attention"
+
 
 def test_the_command_measures_both_models_at_every_length(bench, tmp_path, capsys):
-    sizes = "--size demo --length 16 --length 32 --tokens 64 --steps 1 --device cpu --output"
+    sizes = "--size demo --length 16 --length 32 --tokens 64 --steps 1 --device cpu --attention rfa --output"
     bench("speed", *sizes.split(), tmp_path)
     results = json.loads((tmp_path / "speed.json").read_text())["runs"]["speed"]["results"]
     assert [(r["implementation"], r["batch_size"], r["length"]) for r in results] == [
-        (OURS, 4, 16),
-        (LLAMA, 4, 16),
-        (OURS, 2, 32),
-        (LLAMA, 2, 32),
+        (name, batch_size, length) for batch_size, length in ((4, 16), (2, 32)) for name in (OURS, RFA, LLAMA)
     ]
     for record in results:
         assert record["tokens_per_second"] == pytest.approx(64 / record["seconds"], rel=1e-2)
         # Random weights: every symbol is about as likely.
         assert record["loss"] == pytest.approx(math.log(LightningConfig.from_size("demo").vocab_size), rel=0.05)
         assert record["peak_share"] is None
-    ours, llama = (record["parameters"] for record in results[:2])
+    ours, rfa, llama = (record["parameters"] for record in results[:3])
     assert llama == pytest.approx(ours, rel=0.1)
+    assert rfa == ours - 192 + 16 * 192 + 4 * 192  # frequencies of LRPE-d, learned positions, scales of features
     assert "demo, 2 x 32 tokens" in capsys.readouterr().out
