@@ -137,6 +137,8 @@ def test_options_of_transformers_are_accepted():
         ({"pad_token_id": -1}, ValueError, "pad_token_id must be None or in"),
         ({"attention": "softmax"}, TypeError, "LightningConfig has no option attention"),
         ({"head_dim": 32}, TypeError, "LightningConfig has no option head_dim"),
+        ({"position_limit": 32}, TypeError, "LightningConfig has no option position_limit"),
+        ({"layer_state_shape": 32}, TypeError, "LightningConfig has no option layer_state_shape"),
     ],
     ids=str,
 )

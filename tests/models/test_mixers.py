@@ -178,8 +178,11 @@ def test_contexts_beyond_the_positions_are_refused(name):
 
 REFUSED = [
     ({"linear_attention": "linformer"}, "linear_attention must be one of lightning, elu, cosformer, rfa, performer"),
-    ({"linear_attention": "elu", "positions": "mix"}, "positions must be one of learned, none for elu attention"),
-    ({"positions": "learned"}, "positions must be one of mix, lrpe-d, decay for lightning attention"),
+    (
+        {"linear_attention": "elu", "positions": "mix"},
+        "positions must be one of learned, none, got 'mix' for elu",
+    ),
+    ({"positions": "learned"}, "positions must be one of mix, lrpe-d, decay, got 'learned' for lightning"),
     ({"linear_attention": "elu"}, "max_position_embeddings is needed by elu attention with positions 'learned'"),
     ({"linear_attention": "cosformer"}, "max_position_embeddings is needed by cosformer"),
     ({"linear_attention": "elu", "decay_preset": "alibi"}, "decay_preset go with lightning attention"),
@@ -218,7 +221,9 @@ def squared() -> Iterator[str]:
             return super().forward(x, positions, is_query=is_query).square()
 
     def make_squared(config: LightningConfig, layer_idx: int) -> NormalizedLinearAttention:
-        return NormalizedLinearAttention(config.hidden_size, config.num_attention_heads, Squared(config.head_dim))
+        return NormalizedLinearAttention(
+            config.hidden_size, config.num_attention_heads, Squared(config.hidden_size // config.num_attention_heads)
+        )
 
     register_attention("squared", attention := LinearAttention(make_squared, ("none",)))
     register_attention("squared", attention)

@@ -155,7 +155,7 @@ class LightningConfig(PreTrainedConfig):
             self.positions = attention.positions[0]
         if self.positions not in attention.positions:
             known = ", ".join(attention.positions)
-            raise ValueError(f"positions must be one of {known} for {name} attention, got {self.positions!r}")
+            raise ValueError(f"positions must be one of {known}, got {self.positions!r} for {name} attention")
         if name != "lightning" and (self.log_decay is not None or self.decay_preset != type(self).decay_preset):
             raise ValueError(f"log_decay and decay_preset go with lightning attention, {name} has no decay")
         if (attention.has_limit or self.positions == "learned") and self.max_position_embeddings is None:
@@ -195,9 +195,14 @@ class LightningConfig(PreTrainedConfig):
                 `return_unused_kwargs` returns them.
         """
         return_unused = kwargs.pop("return_unused_kwargs", False)
-        options = {field.name for field in fields(cls)} & set(kwargs) - {"dtype"}
+        names = {field.name for field in fields(cls)}
+        # What is no option, but the name of a method or property, transformers would replace.
+        known = names | TRANSFORMERS_OPTIONS | LOADER_OPTIONS
+        taken = {name: kwargs.pop(name) for name in list(kwargs) if name not in known and hasattr(cls, name)}
+        options = names & set(kwargs) - {"dtype"}
         given = config_dict | {name: kwargs.pop(name) for name in options}
-        config, unused = super().from_dict(given, return_unused_kwargs=True, **kwargs)
+        found: Any = super().from_dict(given, return_unused_kwargs=True, **kwargs)
+        config, unused = found[0], found[1] | taken
         if return_unused:
             return config, unused
         if unknown := sorted(set(unused) - LOADER_OPTIONS):
@@ -249,11 +254,6 @@ class LightningConfig(PreTrainedConfig):
     def layer_has_lrpe(self, layer_idx: int) -> bool:
         """True if the layer encodes positions by LRPE-d."""
         return self.positions == "lrpe-d" or (self.positions == "mix" and layer_idx == 0)
-
-    @property
-    def head_dim(self) -> int:
-        """Channels D of a head."""
-        return self.hidden_size // self.num_attention_heads
 
     @property
     def position_limit(self) -> int | None:

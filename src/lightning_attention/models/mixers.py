@@ -57,7 +57,7 @@ def register_attention(name: str, attention: LinearAttention) -> None:
         ...     def forward(self, x, positions, *, is_query):
         ...         return x.square()
         >>> def make(config, layer_idx):
-        ...     features = Squared(config.head_dim)
+        ...     features = Squared(config.hidden_size // config.num_attention_heads)
         ...     return nn.NormalizedLinearAttention(config.hidden_size, config.num_attention_heads, features)
         >>> register_attention("squared", LinearAttention(make))
         >>> LightningConfig.from_size("demo", linear_attention="squared", positions="none").layer_state_shape(0)
@@ -66,6 +66,10 @@ def register_attention(name: str, attention: LinearAttention) -> None:
     if ATTENTIONS.get(name, attention) != attention:
         raise ValueError(f"there is an attention {name!r} already")
     ATTENTIONS[name] = attention
+
+
+def _head_dim(config: "LightningConfig") -> int:
+    return config.hidden_size // config.num_attention_heads
 
 
 def _lightning(config: "LightningConfig", layer_idx: int) -> TokenMixer:
@@ -91,20 +95,20 @@ def _normalized(features: Callable[["LightningConfig", int], FeatureMap]) -> Mak
 
 
 def _rfa(config: "LightningConfig", seed: int) -> FeatureMap:
-    return RandomFourierFeatures(config.num_attention_heads, config.head_dim, config.num_features, seed=seed)
+    return RandomFourierFeatures(config.num_attention_heads, _head_dim(config), config.num_features, seed=seed)
 
 
 ATTENTIONS = {
     "lightning": LinearAttention(_lightning, ("mix", "lrpe-d", "decay")),
-    "elu": LinearAttention(_normalized(lambda config, _: EluFeatures(config.head_dim))),
+    "elu": LinearAttention(_normalized(lambda config, _: EluFeatures(_head_dim(config)))),
     "cosformer": LinearAttention(
-        _normalized(lambda config, _: CosFormerFeatures(config.head_dim, config.max_position_embeddings or 0)),
+        _normalized(lambda config, _: CosFormerFeatures(_head_dim(config), config.max_position_embeddings or 0)),
         ("none",),
         has_limit=True,
     ),
     "rfa": LinearAttention(_normalized(_rfa), has_random_features=True),
     "performer": LinearAttention(
-        _normalized(lambda config, seed: PositiveRandomFeatures(config.head_dim, config.num_features, seed=seed)),
+        _normalized(lambda config, seed: PositiveRandomFeatures(_head_dim(config), config.num_features, seed=seed)),
         has_random_features=True,
     ),
 }
