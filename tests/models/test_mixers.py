@@ -120,6 +120,34 @@ def test_bfloat16_autocast_is_close(name):
     assert (logits - expected).norm() < 0.05 * expected.norm()
 
 
+@pytest.mark.gpu
+@BY_NAME
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_gpu_computes_what_a_cpu_does(name, head_dim):
+    """Training in float32 and bfloat16 autocast, decoding, and positions out of range, which are NaN."""
+    sizes = {"hidden_size": 2 * head_dim, "num_attention_heads": 2, "num_hidden_layers": 2, "initializer_range": 0.05}
+    (model, on_gpu), ids = (make(name, torch.float32, **sizes) for _ in range(2)), tokens(2, 60)
+    on_gpu, ids_on_gpu = on_gpu.cuda(), ids.cuda()
+    expected = [model(ids).logits.detach(), *gradients(model, model(ids, labels=ids).loss)]
+    logits = on_gpu(ids_on_gpu).logits.detach()
+    found = [logits, *gradients(on_gpu, on_gpu(ids_on_gpu, labels=ids_on_gpu).loss)]
+    for x, exact in zip(found, expected, strict=True):
+        assert (x.cpu() - exact).norm() <= 2e-3 * exact.norm()
+    with torch.autocast("cuda", torch.bfloat16):
+        assert (on_gpu(ids_on_gpu).logits.cpu() - expected[0]).norm() <= 0.05 * expected[0].norm()
+        assert all(x.isfinite().all() for x in gradients(on_gpu, on_gpu(ids_on_gpu, labels=ids_on_gpu).loss))
+    cache = LightningCache(2)
+    with torch.no_grad():
+        cached = [on_gpu(part, cache=cache).logits for part in ids_on_gpu.split([40, *[1] * 20], dim=1)]
+    torch.testing.assert_close(torch.cat(cached, dim=1), logits, rtol=1e-2, atol=1e-2)
+    answers = Engine(on_gpu).run(ids[:, :20].tolist(), SamplingOptions(max_new_tokens=5, temperature=0))
+    assert all(len(answer.tokens) for answer in answers)
+    if on_gpu.config.position_limit is not None:
+        position_ids = torch.arange(LIMIT - 2, LIMIT + 1, device="cuda")[None]
+        beyond = on_gpu(ids_on_gpu[:1, :3], position_ids=position_ids, use_cache=False).logits
+        assert beyond[:, 2].isnan().all()
+
+
 @BY_NAME
 def test_loaded_equals_saved(name, tmp_path):
     model, ids = make(name, torch.float32), tokens(2, 20)
