@@ -263,9 +263,9 @@ def speed(
 
     from .speed import SpeedCase, benchmark, default_tokens
 
-    if unknown := set(attention or ()) - (ATTENTIONS.keys() - {"lightning"}):
-        raise ValueError(f"--attention must be elu, cosformer, rfa or performer, got {', '.join(sorted(unknown))}")
-
+    others, attentions = ATTENTIONS.keys() - {"lightning"}, list(dict.fromkeys(attention or ()))
+    if unknown := [name for name in attentions if name not in others]:
+        raise ValueError(f"--attention must be one of {', '.join(sorted(others))}, got {unknown[0]!r}")
     torch_device = _device(device)
     torch_dtype = _dtype(dtype, torch_device)
     on_gpu = torch_device.type == "cuda"
@@ -277,9 +277,8 @@ def speed(
         default = _doubling(1024, 8) if on_gpu and name == sizes[0] else [4096] if on_gpu else [256, 1024, 4096]
         for T in sorted(set(length or default)):
             cases.append(SpeedCase(name, T, max(T, tokens or default_tokens(name))))
-    options: dict[str, Any] = {"compiled": on_gpu if compile is None else compile, "steps": steps}
-    attentions = list(dict.fromkeys(attention or ()))
-    measured = benchmark(cases, torch_device, torch_dtype, attentions=attentions, **options)
+    compiled = on_gpu if compile is None else compile
+    measured = benchmark(cases, torch_device, torch_dtype, attentions=attentions, compiled=compiled, steps=steps)
     _run("speed", [measured], None, torch_device, torch_dtype, output)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from tiny_model import make_config, make_model, tokens
+from torch.export import Dim, export
 
 from lightning_attention.inference import Engine, SamplingOptions
 from lightning_attention.models import (
@@ -28,6 +29,7 @@ OPTIONS = {
     "rfa": {"linear_attention": "rfa", "num_features": 12},
     "performer": {"linear_attention": "performer", "feature_seed": 5},
 }
+LENGTHS = {"input_ids": {1: Dim("T", min=2, max=60)}, "use_cache": None}
 BY_NAME = pytest.mark.parametrize("name", OPTIONS)
 
 
@@ -109,6 +111,17 @@ def test_checkpointed_and_compiled_have_the_gradients_of_eager(name):
     model.gradient_checkpointing_enable()
     for changed in (model, compiled):
         torch.testing.assert_close(gradients(changed, changed(ids, labels=ids).loss), expected)
+
+
+@BY_NAME
+@torch.no_grad()
+def test_exported_equals_eager_and_meta_has_its_shapes(name):
+    model = make(name, torch.float32)
+    exported = export(model, (tokens(2, 30),), {"use_cache": False}, dynamic_shapes=LENGTHS).module()
+    for T in (30, 50):
+        expected = model(tokens(2, T)).logits
+        torch.testing.assert_close(exported(tokens(2, T), use_cache=False).logits, expected, rtol=1e-4, atol=1e-4)
+    assert model.to("meta")(tokens(2, 9).to("meta")).logits.shape == (2, 9, 50)
 
 
 @BY_NAME

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .float32 import Float32Module
+from .float32 import Float32Module, without_autocast
 from .positions import out_of_range
 from .sizes import check_size
 
@@ -122,7 +122,7 @@ class RandomFeatures(FeatureMap, Float32Module):
 
     def _projected(self, x: Tensor, directions: Tensor) -> Tensor:
         """Products of x, float32 or float64, with directions `[..., R, D]`, without autocast."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return torch.einsum("bthd,hrd->bthr" if directions.dim() == 3 else "bthd,rd->bthr", x, directions)
 
     def extra_repr(self) -> str:

@@ -1,8 +1,12 @@
-"""Modules whose parameters stay float32 under `.to(bfloat16)`."""
+"""What stays float32: parameters of modules under `.to(bfloat16)`, and products under autocast."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
+
+from ..ops.custom_ops import autocast_dtype
 
 
 class Float32Module(nn.Module):
@@ -18,3 +22,8 @@ class Float32Module(nn.Module):
             return y if y.dtype == x.dtype else x.to(y.device)
 
         return super()._apply(move, recurse)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Context in which products on the device of x keep the dtype of their inputs."""
+    return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)

@@ -5,7 +5,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from ..ops.custom_ops import autocast_dtype
 from .feature_maps import FeatureMap
+from .float32 import without_autocast
 from .token_mixer import Slots, TokenMixer
 
 
@@ -55,8 +57,6 @@ class NormalizedLinearAttention(TokenMixer):
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None, slots: Slots | None
     ) -> tuple[Tensor, Tensor | None]:
         v = torch.cat([v, v.new_ones(1).expand(*v.shape[:-1], 1)], dim=-1)
-        device = q.device.type
-        casts_to_float16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-        with torch.autocast(device, enabled=False) if casts_to_float16 else nullcontext():
+        with without_autocast(q) if autocast_dtype(q) == torch.float16 else nullcontext():
             o, state = super().attend(q, k, v, cu_seqlens, state, slots)
         return o[..., :-1] / o[..., -1:].clamp_min(self.feature_map.eps), state

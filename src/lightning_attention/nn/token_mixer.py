@@ -38,6 +38,23 @@ class TokenMixer(nn.Module):
         hidden_size: width W of input and output, a multiple of `num_heads`.
         num_heads: number of heads H, of D = W / H channels each.
         eps: added to the mean square in the norm.
+
+    Raises:
+        ValueError: `hidden_size` is not a multiple of `num_heads`; a size is less than 1; or eps is negative.
+        TypeError: a size is not an integer.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attention import nn
+        >>> class Plain(nn.TokenMixer):
+        ...     state_shape = (4, 16, 16)
+        ...
+        ...     def project(self, x, positions):
+        ...         q, k, v, u = self.qkvu_proj(x).chunk(4, dim=-1)
+        ...         return *self.split_heads(q, k, v), u
+        >>> y, _ = Plain(64, 4, eps=1e-6)(torch.randn(2, 10, 64), torch.arange(10)[None])
+        >>> y.shape
+        torch.Size([2, 10, 64])
     """
 
     def __init__(self, hidden_size: int, num_heads: int, eps: float):

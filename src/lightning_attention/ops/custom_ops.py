@@ -55,12 +55,19 @@ def _under_autocast(operator: Callable, num_factors: int, *arguments):
         return operator(*factors, *arguments[num_factors:])
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of autocast on the device of x; None if it is off."""
+    device_type = x.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 def autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
     """Inputs as PyTorch's own matrix products get them: under autocast cast to its dtype, except float64."""
-    device_type = inputs[0].device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    dtype = autocast_dtype(inputs[0])
+    if dtype is None:
         return inputs
-    dtype = torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in inputs)
 
 
