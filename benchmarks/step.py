@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lightning_attention import lightning_attention
 from lightning_attention.models import LightningConfig, LightningForCausalLM
-from lightning_attention.nn import attention
+from lightning_attention.nn import token_mixer
 
 from .harness import Call, captured, interleaved_times
 from .report import Record
@@ -31,13 +31,13 @@ class Step:
         self.tokens = torch.randint(self.model.config.vocab_size, (1, length), device=device)
 
     def run(self) -> None:
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast(self.tokens.device.type, torch.bfloat16):
             loss = self.model(input_ids=self.tokens, labels=self.tokens).loss
         loss.backward()
         self.model.zero_grad(set_to_none=False)
 
     def run_portable(self) -> None:
-        with patch.object(attention, "lightning_attention", partial(lightning_attention, backend="triton")):
+        with patch.object(token_mixer, "lightning_attention", partial(lightning_attention, backend="triton")):
             self.run()
 
 

@@ -17,6 +17,13 @@ def test_overlapping_kernels_count_once():
     assert step.busy_milliseconds(spans) == 4.0
 
 
+def test_a_step_can_ask_for_the_portable_kernels():
+    measured = step.Step("demo", 8, torch.device("cpu"))
+    measured.run()
+    with pytest.raises(NotImplementedError, match="'triton' cannot run this"):
+        measured.run_portable()
+
+
 @pytest.mark.gpu
 @needs_hopper
 def test_a_step_is_measured_with_both_kinds_of_kernels():

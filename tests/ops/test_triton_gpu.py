@@ -393,17 +393,17 @@ def test_steps_reach_slots_past_32_bit_offsets():
 def test_strided_inputs_are_not_copied(backend):
     """Views of one projection, and head-first tensors."""
     x = torch.randn(2, 3000, 3, 4, 64, device="cuda", dtype=BF16)
-    forward = launch_of(backend).forward
+    launch = launch_of(backend)
     y = [torch.randn(2, 4, 3000, 64, device="cuda", dtype=BF16).transpose(1, 2) for _ in range(3)]
     for q, k, v in (x.unbind(2), y):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        o, _ = forward(AttentionInputs(q, k, v, None, None, None), 1.0, False)
+        (o,) = prepared(launch.forward, AttentionInputs(q, k, v, None, None, None), 1.0, False)
         # The output and interval states; a copy of an input would exceed this.
         assert torch.cuda.max_memory_allocated() - before < 2 * o.nbytes
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        expected, _ = forward(AttentionInputs(q, k, v, None, None, None), 1.0, False)
+        (expected,) = prepared(launch.forward, AttentionInputs(q, k, v, None, None, None), 1.0, False)
         assert torch.equal(o, expected)
 
 
