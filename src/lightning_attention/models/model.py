@@ -26,6 +26,7 @@ from ..distributed.parallel import SequenceParallel
 from ..nn import LRPE, LearnedPositions, SimpleGLU, SimpleRMSNorm, Slots, TokenMixer
 from ..nn.attention import Decay
 from ..nn.feature_maps import RandomFeatures, RandomFourierFeatures
+from ..nn.float32 import Float32Module
 from ..ops.custom_ops import autocast
 from ..ops.problem import state_dtype
 from ..paths import to_path
@@ -85,7 +86,6 @@ class LightningPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LightningDecoderLayer"]
     # No assisted generation: the state cannot be rolled back.
     _is_stateful = True
-    _keep_in_fp32_modules_strict = ["theta", "sigma", "directions"]
     # Means generate() with transformers' static cache, which this model does not take; torch.compile(fullgraph=True)
     # works.
     _can_compile_fullgraph = False
@@ -166,6 +166,13 @@ class LightningModel(LightningPreTrainedModel):
         self.norm = SimpleRMSNorm(config.norm_eps)
         self.gradient_checkpointing = False
         self.sequence_parallel: SequenceParallel | None = None
+        # Names of weights that from_pretrained(dtype=torch.bfloat16) loads as float32.
+        self._keep_in_fp32_modules_strict = {
+            f"{name}.{weight}"
+            for name, module in self.named_modules()
+            if isinstance(module, Float32Module)
+            for weight in module.state_dict()
+        }
         self.post_init()
 
     def set_sequence_parallel(self, sequence_parallel: SequenceParallel | None) -> None:
