@@ -9,7 +9,7 @@ MODEL_TESTS := tests/models tests/nn tests/inference tests/training tests/cli --
 # Folders of .venv that hold a version of transformers and what it needs, but no torch. Imported before the rest.
 OVERLAY = $(if $(TRANSFORMERS),$(CURDIR)/.venv/transformers-$(TRANSFORMERS))
 
-.PHONY: demo test test-kernels test-slow test-newest test-models conformance clients lint environment clean
+.PHONY: demo test test-kernels test-slow test-newest test-models test-float8 conformance clients lint environment clean
 
 demo: environment
 	$(BIN)/python examples/demo.py
@@ -44,6 +44,11 @@ test-models: environment $(TRANSFORMERS:%=.venv/transformers-%/installed)
 	$(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'
 	$(BIN)/python -m pytest -n 2 -m 'not slow' $(MODEL_TESTS)
 
+# Products in float8, with torchao in a folder of its own: where it is installed transformers imports it.
+test-float8: export OMP_NUM_THREADS := 1
+test-float8: environment .venv/torchao/installed
+	PYTHONPATH=.venv/torchao $(BIN)/python -m pytest -m 'not slow' tests/models/test_float8.py tests/benchmarks/test_speed.py
+
 # transformers' own tests on our models; RUN_SLOW=1 for all of them, TRANSFORMERS=5.17.0 for another version.
 conformance: export OMP_NUM_THREADS := 1
 conformance: export PYTHONPATH := $(OVERLAY)
@@ -77,6 +82,10 @@ environment: .venv/installed
 	grep -vE '^(transformers|huggingface_hub|tokenizers|safetensors)==' constraints.txt > .venv/others.txt
 	rm -rf $(@D)
 	$(BIN)/python -m pip install --quiet --constraint .venv/others.txt --target $(@D) transformers==$*
+	touch $@
+
+.venv/torchao/installed: .venv/installed constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --constraint constraints.txt --target $(@D) torchao
 	touch $@
 
 .venv/conformance-installed: .venv/installed

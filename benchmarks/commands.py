@@ -251,6 +251,7 @@ def speed(
         list[str] | None,
         Option(help="Another linear attention in our model: elu, cosformer, rfa or performer; repeat for more."),
     ] = None,
+    fp8: Annotated[bool, Option("--fp8", help="Also our model with products in float8, by torchao.")] = False,
     steps: Annotated[int, Option(help="Steps to measure.")] = 5,
     dtype: Dtype = None,
     device: Device = None,
@@ -259,6 +260,7 @@ def speed(
     ] = None,
 ) -> None:
     """Training steps of models, beside a LLaMA of equal size, at several lengths."""
+    from lightning_attention.models.float8 import float8_error
     from lightning_attention.models.mixers import ATTENTIONS
 
     from .speed import SpeedCase, benchmark, default_tokens
@@ -278,7 +280,10 @@ def speed(
         for T in sorted(set(length or default)):
             cases.append(SpeedCase(name, T, max(T, tokens or default_tokens(name))))
     compiled = on_gpu if compile is None else compile
-    measured = benchmark(cases, torch_device, torch_dtype, attentions=attentions, compiled=compiled, steps=steps)
+    if fp8 and (error := float8_error(torch_device)) is not None:
+        raise ValueError(f"--fp8 is not possible on this machine: {error}")
+    options = {"attentions": attentions, "fp8": fp8, "compiled": compiled, "steps": steps}
+    measured = benchmark(cases, torch_device, torch_dtype, **options)
     _run("speed", [measured], None, torch_device, torch_dtype, output)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_attention.models import LightningConfig, LightningForCausalLM, compile_layers
+from lightning_attention.models import LightningConfig, LightningForCausalLM, compile_layers, use_float8
 
 from .harness import Comparison, release
 from .report import OURS, Column, Record, Table, field, rounded, times_ours
@@ -19,6 +19,7 @@ from .run import Benchmark
 from .scaling import num_parameters
 
 LLAMA = "LLaMA (transformers)"
+FLOAT8 = "float8 products"
 # NVIDIA's figures for dense products in bfloat16, in operations per second.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
@@ -55,6 +56,7 @@ def benchmark(
     dtype: torch.dtype,
     *,
     attentions: Sequence[str] = (),
+    fp8: bool = False,
     compiled: bool,
     steps: int,
 ) -> Benchmark:
@@ -62,10 +64,11 @@ def benchmark(
 
     Args:
         attentions: values of `linear_attention`, besides lightning attention.
+        fp8: also measure our model with products in float8.
     """
 
     def measure_case(case: SpeedCase, bandwidth: float) -> list[Record]:
-        return measure(case, device, dtype, attentions, compiled=compiled, steps=steps)
+        return measure(case, device, dtype, attentions, fp8=fp8, compiled=compiled, steps=steps)
 
     return Benchmark("speed", cases, measure_case, _title, _TABLE, max(map(_needed_bytes, cases)))
 
@@ -82,6 +85,7 @@ def measure(
     dtype: torch.dtype,
     attentions: Sequence[str] = (),
     *,
+    fp8: bool = False,
     compiled: bool,
     steps: int,
 ) -> list[Record]:
@@ -97,6 +101,8 @@ def measure(
     models: dict[str, Callable[[], nn.Module]] = {OURS: lambda: LightningForCausalLM(config)}
     for attention in attentions:
         models[f"{attention} attention"] = partial(_with_attention, case, attention)
+    if fp8:
+        models[FLOAT8] = partial(_with_float8, config)
     models[LLAMA] = partial(_llama, config)
     comparison: Comparison[_Steps] = Comparison(device)
     sizes: dict[str, int] = {}
@@ -139,6 +145,12 @@ def measure(
 def _with_attention(case: SpeedCase, attention: str) -> nn.Module:
     options = {"linear_attention": attention, "max_position_embeddings": case.length}
     return LightningForCausalLM(LightningConfig.from_size(case.size, **options))
+
+
+def _with_float8(config: LightningConfig) -> nn.Module:
+    model = LightningForCausalLM(config)
+    use_float8(model)
+    return model
 
 
 def _llama(config: LightningConfig) -> nn.Module:

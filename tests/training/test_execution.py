@@ -57,6 +57,29 @@ def test_options_given_are_kept(device, dtype):
     assert "to change" not in execution.description
 
 
+def test_float8_is_refused_where_it_does_not_pay():
+    with pytest.raises(ValueError, match=r"fp8 must be off on this machine: .* pay on GPUs alone, not on cpu"):
+        choose(CPU, fp8=True)
+    with pytest.raises(ValueError, match="fp8 goes with dtype 'bfloat16' or 'auto', got 'float32'"):
+        choose(CPU, fp8=True, dtype="float32")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_float8_is_of_products_and_all_else_bfloat16(monkeypatch, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr("lightning_attention.training.execution.float8_error", lambda device: None)
+    execution = choose(CUDA, fp8=True, dtype=dtype, compile=False)
+    assert execution.bf16
+    assert execution.description == "float8 products, bfloat16 autocast, eager layers"
+
+
+def test_float8_says_what_a_gpu_lacks(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr("lightning_attention.training.execution.float8_error", lambda device: "no such product")
+    with pytest.raises(ValueError, match="fp8 must be off on this machine: no such product"):
+        choose(CUDA, fp8=True, compile=False)
+
+
 @without_gpu
 def test_a_gpu_that_cannot_compile_falls_back_and_says_why():
     execution = choose(CUDA, dtype="float32")

@@ -17,7 +17,7 @@ from .options import given_options, option_names
 # Options in the panels of the help.
 DATA, MODEL, RUN = (partial(Option, rich_help_panel=panel) for panel in ("Data", "Model", "Run"))
 # Options that may change on --resume, for other machines.
-MACHINES = "sequence_parallel", "sequence_parallel_strategy", "fsdp", "timeout", "dtype", "compile"
+MACHINES = "sequence_parallel", "sequence_parallel_strategy", "fsdp", "timeout", "dtype", "fp8", "compile"
 
 
 class _Console(Console):
@@ -82,6 +82,9 @@ def train(
         ),
     ] = "auto",
     bf16: Annotated[bool, RUN("--bf16", help="Short for --dtype bfloat16.")] = False,
+    fp8: Annotated[
+        bool, RUN(help="Compute products in float8, by torchao, and all else in bfloat16; on recent GPUs.")
+    ] = False,
     compile: Annotated[
         bool | None, RUN(help="Compile the layers. By default on a GPU where that works, not on a CPU.")
     ] = None,
@@ -92,7 +95,8 @@ def train(
         bool,
         RUN(
             "--resume",
-            help="Resume the run in --output with its options; those on processes, --dtype and --compile may change.",
+            help="Resume the run in --output with its options; those on processes, --dtype, --fp8 and --compile may "
+            "change.",
         ),
     ] = False,
 ) -> None:

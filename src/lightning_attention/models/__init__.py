@@ -16,6 +16,7 @@ from transformers import (  # noqa: E402
 from .cache import LightningCache  # noqa: E402
 from .compilation import compile_layers  # noqa: E402
 from .configuration import SIZES, LightningConfig  # noqa: E402
+from .float8 import use_float8  # noqa: E402
 from .heads import (  # noqa: E402
     LightningForCausalLM,
     LightningForQuestionAnswering,
@@ -44,4 +45,5 @@ __all__ = [
     "LinearAttention",
     "compile_layers",
     "register_attention",
+    "use_float8",
 ]

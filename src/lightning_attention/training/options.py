@@ -18,8 +18,8 @@ AT_LEAST_ONE = (
 # Options that may change when a run resumes.
 MAY_CHANGE = {
     "output", "steps", "segment_length", "batch_size", "sequence_parallel", "sequence_parallel_strategy", "fsdp",
-    "accumulate", "eval_tokens", "log_every", "eval_every", "save_every", "dtype", "compile", "gradient_checkpointing",
-    "timeout",
+    "accumulate", "eval_tokens", "log_every", "eval_every", "save_every", "dtype", "fp8", "compile",
+    "gradient_checkpointing", "timeout",
 }  # fmt: skip
 DTYPES = ("auto", "float32", "bfloat16")
 LIMIT = 1 << 53  # largest number: JSON readers keep integers up to here exactly, as floats
@@ -63,6 +63,7 @@ class TrainingOptions:
         save_every: steps between checkpoints; the last two are kept.
         dtype: "bfloat16" autocast, or "float32"; "auto" is bfloat16 on a GPU that computes it natively and on a CPU
             with AMX, float32 elsewhere.
+        fp8: compute products in float8 and all else as with bfloat16, see `models.use_float8`.
         compile: compile the layers, see `models.compile_layers`; None is True on a GPU where that works, False on a
             CPU.
         gradient_checkpointing: recompute activations in the backward pass.
@@ -104,6 +105,7 @@ class TrainingOptions:
     eval_every: int = 200
     save_every: int = 200
     dtype: str = "auto"
+    fp8: bool = False
     compile: bool | None = None
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -128,6 +130,8 @@ class TrainingOptions:
             if getattr(self, name) not in known:
                 names = ", ".join(map(repr, known))
                 raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
+        if self.fp8 and self.dtype == "float32":
+            raise ValueError("fp8 goes with dtype 'bfloat16' or 'auto', got 'float32'")
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed must be at least 0 and below 2^32, got {self.seed}")
         for name, is_right, range_ in (

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ..distributed.parallel import SequenceParallel
-from ..models import LightningConfig, LightningForCausalLM, compile_layers
+from ..models import LightningConfig, LightningForCausalLM, compile_layers, use_float8
 from ..models.checkpoint import checkpoint_step, checkpoints, last_checkpoint, load_model
 from ..models.tokenization import vocab_size
 from .arguments import training_arguments
@@ -156,6 +156,8 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
     num_parameters = model.num_parameters()
     if run.sequence_parallel is not None:
         model.model.set_sequence_parallel(run.sequence_parallel)
+    if options.fp8:
+        use_float8(model)
     if run.execution.compiled:
         compile_layers(model)
     if options.fsdp:

@@ -1,0 +1,126 @@
+"""Products of decoder layers in float8 are close to those in bfloat16, and leave weights and their names alone."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from tiny_model import make_config, tokens
+
+from lightning_attention import nn
+from lightning_attention.models import LightningForCausalLM, LightningForTokenClassification, compile_layers, use_float8
+from lightning_attention.models.float8 import float8_error
+from lightning_attention.training import segmented_loss
+
+DEVICES = "cpu", pytest.param("cuda", marks=pytest.mark.gpu)
+pytestmark = [
+    pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+
+
+def config(**changes):
+    return make_config(**{"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2} | changes)
+
+
+def make(device: str = "cpu") -> LightningForCausalLM:
+    torch.manual_seed(0)
+    return LightningForCausalLM(config()).to(device).train()
+
+
+def gradients(
+    model: LightningForCausalLM, ids: torch.Tensor, segment_length: int | None = None
+) -> dict[str, torch.Tensor]:
+    with torch.autocast(ids.device.type, torch.bfloat16):
+        if segment_length is None:
+            loss = model(ids, labels=ids, use_cache=False).loss
+        else:
+            loss = segmented_loss(model, ids, segment_length=segment_length)
+    model.zero_grad()
+    loss.backward()
+    return {name: cast(torch.Tensor, x.grad) for name, x in model.named_parameters()}
+
+
+def error(x: torch.Tensor, y: torch.Tensor) -> float:
+    return float((x - y).norm() / y.norm())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_are_those_of_bfloat16_but_for_rounding(device):
+    model, ids = make(device), tokens(2, 80).to(device)
+    expected = gradients(model, ids)
+    use_float8(model)
+    found = gradients(model, ids)
+    assert found.keys() == expected.keys()
+    # Every product rounds both factors to 3 bits of mantissa, by up to 6 %; the first layer has the errors of all.
+    errors = {name: error(found[name], expected[name]) for name in expected}
+    assert max(errors.values()) < 0.4
+    assert min(value for name, value in errors.items() if "layers" in name) > 0.01
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_segments_change_nothing(device):
+    model, ids = make(device), tokens(2, 96).to(device)
+    use_float8(model)
+    whole, cut = gradients(model, ids), gradients(model, ids, segment_length=32)
+    assert max(error(cut[name], whole[name]) for name in whole) < 0.1
+
+
+@pytest.mark.gpu
+def test_compiled_gradients_equal_eager_ones():
+    model, ids = make("cuda"), tokens(1, 160).cuda()
+    use_float8(model)
+    expected = gradients(model, ids)
+    compile_layers(model)
+    found = gradients(model, ids)
+    assert max(error(found[name], expected[name]) for name in expected) < 0.1
+
+
+def test_weights_and_checkpoints_stay(tmp_path):
+    model = make()
+    weights = dict(model.named_parameters())
+    use_float8(model)
+    assert all(weights[name] is weight for name, weight in model.named_parameters())
+    assert len(weights) == len(list(model.parameters()))
+    model.save_pretrained(tmp_path)
+    assert "float8" not in json.dumps(json.loads((Path(tmp_path) / "config.json").read_text()))
+    loaded = LightningForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(weights[name], weight) for name, weight in loaded.named_parameters())
+
+
+def test_head_and_embedding_stay_as_they_are():
+    model = LightningForTokenClassification(config(num_labels=16))
+    use_float8(model)
+    changed = {name.rsplit(".", 1)[-1] for name, x in model.named_modules() if type(x).__name__ == "Float8Linear"}
+    assert changed == {"qkvu_proj", "out_proj", "vu_proj"}
+    assert type(model.score) is torch.nn.Linear
+
+
+def test_layers_of_other_sizes_stay_as_they_are():
+    model = LightningForCausalLM(config(intermediate_size=100))
+    use_float8(model)
+    layer = cast(Any, model.model.layers[0])
+    assert type(layer.mlp.vu_proj) is torch.nn.Linear
+    assert type(layer.attention.out_proj) is not torch.nn.Linear
+
+
+def test_bad_models_are_refused():
+    with pytest.raises(TypeError, match="takes a model with lightning attention layers, got SimpleGLU"):
+        use_float8(nn.SimpleGLU(16, 16))
+    with pytest.raises(ValueError, match="no linear layer has sizes that are multiples of 16"):
+        use_float8(LightningForCausalLM(config(hidden_size=24, intermediate_size=40)))
+
+
+def test_the_error_names_what_is_missing(monkeypatch):
+    monkeypatch.setattr("lightning_attention.models.float8.find_spec", lambda name: None)
+    assert "pip install 'lightning-attention[float8]'" in (float8_error(torch.device("cpu")) or "")
+
+
+def test_the_error_says_what_a_device_lacks(monkeypatch):
+    def convert(module):
+        raise RuntimeError("no such\n  product")
+
+    monkeypatch.setattr("lightning_attention.models.float8._convert", convert)
+    assert float8_error(torch.device("cpu")) == "products in float8 fail: no such product"
