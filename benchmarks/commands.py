@@ -287,6 +287,56 @@ def speed(
     _run("speed", [measured], None, torch_device, torch_dtype, output)
 
 
+@app.command("parallel", cls=Command)
+def parallel(
+    output: Annotated[Path, Option(help="Folder for parallel.json.")] = OUTPUT,
+    processes: Annotated[int | None, Option(help="Processes, by default one a GPU, or 2 on a CPU.")] = None,
+    size: Size = None,
+    sharded_size: Annotated[
+        str | None, Option(help="Size of the sharded model. By default 3B on a GPU, demo on a CPU.")
+    ] = None,
+    length: Annotated[
+        int | None, Option(help="Tokens of a sequence that is not shared. By default 4096 on a GPU, 256 on a CPU.")
+    ] = None,
+    tokens: Annotated[
+        int | None, Option(help="Tokens of a process. By default as many as fit: 65536 for 385M, 8192 for 3B.")
+    ] = None,
+    sequence_tokens: Annotated[
+        int | None,
+        Option(help="Tokens of a process of a shared sequence. By default 131072 on a GPU, 1024 on a CPU."),
+    ] = None,
+    steps: Annotated[int, Option(help="Steps to measure.")] = 5,
+    device: Device = None,
+    compile: Annotated[
+        bool | None, Option("--compile/--no-compile", help="Compile the layers. By default on a GPU.")
+    ] = None,
+) -> None:
+    """Training steps on several GPUs beside one: data parallel, sharded, and sequence parallel."""
+    from .parallel import cases, measure
+    from .speed import default_tokens
+
+    torch_device = _device(device)
+    on_gpu = torch_device.type == "cuda"
+    processes = _or_default(processes, torch.cuda.device_count() if on_gpu else 2)
+    length, shared = (
+        _or_default(length, 4096 if on_gpu else 256),
+        _or_default(sequence_tokens, 1 << 17 if on_gpu else 1024),
+    )
+    check_at_least(2, processes=processes, length=length, sequence_tokens=shared)
+    check_at_least(length, tokens=tokens)
+    check_at_least(1, steps=steps)
+    if on_gpu and processes > torch.cuda.device_count():
+        raise ValueError(f"--processes must be at most the number of GPUs, {torch.cuda.device_count()}")
+    whole = _size(size, torch_device)
+    sharded = _size(sharded_size or ("3B" if on_gpu else None), torch_device)
+    of_whole, of_sharded = (max(length, tokens or default_tokens(name)) for name in (whole, sharded))
+    compiled = on_gpu if compile is None else compile
+    chosen = list(cases(whole, sharded, of_whole, of_sharded, shared, length))
+    _write(
+        "parallel", measure(chosen, torch_device.type, processes, compiled=compiled, steps=steps), torch_device, output
+    )
+
+
 @app.command("scaling", cls=Command)
 def scaling(
     context: typer.Context,

@@ -43,7 +43,9 @@ def default_tokens(size: str) -> int:
 
 
 @dataclass(frozen=True)
-class _Steps:
+class Steps:
+    """Seconds of a step and of the first one, with compilation; memory of a step, and the first loss."""
+
     seconds: float
     first_seconds: float
     peak_bytes: int | None
@@ -104,11 +106,11 @@ def measure(
     if fp8:
         models[FLOAT8] = partial(_with_float8, config)
     models[LLAMA] = partial(_llama, config)
-    comparison: Comparison[_Steps] = Comparison(device)
+    comparison: Comparison[Steps] = Comparison(device)
     sizes: dict[str, int] = {}
     for name, create in models.items():
 
-        def run(create: Callable[[], nn.Module] = create, name: str = name) -> _Steps:
+        def run(create: Callable[[], nn.Module] = create, name: str = name) -> Steps:
             torch.manual_seed(0)
             with device:
                 model = create().train()
@@ -124,7 +126,7 @@ def measure(
     times = {name: prepared.seconds for name, prepared in comparison.prepared.items()}
     peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in _name(device)), None)
 
-    def results(name: str, result: _Steps) -> Record:
+    def results(name: str, result: Steps) -> Record:
         flops = 6 * sizes[name] * case.tokens / result.seconds
         return {
             "parameters": sizes[name],
@@ -171,14 +173,22 @@ def _compile(model: Any) -> None:
             layer.compile()
 
 
-def _run(model: Any, case: SpeedCase, device: torch.device, dtype: torch.dtype, steps: int) -> _Steps:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
+def _run(model: Any, case: SpeedCase, device: torch.device, dtype: torch.dtype, steps: int) -> Steps:
     tokens = torch.randint(model.config.vocab_size, (case.batch_size, case.length), device=device)
     options = {"skip_logits": True} if isinstance(model, LightningForCausalLM) else {}
+    inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False, **options}
+    return measure_steps(model, inputs, device, dtype, steps)
+
+
+def measure_steps(
+    model: nn.Module, inputs: dict[str, Any], device: torch.device, dtype: torch.dtype, steps: int
+) -> Steps:
+    """Measure `steps` steps with AdamW on the same inputs, in autocast of a dtype, after two others."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
 
     def step() -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False, **options).loss
+            loss = model(**inputs).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -195,7 +205,7 @@ def _run(model: Any, case: SpeedCase, device: torch.device, dtype: torch.dtype, 
     losses[-1].item()
     seconds = (time.perf_counter() - start) / steps
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return _Steps(seconds, first_seconds, peak, loss)
+    return Steps(seconds, first_seconds, peak, loss)
 
 
 def _name(device: torch.device) -> str:
