@@ -410,6 +410,17 @@ def segments(output: Annotated[Path, Option(help="Folder for segments.json.")] =
         _write("segments", results, device, output)
 
 
+@app.command("heads", cls=Command)
+def heads(output: Annotated[Path, Option(help="Folder for heads.json.")] = OUTPUT) -> None:
+    """The kernels for Hopper with as many heads as multiprocessors and with more, as chosen and not cut."""
+    device, results = _hopper(), []
+    from .segments import cases_of_many_heads, measure
+
+    for case in cases_of_many_heads():
+        results.append(measure(case, [1], device))
+        _write("heads", results, device, output)
+
+
 @app.command("host", cls=Command)
 def host(output: Annotated[Path, Option(help="Folder for host.json.")] = OUTPUT, device: Device = None) -> None:
     """Time that calls on small inputs keep the host."""

@@ -23,27 +23,30 @@ LONG = {(1, 131_072, 16): [2, 4, 8], (1, 1 << 20, 1): [32, 66, 132], (2, 1 << 20
 # Numbers of segments by packed sequences in 32,768 tokens, and heads of 128.
 PACKED = {(20, 16): [2, 4, 8], (20, 32): [1, 2, 3, 4], (20, 64): [1, 2], (4, 32): [1, 2, 3, 4], (4, 64): [1, 2]}
 
-# More heads of 128 than multiprocessors, which fill the last wave of programs badly, and their numbers of segments.
+# Heads of 128, as many as multiprocessors or more.
 MANY = 128, 136, 160, 192, 264, 320, 512
-MANY_COUNTS = [1, 2, 3, 4, 6, 8]
 
 
 def cases() -> Iterator[tuple[OpCase, list[int]]]:
-    """Cases and their numbers of segments."""
+    """Cases of few heads, and their numbers of segments."""
     for head_dim in (128, 64):
         for num_heads, counts in COUNTS.items():
             for length in LENGTHS:
                 scaled = {count * (128 // head_dim) if count > 1 else 1 for count in counts}
                 fitting = sorted(count for count in scaled if count * config.C <= length)
                 yield OpCase(1, length, num_heads, head_dim, torch.bfloat16), fitting
-        for num_heads in MANY:
-            for length in LENGTHS:
-                scaled_heads = num_heads * (128 // head_dim)
-                yield OpCase(1, length, scaled_heads, head_dim, torch.bfloat16), MANY_COUNTS
     for (batch_size, length, num_heads), counts in LONG.items():
         yield OpCase(batch_size, length, num_heads, 128, torch.bfloat16), counts
     for (sequences, num_heads), counts in PACKED.items():
         yield OpCase(1, max(LENGTHS), num_heads, 128, torch.bfloat16, sequences), counts
+
+
+def cases_of_many_heads() -> Iterator[OpCase]:
+    """Cases of as many heads as multiprocessors, and of more, which may leave the last wave of programs half empty."""
+    for head_dim in (128, 64):
+        for num_heads in MANY:
+            for length in (1024, *LENGTHS):
+                yield OpCase(1, length, num_heads * (128 // head_dim), head_dim, torch.bfloat16)
 
 
 @torch.no_grad()

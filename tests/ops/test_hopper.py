@@ -1,5 +1,7 @@
 """Hopper kernels on a Hopper GPU, or emulated: results, and no deadlock of partitions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -55,14 +57,18 @@ def kernels_run(monkeypatch):
         pytest.skip("needs a Hopper GPU")
 
 
-def cut(monkeypatch, num_segments: int, *, is_accumulated: bool = False) -> None:
-    """Cut batch rows into `num_segments`; a kernel accumulates their states, or each program sums them."""
+def cut(monkeypatch, num_segments: int, *, is_accumulated: bool = False, num_whole: int = 0) -> None:
+    """Cut batch rows into `num_segments`; a kernel accumulates their states, or each program sums them.
+
+    The first `num_whole` heads of all batch rows are not cut, but the last one always is.
+    """
 
     def segments(self) -> Segments:
+        whole = min(num_whole, max(self.B * self.H - 1, 0))
         if num_segments == 2 and self.T > config.C:
-            return config.two_segments(self.T, self.mean_sequence_length)
+            return replace(config.two_segments(self.T, self.mean_sequence_length), num_whole=whole)
         length = max(ceil_div(self.T, num_segments * config.C), 1) * config.C
-        return Segments(length, length, max(ceil_div(self.T, length), 1))
+        return Segments(length, length, max(ceil_div(self.T, length), 1), whole)
 
     monkeypatch.setattr(launch.Scans, "cut", segments)
     monkeypatch.setattr(config, "MAX_SUMMED", 0 if is_accumulated else 100)
@@ -76,6 +82,19 @@ def cut(monkeypatch, num_segments: int, *, is_accumulated: bool = False) -> None
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_segments_match_the_reference(kernels_run, monkeypatch, case, num_segments, is_accumulated):
     cut(monkeypatch, num_segments, is_accumulated=is_accumulated)
+    inputs = make_inputs(case, torch.bfloat16).on(device_of("triton"))
+    assert_accurate(run(attention("hopper"), inputs), inputs)
+
+
+@pytest.mark.parametrize(
+    ("num_segments", "is_accumulated"), [(2, False), (3, False), (3, True)], ids=["2", "3", "3-accumulated"]
+)
+@pytest.mark.parametrize("num_whole", [1, 2, 4])
+@pytest.mark.parametrize("case", [case for case in CASES if case.B * case.H > 1 and case.T != 0], ids=str)
+def test_whole_heads_and_segments_match_the_reference(
+    kernels_run, monkeypatch, case, num_whole, num_segments, is_accumulated
+):
+    cut(monkeypatch, num_segments, is_accumulated=is_accumulated, num_whole=num_whole)
     inputs = make_inputs(case, torch.bfloat16).on(device_of("triton"))
     assert_accurate(run(attention("hopper"), inputs), inputs)
 
@@ -97,11 +116,12 @@ def test_segments_match_the_reference(kernels_run, monkeypatch, case, num_segmen
     ),
     st.integers(1, 9),
     st.booleans(),
+    st.integers(0, 3),
 )
-def test_any_shape_and_cut(kernels_run, case, num_segments, is_accumulated):
+def test_any_shape_and_cut(kernels_run, case, num_segments, is_accumulated, num_whole):
     """Sequences are long enough that stages of shared memory are reused."""
     with pytest.MonkeyPatch.context() as patch:
-        cut(patch, num_segments, is_accumulated=is_accumulated)
+        cut(patch, num_segments, is_accumulated=is_accumulated, num_whole=num_whole)
         inputs = make_inputs(case, torch.bfloat16).on(device_of("triton"))
         assert_accurate(run(attention("hopper"), inputs), inputs, is_long=True)
 
@@ -172,7 +192,8 @@ BYTES_PER_SECOND = {"h100": 2.88e12, "h200": 4.23e12}
 
 @pytest.mark.parametrize("is_backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(
-    ("T", "heads"), [(1024, 64), (8192, 64), (8192, 44), (1 << 20, 1), (1 << 20, 16), (100, 3), (129, 1), (0, 4)]
+    ("T", "heads"),
+    [(1024, 64), (8192, 64), (8192, 44), (1 << 20, 1), (1 << 20, 16), (100, 3), (129, 1), (0, 4), (0, 140), (8192, 0)],
 )
 def test_segments_cover_a_batch_row(T, heads, is_backward):
     found = segments(T, heads, is_backward=is_backward)
@@ -186,6 +207,19 @@ def test_both_of_two_segments_have_tokens(T, sequence):
     found = config.two_segments(T, sequence)
     assert 0 < found.length < T
     assert found.length >= T // 2 - config.C
+
+
+@pytest.mark.parametrize("is_backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("D", "heads", "whole"), [(128, 136, 132), (128, 400, 396), (64, 272, 264), (64, 540, 528)])
+def test_heads_that_do_not_fit_the_gpu_are_cut(D, heads, whole, is_backward):
+    found = segments(8192, heads, D, is_backward=is_backward)
+    assert found.num_whole == whole
+    assert 1 < found.count <= 132 * (128 // D) // (heads - whole)
+
+
+@pytest.mark.parametrize("heads", [132, 256, 264])
+def test_heads_that_fill_the_gpu_are_not_cut(heads):
+    assert segments(8192, heads) == Segments(8192, 8192, 1)
 
 
 def test_segments_fill_the_gpu():

@@ -98,15 +98,18 @@ class Scans(ABC):
         overlap_previous: bool = False,
     ) -> None:
         """Turn what each interval adds into the state after it, in place; see `accumulate_kernel`."""
+        B, _, H, *_ = states.shape
         size = self.K * self.V
         self.planner.launch(
             accumulate.accumulate_kernel,
-            self.B * self.H * ceil_div(size, accumulate.BLOCK),
+            B * H * ceil_div(size, accumulate.BLOCK),
             {"num_warps": accumulate.NUM_WARPS} | ({"launch_pdl": True} if overlap_previous else {}),
             interval_states=states,
             factors=factors,
             log_decay=self.x.log_decay,
-            H=self.H,
+            H=H,
+            first_head=segments.num_whole,
+            num_heads=self.H,
             num_intervals=segments.num_intervals,
             interval=segments.interval,
             SIZE=size,

@@ -16,11 +16,13 @@ class Segments:
         length: tokens of a segment; the last one may be shorter.
         interval: tokens of an interval.
         count: number of segments.
+        num_whole: number of heads of all batch rows, the first ones, that are not cut.
     """
 
     length: int
     interval: int
     count: int
+    num_whole: int = 0
 
     @property
     def num_intervals(self) -> int:

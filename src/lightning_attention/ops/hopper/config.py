@@ -1,5 +1,6 @@
 """Sizes of the Hopper kernels, and a model of their times, which decides on segments. Pure functions."""
 
+from dataclasses import replace
 from functools import lru_cache
 from math import ceil
 
@@ -36,10 +37,10 @@ STATE_ALONE = 0.45
 # The two kernels of backward: factor on memory time if they run concurrently, by head size, and microseconds more if
 # they run one after the other.
 CONCURRENT, SEQUENTIAL = {128: 1.15, 64: 1.0}, 16
-# Microseconds that segments cost at all, and each one; and how often the state between two segments moves.
-SEGMENTS, SEGMENT, STATE_MOVES = 7, 0.15, 3
-# Segments of a head where heads alone fill the GPU, at most.
-MAX_SEGMENTS = 8
+# Microseconds that segments cost at all, and each one.
+SEGMENTS, SEGMENT = 7, 0.15
+# Microseconds for which heads that are whole wait for the kernel that accumulates the states of others.
+ACCUMULATED = 10
 
 # Decays are on the GPU and are not read. The model assumes ALiBi slopes: the slowest-decaying head (1/256) has an
 # effective window of 78 chunks, here somewhat more. The mean window is this share of it.
@@ -65,7 +66,9 @@ def segments(
 ) -> Segments:
     """The fastest cut by a model of the time.
 
-    The second of two segments makes the state before it by itself; the states of more come from another kernel.
+    The second of two segments makes the state before it by itself; the states of more come from another kernel. More
+    heads than the GPU runs at a time are whole as often as they fill it; the heads that are left are cut as if they
+    were alone, and run last.
 
     Args:
         length: tokens T of a batch row.
@@ -79,53 +82,44 @@ def segments(
     """
     chunks = ceil_div(length, C)
     max_programs = multiprocessors * programs_per_multiprocessor(value_dim)
+    num_whole = heads // max_programs * max_programs
+    heads -= num_whole
     slower = PACKED if sequence < length else 1.0
     head_dim = max(key_dim, value_dim)
     scan, gradients = SCAN[head_dim] * slower, GRADIENTS[head_dim] * slower
     tensor = length * heads * (key_dim + value_dim) / bytes_per_second * 1e6
-    state = key_dim * value_dim * 4 / bytes_per_second * 1e6
-    directions = 2 if is_backward else 1
-
-    def waves(count: int, chunks_each: float, reread: float = 0.0) -> float:
-        """Microseconds of programs of some chunks, of which the GPU runs `max_programs` at a time.
-
-        `reread` is the share of k and v that programs read to make the states before them.
-        """
-        programs = directions * heads * count
-        is_concurrent = is_backward and programs <= max_programs
-        chunk = gradients if is_concurrent else (scan + gradients) / 2 if is_backward else scan
-        moved = tensor * (10 if is_backward else 4) * (CONCURRENT[head_dim] if is_concurrent else 1) * (1 + reread)
-
-        def wave(running: int) -> float:
-            is_shared = running > multiprocessors
-            return _soft_maximum(chunk * chunks_each * (SHARED if is_shared else 1), moved * running / programs)
-
-        full, rest = divmod(programs, max_programs)
-        between = SEQUENTIAL if is_backward and not is_concurrent and count > 2 else 0
-        return full * wave(max_programs) + (wave(rest) if rest else 0) + between
 
     def time(count: int) -> float:
         """Microseconds, without what every call takes."""
+        is_concurrent = is_backward and 2 * heads * count <= max_programs
+        is_sequential = is_backward and not is_concurrent
+        is_shared = heads * count * (2 if is_concurrent else 1) > multiprocessors
+        chunk = gradients if is_concurrent else scan + gradients if is_sequential else scan
+        chunk *= SHARED if is_shared else 1
+        moved = tensor * (10 if is_backward else 4) * (CONCURRENT[head_dim] if is_concurrent else 1)
         if count == 1:
-            return waves(1, chunks)
+            return _soft_maximum(chunk * chunks, moved)
         if count == 2:
             first = min(two_segments(length, sequence).length / C, (chunks + STATE_ALONE * REMEMBERED) / 2)
             read_twice = ON_AVERAGE * _share_begun_before(2, length, sequence) * min(first, REMEMBERED)
-            return SEGMENTS + waves(2, first, 0.5 * read_twice / chunks)
+            return SEGMENTS + _soft_maximum(chunk * first, moved * (1 + 0.5 * read_twice / chunks))
         chunks_each = ceil_div(chunks, count)
         window = min(chunks_each, sequence / C, REMEMBERED)
-        states = directions * heads * (count - 1)
+        directions = 2 if is_backward else 1
+        rounds = ceil_div(directions * heads * (count - 1), max_programs)
         moved_for_states = 2 * directions * tensor * (count - 1) * ON_AVERAGE * window / chunks
-        moved_for_states += STATE_MOVES * states * state
-        latency = STATE_ALONE * scan * ceil_div(states, max_programs) * window
-        return SEGMENTS + SEGMENT * count + _soft_maximum(latency, moved_for_states) + waves(count, chunks_each)
+        states = _soft_maximum(STATE_ALONE * scan * rounds * window, moved_for_states) + SEGMENTS + SEGMENT * count
+        states += ACCUMULATED if num_whole and count - 1 > MAX_SUMMED else 0
+        return states + _soft_maximum(chunk * chunks_each, moved) + (SEQUENTIAL if is_sequential else 0)
 
-    max_count = min(max(max_programs // max(heads, 1), MAX_SEGMENTS), chunks)
-    count = min(range(1, max_count + 1), key=time, default=1)
+    max_count = min(max_programs // max(heads, 1), chunks)
+    count = min(range(1, max_count + 1), key=time, default=1) if heads else 1
+    if count == 1:
+        return Segments(max(length, 1), max(length, 1), 1)
     if count == 2:
-        return two_segments(length, sequence)
-    segment_length = max(1, ceil_div(chunks, count) * C if count > 1 else length)
-    return Segments(segment_length, segment_length, ceil_div(max(length, 1), segment_length))
+        return replace(two_segments(length, sequence), num_whole=num_whole)
+    segment_length = ceil_div(chunks, count) * C
+    return Segments(segment_length, segment_length, ceil_div(length, segment_length), num_whole)
 
 
 def two_segments(length: int, sequence: int) -> Segments:

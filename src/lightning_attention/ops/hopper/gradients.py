@@ -66,7 +66,7 @@ class GradientArgs:
     PREFIX: constexpr
 
 
-@jit(do_not_specialize=["scale", "B", "T", "H", "N", "segment_length", "max_reach"])
+@jit(do_not_specialize=["scale", "B", "T", "H", "N", "segment_length", "num_whole", "max_reach"])
 def gradient_kernel(
     q,
     k,
@@ -85,6 +85,7 @@ def gradient_kernel(
     H,
     N,
     segment_length,
+    num_whole,
     max_reach,
     stride_qb,
     stride_qt,
@@ -105,7 +106,7 @@ def gradient_kernel(
     """dk and dv, where K = V = D. Runs beside the kernel launched before it, and reads none of its results."""
     GROUPS: constexpr = D // BV
     dtype: constexpr = q.dtype.element_ty
-    segment = program_segment(log_decay, cu_seqlens, B, N, T, H, segment_length, True, PREFIX)
+    segment = program_segment(log_decay, cu_seqlens, B, N, T, H, segment_length, num_whole, True, PREFIX)
 
     q_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, D], BLOCK)
     k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, D], BLOCK)
@@ -121,8 +122,7 @@ def gradient_kernel(
     pipeline = Pipeline(ready, empty)
     pipeline.init(GROUPS)
 
-    num_intervals = gl.cdiv(T, segment_length) - 1
-    states = States(d_final_state, interval_states, d_initial_state, segment_length, num_intervals, max_reach)
+    states = States(d_final_state, interval_states, d_initial_state, segment_length, max_reach)
     args = GradientArgs(
         q_s, k_s, v_s, do_s, pipeline, dk, dv, out_s, R_s, published, states, log_decay, scale, segment, D, PREFIX
     )

@@ -72,7 +72,7 @@ class ScanArgs:
     WAITS: constexpr
 
 
-@jit(do_not_specialize=["scale", "B", "T", "H", "N", "segment_length", "max_reach"])
+@jit(do_not_specialize=["scale", "B", "T", "H", "N", "segment_length", "num_whole", "max_reach"])
 def scan_kernel(
     q,
     k,
@@ -89,6 +89,7 @@ def scan_kernel(
     H,
     N,
     segment_length,
+    num_whole,
     max_reach,
     stride_qb,
     stride_qt,
@@ -110,14 +111,15 @@ def scan_kernel(
     """`o = scale (λ^(i+1) q S + ((q kᵀ) ⊙ λ^(i-j)) v)`, as in `..triton.kernels.scan_kernel`.
 
     With OVERLAP_PREVIOUS the scan runs beside the kernel launched before it, reads none of its results, and ends after
-    it. Otherwise it waits for states of segments, and then lets the next kernel begin, which may read them too.
+    it. Otherwise programs of heads that are cut wait for states of segments, and then let the next kernel begin, which
+    may read them too.
     """
     WAITS: constexpr = constexpr(interval_states is not None and not OVERLAP_PREVIOUS)
     if not WAITS:
         trigger_dependents()
     GROUPS: constexpr = V // BV
     dtype: constexpr = q.dtype.element_ty
-    segment = program_segment(log_decay, cu_seqlens, B, N, T, H, segment_length, REVERSE, PREFIX)
+    segment = program_segment(log_decay, cu_seqlens, B, N, T, H, segment_length, num_whole, REVERSE, PREFIX)
 
     q_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, K], BLOCK)
     k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, K], BLOCK)
@@ -129,8 +131,7 @@ def scan_kernel(
     pipeline = Pipeline(ready, empty)
     pipeline.init(GROUPS)
 
-    num_intervals = gl.cdiv(T, segment_length) - 1
-    states = States(initial_state, interval_states, final_state, segment_length, num_intervals, max_reach)
+    states = States(initial_state, interval_states, final_state, segment_length, max_reach)
     args = ScanArgs(
         q_s, k_s, v_s, pipeline, o, o_s, S_s, states, log_decay, scale, segment, K, V, TRANSPOSED_STATES, PREFIX, WAITS
     )
@@ -198,7 +199,8 @@ def _mma_partition(args, g: constexpr):
     t_S = args.S_s.index(g)
     output = Output(p_o, stride_t, o_desc, args.o_s.index(g), segment.i_b, segment.i_h, g * BV)
     if args.WAITS:
-        wait_for_previous()
+        if segment.is_cut():
+            wait_for_previous()
         trigger_dependents()
 
     c = 0

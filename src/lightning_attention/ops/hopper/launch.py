@@ -8,6 +8,7 @@ import torch
 from ..gpu import scans
 from ..gpu.plan import Operand, strides
 from ..gpu.segments import Segments, ceil_div, num_multiprocessors
+from ..problem import state_dtype
 from . import config, gradients, kernels, states
 
 
@@ -54,7 +55,7 @@ class Scans(scans.Scans):
         return self.segments.count == 2
 
     def _interval_states(self) -> Operand | None:
-        """States `[B, intervals, H, K, V]` that segments start from, or None if none are needed."""
+        """States `[1, intervals, heads that are cut, K, V]` that segments start from, or None if none are needed."""
         if self.segments.count <= 2:
             return None
         states, factors = self._added_by_segments(self.x.k, self.x.v, reverse=False)
@@ -64,11 +65,12 @@ class Scans(scans.Scans):
 
     def _added_by_segments(self, k: Operand, v: Operand, *, reverse: bool) -> tuple[Operand, Operand]:
         """Increments of the state by each segment but the last, and the factors on the states before them."""
-        found = self.empty_states(self.B, self.segments.num_intervals)
+        num_intervals, num_cut = self.segments.num_intervals, self.B * self.H - self.segments.num_whole
+        found = self.planner.empty(1, num_intervals, num_cut, self.K, self.V, dtype=state_dtype(self.dtype))
         factors = self.planner.empty(*found.shape[:3], dtype=found.dtype)
         self.planner.launch(
             states.interval_state_kernel,
-            self.B * self.H * self.segments.num_intervals,
+            num_cut * num_intervals,
             self._options(self.V, overlap_previous=reverse),
             k=k,
             v=v,
@@ -109,7 +111,7 @@ class Scans(scans.Scans):
         K, V = q.shape[3], v.shape[3]
         self.planner.launch(
             kernels.scan_kernel,
-            self.B * self.H * self.segments.count,
+            self._num_programs,
             self._options(V, overlap_previous=overlap_previous or interval_states is not None),
             q=q,
             k=k,
@@ -173,7 +175,7 @@ class Scans(scans.Scans):
         dk, dv = self.planner.empty(*k.shape, dtype=k.dtype), self.planner.empty(*v.shape, dtype=v.dtype)
         self.planner.launch(
             gradients.gradient_kernel,
-            self.B * self.H * self.segments.count,
+            self._num_programs,
             self._options(self.V, overlap_previous=True),
             q=q,
             k=k,
@@ -197,8 +199,13 @@ class Scans(scans.Scans):
         return dk, dv
 
     @property
+    def _num_programs(self) -> int:
+        return self.segments.num_whole + (self.B * self.H - self.segments.num_whole) * self.segments.count
+
+    @property
     def _sizes(self) -> dict[str, int]:
-        return {"B": self.B, "T": self.T, "H": self.H, "N": self.N, "segment_length": self.segments.length}
+        sizes = {"B": self.B, "T": self.T, "H": self.H, "N": self.N}
+        return sizes | {"segment_length": self.segments.length, "num_whole": self.segments.num_whole}
 
     @property
     def _overlaps(self) -> bool:

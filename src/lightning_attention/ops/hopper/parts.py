@@ -92,7 +92,12 @@ class Segment:
     H: Value
     i_b: Value
     i_h: Value
+    num_whole: Value
     REVERSE: constexpr
+
+    @jit
+    def is_cut(self):
+        return self.i_b * self.H + self.i_h >= self.num_whole
 
     @jit
     def sequence(self, n):
@@ -113,26 +118,30 @@ class Segment:
 
 
 @jit
-def program_segment(log_decay, cu_seqlens, B, N, T, H, segment_length, REVERSE: constexpr, PREFIX: constexpr):
+def program_segment(
+    log_decay, cu_seqlens, B, N, T, H, segment_length, num_whole, REVERSE: constexpr, PREFIX: constexpr
+):
     """Segment of this program.
 
+    The first programs scan a batch row each, whole, for the first heads of all batch rows; the others are cut.
     With PREFIX the second of two segments also reads what its head remembers of the first, which is longer for that.
     """
-    num_segments = gl.maximum(1, gl.cdiv(T, segment_length))
     i = gl.program_id(0)
-    i_h = i % H
-    i = i // H
-    i_s, i_b = i % num_segments, i // num_segments
+    i_c = gl.maximum(i - num_whole, 0)
+    num_cut = B * H - num_whole
+    i_s = i_c // num_cut
+    i_bh = gl.minimum(i, num_whole) + i_c % num_cut
+    i_b, i_h = i_bh // H, i_bh % H
     if PREFIX:
         remembered = memory_length(load_log_decay(log_decay, i_h), T, False).to(gl.float32) * STATE_ALONE
         segment_length = gl.minimum(segment_length, gl.cdiv(T + remembered.to(gl.int32), 2 * C) * C)
     first = i_s * segment_length
-    last = gl.minimum(first + segment_length, T)
+    last = gl.where(i < num_whole, T, gl.minimum(first + segment_length, T))
     if cu_seqlens is None:
         n_first, n_last = i_b, i_b + 1
     else:
         n_first, n_last = sequences_in(cu_seqlens, first, last, N, T, REVERSE)
-    return Segment(cu_seqlens, N, T, first, last, n_first, n_last, B, H, i_b, i_h, REVERSE)
+    return Segment(cu_seqlens, N, T, first, last, n_first, n_last, B, H, i_b, i_h, num_whole, REVERSE)
 
 
 @jit
@@ -262,7 +271,13 @@ class StateBlock:
 
     @jit
     def pointers(self, p, i_n):
-        p += (i_n.to(gl.int64) * self.H + self.i_h) * (self.K * self.V)
+        """Of the head's state of sequence i_n."""
+        return self.at(p, i_n.to(gl.int64) * self.H + self.i_h)
+
+    @jit
+    def at(self, p, i):
+        """Of state i; i has 64 bits."""
+        p += i * (self.K * self.V)
         if self.TRANSPOSED:
             return p + (self.o_v[None, :] * self.K + self.o_k[:, None])
         else:
@@ -279,13 +294,15 @@ def state_block(i_h, H, g: constexpr, K: constexpr, V: constexpr, TRANSPOSED: co
 
 @aggregate
 class States:
-    """States before and after the scan, and states of segments, summed as far back as `max_reach` tokens."""
+    """States before and after the scan, and states of segments, summed as far back as `max_reach` tokens.
+
+    Those of segments are `[intervals, heads, K, V]`, of the heads of all batch rows that are cut.
+    """
 
     initial: Value
     interval: Value
     final: Value
     segment_length: Value
-    num_intervals: Value
     max_reach: Value
 
 
@@ -294,8 +311,10 @@ def add_interval_states(b_S, states, block, segment, sequence, log_decay):
     """Add the states that earlier segments leave of a sequence."""
     length = states.segment_length
     reach = gl.minimum(memory_length(log_decay, segment.T, False), states.max_reach)
+    num_cut = segment.B * segment.H - segment.num_whole
+    i_c = segment.i_b * segment.H + segment.i_h - segment.num_whole
     for j in range(gl.maximum(sequence.start, segment.first - reach) // length, segment.first // length):
-        p_S = block.pointers(states.interval, segment.i_b * states.num_intervals + j)
+        p_S = block.at(states.interval, j.to(gl.int64) * num_cut + i_c)
         b_S = b_S * decay_over(log_decay, length) + gl.load(p_S)
     return b_S
 

@@ -41,15 +41,13 @@ class StateArgs:
     num_foreign: Value
     interval_states: Value
     i_state: Value
-    i_h: Value
-    H: Value
     log_decay: Value
     segment: Segment
     K: constexpr
     V: constexpr
 
 
-@jit(do_not_specialize=["B", "T", "H", "N", "segment_length"])
+@jit(do_not_specialize=["B", "T", "H", "N", "segment_length", "num_whole"])
 def interval_state_kernel(
     k,
     v,
@@ -62,6 +60,7 @@ def interval_state_kernel(
     H,
     N,
     segment_length,
+    num_whole,
     stride_kb,
     stride_kt,
     stride_kh,
@@ -75,16 +74,17 @@ def interval_state_kernel(
 ):
     """`Σ_j λ^(end-1-j) k_j v_jᵀ` of a segment, as in `..triton.kernels.interval_state_kernel`.
 
+    Only of heads that are cut: of all but the first `num_whole` of all batch rows.
     In reverse, which only backward needs, it runs beside the kernel of the other direction, and ends after it.
     """
     trigger_dependents()
     GROUPS: constexpr = V // BV
     dtype: constexpr = k.dtype.element_ty
     i = gl.program_id(0)
-    i_h = i % H
-    i = i // H
-    num_states = gl.cdiv(T, segment_length) - 1
-    i_s, i_b = i % num_states, i // num_states
+    num_cut = B * H - num_whole
+    i_s = i // num_cut
+    i_bh = num_whole + i % num_cut
+    i_b, i_h = i_bh // H, i_bh % H
 
     k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, K], BLOCK)
     v_s = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, 1, C, 1, BV], BLOCK)
@@ -95,14 +95,25 @@ def interval_state_kernel(
 
     head_decay = load_log_decay(log_decay, i_h)
     lo, hi, factor = interval_bounds(i_s, head_decay, cu_seqlens, N, T, segment_length, segment_length, REVERSE, False)
-    gl.store(factors + i.to(gl.int64) * H + i_h, factor)
+    gl.store(factors + i.to(gl.int64), factor)
     num_chunks = count_chunks(lo, hi)
     first = hi - num_chunks * C
     num_foreign = lo - first if cu_seqlens is not None else 0
-    segment = Segment(cu_seqlens, N, T, first, hi, 0, N, B, H, i_b, i_h, REVERSE)
-    i_h = i_h.to(gl.int64)
+    segment = Segment(cu_seqlens, N, T, first, hi, 0, N, B, H, i_b, i_h, num_whole, REVERSE)
     args = StateArgs(
-        k_s, v_s, pipeline, first, hi, num_chunks, num_foreign, interval_states, i, i_h, H, head_decay, segment, K, V
+        k_s,
+        v_s,
+        pipeline,
+        first,
+        hi,
+        num_chunks,
+        num_foreign,
+        interval_states,
+        i.to(gl.int64),
+        head_decay,
+        segment,
+        K,
+        V,
     )
     k = Operand(k, stride_kb, stride_kt, stride_kh)
     v = Operand(v, stride_vb, stride_vt, stride_vh)
@@ -135,9 +146,9 @@ def _load_partition(k, v, args):
 @jit
 def _mma_partition(args, g: constexpr):
     """Compute the columns of warpgroup g."""
-    block = state_block(args.i_h, args.H, g, args.K, args.V, False)
+    block = state_block(args.segment.i_h.to(gl.int64), args.segment.H, g, args.K, args.V, False)
     kv = KeyValues(args.k_s, args.v_s, args.pipeline, g, args.segment.cu_seqlens is not None, args.segment.REVERSE)
     writes = write_decays(args.log_decay, C, args.segment.REVERSE)
     b_S = gl.zeros([args.K, BV], gl.float32, layout=ACC)
     b_S = kv.add_chunks(b_S, 0, args.num_chunks, args.num_foreign, writes)
-    gl.store(block.pointers(args.interval_states, args.i_state), b_S)
+    gl.store(block.at(args.interval_states, args.i_state), b_S)
