@@ -266,12 +266,18 @@ def squared() -> Iterator[str]:
             config.hidden_size, config.num_attention_heads, Squared(config.hidden_size // config.num_attention_heads)
         )
 
-    register_attention("squared", attention := LinearAttention(make_squared, ("none",)))
-    register_attention("squared", attention)
-    with pytest.raises(ValueError, match="there is an attention 'squared' already"):
-        register_attention("squared", LinearAttention(make_squared))
-    yield "squared"
-    del ATTENTIONS["squared"]
+    name = "squared in a test"  # an example of the docs registers "squared"
+    register_attention(name, attention := LinearAttention(make_squared, ("none",)))
+    register_attention(name, attention)
+    with pytest.raises(ValueError, match=f"there is an attention '{name}' already"):
+        register_attention(name, LinearAttention(make_squared))
+    yield name
+    del ATTENTIONS[name]
+
+
+def test_a_gate_that_a_mixer_was_not_made_with_is_refused(squared):
+    with pytest.raises(ValueError, match="output_gate is False, which NormalizedLinearAttention was not made with"):
+        LightningForCausalLM(make_config(linear_attention=squared, output_gate=False))
 
 
 def test_a_registered_attention_trains_decodes_and_loads(squared, tmp_path):

@@ -11,6 +11,10 @@ from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, logging
 
 from ..nn import TokenMixer
+from ..nn.activations import ACTIVATIONS
+from ..nn.glu import GLU_ACTIVATIONS
+from ..nn.norms import NORMS
+from ..nn.sizes import check_choice
 from ..ops.decay import LAYERLESS_PRESETS, PRESETS, log_decay
 from ..paths import PathLike, to_path
 from .mixers import ATTENTIONS
@@ -63,7 +67,11 @@ class LightningConfig(PreTrainedConfig):
         decay_preset: name of the decays of all heads and layers, see `decay.log_decay`. A trained model must keep its
             preset.
         log_decay: L lists of H numbers <= 0, natural logarithm of the decay per token; replaces the preset.
+        norm: every norm: "simple_rms", without a weight; "rms", with one; or "layer", with weight and bias.
         norm_eps: added to the mean square in every norm.
+        output_gate: whether the output of attention is gated.
+        qk_activation: of queries and keys of lightning attention: "silu", "1+elu" or "none".
+        glu_activation: of the GLU: "none", or "silu" for SwiGLU.
         initializer_range: standard deviation of new weights.
         use_cache: whether a forward pass returns its cache by default.
         max_position_embeddings: longest context length that tools such as lm-eval should use; None is no limit. Learned
@@ -95,7 +103,11 @@ class LightningConfig(PreTrainedConfig):
     positions: str | None = None
     decay_preset: str = "transnormer"
     log_decay: list[list[float]] | None = None
+    norm: str = "simple_rms"
     norm_eps: float = 1e-6
+    output_gate: bool = True
+    qk_activation: str = "silu"
+    glu_activation: str = "none"
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = True
@@ -121,6 +133,10 @@ class LightningConfig(PreTrainedConfig):
                 f"hidden_size must be a multiple of num_attention_heads = {self.num_attention_heads}, "
                 f"got {self.hidden_size}"
             )
+        for name, known in (("norm", NORMS), ("qk_activation", ACTIVATIONS), ("glu_activation", GLU_ACTIVATIONS)):
+            check_choice(name, getattr(self, name), known)
+        if not isinstance(self.output_gate, bool):
+            raise TypeError(f"output_gate must be True or False, got {self.output_gate!r}")
         self._check_linear_attention()
         if self.decay_preset not in PRESETS:
             raise ValueError(f"decay_preset must be one of {', '.join(PRESETS)}, got {self.decay_preset!r}")
@@ -158,6 +174,8 @@ class LightningConfig(PreTrainedConfig):
             raise ValueError(f"positions must be one of {known}, got {self.positions!r} for {name} attention")
         if name != "lightning" and (self.log_decay is not None or self.decay_preset != type(self).decay_preset):
             raise ValueError(f"log_decay and decay_preset go with lightning attention, {name} has no decay")
+        if name != "lightning" and self.qk_activation != type(self).qk_activation:
+            raise ValueError(f"qk_activation goes with lightning attention, {name} has features in its place")
         if (attention.has_limit or self.positions == "learned") and self.max_position_embeddings is None:
             raise ValueError(
                 f"max_position_embeddings is needed by {name} attention with positions {self.positions!r}: the "
@@ -279,7 +297,10 @@ class LightningConfig(PreTrainedConfig):
 
     def make_mixer(self, layer_idx: int) -> TokenMixer:
         """Create the token mixer of a layer."""
-        return ATTENTIONS[self.linear_attention].make(self, layer_idx)
+        mixer = ATTENTIONS[self.linear_attention].make(self, layer_idx)
+        if mixer.gate != self.output_gate:
+            raise ValueError(f"output_gate is {self.output_gate}, which {type(mixer).__name__} was not made with")
+        return mixer
 
 
 def _check_int(name: str, value: object, at_least: int | None = None) -> None:

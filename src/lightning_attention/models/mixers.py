@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..nn import (
     CosFormerFeatures,
@@ -78,8 +78,13 @@ def _lightning(config: "LightningConfig", layer_idx: int) -> TokenMixer:
         config.num_attention_heads,
         config.layer_log_decay(layer_idx),
         lrpe=config.layer_has_lrpe(layer_idx),
-        eps=config.norm_eps,
+        activation=config.qk_activation,
+        **_common(config),
     )
+
+
+def _common(config: "LightningConfig") -> dict[str, Any]:
+    return {"eps": config.norm_eps, "norm": config.norm, "gate": config.output_gate}
 
 
 def _normalized(features: Callable[["LightningConfig", int], FeatureMap]) -> MakeMixer:
@@ -87,9 +92,7 @@ def _normalized(features: Callable[["LightningConfig", int], FeatureMap]) -> Mak
 
     def make(config: "LightningConfig", layer_idx: int) -> TokenMixer:
         feature_map = features(config, config.feature_seed * config.num_hidden_layers + layer_idx)
-        return NormalizedLinearAttention(
-            config.hidden_size, config.num_attention_heads, feature_map, eps=config.norm_eps
-        )
+        return NormalizedLinearAttention(config.hidden_size, config.num_attention_heads, feature_map, **_common(config))
 
     return make
 

@@ -23,7 +23,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ..distributed.agreement import Agreement
 from ..distributed.parallel import SequenceParallel
-from ..nn import LRPE, LearnedPositions, SimpleGLU, SimpleRMSNorm, Slots, TokenMixer
+from ..nn import LRPE, LearnedPositions, SimpleGLU, Slots, TokenMixer, make_norm
 from ..nn.attention import Decay
 from ..nn.feature_maps import RandomFeatures, RandomFourierFeatures
 from ..nn.float32 import Float32Module
@@ -58,10 +58,10 @@ class LightningDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: LightningConfig, layer_idx: int):
         super().__init__()
-        self.attention_norm = SimpleRMSNorm(config.norm_eps)
+        self.attention_norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
         self.attention = config.make_mixer(layer_idx)
-        self.mlp_norm = SimpleRMSNorm(config.norm_eps)
-        self.mlp = SimpleGLU(config.hidden_size, config.intermediate_size)
+        self.mlp_norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
+        self.mlp = SimpleGLU(config.hidden_size, config.intermediate_size, activation=config.glu_activation)
 
     def forward(
         self,
@@ -106,6 +106,10 @@ class LightningPreTrainedModel(PreTrainedModel):
         """Draw weights from a normal distribution; set other parameters and constants as the configuration says."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if (bias := getattr(module, "bias", None)) is not None:
+                init.zeros_(bias)
+        elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+            init.ones_(module.weight)
             if (bias := getattr(module, "bias", None)) is not None:
                 init.zeros_(bias)
         elif isinstance(module, LRPE):
@@ -163,7 +167,7 @@ class LightningModel(LightningPreTrainedModel):
             LearnedPositions(config.position_limit or 0, config.hidden_size) if config.positions == "learned" else None
         )
         self.layers = nn.ModuleList([LightningDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = SimpleRMSNorm(config.norm_eps)
+        self.norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.sequence_parallel: SequenceParallel | None = None
         # Names of weights that from_pretrained(dtype=torch.bfloat16) loads as float32.

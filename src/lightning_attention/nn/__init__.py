@@ -5,7 +5,7 @@ from .cross_entropy import linear_cross_entropy
 from .feature_maps import CosFormerFeatures, EluFeatures, FeatureMap, PositiveRandomFeatures, RandomFourierFeatures
 from .glu import SimpleGLU
 from .normalized import NormalizedLinearAttention
-from .norms import SimpleRMSNorm
+from .norms import SimpleRMSNorm, make_norm
 from .positions import LRPE, LearnedPositions
 from .token_mixer import Slots, TokenMixer
 
@@ -24,4 +24,5 @@ __all__ = [
     "Slots",
     "TokenMixer",
     "linear_cross_entropy",
+    "make_norm",
 ]

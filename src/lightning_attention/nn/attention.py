@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from ..ops.problem import check_log_decay, check_tensors
+from .activations import ACTIVATIONS
 from .float32 import Float32Module
 from .gates import activated_parts
 from .positions import LRPE
+from .sizes import check_choice
 from .token_mixer import TokenMixer
 
 
@@ -63,10 +65,13 @@ class GatedLightningAttention(TokenMixer):
         log_decay: `[H]` float32, natural logarithm of the decay per token, <= 0.
         lrpe: whether LRPE-d encodes positions in queries and keys, so that K = 2 D.
         eps: added to the mean square in the norm.
+        activation: of q and k: "silu", "1+elu" or "none".
+        norm, gate: see `TokenMixer`.
 
     Raises:
-        ValueError: `hidden_size` is not a multiple of `num_heads`; a size is less than 1; eps is negative; or log_decay
-            is not `[H]`, not <= 0, on the device meta, or requires a gradient.
+        ValueError: `hidden_size` is not a multiple of `num_heads`; a size is less than 1; eps is negative; the
+            activation or the norm is unknown; or log_decay is not `[H]`, not <= 0, on the device meta, or requires a
+            gradient.
         TypeError: a size is not an integer, or log_decay is not a float32 tensor.
 
     Source: TransNormerLLM (arXiv 2307.14995), section 3.1.
@@ -81,8 +86,21 @@ class GatedLightningAttention(TokenMixer):
         torch.Size([2, 10, 64])
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, log_decay: Tensor, *, lrpe: bool = False, eps: float = 1e-6):
-        super().__init__(hidden_size, num_heads, eps)
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        log_decay: Tensor,
+        *,
+        lrpe: bool = False,
+        eps: float = 1e-6,
+        activation: str = "silu",
+        norm: str = "simple_rms",
+        gate: bool = True,
+    ):
+        super().__init__(hidden_size, num_heads, eps, norm=norm, gate=gate)
+        check_choice("activation", activation, ACTIVATIONS)
+        self.activation = activation
         self.decay = Decay(log_decay)
         if len(log_decay) != num_heads:
             raise ValueError(f"log_decay must be [H] = [{num_heads}], got shape {tuple(log_decay.shape)}")
@@ -96,8 +114,13 @@ class GatedLightningAttention(TokenMixer):
     def state_shape(self) -> tuple[int, int, int]:
         return self.num_heads, self.head_dim * (1 if self.lrpe is None else 2), self.head_dim
 
-    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q, k, v, u = activated_parts(self.qkvu_proj(x))
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        qkvu = self.qkvu_proj(x)
+        if self.gate and self.activation == "silu":
+            q, k, v, u = activated_parts(qkvu)
+        else:
+            q, k, v, u = self.split_parts(qkvu)
+            q, k = ACTIVATIONS[self.activation](q), ACTIVATIONS[self.activation](k)
         q, k, v = self.split_heads(q, k, v)
         if self.lrpe is not None:
             q, k = self.lrpe(q, positions), self.lrpe(k, positions)

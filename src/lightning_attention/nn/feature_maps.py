@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .activations import one_plus_elu
 from .float32 import Float32Module, without_autocast
 from .positions import out_of_range
 from .sizes import check_size
@@ -51,7 +52,7 @@ class EluFeatures(FeatureMap):
         self.num_features = head_dim
 
     def forward(self, x: Tensor, positions: Tensor, *, is_query: bool) -> Tensor:
-        return torch.where(x > 0, x + 1, x.clamp_max(0).exp())  # elu(x) + 1 would round small values to 0
+        return one_plus_elu(x)
 
 
 class CosFormerFeatures(FeatureMap):

@@ -33,7 +33,7 @@ def gated_linear(vu: Tensor, linear: nn.Module) -> Tensor:
     return linear(_product(vu)) if weight is None else _GatedLinear.apply(vu, weight)
 
 
-def gated_norm_linear(x: Tensor, u: Tensor, norm: SimpleRMSNorm, linear: nn.Module) -> Tensor:
+def gated_norm_linear(x: Tensor, u: Tensor, norm: nn.Module, linear: nn.Module) -> Tensor:
     """`linear(norm(x) ⊙ u)`, of `[..., W]`."""
     weight = _weight(linear, x) if x.dtype == u.dtype and is_plain(norm, SimpleRMSNorm) else None
     return linear(norm(x) * u) if weight is None else _GatedNormLinear.apply(x, u, weight, norm.eps)

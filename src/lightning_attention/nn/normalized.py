@@ -22,9 +22,11 @@ class NormalizedLinearAttention(TokenMixer):
         num_heads: number of heads H, of D = W / H channels each.
         feature_map: φ for heads of D channels; it has F features and the smallest denominator `eps`.
         eps: added to the mean square in the norm.
+        norm, gate: see `TokenMixer`.
 
     Raises:
-        ValueError: `hidden_size` is not a multiple of `num_heads`; a size is less than 1; or eps is negative.
+        ValueError: `hidden_size` is not a multiple of `num_heads`; a size is less than 1; eps is negative; or the norm
+            is unknown.
         TypeError: a size is not an integer.
 
     Source: Transformers are RNNs (arXiv 2006.16236), equations 9 to 12.
@@ -38,16 +40,25 @@ class NormalizedLinearAttention(TokenMixer):
         torch.Size([2, 10, 64])
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, feature_map: FeatureMap, *, eps: float = 1e-6):
-        super().__init__(hidden_size, num_heads, eps)
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        feature_map: FeatureMap,
+        *,
+        eps: float = 1e-6,
+        norm: str = "simple_rms",
+        gate: bool = True,
+    ):
+        super().__init__(hidden_size, num_heads, eps, norm=norm, gate=gate)
         self.feature_map = feature_map
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
         return self.num_heads, self.feature_map.num_features, self.head_dim + 1
 
-    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q, k, v, u = self.qkvu_proj(x).chunk(4, dim=-1)
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        q, k, v, u = self.split_parts(self.qkvu_proj(x))
         q, k, v = self.split_heads(q, k, v)
         if q.dtype == torch.float16:  # denominators grow with the context, beyond the range of float16
             q, k, v = q.float(), k.float(), v.float()

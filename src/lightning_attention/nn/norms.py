@@ -1,9 +1,11 @@
-"""Norm without weights."""
+"""Norms, by their names in a configuration."""
+
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sizes import check_eps
+from .sizes import check_choice, check_eps
 
 
 class SimpleRMSNorm(nn.Module):
@@ -35,3 +37,28 @@ class SimpleRMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"eps={self.eps}"
+
+
+# From the size of the last dimension, and eps.
+NORMS: dict[str, Callable[[int, float], nn.Module]] = {
+    "simple_rms": lambda size, eps: SimpleRMSNorm(eps),
+    "rms": lambda size, eps: nn.RMSNorm(size, eps),
+    "layer": lambda size, eps: nn.LayerNorm(size, eps),
+}
+
+
+def make_norm(name: str, size: int, eps: float) -> nn.Module:
+    """A norm over a last dimension: "simple_rms", SRMSNorm; "rms", with a weight; "layer", with weight and bias.
+
+    Raises:
+        ValueError: the name is unknown, or eps is negative or not finite.
+        TypeError: eps is not a number.
+
+    Example:
+        >>> from lightning_attention.nn import make_norm
+        >>> make_norm("rms", 64, 1e-6)
+        RMSNorm((64,), eps=1e-06, elementwise_affine=True)
+    """
+    check_choice("norm", name, NORMS)
+    check_eps(eps)
+    return NORMS[name](size, eps)

@@ -1,6 +1,7 @@
-"""Checks of the sizes of layers."""
+"""Checks of the options of layers."""
 
 import math
+from collections.abc import Collection
 from numbers import Integral, Real
 
 
@@ -18,3 +19,9 @@ def check_eps(eps: object) -> None:
         raise TypeError(f"eps must be a number, got {eps!r}")
     if not 0 <= float(eps) < math.inf:
         raise ValueError(f"eps must be finite and >= 0, got {eps}")
+
+
+def check_choice(name: str, value: object, known: Collection[str]) -> None:
+    """Raise unless the value is one of the known names."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..ops.api import lightning_attention, lightning_attention_prefill, lightning_attention_step
 from ..ops.problem import state_dtype
 from .gates import gated_norm_linear
-from .norms import SimpleRMSNorm
+from .norms import make_norm
 from .sizes import check_size
 
 if TYPE_CHECKING:
@@ -38,9 +38,12 @@ class TokenMixer(nn.Module):
         hidden_size: width W of input and output, a multiple of `num_heads`.
         num_heads: number of heads H, of D = W / H channels each.
         eps: added to the mean square in the norm.
+        norm: name of the norm of the output, over all heads together, see `make_norm`.
+        gate: whether the normalised output is multiplied by u.
 
     Raises:
-        ValueError: `hidden_size` is not a multiple of `num_heads`; a size is less than 1; or eps is negative.
+        ValueError: `hidden_size` is not a multiple of `num_heads`; a size is less than 1; eps is negative; or the norm
+            is unknown.
         TypeError: a size is not an integer.
 
     Example:
@@ -50,23 +53,24 @@ class TokenMixer(nn.Module):
         ...     state_shape = (4, 16, 16)
         ...
         ...     def project(self, x, positions):
-        ...         q, k, v, u = self.qkvu_proj(x).chunk(4, dim=-1)
+        ...         q, k, v, u = self.split_parts(self.qkvu_proj(x))
         ...         return *self.split_heads(q, k, v), u
         >>> y, _ = Plain(64, 4, eps=1e-6)(torch.randn(2, 10, 64), torch.arange(10)[None])
         >>> y.shape
         torch.Size([2, 10, 64])
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, eps: float):
+    def __init__(self, hidden_size: int, num_heads: int, eps: float, *, norm: str = "simple_rms", gate: bool = True):
         super().__init__()
         check_size("hidden_size", hidden_size)
         check_size("num_heads", num_heads)
         if hidden_size % num_heads:
             raise ValueError(f"hidden_size must be a multiple of num_heads = {num_heads}, got {hidden_size}")
         self.num_heads, self.head_dim = num_heads, hidden_size // num_heads
-        self.qkvu_proj = nn.Linear(hidden_size, 4 * hidden_size, bias=False)
+        self.gate = gate
+        self.qkvu_proj = nn.Linear(hidden_size, (4 if gate else 3) * hidden_size, bias=False)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.norm = SimpleRMSNorm(eps)
+        self.norm = make_norm(norm, hidden_size, eps)
         self.sequence_parallel: SequenceParallel | None = None
 
     @property
@@ -102,11 +106,18 @@ class TokenMixer(nn.Module):
         """
         q, k, v, u = self.project(x, positions)
         o, state = self.attend(q, k, v, cu_seqlens, state, slots)
-        return gated_norm_linear(o.flatten(-2).to(u.dtype), u, self.norm, self.out_proj), state
+        o = o.flatten(-2).to(x.dtype if u is None else u.dtype)
+        y = self.out_proj(self.norm(o)) if u is None else gated_norm_linear(o, u, self.norm, self.out_proj)
+        return y, state
 
-    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return q and k `[B, T, H, K]`, v `[B, T, H, D]` and u `[B, T, W]`."""
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return q and k `[B, T, H, K]`, v `[B, T, H, D]` and u `[B, T, W]`, which is None without a gate."""
         raise NotImplementedError
+
+    def split_parts(self, qkvu: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k, v and u `[..., W]` of what `qkvu_proj` returns."""
+        q, k, v, *u = qkvu.split(self.num_heads * self.head_dim, dim=-1)
+        return q, k, v, u[0] if u else None
 
     def split_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(x.unflatten(-1, (self.num_heads, self.head_dim)) for x in tensors)
