@@ -314,7 +314,8 @@ def add_interval_states(b_S, states, block, segment, sequence, log_decay):
     num_cut = segment.B * segment.H - segment.num_whole
     i_c = segment.i_b * segment.H + segment.i_h - segment.num_whole
     for j in range(gl.maximum(sequence.start, segment.first - reach) // length, segment.first // length):
-        p_S = block.at(states.interval, j.to(gl.int64) * num_cut + i_c)
+        i = j.to(gl.int64) * num_cut + i_c  # pyright: ignore[reportAttributeAccessIssue]
+        p_S = block.at(states.interval, i)
         b_S = b_S * decay_over(log_decay, length) + gl.load(p_S)
     return b_S
 
