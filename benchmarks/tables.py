@@ -46,6 +46,8 @@ A cell with two numbers is forward / backward.
 ```console
 $ python -m benchmarks op       # the operator, forward and backward
 $ python -m benchmarks decode   # decoding: the operator, a model, the engine
+$ python -m benchmarks speed    # training steps of whole sequences
+$ python -m benchmarks parallel # training steps of several processes
 $ python -m benchmarks train    # a training step on one long sequence
 $ python benchmarks/tables.py   # writes this page
 ```
@@ -194,6 +196,49 @@ def few_heads(results: list[Record]) -> str:
     return table(header, rows)
 
 
+def many_heads(results: list[Record]) -> str:
+    """Times of a head over those where heads fill the GPU once."""
+    note = "Time of a token and head over that of the first number of heads at this length, with one segment.\n\n"
+    passes = [f"{direction}_milliseconds" for direction in ("forward", "backward")]
+    first: dict[tuple[int, int], Record] = {}
+    rows = []
+    for x in results:
+        alone = first.setdefault((x["length"], x["head_dim"]), x)
+        share = alone["num_heads"] / x["num_heads"]
+        cells = [
+            " / ".join(number(share * x[key][name] / alone[key]["1"]) for key in passes)
+            for name in ("chosen", "1", "portable")
+        ]
+        rows.append([shape_of(x), *cells])
+    return note + table(["B, T, H, D", "as chosen", "one segment", "portable kernels"], rows)
+
+
+def steps(results: list[Record]) -> str:
+    """Speed and memory of training steps of whole sequences."""
+    others = measured_implementations(results)
+    rows = []
+    for found in group(results, lambda x: (x["size"], x["length"])).values():
+        ours = found[OURS]
+        row = [ours["size"], tokens(ours["length"]), f"{ours['batch_size'] * ours['length']:,}"]
+        row += [number(ours["tokens_per_second"]), number(100 * ours["peak_share"]) if ours["peak_share"] else ""]
+        row += [number(ours["peak_bytes"] / 2**30) if ours["peak_bytes"] else ""]
+        rows.append([*row, *(number(found[name].get("times_ours")) if name in found else "" for name in others)])
+    columns = ["size", "sequence length", "tokens of a step", "tokens/s", "of the peak, %", "memory, GiB", *others]
+    compiled = "compiled" if results[0]["compiled"] else "eager"
+    note = f"Forward, backward and AdamW, layers {compiled}. Memory has weights, gradients and moments. "
+    return note + "The peak counts 6 operations a parameter and token.\n\n" + table(columns, rows)
+
+
+def parallel_steps(results: list[Record]) -> str:
+    """Speed of a process beside that of one process alone."""
+    header = ["", "size", "processes", "tokens of a process", "sequence length", "tokens/s of a process", "of one, %"]
+    rows = []
+    for x in results:
+        sizes = x["kind"], x["size"], str(x["processes"]), f"{x['tokens_of_a_process']:,}", tokens(x["length"])
+        rows.append([*sizes, number(x["tokens_per_second"]), number(100 * x["of_one_process"])])
+    return table(header, rows)
+
+
 def model_step(results: Record) -> str:
     """Speed of forward and backward of a model, by attention kernels."""
     header = ["attention kernels", "tokens/s", "attention, % of the time of all kernels"]
@@ -220,10 +265,13 @@ SECTIONS: list[tuple[str, str, str, Callable[[Any], str]]] = [
     ("The operator", "table", "scan", operator),
     ("The operator against the sequence length", "sweep", "scan", operator),
     ("Few heads", "segments", "scan", few_heads),
+    ("Many heads", "heads", "scan", many_heads),
     ("Decoding: the operator", "kernel", "step", decoding_operator),
     ("Decoding: a model", "model", "step", decoding_model),
     ("Decoding: the engine", "engine", "scan", engine),
     ("Training on one long sequence", "train", "scan", training),
+    ("Training steps", "speed", "scan", steps),
+    ("Training steps of several processes", "parallel", "scan", parallel_steps),
     ("Forward and backward of a model", "step", "scan", model_step),
     ("Nsight Compute", "counters", "scan", counters),
 ]
