@@ -249,7 +249,7 @@ def speed(
     ] = None,
     attention: Annotated[
         list[str] | None,
-        Option(help="Another linear attention in our model: elu, cosformer, rfa or performer; repeat for more."),
+        Option(help="Another attention in our model: lightning-1, elu, cosformer, rfa or performer; repeat for more."),
     ] = None,
     fp8: Annotated[bool, Option("--fp8", help="Also our model with products in float8, by torchao.")] = False,
     steps: Annotated[int, Option(help="Steps to measure.")] = 5,

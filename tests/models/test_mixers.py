@@ -218,7 +218,7 @@ def test_contexts_beyond_the_positions_are_refused(name):
 
 
 REFUSED = [
-    ({"linear_attention": "linformer"}, "linear_attention must be one of lightning, elu, cosformer, rfa, performer"),
+    ({"linear_attention": "linformer"}, "linear_attention must be one of lightning, lightning-1, elu, cosformer,"),
     (
         {"linear_attention": "elu", "positions": "mix"},
         "positions must be one of learned, none, got 'mix' for elu",

@@ -28,7 +28,7 @@ TENSORS = {"q", "k", "v", "o", "do", "dk", "dv", "logits"}
 TENSORS |= {"qkvu", "dq", "du", "dqkvu", "vu", "dvu", "x", "u", "y", "dx", "dy"}
 STATES = {"initial_state", "interval_states", "final_state", "states", "factors", "log_decay", "state"}
 STATES |= {"d_initial_state", "d_final_state", "losses"}
-INTEGERS = {"cu_seqlens", "state_indices", "state_positions", "parents", "last"}
+INTEGERS = {"starts", "cu_seqlens", "state_indices", "state_positions", "parents", "last"}
 LONG_INTEGERS = {"labels"}
 FLOATS = {"scale", "eps"}
 

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from lightning_attention.ops.gpu import accumulate  # noqa: E402
-from lightning_attention.ops.triton import decoding, gates, kernels, softmax_gradient  # noqa: E402
+from lightning_attention.ops.triton import decoding, gates, kernels, quadratic, softmax_gradient  # noqa: E402
 
 pytestmark = [
     pytest.mark.kernels,
@@ -103,6 +103,16 @@ def test_reading_a_state_compiles_and_fits(arch, dtype):
         constants = {"K": head_dim, "V": head_dim, "REVERSE": False, "ADD": True, "PRECISION": "ieee"}
         compiled = compile_kernel(kernels.read_kernel, arch, dtype, tiles, **constants)
         check(compiled, arch, head_dim, products=True)
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_quadratic_attention_compiles_and_fits(arch, dtype):
+    for K, V in ((64, 64), (128, 128), (256, 128), (96, 256), (256, 256)):
+        constants = quadratic.tiles(DTYPES[dtype].itemsize, K, V) | {"K": K, "V": V, "REVERSE": True}
+        constants |= {"BK": triton.next_power_of_2(K), "BV": triton.next_power_of_2(V)}
+        compiled = compile_kernel(quadratic.left_product_kernel, arch, dtype, None, **constants)
+        check(compiled, arch, max(K, V), products=dtype == "bf16")
 
 
 @pytest.mark.parametrize("arch", [86, 90], ids="sm_{}".format)

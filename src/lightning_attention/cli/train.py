@@ -55,7 +55,10 @@ def train(
     config: Annotated[Path | None, MODEL(help="JSON file of a model configuration, instead of a size.")] = None,
     attention: Annotated[
         str | None,
-        MODEL(help="lightning, elu, cosformer, rfa or performer. By default that of the configuration: lightning."),
+        MODEL(
+            help="lightning, lightning-1, elu, cosformer, rfa or performer. By default that of the configuration: "
+            "lightning."
+        ),
     ] = None,
     decay_preset: Annotated[
         str | None, MODEL(help="Name of the decays. By default the preset of the configuration.")

@@ -58,8 +58,9 @@ class LightningConfig(PreTrainedConfig):
         intermediate_size: width of the GLU.
         num_hidden_layers: number of layers L.
         num_attention_heads: number of heads H.
-        linear_attention: "lightning", or an attention of a feature map with a denominator, without decay: "elu",
-            "cosformer", "rfa" or "performer", see `nn.feature_maps`; or one of your own, see `register_attention`.
+        linear_attention: "lightning"; "lightning-1", the same in quadratic time; an attention of a feature map with a
+            denominator, without decay: "elu", "cosformer", "rfa" or "performer", see `nn.feature_maps`; or one of your
+            own, see `register_attention`.
         positions: for lightning attention "mix", LRPE-d in the first layer and decay alone in the others; "lrpe-d",
             LRPE-d in every layer; or "decay", decay alone in every layer. For others "learned", embeddings added to
             those of tokens, or "none", which is the only choice for cosFormer, whose features hold positions. None is
@@ -172,9 +173,9 @@ class LightningConfig(PreTrainedConfig):
         if self.positions not in attention.positions:
             known = ", ".join(attention.positions)
             raise ValueError(f"positions must be one of {known}, got {self.positions!r} for {name} attention")
-        if name != "lightning" and (self.log_decay is not None or self.decay_preset != type(self).decay_preset):
+        if not attention.has_decay and (self.log_decay is not None or self.decay_preset != type(self).decay_preset):
             raise ValueError(f"log_decay and decay_preset go with lightning attention, {name} has no decay")
-        if name != "lightning" and self.qk_activation != type(self).qk_activation:
+        if not attention.has_decay and self.qk_activation != type(self).qk_activation:
             raise ValueError(f"qk_activation goes with lightning attention, {name} has features in its place")
         if (attention.has_limit or self.positions == "learned") and self.max_position_embeddings is None:
             raise ValueError(

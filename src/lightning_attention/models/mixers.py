@@ -11,6 +11,7 @@ from ..nn import (
     GatedLightningAttention,
     NormalizedLinearAttention,
     PositiveRandomFeatures,
+    QuadraticLightningAttention,
     RandomFourierFeatures,
     TokenMixer,
 )
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 MakeMixer = Callable[["LightningConfig", int], TokenMixer]
 # Positions that any attention may have: none, or learned embeddings added to those of tokens.
 COMMON_POSITIONS = ("learned", "none")
+# Positions of lightning attention: decay, and LRPE-d in the first layer, in all or in none.
+DECAY_POSITIONS = ("mix", "lrpe-d", "decay")
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,16 @@ class LinearAttention:
         positions: values of `LightningConfig.positions` that it takes; the first is the default.
         has_limit: whether positions must be below `max_position_embeddings`, also if none are learned.
         has_random_features: whether it reads `num_features` and `feature_seed`.
+        has_decay: whether it reads decays and `qk_activation`.
+        is_linear: whether it is computed from states, which training segments and ranks pass on.
     """
 
     make: MakeMixer
     positions: tuple[str, ...] = COMMON_POSITIONS
     has_limit: bool = False
     has_random_features: bool = False
+    has_decay: bool = False
+    is_linear: bool = True
 
 
 def register_attention(name: str, attention: LinearAttention) -> None:
@@ -68,19 +75,34 @@ def register_attention(name: str, attention: LinearAttention) -> None:
     ATTENTIONS[name] = attention
 
 
+def check_is_linear(name: str, purpose: str) -> None:
+    """Check that an attention is computed from states.
+
+    Raises:
+        ValueError: it is not; the error says for what that is needed.
+    """
+    if not ATTENTIONS[name].is_linear:
+        raise ValueError(f"{purpose} pass on states, which {name} attention does not compute: train it without")
+
+
 def _head_dim(config: "LightningConfig") -> int:
     return config.hidden_size // config.num_attention_heads
 
 
-def _lightning(config: "LightningConfig", layer_idx: int) -> TokenMixer:
-    return GatedLightningAttention(
-        config.hidden_size,
-        config.num_attention_heads,
-        config.layer_log_decay(layer_idx),
-        lrpe=config.layer_has_lrpe(layer_idx),
-        activation=config.qk_activation,
-        **_common(config),
-    )
+def _lightning(kind: type[GatedLightningAttention]) -> MakeMixer:
+    """Function that makes the mixers of a kind of lightning attention."""
+
+    def make(config: "LightningConfig", layer_idx: int) -> TokenMixer:
+        return kind(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.layer_log_decay(layer_idx),
+            lrpe=config.layer_has_lrpe(layer_idx),
+            activation=config.qk_activation,
+            **_common(config),
+        )
+
+    return make
 
 
 def _common(config: "LightningConfig") -> dict[str, Any]:
@@ -102,7 +124,10 @@ def _rfa(config: "LightningConfig", seed: int) -> FeatureMap:
 
 
 ATTENTIONS = {
-    "lightning": LinearAttention(_lightning, ("mix", "lrpe-d", "decay")),
+    "lightning": LinearAttention(_lightning(GatedLightningAttention), DECAY_POSITIONS, has_decay=True),
+    "lightning-1": LinearAttention(
+        _lightning(QuadraticLightningAttention), DECAY_POSITIONS, has_decay=True, is_linear=False
+    ),
     "elu": LinearAttention(_normalized(lambda config, _: EluFeatures(_head_dim(config)))),
     "cosformer": LinearAttention(
         _normalized(lambda config, _: CosFormerFeatures(_head_dim(config), config.max_position_embeddings or 0)),

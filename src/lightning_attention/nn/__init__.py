@@ -1,6 +1,6 @@
 """Layers with linear attention, in plain PyTorch, and the loss of a language model's head."""
 
-from .attention import GatedLightningAttention
+from .attention import GatedLightningAttention, QuadraticLightningAttention
 from .cross_entropy import linear_cross_entropy
 from .feature_maps import CosFormerFeatures, EluFeatures, FeatureMap, PositiveRandomFeatures, RandomFourierFeatures
 from .glu import SimpleGLU
@@ -18,6 +18,7 @@ __all__ = [
     "LearnedPositions",
     "NormalizedLinearAttention",
     "PositiveRandomFeatures",
+    "QuadraticLightningAttention",
     "RandomFourierFeatures",
     "SimpleGLU",
     "SimpleRMSNorm",

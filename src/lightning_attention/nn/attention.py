@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from ..ops.problem import check_log_decay, check_tensors
+from ..ops.quadratic import quadratic_attention
 from .activations import ACTIVATIONS
 from .float32 import Float32Module
 from .gates import activated_parts
 from .positions import LRPE
 from .sizes import check_choice
-from .token_mixer import TokenMixer
+from .token_mixer import Slots, TokenMixer
 
 
 class Decay(Float32Module):
@@ -125,3 +126,32 @@ class GatedLightningAttention(TokenMixer):
         if self.lrpe is not None:
             q, k = self.lrpe(q, positions), self.lrpe(k, positions)
         return q, k, v, u
+
+
+class QuadraticLightningAttention(GatedLightningAttention):
+    """`GatedLightningAttention` by Lightning Attention-1: products of all pairs of tokens, in quadratic time.
+
+    It computes the same, and takes the same arguments. From a state, as in decoding, it goes on in linear time.
+
+    Raises:
+        ValueError: tokens are shared by ranks, which exchange states; and as `GatedLightningAttention`.
+
+    Source: TransNormerLLM (arXiv 2307.14995), section 3.3.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attention import decay, nn
+        >>> layer = nn.QuadraticLightningAttention(64, 4, decay.log_decay(4, preset="alibi"))
+        >>> y, _ = layer(torch.randn(2, 10, 64), torch.arange(10)[None])
+        >>> y.shape
+        torch.Size([2, 10, 64])
+    """
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None, slots: Slots | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.sequence_parallel is not None:
+            raise ValueError("lightning-1 has no states to exchange: sequence parallelism needs another attention")
+        if state is not None:
+            return super().attend(q, k, v, cu_seqlens, state, slots)
+        return quadratic_attention(q, k, v, self.log_decay, cu_seqlens=cu_seqlens), None

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..distributed.parallel import SequenceParallel
 from ..models import LightningForCausalLM
 from ..models.heads import IGNORED
+from ..models.mixers import check_is_linear
 from ..ops.problem import state_dtype
 
 
@@ -61,7 +62,7 @@ def segmented_loss(
 
     Raises:
         TypeError: the model is not a `LightningForCausalLM`, or is within DataParallel.
-        ValueError: a shape or a length is out of range.
+        ValueError: a shape or a length is out of range, or the model's attention is not computed from states.
 
     Example:
         >>> import torch
@@ -80,6 +81,7 @@ def segmented_loss(
             "segments need a model whose tokens depend on each other through states alone: a LightningForCausalLM, "
             f"got {type(body).__name__}"
         )
+    check_is_linear(body.config.linear_attention, "training segments")
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids must be [B, T] with T at least 1, got shape {tuple(input_ids.shape)}")
     for name, tensor in (("labels", labels), ("position_ids", position_ids)):

@@ -1,0 +1,105 @@
+"""Lightning Attention-1: the products of all pairs of tokens, in tiles, without a state; time grows quadratically.
+
+It computes what the operator computes, in the memory of its inputs and outputs, as FlashAttention does with softmax.
+Every gradient is the same sum of other inputs. Source: TransNormerLLM (arXiv 2307.14995), section 3.3.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import triton
+from .custom_ops import autocast, register
+
+# Queries of a block, where PyTorch computes; it also computes heads that the kernel has no tiles for.
+BLOCK = 256
+MAX_HEAD_DIM_ON_GPU = 256
+
+
+def quadratic_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """`o_i = Σ_{j <= i} λ^(i-j) (q_i · k_j) v_j`, differentiable once in q, k and v.
+
+    Args:
+        q, k: `[B, T, H, K]`.
+        v: `[B, T, H, V]`.
+        log_decay: `[H]` float32, natural logarithm of the decay λ per token, <= 0; None is no decay.
+        cu_seqlens: `[N + 1]` bounds of sequences packed into one batch row (B = 1).
+
+    Returns:
+        `[B, T, H, V]`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attention import lightning_attention
+        >>> from lightning_attention.ops.quadratic import quadratic_attention
+        >>> q, k, v = torch.randn(3, 1, 100, 2, 16, dtype=torch.float64)
+        >>> torch.allclose(quadratic_attention(q, k, v), lightning_attention(q, k, v).output)
+        True
+    """
+    return _QuadraticAttention.apply(*autocast(q, k, v), log_decay, cu_seqlens)
+
+
+class _QuadraticAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, log_decay, cu_seqlens):
+        ctx.save_for_backward(q, k, v, log_decay, cu_seqlens)
+        return left_product(q, k, v, log_decay, cu_seqlens, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        q, k, v, *rest = ctx.saved_tensors
+        dq = left_product(do, v, k, *rest, False) if ctx.needs_input_grad[0] else None
+        dk = left_product(v, do, q, *rest, True) if ctx.needs_input_grad[1] else None
+        dv = left_product(k, q, do, *rest, True) if ctx.needs_input_grad[2] else None
+        return dq, dk, dv, None, None
+
+
+@register(
+    "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? cu_seqlens, bool reverse) -> Tensor",
+    lambda q, k, v, *_: torch.empty_like(v, memory_format=torch.contiguous_format),
+)
+def left_product(q, k, v, log_decay, cu_seqlens, reverse):
+    """`Σ_j λ^|i-j| (q_i · k_j) v_j` over j <= i of the sequence of i; in reverse over j >= i."""
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    starts = None if cu_seqlens is None else _starts(cu_seqlens, q.shape[1], reverse).to(q.device)
+    is_small = max(q.shape[3], v.shape[3]) <= MAX_HEAD_DIM_ON_GPU
+    if is_small and q.dtype != torch.float64 and not triton.reasons_of_device(q.device):
+        from .triton import quadratic
+
+        return quadratic.left_product(q, k, v, log_decay, starts, reverse)
+    if reverse:
+        q, k, v = (x.flip(1) for x in (q, k, v))
+    o = _left_product_in_blocks(q, k, v, log_decay, starts)
+    return o.flip(1) if reverse else o
+
+
+def _starts(cu_seqlens: Tensor, length: int, reverse: bool) -> Tensor:
+    """`[T]` int32, first token of the sequence of every token; in reverse tokens count from the last."""
+    token = torch.arange(length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens, token, right=True)
+    starts = (length - cu_seqlens[sequence]).flip(0) if reverse else cu_seqlens[sequence - 1]
+    return starts.int()
+
+
+def _left_product_in_blocks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, starts: Tensor | None) -> Tensor:
+    """The sum over j <= i, for a block of queries at a time, in float32 at least."""
+    o, dtype = torch.empty_like(v), torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (x.to(dtype).transpose(1, 2) for x in (q, k, v))  # [B, H, T, ...]
+    for lo in range(0, q.shape[2], BLOCK):
+        hi = min(lo + BLOCK, q.shape[2])
+        first = 0 if starts is None else int(starts[lo])
+        i, j = (torch.arange(*bounds, device=q.device) for bounds in ((lo, hi), (first, hi)))
+        distance = i[:, None] - j
+        is_pair = distance >= 0
+        if starts is not None:
+            is_pair &= j >= starts[lo:hi, None]
+        scores = q[:, :, lo:hi] @ k[:, :, first:hi].mT
+        if log_decay is not None:
+            exponents = log_decay.to(dtype).clamp_min(-1e30)[:, None, None] * distance.clamp_min(0)
+            scores = scores * exponents.exp()
+        scores = scores.masked_fill(~is_pair, 0)
+        o[:, lo:hi] = (scores @ v[:, :, first:hi]).transpose(1, 2)
+    return o

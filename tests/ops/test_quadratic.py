@@ -1,0 +1,70 @@
+"""Quadratic attention computes the operator: in PyTorch, and by its kernel on a GPU or interpreted."""
+
+import pytest
+import torch
+from oracle import Case, device_of, make_inputs
+
+from lightning_attention import lightning_attention
+from lightning_attention.ops import quadratic
+from lightning_attention.ops.quadratic import quadratic_attention
+
+CASES = [
+    Case(B=2, T=150, H=3, K=20, V=20),
+    Case(B=1, T=131, H=2, K=32, V=16, slope=50.0),
+    Case(B=1, T=70, H=2, K=16, V=40, slope=None),
+    Case(lengths=(0, 1, 129, 0, 64, 3, 200), H=2, K=16, V=24, slope=0.01),
+    Case(lengths=(300,), H=1, K=24, V=24, slope=0.1),
+    Case(B=1, T=0, H=2, K=16, V=16),
+]
+WITH_KERNEL = pytest.param("triton", marks=pytest.mark.triton)
+
+
+def results(attention, x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Output and gradients."""
+    leaves = [x[name].clone().requires_grad_() for name in ("q", "k", "v")]
+    o = attention(*leaves, x["log_decay"], cu_seqlens=x["cu_seqlens"])
+    return dict(zip(("o", "dq", "dk", "dv"), (o, *torch.autograd.grad(o, leaves, x["do"])), strict=True))
+
+
+def exact(q, k, v, log_decay, cu_seqlens):
+    return lightning_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens, backend="reference").output
+
+
+def on(device: str, dtype: torch.dtype, case: Case) -> tuple[dict, dict]:
+    """Inputs on a device, and in float64 on the CPU."""
+    inputs = make_inputs(case, dtype)
+    names = "q", "k", "v", "do", "log_decay", "cu_seqlens"
+    x = {name: getattr(inputs, name) for name in names}
+    wide = {n: y.cpu().double() if y is not None and n in names[:4] else y for n, y in x.items()}
+    return {name: None if y is None else y.to(device) for name, y in x.items()}, wide
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_pytorch_equals_the_reference(monkeypatch, case):
+    monkeypatch.setattr(quadratic, "BLOCK", 64)
+    x, wide = on("cpu", torch.float64, case)
+    expected = results(exact, wide)
+    for name, found in results(quadratic_attention, x).items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernel_equals_the_reference(case, dtype):
+    x, wide = on(device_of("triton"), dtype, case)
+    expected = results(exact, wide)
+    for name, found in results(quadratic_attention, x).items():
+        assert found.dtype == dtype
+        norm = expected[name].norm()
+        assert (found.cpu().double() - expected[name]).norm() <= 6 * torch.finfo(dtype).eps * norm, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("K", [128, 256])
+def test_large_tiles_run_on_a_gpu(K):
+    """Of LRPE-d, K is twice V."""
+    x, wide = on("cuda", torch.bfloat16, Case(lengths=(700, 1300), H=2, K=K, V=128, slope=0.01))
+    expected = results(exact, wide)
+    for name, found in results(quadratic_attention, x).items():
+        assert (found.cpu().double() - expected[name]).norm() <= 2e-2 * expected[name].norm(), name
