@@ -287,6 +287,63 @@ def speed(
     _run("speed", [measured], None, torch_device, torch_dtype, output)
 
 
+@app.command("mixers", cls=Command)
+def mixers(
+    output: Output = OUTPUT,
+    attention: Annotated[
+        list[str] | None, Option(help="Attention to measure; repeat for more. By default every one.")
+    ] = None,
+    size: Size = None,
+    length: Annotated[
+        list[int] | None,
+        Option(
+            help="Tokens of a sequence and of a context; repeat for more. By default 1024, 8192 and 65536 on a GPU, "
+            "256 and 1024 on a CPU."
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, Option(help="Tokens of a training step, at least one sequence. By default as many as fit.")
+    ] = None,
+    trained_size: Annotated[
+        str | None, Option(help="Size of the model that is trained. By default 45M on a GPU, demo on a CPU.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        Option(help="Steps to train, of 8192 bytes; 0 for none. By default 1000 on a GPU, 50 on a CPU."),
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    compile: Annotated[
+        bool | None, Option("--compile/--no-compile", help="Compile the layers. By default on a GPU.")
+    ] = None,
+    seconds: Annotated[float | None, Option(help="Approximate time to decode. By default 0.2 on a GPU, 0.5.")] = None,
+) -> None:
+    """Every attention in the same model: training, decoding, and the loss after the same text."""
+    from lightning_attention.models.mixers import ATTENTIONS
+
+    from .mixers import MixerCase, benchmark, plot_mixers
+    from .run import Plot
+    from .speed import default_tokens
+
+    torch_device = _device(device)
+    torch_dtype = _dtype(dtype, torch_device)
+    on_gpu = torch_device.type == "cuda"
+    names = list(dict.fromkeys(attention or ATTENTIONS))
+    if unknown := [name for name in names if name not in ATTENTIONS]:
+        raise ValueError(f"--attention must be one of {', '.join(ATTENTIONS)}, got {unknown[0]!r}")
+    size, trained = _size(size, torch_device), _size(trained_size or ("45M" if on_gpu else "demo"), torch_device)
+    lengths = sorted(set(length or ((1024, 8192, 65536) if on_gpu else (256, 1024))))
+    steps, seconds = _or_default(steps, 1000 if on_gpu else 50), _or_default(seconds, 0.2 if on_gpu else 0.5)
+    check_at_least(2, length=lengths)
+    check_at_least(1, tokens=tokens)
+    check_at_least(0, steps=steps, seconds=seconds)
+    of_step = tokens or default_tokens(size)
+    cases = [MixerCase(name, size, tuple(lengths), of_step, trained, steps) for name in names]
+    compiled = on_gpu if compile is None else compile
+    measured = benchmark(cases, torch_device, torch_dtype, compiled=compiled, seconds=seconds)
+    _run("mixers", [measured], Plot("mixers", plot_mixers), torch_device, torch_dtype, output)
+
+
 @app.command("parallel", cls=Command)
 def parallel(
     output: Annotated[Path, Option(help="Folder for parallel.json.")] = OUTPUT,

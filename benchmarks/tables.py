@@ -26,6 +26,7 @@ CHANGED = {"scan": "2026-11-26T03:43", "step": "2026-11-24T11:53", "chunked": "2
 
 # Runs with a plot next to their file, and its description.
 PLOTS = {
+    "mixers": "Tokens per second of a training step against the sequence length, and loss on held-out text",
     "sweep": "Time and memory against the sequence length",
     "model": "Time per token and size of state or KV cache against the context length",
     "train": "Tokens per second and memory of a step against the sequence length",
@@ -47,6 +48,7 @@ A cell with two numbers is forward / backward.
 $ python -m benchmarks op       # the operator, forward and backward
 $ python -m benchmarks decode   # decoding: the operator, a model, the engine
 $ python -m benchmarks speed    # training steps of whole sequences
+$ python -m benchmarks mixers   # every attention in the same model
 $ python -m benchmarks parallel # training steps of several processes
 $ python -m benchmarks train    # a training step on one long sequence
 $ python benchmarks/tables.py   # writes this page
@@ -229,6 +231,24 @@ def steps(results: list[Record]) -> str:
     return note + "The peak counts 6 operations a parameter and token.\n\n" + table(columns, rows)
 
 
+def mixers(results: list[Record]) -> str:
+    """Training, decoding and loss of every attention in the same model."""
+    lengths = [int(length) for length in next(x["training"] for x in results if "training" in x)]
+    header = ["attention", *(f"{tokens(n)}, tokens/s" for n in lengths), *(f"{tokens(n)}, ms a token" for n in lengths)]
+    rows = []
+    for x in results:
+        if "training" in x:
+            cells = [number(x["training"][str(n)].get("tokens_per_second")) for n in lengths]
+            cells += [number(x["decoding"][str(n)].get("milliseconds")) for n in lengths]
+            state = x["decoding"][str(lengths[-1])].get("state_bytes")
+            rows.append([x["attention"], *cells, number(state and state / 2**20), number(x.get("held_out_loss"))])
+    learned = next((x for x in results if "held_out_loss" in x), None)
+    note = f"Training steps and decoding of size {results[0]['size']}, one sequence decoded after a context."
+    if learned:
+        note += f" Loss on held-out bytes of size {learned['trained_size']} after {learned['trained_tokens']:,} bytes."
+    return note + "\n\n" + table([*header, "state, MiB", "loss, nats a byte"], rows)
+
+
 def parallel_steps(results: list[Record]) -> str:
     """Speed of a process beside that of one process alone."""
     header = ["", "size", "processes", "tokens of a process", "sequence length", "tokens/s of a process", "of one, %"]
@@ -271,6 +291,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[Any], str]]] = [
     ("Decoding: the engine", "engine", "scan", engine),
     ("Training on one long sequence", "train", "scan", training),
     ("Training steps", "speed", "scan", steps),
+    ("Attentions in the same model", "mixers", "scan", mixers),
     ("Training steps of several processes", "parallel", "scan", parallel_steps),
     ("Forward and backward of a model", "step", "scan", model_step),
     ("Nsight Compute", "counters", "scan", counters),
