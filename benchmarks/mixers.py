@@ -181,7 +181,7 @@ def table(lengths: Sequence[int]) -> Table:
         return None if found is None else found * scale
 
     def columns(group: str, key: str, scale: float = 1.0) -> list[Column]:
-        return [Column(str(n), 10, partial(entry, group, n, key, scale), ".4g") for n in lengths]
+        return [Column(str(n), 12, partial(entry, group, n, key, scale), ".4g") for n in lengths]
 
     return Table(
         {
