@@ -16,7 +16,6 @@ CASES = [
     Case(lengths=(300,), H=1, K=24, V=24, slope=0.1),
     Case(B=1, T=0, H=2, K=16, V=16),
 ]
-WITH_KERNEL = pytest.param("triton", marks=pytest.mark.triton)
 
 
 def results(attention, x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -60,10 +59,17 @@ def test_the_kernel_equals_the_reference(case, dtype):
         assert (found.cpu().double() - expected[name]).norm() <= 6 * torch.finfo(dtype).eps * norm, name
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("triton", marks=pytest.mark.triton)])
+def test_scores_may_exceed_the_range_of_float16(device):
+    q = torch.full((1, 1, 1, 16), 64.0, dtype=torch.float16, device=device_of(device) if device == "triton" else device)
+    o = quadratic_attention(q, q, torch.full_like(q, 0.001))
+    torch.testing.assert_close(o, torch.full_like(q, 65.5), rtol=2e-3, atol=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("K", [128, 256])
 def test_large_tiles_run_on_a_gpu(K):
-    """Of LRPE-d, K is twice V."""
+    """With LRPE-d K is twice V."""
     x, wide = on("cuda", torch.bfloat16, Case(lengths=(700, 1300), H=2, K=K, V=128, slope=0.01))
     expected = results(exact, wide)
     for name, found in results(quadratic_attention, x).items():

@@ -21,6 +21,9 @@ def quadratic_attention(
 ) -> Tensor:
     """`o_i = Σ_{j <= i} λ^(i-j) (q_i · k_j) v_j`, differentiable once in q, k and v.
 
+    float16 is computed in float32, since scores may exceed its range. A value that is not finite also reaches other
+    tokens of its tile, earlier ones and those of other sequences.
+
     Args:
         q, k: `[B, T, H, K]`.
         v: `[B, T, H, V]`.
@@ -63,6 +66,8 @@ class _QuadraticAttention(torch.autograd.Function):
 )
 def left_product(q, k, v, log_decay, cu_seqlens, reverse):
     """`Σ_j λ^|i-j| (q_i · k_j) v_j` over j <= i of the sequence of i; in reverse over j >= i."""
+    if q.dtype == torch.float16:
+        return left_product(q.float(), k.float(), v.float(), log_decay, cu_seqlens, reverse).half()
     q, k, v = (x.contiguous() for x in (q, k, v))
     starts = None if cu_seqlens is None else _starts(cu_seqlens, q.shape[1], reverse).to(q.device)
     is_small = max(q.shape[3], v.shape[3]) <= MAX_HEAD_DIM_ON_GPU
