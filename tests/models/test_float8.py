@@ -106,10 +106,22 @@ def test_layers_of_other_sizes_stay_as_they_are():
     assert type(layer.attention.out_proj) is not torch.nn.Linear
 
 
+def test_quantised_layers_stay_as_they_are():
+    class Quantised(torch.nn.Linear):
+        pass
+
+    model = make()
+    mlp: Any = model.model.layers[0].mlp
+    mlp.out_proj = Quantised(96, 64, bias=False)
+    use_float8(model)
+    assert type(mlp.out_proj) is Quantised
+    assert type(mlp.vu_proj) is not torch.nn.Linear
+
+
 def test_bad_models_are_refused():
     with pytest.raises(TypeError, match="takes a model with lightning attention layers, got SimpleGLU"):
         use_float8(nn.SimpleGLU(16, 16))
-    with pytest.raises(ValueError, match="no linear layer has sizes that are multiples of 16"):
+    with pytest.raises(ValueError, match="no plain linear layer has sizes that are multiples of 16"):
         use_float8(LightningForCausalLM(config(hidden_size=24, intermediate_size=40)))
 
 

@@ -16,8 +16,8 @@ MULTIPLE = 16  # sizes that are multiplied in float8
 def use_float8(model: nn.Module) -> None:
     """Compute products with the weights of all decoder layers in float8, in place, for training in bfloat16 autocast.
 
-    Every linear layer whose sizes are multiples of 16 becomes torchao's, with its weight and its name: save, load and
-    generate as before. Each row of the inputs, of the weights and of the gradients of the outputs is rounded to e4m3,
+    Every plain linear layer whose sizes are multiples of 16 becomes torchao's, with its weight and its name: save, load
+    and generate as before. Each row of the inputs, of the weights and of the gradients of the outputs is rounded to e4m3,
     3 bits of mantissa, with a scale of its own. Gradients of the weights, embedding, head and attention are computed
     as before.
 
@@ -30,7 +30,7 @@ def use_float8(model: nn.Module) -> None:
     Raises:
         ImportError: torchao is not installed.
         TypeError: the model has no decoder layer of this library.
-        ValueError: no linear layer has sizes that are multiples of 16.
+        ValueError: no plain linear layer has sizes that are multiples of 16.
 
     Source: FP8 Formats for Deep Learning (arXiv 2209.05433).
 
@@ -45,7 +45,7 @@ def use_float8(model: nn.Module) -> None:
     if not layers:
         raise TypeError(f"use_float8 takes a model with lightning attention layers, got {type(model).__name__}")
     if not any(_has_sizes(module) for layer in layers for module in layer.modules()):
-        raise ValueError(f"no linear layer has sizes that are multiples of {MULTIPLE}")
+        raise ValueError(f"no plain linear layer has sizes that are multiples of {MULTIPLE}")
     for layer in layers:
         _convert(layer)
 
@@ -74,5 +74,5 @@ def _convert(module: nn.Module) -> None:
 
 
 def _has_sizes(module: nn.Module) -> bool:
-    sizes = (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (1,)
-    return all(size % MULTIPLE == 0 for size in sizes)
+    """True for a plain linear layer that can be multiplied in float8; quantised ones are classes of their own."""
+    return type(module) is nn.Linear and module.in_features % MULTIPLE == module.out_features % MULTIPLE == 0
