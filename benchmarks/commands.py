@@ -316,7 +316,9 @@ def mixers(
     compile: Annotated[
         bool | None, Option("--compile/--no-compile", help="Compile the layers. By default on a GPU.")
     ] = None,
-    seconds: Annotated[float | None, Option(help="Approximate time to decode. By default 0.2 on a GPU, 0.5.")] = None,
+    seconds: Annotated[
+        float | None, Option(help="Approximate time to decode. By default 0.2 on a GPU, 0.5 on a CPU.")
+    ] = None,
 ) -> None:
     """Every attention in the same model: training, decoding, and the loss after the same text."""
     from lightning_attention.models.mixers import ATTENTIONS

@@ -271,12 +271,12 @@ class StateBlock:
 
     @jit
     def pointers(self, p, i_n):
-        """Of the head's state of sequence i_n."""
+        """Addresses of the head's state of sequence i_n."""
         return self.at(p, i_n.to(gl.int64) * self.H + self.i_h)
 
     @jit
     def at(self, p, i):
-        """Of state i; i has 64 bits."""
+        """Addresses of state i, which has 64 bits."""
         p += i * (self.K * self.V)
         if self.TRANSPOSED:
             return p + (self.o_v[None, :] * self.K + self.o_k[:, None])
