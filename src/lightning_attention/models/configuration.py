@@ -62,9 +62,9 @@ class LightningConfig(PreTrainedConfig):
             denominator, without decay: "elu", "cosformer", "rfa" or "performer", see `nn.feature_maps`; or one of your
             own, see `register_attention`.
         positions: for "lightning" and "lightning-1" "mix", LRPE-d in the first layer and decay alone in the others;
-            "lrpe-d", LRPE-d in every layer; or "decay", decay alone in every layer. For others "learned", embeddings added to
-            those of tokens, or "none", which is the only choice for cosFormer, whose features hold positions. None is
-            "mix", "none" for cosFormer, and "learned" for others.
+            "lrpe-d", LRPE-d in every layer; or "decay", decay alone in every layer. For others "learned", embeddings
+            added to those of tokens, or "none", which is the only choice for cosFormer, whose features hold positions.
+            None is "mix", "none" for cosFormer, and "learned" for others.
         decay_preset: name of the decays of all heads and layers, see `decay.log_decay`. A trained model must keep its
             preset.
         log_decay: L lists of H numbers <= 0, natural logarithm of the decay per token; replaces the preset.

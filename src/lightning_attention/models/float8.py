@@ -17,9 +17,9 @@ def use_float8(model: nn.Module) -> None:
     """Compute products with the weights of all decoder layers in float8, in place, for training in bfloat16 autocast.
 
     Every plain linear layer whose sizes are multiples of 16 becomes torchao's, with its weight and its name: save, load
-    and generate as before. Each row of the inputs, of the weights and of the gradients of the outputs is rounded to e4m3,
-    3 bits of mantissa, with a scale of its own. Gradients of the weights, embedding, head and attention are computed
-    as before.
+    and generate as before. Each row of the inputs, of the weights and of the gradients of the outputs is rounded to
+    e4m3, 3 bits of mantissa, with a scale of its own. Gradients of the weights, embedding, head and attention are
+    computed as before.
 
     It pays on GPUs of compute capability 8.9 and higher, with compiled layers. Call it before `compile_layers`,
     `fully_shard` and `DistributedDataParallel`, and after PEFT has added its layers.
