@@ -69,13 +69,16 @@ def test_training_segments_change_nothing(device):
 
 
 @pytest.mark.gpu
-def test_compiled_gradients_equal_eager_ones():
+def test_compiled_gradients_are_as_close():
     model, ids = make("cuda"), tokens(1, 160).cuda()
-    use_float8(model)
     expected = gradients(model, ids)
+    use_float8(model)
+    eager = gradients(model, ids)
     compile_layers(model)
-    found = gradients(model, ids)
-    assert max(error(found[name], expected[name]) for name in expected) < 0.1
+    compiled = gradients(model, ids)
+    # A difference in the last bit before rounding to float8 is one of 6 % after it.
+    for name in expected:
+        assert error(compiled[name], expected[name]) < 1.5 * error(eager[name], expected[name]) + 0.1, name
 
 
 def test_weights_and_checkpoints_stay(tmp_path):
