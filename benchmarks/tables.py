@@ -269,7 +269,7 @@ def model_step(results: Record) -> str:
 
 
 def counters(results: list[Record]) -> str:
-    """How busy each kernel keeps the GPU when it runs alone."""
+    """Shares of the GPU that each kernel keeps busy when it runs alone."""
     header = ["B, T, H, D", "kernel", "ms", "memory, %", "L2, %", "compute, %", "issue slots, %"]
     names = ("milliseconds", "memory_percent", "l2_percent", "compute_percent", "issue_percent")
     rows = [

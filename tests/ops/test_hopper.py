@@ -57,16 +57,16 @@ def kernels_run(monkeypatch):
         pytest.skip("needs a Hopper GPU")
 
 
-def cut(monkeypatch, num_segments: int, *, is_accumulated: bool = False, num_whole: int = 0) -> None:
+def cut(monkeypatch, num_segments: int, *, is_accumulated: bool = False, num_uncut: int = 0) -> None:
     """Cut batch rows into `num_segments`; a kernel accumulates their states, or each program sums them.
 
-    The first `num_whole` heads of all batch rows are not cut, but the last one always is.
+    The first `num_uncut` heads of all batch rows are not cut, but the last one always is.
     """
 
     def segments(self) -> Segments:
-        whole = min(num_whole, max(self.B * self.H - 1, 0))
+        whole = min(num_uncut, max(self.B * self.H - 1, 0))
         if num_segments == 2 and self.T > config.C:
-            return replace(config.two_segments(self.T, self.mean_sequence_length), num_whole=whole)
+            return replace(config.two_segments(self.T, self.mean_sequence_length), num_uncut=whole)
         length = max(ceil_div(self.T, num_segments * config.C), 1) * config.C
         return Segments(length, length, max(ceil_div(self.T, length), 1), whole)
 
@@ -89,12 +89,12 @@ def test_segments_match_the_reference(kernels_run, monkeypatch, case, num_segmen
 @pytest.mark.parametrize(
     ("num_segments", "is_accumulated"), [(2, False), (3, False), (3, True)], ids=["2", "3", "3-accumulated"]
 )
-@pytest.mark.parametrize("num_whole", [1, 2, 4])
+@pytest.mark.parametrize("num_uncut", [1, 2, 4])
 @pytest.mark.parametrize("case", [case for case in CASES if case.B * case.H > 1 and case.T != 0], ids=str)
 def test_whole_heads_and_segments_match_the_reference(
-    kernels_run, monkeypatch, case, num_whole, num_segments, is_accumulated
+    kernels_run, monkeypatch, case, num_uncut, num_segments, is_accumulated
 ):
-    cut(monkeypatch, num_segments, is_accumulated=is_accumulated, num_whole=num_whole)
+    cut(monkeypatch, num_segments, is_accumulated=is_accumulated, num_uncut=num_uncut)
     inputs = make_inputs(case, torch.bfloat16).on(device_of("triton"))
     assert_accurate(run(attention("hopper"), inputs), inputs)
 
@@ -118,10 +118,10 @@ def test_whole_heads_and_segments_match_the_reference(
     st.booleans(),
     st.integers(0, 3),
 )
-def test_any_shape_and_cut(kernels_run, case, num_segments, is_accumulated, num_whole):
+def test_any_shape_and_cut(kernels_run, case, num_segments, is_accumulated, num_uncut):
     """Sequences are long enough that stages of shared memory are reused."""
     with pytest.MonkeyPatch.context() as patch:
-        cut(patch, num_segments, is_accumulated=is_accumulated, num_whole=num_whole)
+        cut(patch, num_segments, is_accumulated=is_accumulated, num_uncut=num_uncut)
         inputs = make_inputs(case, torch.bfloat16).on(device_of("triton"))
         assert_accurate(run(attention("hopper"), inputs), inputs, is_long=True)
 
@@ -213,7 +213,7 @@ def test_both_of_two_segments_have_tokens(T, sequence):
 @pytest.mark.parametrize(("D", "heads", "whole"), [(128, 136, 132), (128, 400, 396), (64, 272, 264), (64, 540, 528)])
 def test_heads_that_do_not_fit_the_gpu_are_cut(D, heads, whole, is_backward):
     found = segments(8192, heads, D, is_backward=is_backward)
-    assert found.num_whole == whole
+    assert found.num_uncut == whole
     assert 1 < found.count <= 132 * (128 // D) // (heads - whole)
 
 

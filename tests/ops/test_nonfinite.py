@@ -1,4 +1,4 @@
-"""How far NaN or infinity at one token reaches: to later tokens of its sequence, and back to the start of the chunk."""
+"""NaN or infinity at one token reaches later tokens of its sequence, and back to the start of the chunk."""
 
 import math
 

@@ -44,7 +44,7 @@ def short_cuts(monkeypatch):
     def cut(length: int, *_: int) -> Segments:
         return Segments(ceil_div(max(length, 1), 64) * 64, 64, 2)
 
-    monkeypatch.setattr(config, "whole_sequence", cut)
+    monkeypatch.setattr(config, "one_segment", cut)
     monkeypatch.setattr(config, "TOKENS_PER_READ", 96)
     monkeypatch.setattr(states, "CHUNK_SIZE", 60)
 

@@ -102,7 +102,7 @@ def test_forward_and_reverse_states_share_a_buffer(segments, monkeypatch):
 @pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "reverse"])
 def test_written_states_are_accurate_after_a_short_interval(monkeypatch, reverse, slope):
     """Three intervals of 64 tokens and one of 8; slopes make heads remember several, one, or a part of one."""
-    monkeypatch.setattr(config, "whole_sequence", lambda length, *_: Segments(256, 64, 2))
+    monkeypatch.setattr(config, "one_segment", lambda length, *_: Segments(256, 64, 2))
     x = make_inputs(Case(B=1, T=200, H=1, K=32, V=16), torch.float16).on(device_of("triton"))
     state = write_state("triton", x.k, x.v, torch.tensor([-slope], device=x.k.device), reverse=reverse)
     age = torch.arange(1, 201) if reverse else torch.arange(199, -1, -1)
@@ -187,7 +187,7 @@ def test_segments_cover_a_batch_row_and_fit_the_device(
 def test_intervals_cover_a_batch_row_and_fit_the_device(
     length, programs, multiprocessors, programs_per_sm, min_interval
 ):
-    cut = config.whole_sequence(length, programs, multiprocessors, programs_per_sm, min_interval)
+    cut = config.one_segment(length, programs, multiprocessors, programs_per_sm, min_interval)
     count = cut.num_intervals
     assert (count - 1) * cut.interval < max(length, 1) <= cut.length == count * cut.interval
     assert cut.interval % 64 == 0

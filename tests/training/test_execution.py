@@ -1,4 +1,4 @@
-"""What a run computes in, and whether it compiles its layers."""
+"""A run computes in the precision that suits its device, and compiles layers where that pays."""
 
 import json
 import shutil

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class Route:
-    """How states reach a rank: from its left in the forward pass, from its right in the backward pass.
+    """Path of the states to a rank: from its left in the forward pass, from its right in the backward pass.
 
     Attributes:
         sources: ranks whose states add up to the incoming state; empty if nothing comes in.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class FinishReason(StrEnum):
-    """Why a request ended."""
+    """Reasons for the end of a request."""
 
     STOP = "stop"  # a stop token, or `is_finished`
     LENGTH = "length"  # max_new_tokens

@@ -51,7 +51,7 @@ class Request:
         return self.num_read >= self.prompt_length
 
     def finish_reason(self, token: int | None) -> FinishReason | None:
-        """Why the request ends after a new token; None if it goes on.
+        """Return the reason why the request ends after a new token; None if it goes on.
 
         Raises:
             ValueError: the logits of the token were not finite.

@@ -105,12 +105,7 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
         """
         for_loss = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         has_labels = labels is not None or for_loss.get("shift_labels") is not None
-        if has_labels and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            raise ValueError("labels need all logits: leave logits_to_keep out")
-        if skip_logits and not has_labels:
-            raise ValueError("skip_logits needs labels: without them the logits are the only result")
-        if has_labels and self.model.sequence_parallel is not None and for_loss.get("shift_labels") is None:
-            raise ValueError("with sequence parallelism give shift_labels: the next rank holds the last token's label")
+        self._check_labels(has_labels, for_loss, logits_to_keep, skip_logits)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -144,6 +139,16 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
             states=outputs.states,
             **returned,
         )
+
+    def _check_labels(
+        self, has_labels: bool, for_loss: dict[str, Any], logits_to_keep: int | Tensor, skip_logits: bool
+    ) -> None:
+        if has_labels and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError("labels need all logits: leave logits_to_keep out")
+        if skip_logits and not has_labels:
+            raise ValueError("skip_logits needs labels: without them the logits are the only result")
+        if has_labels and self.model.sequence_parallel is not None and for_loss.get("shift_labels") is None:
+            raise ValueError("with sequence parallelism give shift_labels: the next rank holds the last token's label")
 
     def _has_loss_in_chunks(self) -> bool:
         """True if the loss is the cross-entropy of a plain linear layer, which then need not be called."""

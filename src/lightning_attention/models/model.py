@@ -247,48 +247,35 @@ class LightningModel(LightningPreTrainedModel):
         with self._agreement() as agreement:
             if kwargs:
                 raise TypeError(f"{type(self).__name__}.forward() does not know the argument {', '.join(kwargs)}")
-            if (input_ids is None) == (inputs_embeds is None):
-                raise ValueError("give exactly one of input_ids and inputs_embeds")
             if self.config.output_attentions if output_attentions is None else output_attentions:
                 raise ValueError("output_attentions must be False: linear attention has no attention weights")
             cache = resolve_cache(cache, past_key_values)
             cu_seqlens = _resolve_cu_seqlens(cu_seqlens, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
             given = BatchDescription(attention_mask, position_ids, seq_idx, cu_seqlens)
             returns_cache, one_per_row = self._resolve_use_cache(use_cache, cache, states, given)
-            keeps_hidden_states = (
-                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-            )
-            embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            if embeddings.dim() != 3:
-                dimensions = embeddings.dim() - 1
-                raise ValueError(f"input_ids must be [B, T], or inputs_embeds [B, T, W], got {dimensions} dimensions")
-            if self.sequence_parallel is None:
-                layout = build_layout(embeddings, given, cache, one_per_row=one_per_row)
-            else:
-                layout = slice_layout(embeddings, given, cache)
-            if not layout.splits_rows and (cache is not None or not given.may_split_rows):
-                self.config.check_length(layout.batch_shape[1] + (0 if cache is None else cache.length))
-            if states is not None:
-                self._check_states(states, layout, position_ids, cache)
+            embeddings = self._embed(input_ids, inputs_embeds)
+            layout = self._check_layout(embeddings, given, cache, states, one_per_row=one_per_row)
             if agreement is not None:
                 compare_ranks(self, agreement, embeddings, layout, states)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if cache is None and returns_cache and not layout.splits_rows:
             cache = LightningCache(len(self.layers))
 
         encoded = None if self.embed_positions is None else self.embed_positions(layout.positions)
-        if keeps_hidden_states:
+        if output_hidden_states:
             embeddings = self._scale(embeddings, None if encoded is None else layout.unpack(encoded))
             x = layout.pack(embeddings)
         else:  # scaled last: a compiled layer would have a graph for a view, which `pack` may return
             x = self._scale(layout.pack(embeddings), encoded)
-        hidden_states, states_after = self._run_layers(x, layout, cache, states, bool(keeps_hidden_states))
+        hidden_states, states_after = self._run_layers(x, layout, cache, states, bool(output_hidden_states))
         if cache is not None:
             batch_size, length = layout.batch_shape
             cache.advance(length, layout.count_tokens(), batch_size, embeddings.device)
         returned: dict[str, Any] = {CACHE: cache if returns_cache else None}
         return LightningModelOutput(
             last_hidden_state=hidden_states[-1],
-            hidden_states=(embeddings, *hidden_states) if keeps_hidden_states else None,
+            hidden_states=(embeddings, *hidden_states) if output_hidden_states else None,
             states=None if states is None else tuple(map(layout.after_rows, states_after)),
             **returned,
         )
@@ -332,6 +319,16 @@ class LightningModel(LightningPreTrainedModel):
             return nullcontext()
         return self.sequence_parallel.agreement(self.embed_tokens.weight)
 
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Return embeddings `[B, T, W]` of the tokens, or those given."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if embeddings.dim() != 3:
+            dimensions = embeddings.dim() - 1
+            raise ValueError(f"input_ids must be [B, T], or inputs_embeds [B, T, W], got {dimensions} dimensions")
+        return embeddings
+
     def _scale(self, embeddings: Tensor, positions: Tensor | None) -> Tensor:
         """Input of the first layer, with embeddings of positions added to those of tokens, if there are any.
 
@@ -364,13 +361,27 @@ class LightningModel(LightningPreTrainedModel):
         is_required = bool(use_cache) or (torch.compiler.is_compiling() and not given.may_split_rows)
         return returns_cache, cache is not None or (returns_cache and is_required)
 
-    def _check_states(
-        self, states: Sequence[Tensor], layout: Layout, position_ids: Tensor | None, cache: LightningCache | None
-    ) -> None:
-        if position_ids is None or layout.token_indices is not None or cache is not None:
+    def _check_layout(
+        self,
+        embeddings: Tensor,
+        given: BatchDescription,
+        cache: LightningCache | None,
+        states: Sequence[Tensor] | None,
+        *,
+        one_per_row: bool,
+    ) -> Layout:
+        """Build the layout of the tokens, and check lengths and states against it."""
+        if self.sequence_parallel is None:
+            layout = build_layout(embeddings, given, cache, one_per_row=one_per_row)
+        else:
+            layout = slice_layout(embeddings, given, cache)
+        if not layout.splits_rows and (cache is not None or not given.may_split_rows):
+            self.config.check_length(layout.batch_shape[1] + (0 if cache is None else cache.length))
+        if states is not None and (given.position_ids is None or layout.token_indices is not None or cache is not None):
             raise ValueError("states go with position_ids, and with no padding or cache")
-        if len(states) != len(self.layers):
+        if states is not None and len(states) != len(self.layers):
             raise ValueError(f"states must be one for each of {len(self.layers)} layers, got {len(states)}")
+        return layout
 
     def _run_layers(
         self,

@@ -1,4 +1,4 @@
-"""What stays float32: parameters of modules under `.to(bfloat16)`, and products under autocast."""
+"""Parts that stay float32: parameters of modules under `.to(bfloat16)`, and products under autocast."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

@@ -1,4 +1,4 @@
-"""What token mixers with a recurrent state have in common: projections, and attention from a state, slots or ranks."""
+"""Base class of token mixers with a recurrent state: projections, and attention from a state, slots or ranks."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING

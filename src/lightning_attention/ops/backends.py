@@ -24,7 +24,7 @@ from .problem import (
 
 
 class Backend(Protocol):
-    """What runs calls that `problem.py` has checked; shapes and formulas are those of the public functions.
+    """Implementation of calls that `problem.py` has checked; shapes and formulas are those of the public functions.
 
     A backend refuses by `unsupported_reasons` what it cannot do; nothing falls back in silence. All functions from
     `forward` on prepare a call from the metadata of its inputs: they return the function that computes. `step` and

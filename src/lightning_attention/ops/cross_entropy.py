@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import triton
+from .gpu import triton_reasons
 
 # Logits of a chunk. On a GPU large products are efficient: 8192 tokens of 64K symbols. On a CPU a chunk should fit the
 # cache: measured best of 2^18 to 2^25 on a Xeon with 36 MiB, by up to 40%.
@@ -85,7 +85,7 @@ def softmax_gradient(logits: Tensor, labels: Tensor, ignore_index: int, losses: 
 
     Both are 0 for ignored labels, and NaN for labels out of range.
     """
-    if logits.dtype != torch.float64 and not triton.reasons_of_device(logits.device):
+    if logits.dtype != torch.float64 and not triton_reasons(logits.device):
         from .triton import softmax_gradient as kernels
 
         return kernels.softmax_gradient(logits, labels, ignore_index, losses, needs_gradient)

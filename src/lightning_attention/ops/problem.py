@@ -56,7 +56,7 @@ def check_output_final_state(output_final_state: object) -> None:
 
 
 class Metadata(NamedTuple):
-    """What is known of a tensor without its values and its address."""
+    """Properties of a tensor other than its values and its address."""
 
     shape: torch.Size
     strides: tuple[int, ...]
@@ -68,7 +68,7 @@ class Metadata(NamedTuple):
 
 
 class AttentionInputs(NamedTuple, Generic[X]):
-    """What attention reads: tensors, their metadata, or operands of a plan."""
+    """Inputs of attention: tensors, their metadata, or operands of a plan."""
 
     q: X
     k: X
@@ -79,7 +79,7 @@ class AttentionInputs(NamedTuple, Generic[X]):
 
 
 class GradientInputs(NamedTuple, Generic[X]):
-    """What the gradient reads: what attention does, and the gradients of its results."""
+    """Inputs of the gradient: those of attention, and the gradients of its results."""
 
     q: X
     k: X
@@ -92,7 +92,7 @@ class GradientInputs(NamedTuple, Generic[X]):
 
 
 class PrefillInputs(NamedTuple, Generic[X]):
-    """What prefill reads: what attention does, and the numbers of tokens after which states are asked for."""
+    """Inputs of prefill: those of attention, and the numbers of tokens after which states are asked for."""
 
     q: X
     k: X
@@ -104,7 +104,7 @@ class PrefillInputs(NamedTuple, Generic[X]):
 
 
 class DecodingInputs(NamedTuple, Generic[X]):
-    """What decoding reads, one step or drafts. Drafts are committed without a q."""
+    """Inputs of decoding, of one step or of drafts. Drafts are committed without a q."""
 
     q: X
     k: X
@@ -117,7 +117,7 @@ class DecodingInputs(NamedTuple, Generic[X]):
 
 
 class WriteInputs(NamedTuple, Generic[X]):
-    """What `write_state` reads."""
+    """Inputs of `write_state`."""
 
     k: X
     v: X
@@ -125,7 +125,7 @@ class WriteInputs(NamedTuple, Generic[X]):
 
 
 class ReadInputs(NamedTuple, Generic[X]):
-    """What `read_state_` reads, and `o`, which it writes."""
+    """Inputs of `read_state_`, and `o`, which it writes."""
 
     o: X
     q: X

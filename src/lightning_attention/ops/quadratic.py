@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import triton
 from .custom_ops import autocast, register
+from .gpu import triton_reasons
+from .triton.config import MAX_HEAD_DIM
 
 # Queries of a block, where PyTorch computes; it also computes heads that the kernel has no tiles for.
 BLOCK = 256
-MAX_HEAD_DIM_ON_GPU = 256
 
 
 def quadratic_attention(
@@ -70,8 +70,8 @@ def left_product(q, k, v, log_decay, cu_seqlens, reverse):
         return left_product(q.float(), k.float(), v.float(), log_decay, cu_seqlens, reverse).half()
     q, k, v = (x.contiguous() for x in (q, k, v))
     starts = None if cu_seqlens is None else _starts(cu_seqlens, q.shape[1], reverse).to(q.device)
-    is_small = max(q.shape[3], v.shape[3]) <= MAX_HEAD_DIM_ON_GPU
-    if is_small and q.dtype != torch.float64 and not triton.reasons_of_device(q.device):
+    is_small = max(q.shape[3], v.shape[3]) <= MAX_HEAD_DIM
+    if is_small and q.dtype != torch.float64 and not triton_reasons(q.device):
         from .triton import quadratic
 
         return quadratic.left_product(q, k, v, log_decay, starts, reverse)

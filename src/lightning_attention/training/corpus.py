@@ -297,7 +297,7 @@ class PackedDataset(Dataset):
 
 
 def _counts(tokens: np.ndarray | ByteTokens, vocab_size: int) -> np.ndarray:
-    """How often each token id occurs: `[vocab_size]` int64."""
+    """Count each token id: `[vocab_size]` int64."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, len(tokens), COUNTED):
         counts += np.bincount(tokens[start : start + COUNTED], minlength=vocab_size)

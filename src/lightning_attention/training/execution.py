@@ -12,7 +12,7 @@ from .options import TrainingOptions
 
 @dataclass(frozen=True)
 class Execution:
-    """How a device computes the steps of a run.
+    """Precision and compilation of the steps of a run on a device.
 
     Attributes:
         bf16: bfloat16 autocast; float32 without.
@@ -53,7 +53,7 @@ def choose_execution(options: TrainingOptions, device: torch.device) -> Executio
 
 
 def _against_bf16(device: torch.device) -> str | None:
-    """Why bfloat16 is not fast on a device."""
+    """Return a reason against bfloat16 on a device, or None."""
     if device.type == "cuda":
         is_native = torch.cuda.is_bf16_supported(including_emulation=False)
         return None if is_native else "this GPU emulates bfloat16"
@@ -63,14 +63,14 @@ def _against_bf16(device: torch.device) -> str | None:
 
 
 def _against_fp8(device: torch.device, against_bf16: str | None) -> str | None:
-    """Why products in float8 are not possible, or not fast, on a device."""
+    """Return a reason against products in float8 on a device, or None."""
     if device.type != "cuda":
         return f"float8 products pay on GPUs alone, not on {device.type}"
     return against_bf16 or float8_error(device)
 
 
 def _against_compiling(device: torch.device, is_automatic: bool) -> str | None:
-    """Why layers are not compiled on a device."""
+    """Return a reason against compiled layers on a device, or None."""
     if is_automatic and device.type != "cuda":
         return "by default layers are compiled on a GPU alone"
     if device.type == "cuda" and find_spec("triton") is None:

@@ -6,6 +6,7 @@ options. The `Plan` that comes out is kept with all else that `calls.call` prepa
 
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import Context, copy_context
+from dataclasses import dataclass
 from functools import cache, partial, reduce
 from itertools import accumulate, repeat
 from operator import itemgetter, mul, or_
@@ -118,13 +119,14 @@ class Launch:
         return id(self.kernel), device, self._dtypes, *numbers, *self.options.items()
 
 
-# Compiled code is shared by plans that differ in sizes alone.
+# Compiled code is shared by plans that differ in sizes alone. As many as Triton itself keeps: one for each variant.
 _compiled: dict[tuple, Any] = {}
 
 Results = Iterable[Operand | None]
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Plan:
     """Buffers and launches of a call.
 
     Attributes:

@@ -108,7 +108,7 @@ class Scans(ABC):
             factors=factors,
             log_decay=self.x.log_decay,
             H=H,
-            first_head=segments.num_whole,
+            first_head=segments.num_uncut,
             num_heads=self.H,
             num_intervals=segments.num_intervals,
             interval=segments.interval,

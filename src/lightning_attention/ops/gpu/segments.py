@@ -1,4 +1,4 @@
-"""How sequences are cut for the programs of a GPU."""
+"""Cuts of sequences for the programs of a GPU."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -16,13 +16,13 @@ class Segments:
         length: tokens of a segment; the last one may be shorter.
         interval: tokens of an interval.
         count: number of segments.
-        num_whole: number of heads of all batch rows, the first ones, that are not cut.
+        num_uncut: number of heads of all batch rows, the first ones, that are not cut.
     """
 
     length: int
     interval: int
     count: int
-    num_whole: int = 0
+    num_uncut: int = 0
 
     @property
     def num_intervals(self) -> int:

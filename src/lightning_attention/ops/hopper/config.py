@@ -82,8 +82,8 @@ def segments(
     """
     chunks = ceil_div(length, C)
     max_programs = multiprocessors * programs_per_multiprocessor(value_dim)
-    num_whole = heads // max_programs * max_programs
-    heads -= num_whole
+    num_uncut = heads // max_programs * max_programs
+    heads -= num_uncut
     slower = PACKED if sequence < length else 1.0
     head_dim = max(key_dim, value_dim)
     scan, gradients = SCAN[head_dim] * slower, GRADIENTS[head_dim] * slower
@@ -109,7 +109,7 @@ def segments(
         rounds = ceil_div(directions * heads * (count - 1), max_programs)
         moved_for_states = 2 * directions * tensor * (count - 1) * ON_AVERAGE * window / chunks
         states = _soft_maximum(STATE_ALONE * scan * rounds * window, moved_for_states) + SEGMENTS + SEGMENT * count
-        states += ACCUMULATED if num_whole and count - 1 > MAX_SUMMED else 0
+        states += ACCUMULATED if num_uncut and count - 1 > MAX_SUMMED else 0
         return states + _soft_maximum(chunk * chunks_each, moved) + (SEQUENTIAL if is_sequential else 0)
 
     max_count = min(max_programs // max(heads, 1), chunks)
@@ -117,9 +117,9 @@ def segments(
     if count == 1:
         return Segments(max(length, 1), max(length, 1), 1)
     if count == 2:
-        return replace(two_segments(length, sequence), num_whole=num_whole)
+        return replace(two_segments(length, sequence), num_uncut=num_uncut)
     segment_length = ceil_div(chunks, count) * C
-    return Segments(segment_length, segment_length, ceil_div(length, segment_length), num_whole)
+    return Segments(segment_length, segment_length, ceil_div(length, segment_length), num_uncut)
 
 
 def two_segments(length: int, sequence: int) -> Segments:

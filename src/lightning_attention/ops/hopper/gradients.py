@@ -66,7 +66,7 @@ class GradientArgs:
     PREFIX: constexpr
 
 
-@jit(do_not_specialize=["scale", "B", "T", "H", "N", "segment_length", "num_whole", "max_reach"])
+@jit(do_not_specialize=["scale", "B", "T", "H", "N", "segment_length", "num_uncut", "max_reach"])
 def gradient_kernel(
     q,
     k,
@@ -85,7 +85,7 @@ def gradient_kernel(
     H,
     N,
     segment_length,
-    num_whole,
+    num_uncut,
     max_reach,
     stride_qb,
     stride_qt,
@@ -106,7 +106,7 @@ def gradient_kernel(
     """dk and dv, where K = V = D. Runs beside the kernel launched before it, and reads none of its results."""
     GROUPS: constexpr = D // BV
     dtype: constexpr = q.dtype.element_ty
-    segment = program_segment(log_decay, cu_seqlens, B, N, T, H, segment_length, num_whole, True, PREFIX)
+    segment = program_segment(log_decay, cu_seqlens, B, N, T, H, segment_length, num_uncut, True, PREFIX)
 
     q_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, D], BLOCK)
     k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, D], BLOCK)

@@ -72,7 +72,7 @@ class ScanArgs:
     WAITS: constexpr
 
 
-@jit(do_not_specialize=["scale", "B", "T", "H", "N", "segment_length", "num_whole", "max_reach"])
+@jit(do_not_specialize=["scale", "B", "T", "H", "N", "segment_length", "num_uncut", "max_reach"])
 def scan_kernel(
     q,
     k,
@@ -89,7 +89,7 @@ def scan_kernel(
     H,
     N,
     segment_length,
-    num_whole,
+    num_uncut,
     max_reach,
     stride_qb,
     stride_qt,
@@ -119,7 +119,7 @@ def scan_kernel(
         trigger_dependents()
     GROUPS: constexpr = V // BV
     dtype: constexpr = q.dtype.element_ty
-    segment = program_segment(log_decay, cu_seqlens, B, N, T, H, segment_length, num_whole, REVERSE, PREFIX)
+    segment = program_segment(log_decay, cu_seqlens, B, N, T, H, segment_length, num_uncut, REVERSE, PREFIX)
 
     q_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, K], BLOCK)
     k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, K], BLOCK)

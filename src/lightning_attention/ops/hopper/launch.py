@@ -65,7 +65,7 @@ class Scans(scans.Scans):
 
     def _added_by_segments(self, k: Operand, v: Operand, *, reverse: bool) -> tuple[Operand, Operand]:
         """Increments of the state by each segment but the last, and the factors on the states before them."""
-        num_intervals, num_cut = self.segments.num_intervals, self.B * self.H - self.segments.num_whole
+        num_intervals, num_cut = self.segments.num_intervals, self.B * self.H - self.segments.num_uncut
         found = self.planner.empty(1, num_intervals, num_cut, self.K, self.V, dtype=state_dtype(self.dtype))
         factors = self.planner.empty(*found.shape[:3], dtype=found.dtype)
         self.planner.launch(
@@ -200,12 +200,12 @@ class Scans(scans.Scans):
 
     @property
     def _num_programs(self) -> int:
-        return self.segments.num_whole + (self.B * self.H - self.segments.num_whole) * self.segments.count
+        return self.segments.num_uncut + (self.B * self.H - self.segments.num_uncut) * self.segments.count
 
     @property
     def _sizes(self) -> dict[str, int]:
         sizes = {"B": self.B, "T": self.T, "H": self.H, "N": self.N}
-        return sizes | {"segment_length": self.segments.length, "num_whole": self.segments.num_whole}
+        return sizes | {"segment_length": self.segments.length, "num_uncut": self.segments.num_uncut}
 
     @property
     def _overlaps(self) -> bool:

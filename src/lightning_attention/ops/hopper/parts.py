@@ -92,12 +92,12 @@ class Segment:
     H: Value
     i_b: Value
     i_h: Value
-    num_whole: Value
+    num_uncut: Value
     REVERSE: constexpr
 
     @jit
     def is_cut(self):
-        return self.i_b * self.H + self.i_h >= self.num_whole
+        return self.i_b * self.H + self.i_h >= self.num_uncut
 
     @jit
     def sequence(self, n):
@@ -119,7 +119,7 @@ class Segment:
 
 @jit
 def program_segment(
-    log_decay, cu_seqlens, B, N, T, H, segment_length, num_whole, REVERSE: constexpr, PREFIX: constexpr
+    log_decay, cu_seqlens, B, N, T, H, segment_length, num_uncut, REVERSE: constexpr, PREFIX: constexpr
 ):
     """Segment of this program.
 
@@ -127,21 +127,21 @@ def program_segment(
     With PREFIX the second of two segments also reads what its head remembers of the first, which is longer for that.
     """
     i = gl.program_id(0)
-    i_c = gl.maximum(i - num_whole, 0)
-    num_cut = B * H - num_whole
+    i_c = gl.maximum(i - num_uncut, 0)
+    num_cut = B * H - num_uncut
     i_s = i_c // num_cut
-    i_bh = gl.minimum(i, num_whole) + i_c % num_cut
+    i_bh = gl.minimum(i, num_uncut) + i_c % num_cut
     i_b, i_h = i_bh // H, i_bh % H
     if PREFIX:
         remembered = memory_length(load_log_decay(log_decay, i_h), T, False).to(gl.float32) * STATE_ALONE
         segment_length = gl.minimum(segment_length, gl.cdiv(T + remembered.to(gl.int32), 2 * C) * C)
     first = i_s * segment_length
-    last = gl.where(i < num_whole, T, gl.minimum(first + segment_length, T))
+    last = gl.where(i < num_uncut, T, gl.minimum(first + segment_length, T))
     if cu_seqlens is None:
         n_first, n_last = i_b, i_b + 1
     else:
         n_first, n_last = sequences_in(cu_seqlens, first, last, N, T, REVERSE)
-    return Segment(cu_seqlens, N, T, first, last, n_first, n_last, B, H, i_b, i_h, num_whole, REVERSE)
+    return Segment(cu_seqlens, N, T, first, last, n_first, n_last, B, H, i_b, i_h, num_uncut, REVERSE)
 
 
 @jit
@@ -296,7 +296,7 @@ def state_block(i_h, H, g: constexpr, K: constexpr, V: constexpr, TRANSPOSED: co
 class States:
     """States before and after the scan, and states of segments, summed as far back as `max_reach` tokens.
 
-    Those of segments are `[intervals, heads, K, V]`, of the heads of all batch rows that are cut.
+    States of segments are `[intervals, heads, K, V]`, of the heads of all batch rows that are cut.
     """
 
     initial: Value
@@ -311,8 +311,8 @@ def add_interval_states(b_S, states, block, segment, sequence, log_decay):
     """Add the states that earlier segments leave of a sequence."""
     length = states.segment_length
     reach = gl.minimum(memory_length(log_decay, segment.T, False), states.max_reach)
-    num_cut = segment.B * segment.H - segment.num_whole
-    i_c = segment.i_b * segment.H + segment.i_h - segment.num_whole
+    num_cut = segment.B * segment.H - segment.num_uncut
+    i_c = segment.i_b * segment.H + segment.i_h - segment.num_uncut
     for j in range(gl.maximum(sequence.start, segment.first - reach) // length, segment.first // length):
         i = j.to(gl.int64) * num_cut + i_c  # pyright: ignore[reportAttributeAccessIssue]
         p_S = block.at(states.interval, i)

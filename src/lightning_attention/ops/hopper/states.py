@@ -47,7 +47,7 @@ class StateArgs:
     V: constexpr
 
 
-@jit(do_not_specialize=["B", "T", "H", "N", "segment_length", "num_whole"])
+@jit(do_not_specialize=["B", "T", "H", "N", "segment_length", "num_uncut"])
 def interval_state_kernel(
     k,
     v,
@@ -60,7 +60,7 @@ def interval_state_kernel(
     H,
     N,
     segment_length,
-    num_whole,
+    num_uncut,
     stride_kb,
     stride_kt,
     stride_kh,
@@ -74,16 +74,16 @@ def interval_state_kernel(
 ):
     """`Σ_j λ^(end-1-j) k_j v_jᵀ` of a segment, as in `..triton.kernels.interval_state_kernel`.
 
-    Only of heads that are cut: of all but the first `num_whole` of all batch rows.
+    Only of heads that are cut: of all but the first `num_uncut` of all batch rows.
     In reverse, which only backward needs, it runs beside the kernel of the other direction, and ends after it.
     """
     trigger_dependents()
     GROUPS: constexpr = V // BV
     dtype: constexpr = k.dtype.element_ty
     i = gl.program_id(0)
-    num_cut = B * H - num_whole
+    num_cut = B * H - num_uncut
     i_s = i // num_cut
-    i_bh = num_whole + i % num_cut
+    i_bh = num_uncut + i % num_cut
     i_b, i_h = i_bh // H, i_bh % H
 
     k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, C, 1, K], BLOCK)
@@ -99,7 +99,7 @@ def interval_state_kernel(
     num_chunks = count_chunks(lo, hi)
     first = hi - num_chunks * C
     num_foreign = lo - first if cu_seqlens is not None else 0
-    segment = Segment(cu_seqlens, N, T, first, hi, 0, N, B, H, i_b, i_h, num_whole, REVERSE)
+    segment = Segment(cu_seqlens, N, T, first, hi, 0, N, B, H, i_b, i_h, num_uncut, REVERSE)
     args = StateArgs(
         k_s,
         v_s,

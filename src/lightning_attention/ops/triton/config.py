@@ -116,9 +116,7 @@ def segments(length: int, programs: int, multiprocessors: int, programs_per_sm: 
 
 
 @lru_cache(1024)
-def whole_sequence(
-    length: int, programs: int, multiprocessors: int, programs_per_sm: int, min_interval: int
-) -> Segments:
+def one_segment(length: int, programs: int, multiprocessors: int, programs_per_sm: int, min_interval: int) -> Segments:
     """One segment with as many intervals as the device runs at once, and an empty second segment.
 
     The second segment starts from the state after all tokens. Arguments as for `segments`.

@@ -29,19 +29,19 @@ def product_gradient(vu: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gated_norm_gradient(x: Tensor, u: Tensor, dy: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients; u may be a part of wider rows, with a contiguous last dimension."""
+    """Gradients; u may be a slice of the last dimension of a wider tensor."""
     dx, du, y = torch.empty_like(x), torch.empty_like(dy), torch.empty_like(dy)
-    u = u.reshape(-1, u.shape[-1])  # a view of such a part
-    rows = {"u": u, "stride_ut": u.stride(0)}
-    _launch(gated_norm_gradient_kernel, dy, whole_rows=True, x=x, **rows, dy=dy, dx=dx, du=du, y=y, eps=eps)
+    u = u.reshape(-1, u.shape[-1])  # a view of such a slice
+    parts = {"u": u, "stride_ut": u.stride(0)}
+    _launch(gated_norm_gradient_kernel, dy, in_one_block=True, x=x, **parts, dy=dy, dx=dx, du=du, y=y, eps=eps)
     return dx, du, y
 
 
-def _launch(kernel: Any, of_width: Tensor, *, whole_rows: bool = False, **arguments: Any) -> None:
+def _launch(kernel: Any, of_width: Tensor, *, in_one_block: bool = False, **arguments: Any) -> None:
     """Launch programs for tokens of a tensor `[..., W]`, and for blocks of its columns or for all columns at once."""
     width = of_width.shape[-1]
     block = triton.next_power_of_2(width)
-    block = block if whole_rows else min(block, BLOCK)
+    block = block if in_one_block else min(block, BLOCK)
     grid = of_width.numel() // width, triton.cdiv(width, block)
     with torch.accelerator.device_index(of_width.device.index):
         kernel[grid](**arguments, W=width, BLOCK=block, num_warps=min(max(block // 256, 1), 16))

@@ -38,7 +38,7 @@ def left_product(
     grid = triton.cdiv(T, constants["BT"]), B * H
     if o.numel():
         with torch.accelerator.device_index(q.device.index):
-            left_product_kernel[grid](q, k, v, o, log_decay, starts, T, H, **constants)
+            left_product_kernel[grid](q=q, k=k, v=v, o=o, log_decay=log_decay, starts=starts, T=T, H=H, **constants)
     return o
 
 
