@@ -81,6 +81,7 @@ SCALED = [call for call in CALLS if call != "commit"]
     [
         (math.nan, ValueError, "scale must be finite, got nan"),
         (-math.inf, ValueError, "scale must be finite, got -inf"),
+        (10**400, ValueError, "scale must be finite, got inf"),
         (torch.tensor(1.0), TypeError, "scale must be a number, got Tensor"),
         ("1", TypeError, "scale must be a number, got str"),
         (None, TypeError, "scale must be a number, got NoneType"),
@@ -183,3 +184,23 @@ def test_num_heads_must_be_an_integer(num_heads):
 def test_arguments_of_log_decay_must_have_the_documented_types(change, message):
     with pytest.raises(TypeError, match=message):
         decay.log_decay(**{"num_heads": 4, "layer_idx": 0, "num_layers": 2} | change)
+
+
+@pytest.mark.parametrize("call", ["step", "commit"])
+def test_a_state_is_updated_once(call):
+    """Elements of an expanded tensor share memory; a slot that is named twice would lose an update."""
+    function, arguments = CALLS[call]
+    batch = {name: value.expand(2, *value.shape[1:]) for name, value in arguments.items() if value is not log_decay}
+    batch |= {"log_decay": log_decay, "state": state.expand(2, -1, -1, -1), "state_indices": None}
+    with pytest.raises(ValueError, match=r"^state is updated in place.*must not be expanded"):
+        function(**batch)
+    with pytest.raises(ValueError, match=r"^state_indices must differ.*got \[1, 1\]"):
+        function(**batch | {"state": torch.zeros(3, 2, 4, 4), "state_indices": torch.tensor([1, 1])})
+    function(**batch | {"state": torch.zeros(3, 2, 4, 4), "state_indices": torch.tensor([-1, -1])})
+
+
+def test_a_state_that_is_only_read_may_be_expanded():
+    arguments = QKV | {name: QKV[name].expand(2, -1, -1, -1) for name in "qkv"}
+    expanded = torch.ones(1, 2, 4, 4).expand(2, -1, -1, -1)
+    expected = lightning_attention_verify(**arguments, state=expanded.contiguous())
+    assert torch.equal(lightning_attention_verify(**arguments, state=expanded), expected)

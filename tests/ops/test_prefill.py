@@ -143,3 +143,12 @@ def test_gradients_are_refused():
     x = torch.zeros(1, 10, 1, 4, requires_grad=True)
     with pytest.raises(ValueError, match="lightning_attention_prefill keeps no gradient"):
         lightning_attention_prefill(x, x, x, state_positions=[3])
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor], ids=["list", "tensor"])
+def test_autocast_casts_q_k_and_v(kind):
+    q = torch.randn(1, 10, 2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = lightning_attention_prefill(q.bfloat16(), q, q, state_positions=kind([5]))
+    expected = lightning_attention_prefill(q.bfloat16(), q.bfloat16(), q.bfloat16(), state_positions=[5])
+    torch.testing.assert_close(found, expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import BACKENDS, Case, device_of, dtype_of, error, make_inputs
 
-from lightning_attention import lightning_attention, lightning_attention_step
+from lightning_attention import lightning_attention, lightning_attention_commit, lightning_attention_step
 
 BACKENDS_AND_DTYPES = [
     *(
@@ -120,3 +120,41 @@ def test_an_empty_batch_gives_an_empty_output():
     indices = torch.zeros(0, dtype=torch.int32)
     o = lightning_attention_step(q, q, q, state=torch.zeros(3, 2, 4, 4), state_indices=indices)
     assert o.shape == q.shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("function", ["step", "commit"])
+def test_a_state_that_a_backward_pass_needs_is_not_updated_unnoticed(backend, function):
+    inputs = make_inputs(Case(T=3), dtype_of(backend)).on(device_of(backend))
+    q, k, v = inputs.qkv
+    o = lightning_attention(q.requires_grad_(), k, v, initial_state=inputs.state, backend=backend).output
+    with torch.no_grad():
+        if function == "step":
+            lightning_attention_step(q, k, v, state=inputs.state, backend=backend)
+        else:
+            last = torch.zeros(len(q), dtype=torch.int32, device=q.device)
+            lightning_attention_commit(k, v, state=inputs.state, last=last, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        o.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_final_state_can_be_updated_in_place(backend):
+    inputs = make_inputs(Case(T=3), dtype_of(backend)).on(device_of(backend))
+    q, k, v = inputs.qkv
+    final = lightning_attention(q.requires_grad_(), k, v, output_final_state=True, backend=backend).final_state
+    assert final is not None
+    with torch.no_grad():
+        lightning_attention_step(q, k, v, state=final.detach(), backend=backend)
+    final[0] = 0
+    final.sum().backward()
+    assert q.grad is not None
+    assert not q.grad.any()  # q does not change the state
+
+
+@pytest.mark.parametrize(("K", "V"), [(0, 4), (4, 0), (0, 0)])
+@pytest.mark.parametrize("tokens", [(), (1,), (3,)], ids=str)
+def test_empty_heads_give_zeros_or_nothing(K, V, tokens):
+    q, v = torch.randn(2, *tokens, 3, K), torch.randn(2, *tokens, 3, V)
+    o = lightning_attention_step(q, q, v, state=torch.zeros(2, 3, K, V))
+    assert torch.equal(o, torch.zeros_like(v))

@@ -272,3 +272,18 @@ def test_inference_mode_keeps_results(operator):
         expected = operator(*(x.clone() for x in given))
     with torch.inference_mode():
         torch.testing.assert_close(operator(*(x.clone() for x in given)), expected)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["fixed", "packed"])
+def test_vmap_over_gradients_of_the_output_equals_separate_gradients(packed):
+    x = [x[:1].requires_grad_() for x in inputs()]
+    initial_state, cu_seqlens = (None, torch.tensor([0, 2, 5])) if packed else (x[3], None)
+    o = lightning_attention(*x[:3], LOG_DECAY, initial_state=initial_state, cu_seqlens=cu_seqlens).output
+    leaves = x[:3] if packed else x
+
+    def pull(do: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(o, leaves, do, retain_graph=True)
+
+    given = torch.randn(M, *o.shape, dtype=o.dtype)
+    separate = [torch.stack(gradient) for gradient in zip(*map(pull, given), strict=True)]
+    torch.testing.assert_close(list(torch.vmap(pull)(given)), separate)

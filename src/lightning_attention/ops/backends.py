@@ -20,6 +20,7 @@ from .problem import (
     check_attention_values,
     check_decoding_values,
     check_prefill_values,
+    check_update_values,
 )
 
 
@@ -143,9 +144,9 @@ CHECKS: dict[str, tuple[Callable[..., Problem], Callable[..., None] | None]] = {
     "forward": (Problem.of_attention, check_attention_values),
     "backward": (Problem.of_gradient, None),
     "prefill": (Problem.of_prefill, check_prefill_values),
-    "step": (Problem.of_step, check_decoding_values),
+    "step": (Problem.of_step, check_update_values),
     "verify": (Problem.of_drafts, check_decoding_values),
-    "commit": (Problem.of_drafts, check_decoding_values),
+    "commit": (Problem.of_accepted_drafts, check_update_values),
 }
 
 

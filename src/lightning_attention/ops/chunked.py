@@ -140,7 +140,7 @@ def _step_token_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, stat
     _advanced_(state, k, v, log_decay)
     H, K, V = state.shape[1:]
     if state.is_contiguous():
-        o = torch.bmm(q.reshape(-1, 1, K), state.flatten(0, 1)).view(-1, H, V)
+        o = torch.bmm(q.reshape(len(q) * H, 1, K), state.flatten(0, 1)).view(len(q), H, V)
     else:  # by head, without a copy of the states
         o = torch.cat([torch.bmm(q[:, h].unsqueeze(1), state[:, h]) for h in range(H)], dim=1)
     return _cast(o if scale == 1 else o.mul_(scale), dtype)
@@ -379,11 +379,13 @@ class _Tiles:
 
     def new_states(self, initial: Tensor | None) -> Tensor:
         """Memory for states after the last tokens `[N, H, K, V]`. Empty sequences keep their initial states."""
-        states = torch.empty(self.state_shape, dtype=self.dtype, device=self.device)
+        num_sequences, batch_size, *shape = self.state_shape
+        states = torch.empty(num_sequences * batch_size, *shape, dtype=self.dtype, device=self.device)
         for n, (start, end) in enumerate(pairwise(self.bounds)):
             if start == end:
-                states[n] = 0 if initial is None else initial.unflatten(0, self.state_shape[:2])[n]
-        return states.flatten(0, 1)
+                rows = slice(n * batch_size, (n + 1) * batch_size)
+                states[rows] = 0 if initial is None else initial[rows]
+        return states
 
 
 class _Decay:

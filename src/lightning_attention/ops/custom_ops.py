@@ -71,6 +71,12 @@ def autocast(*inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in inputs)
 
 
+def _mark_updated(state: Tensor) -> None:
+    """Tell autograd, which may have saved the state for a backward pass, that a kernel has written to it."""
+    if not state.is_inference():
+        torch.autograd.graph.increment_version(state)
+
+
 def _check(operator: str, x: Inputs, backend: str) -> None:
     """Check inputs that are traced. The backend is chosen when the operator runs: sizes that decide are no guards."""
     problem_of, _ = CHECKS[operator]
@@ -149,6 +155,7 @@ def prefill(q, k, v, log_decay, initial_state, cu_seqlens, state_positions, scal
 @_operator(f"({DECODING_IN_PLACE}, float scale, str backend) -> Tensor", _fake_step)
 def step(q, k, v, log_decay, state, state_indices, scale, backend):
     (o,) = call(prepare, DecodingInputs(q, k, v, log_decay, state, state_indices), "step", backend, scale)
+    _mark_updated(state)
     return o
 
 
@@ -161,6 +168,7 @@ def verify(q, k, v, log_decay, state, state_indices, parents, scale, backend):
 @_operator(f"({DECODING_IN_PLACE}, Tensor? parents, Tensor last, str backend) -> ()", _fake_commit)
 def commit(q, k, v, log_decay, state, state_indices, parents, last, backend):
     call(prepare, DecodingInputs(q, k, v, log_decay, state, state_indices, parents, last), "commit", backend)
+    _mark_updated(state)
 
 
 @register(
@@ -179,5 +187,11 @@ torch.library.register_autograd(
 
 
 # Operators without a gradient, with the dimension of heads of each output, counted from the last.
-for _operator_without_gradient, _heads in ((step, (-2,)), (verify, (-2,)), (commit, ()), (prefill, (-2, -3, -3))):
+for _operator_without_gradient, _heads in (
+    (backward, (-2, -2, -2, -3)),
+    (step, (-2,)),
+    (verify, (-2,)),
+    (commit, ()),
+    (prefill, (-2, -3, -3)),
+):
     transforms.register_vmap(_operator_without_gradient, _heads)

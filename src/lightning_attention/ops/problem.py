@@ -39,7 +39,10 @@ def checked_scale(scale: object) -> float:
     if type(scale) is not float:
         if isinstance(scale, bool) or not isinstance(scale, (int, float, Real, torch.SymInt, torch.SymFloat)):
             raise TypeError(f"scale must be a number, got {type(scale).__name__}")
-        scale = float(scale)
+        try:
+            scale = float(scale)
+        except OverflowError:
+            scale = math.inf
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale}")
     return scale
@@ -191,7 +194,12 @@ class Problem(NamedTuple):
 
     @classmethod
     def of_step(cls, x: DecodingInputs[Tensor] | DecodingInputs[Metadata]) -> "Problem":
-        """Decoding, with q, k, v as `[B, T, H, D]` or `[B, H, D]`."""
+        """Decoding, which updates the state, with q, k, v as `[B, T, H, D]` or `[B, H, D]`."""
+        _check_writable("state", x.state)
+        return cls._of_decoding(x)
+
+    @classmethod
+    def _of_decoding(cls, x: DecodingInputs[Tensor] | DecodingInputs[Metadata]) -> "Problem":
         if x.q.dim() not in (3, 4):
             raise ValueError(f"q must be [B, H, K] or [B, T, H, K], got shape {tuple(x.q.shape)}")
         _check_inputs(x.q, x.k, x.v, x.log_decay)
@@ -206,12 +214,19 @@ class Problem(NamedTuple):
 
     @classmethod
     def of_drafts(cls, x: DecodingInputs[Tensor] | DecodingInputs[Metadata]) -> "Problem":
-        """Speculative decoding."""
+        """Drafts of speculative decoding."""
         if x.q.dim() != 4:
             raise ValueError(f"drafts must be [B, T, H, D], got shape {tuple(x.q.shape)}")
-        problem = cls.of_step(x)
+        problem = cls._of_decoding(x)
         if x.parents is not None:
             _check_indices("parents", x.parents, x.q, B=x.q.shape[0], T=x.q.shape[1])
+        return problem
+
+    @classmethod
+    def of_accepted_drafts(cls, x: DecodingInputs[Tensor] | DecodingInputs[Metadata]) -> "Problem":
+        """Drafts that update the state, up to the `last` one."""
+        _check_writable("state", x.state)
+        problem = cls.of_drafts(x)
         if x.last is not None:
             _check_indices("last", x.last, x.q, B=x.q.shape[0])
         return problem
@@ -244,6 +259,13 @@ class Problem(NamedTuple):
             raise TypeError(f"{name} must be {names} when q is {self.dtype}, got {state.dtype}")
         if state.device != self.device:
             _check_device(name, state, q)
+
+
+def _check_writable(name: str, x: Checked) -> None:
+    """Refuse a tensor that is updated in place if several of its elements share memory."""
+    strides = x.strides if isinstance(x, Metadata) else x.stride()
+    if 0 in strides and any(size > 1 and stride == 0 for size, stride in zip(x.shape, strides, strict=True)):
+        raise ValueError(f"{name} is updated in place and must not be expanded, got strides {tuple(strides)}")
 
 
 def _check_inputs(q: Checked, k: Checked, v: Checked, log_decay: Checked | None) -> None:
@@ -334,6 +356,15 @@ def check_decoding_values(x: DecodingInputs[Tensor]) -> None:
         _check_range("last", x.last, x.q.shape[1])
     if x.parents is not None:
         _check_parents(x.parents, x.q.shape[1])
+
+
+def check_update_values(x: DecodingInputs[Tensor]) -> None:
+    """Refuse values out of range, of tensors on the CPU, and states that two batch rows would update."""
+    check_decoding_values(x)
+    if x.state_indices is not None and x.state_indices.is_cpu:
+        used = [index for index in x.state_indices.tolist() if index >= 0]
+        if len(set(used)) < len(used):
+            raise ValueError(f"state_indices must differ, since each state is updated once, got {sorted(used)}")
 
 
 def check_log_decay(log_decay: Tensor | None) -> None:
