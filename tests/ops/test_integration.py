@@ -192,3 +192,15 @@ lightning_attention.lightning_attention(x, x, x, lightning_attention.decay.log_d
 
 def test_the_operator_needs_only_torch():
     subprocess.run([sys.executable, "-c", BLOCKED], check=True)
+
+
+def test_one_tensor_may_be_query_key_and_value_of_a_compiled_call():
+    """The compiler takes no tensor twice as an input of an autograd function."""
+    x = make_inputs(CASES[0], torch.float64).q.requires_grad_()
+
+    def attention(x: torch.Tensor) -> torch.Tensor:
+        return lightning_attention(x, x, x).output
+
+    o, expected = torch.compile(attention, fullgraph=True, backend="aot_eager")(x), attention(x)
+    torch.testing.assert_close(o, expected)
+    torch.testing.assert_close(torch.autograd.grad(o.sum(), x), torch.autograd.grad(expected.sum(), x))

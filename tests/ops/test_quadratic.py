@@ -74,3 +74,55 @@ def test_large_tiles_run_on_a_gpu(K):
     expected = results(exact, wide)
     for name, found in results(quadratic_attention, x).items():
         assert (found.cpu().double() - expected[name]).norm() <= 2e-2 * expected[name].norm(), name
+
+
+q = torch.randn(1, 10, 2, 16)
+REFUSED = {
+    "bounds after the first token": ({"cu_seqlens": torch.tensor([2, 10])}, ValueError, "cu_seqlens must run from 0"),
+    "bounds before the last token": ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "cu_seqlens must run from 0"),
+    "falling bounds": ({"cu_seqlens": torch.tensor([0, 7, 5, 10])}, ValueError, "cu_seqlens must not decrease"),
+    "float bounds": ({"cu_seqlens": torch.tensor([0.0, 10.0])}, TypeError, "cu_seqlens must be int32 or int64"),
+    "a list of bounds": ({"cu_seqlens": [0, 10]}, TypeError, "cu_seqlens must be a dense tensor"),
+    "growth": ({"log_decay": torch.tensor([0.1, 0.2])}, ValueError, "log_decay must be <= 0"),
+    "one decay of two": ({"log_decay": torch.tensor([-0.1])}, ValueError, r"log_decay must be \[H\]"),
+    "a decay with a gradient": ({"log_decay": torch.zeros(2, requires_grad=True)}, ValueError, "log_decay must not re"),
+    "more keys than queries": ({"k": torch.randn(1, 12, 2, 16)}, ValueError, "k must have the shape of q"),
+    "integers": ({"q": q.long(), "k": q.long(), "v": q.long()}, TypeError, "q must be one of torch.float64"),
+}
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_bad_arguments_are_refused(change, kind, message):
+    with pytest.raises(kind, match=f"^{message}"):
+        quadratic_attention(**{"q": q, "k": q, "v": q} | change)
+
+
+def test_packed_batch_rows_are_refused():
+    with pytest.raises(ValueError, match="B must be 1, got 2"):
+        quadratic_attention(*q.expand(3, 2, -1, -1, -1), cu_seqlens=torch.tensor([0, 5, 10]))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # PyTorch compiles its rules for forward mode with it
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.vmap, torch.func.jacfwd], ids=lambda x: x.__name__)
+def test_transforms_are_refused(transform):
+    with pytest.raises(NotImplementedError, match="quadratic_attention does not run under the transforms"):
+        transform(lambda x: quadratic_attention(x, x, x).sum())(q if transform is not torch.vmap else q[None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_scores_stay_float32_under_autocast(dtype):
+    large, small = 150 * q, 1e-4 * q
+    with torch.autocast("cpu", dtype):
+        o = quadratic_attention(large, large, small)
+    exact = quadratic_attention(*(x.to(dtype).double() for x in (large, large, small)))
+    assert o.dtype == dtype
+    torch.testing.assert_close(o.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-3 * float(exact.abs().max()))
+
+
+def test_one_tensor_may_be_query_key_and_value():
+    """The compiler takes no tensor twice as an input of an autograd function."""
+    x = q.clone().requires_grad_()
+    o = torch.compile(lambda x: quadratic_attention(x, x, x), fullgraph=True, backend="aot_eager")(x)
+    expected = quadratic_attention(x, x, x)
+    torch.testing.assert_close(o, expected)
+    torch.testing.assert_close(torch.autograd.grad(o.sum(), x), torch.autograd.grad(expected.sum(), x))

@@ -32,12 +32,19 @@ def refuse_gradient(log_decay: Tensor | None) -> None:
 def attention(q, k, v, log_decay, *rest) -> tuple[Tensor, ...]:
     """The output, and the final state if it is asked for, with gradients; takes the arguments `FORWARD`."""
     refuse_gradient(log_decay)
-    arguments = *custom_ops.autocast(q, k, v), log_decay, *rest
+    arguments = *distinct(*custom_ops.autocast(q, k, v)), log_decay, *rest
     if transforms.is_transformed():
         from .compiler import transformed_attention
 
         return transformed_attention(*arguments)
     return _Attention.apply(*arguments)
+
+
+def distinct(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return views of tensors that occur twice, which the compiler refuses as inputs of an autograd function."""
+    if torch.compiler.is_compiling():
+        k, v = (k.view_as(k) if k is q else k), (v.view_as(v) if v is q or v is k else v)
+    return q, k, v
 
 
 class _Attention(torch.autograd.Function):

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autograd import distinct, refuse_gradient
 from .custom_ops import autocast, register
 from .gpu import triton_reasons
+from .problem import AttentionInputs, Problem, check_attention_values, check_tensors
+from .transforms import refuse_transforms, register_vmap
 from .triton.config import MAX_HEAD_DIM
 
 # Queries of a block, where PyTorch computes; it also computes heads that the kernel has no tiles for.
@@ -33,6 +36,12 @@ def quadratic_attention(
     Returns:
         `[B, T, H, V]`.
 
+    Raises:
+        ValueError: shapes do not fit; `cu_seqlens` does not rise from 0 to T; log_decay is above 0 or NaN, or requires
+            a gradient. Values are checked on the CPU alone.
+        TypeError: a dtype is wrong, or an argument is not a dense tensor.
+        NotImplementedError: under forward mode or another transform of torch.func, and at a second derivative.
+
     Example:
         >>> import torch
         >>> from lightning_attention import lightning_attention
@@ -41,7 +50,13 @@ def quadratic_attention(
         >>> torch.allclose(quadratic_attention(q, k, v), lightning_attention(q, k, v).output)
         True
     """
-    return _QuadraticAttention.apply(*autocast(q, k, v), log_decay, cu_seqlens)
+    inputs = {"q": q, "k": k, "v": v}
+    check_tensors(inputs, {"log_decay": log_decay, "cu_seqlens": cu_seqlens})
+    refuse_transforms("quadratic_attention", inputs | {"log_decay": log_decay})
+    refuse_gradient(log_decay)
+    q, k, v = distinct(*autocast(q, k, v))
+    Problem.of_attention(AttentionInputs(q, k, v, log_decay, None, cu_seqlens))
+    return _QuadraticAttention.apply(q, k, v, log_decay, cu_seqlens)
 
 
 class _QuadraticAttention(torch.autograd.Function):
@@ -63,9 +78,11 @@ class _QuadraticAttention(torch.autograd.Function):
 @register(
     "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? cu_seqlens, bool reverse) -> Tensor",
     lambda q, k, v, *_: torch.empty_like(v, memory_format=torch.contiguous_format),
+    num_factors=3,
 )
 def left_product(q, k, v, log_decay, cu_seqlens, reverse):
     """`Σ_j λ^|i-j| (q_i · k_j) v_j` over j <= i of the sequence of i; in reverse over j >= i."""
+    check_attention_values(AttentionInputs(q, k, v, log_decay, None, cu_seqlens))
     if q.dtype == torch.float16:
         return left_product(q.float(), k.float(), v.float(), log_decay, cu_seqlens, reverse).half()
     q, k, v = (x.contiguous() for x in (q, k, v))
@@ -79,6 +96,9 @@ def left_product(q, k, v, log_decay, cu_seqlens, reverse):
         q, k, v = (x.flip(1) for x in (q, k, v))
     o = _left_product_in_blocks(q, k, v, log_decay, starts)
     return o.flip(1) if reverse else o
+
+
+register_vmap(left_product, (-2,))
 
 
 def _starts(cu_seqlens: Tensor, length: int, reverse: bool) -> Tensor:
