@@ -1,5 +1,7 @@
 """Arguments of the forward pass: masks, positions, bounds of packed sequences, caches, and refused arguments."""
 
+import copy
+import math
 from typing import Any
 
 import pytest
@@ -136,8 +138,16 @@ def test_flash_attention_names_equal_cu_seqlens(model):
 PACKED = {"input_ids": tokens(1, 6), "cu_seqlens": torch.tensor([0, 2, 6])}
 BAD_INPUTS = {
     "additive mask": ({"attention_mask": torch.zeros(2, 6)}, TypeError, "attention_mask must be bool, or integers"),
-    "float mask": ({"attention_mask": torch.ones(2, 6)}, TypeError, "attention_mask must be bool, or integers"),
-    "half mask": ({"attention_mask": torch.ones(2, 6).half()}, TypeError, "attention_mask must be bool, or integers"),
+    "half additive mask": (
+        {"attention_mask": torch.tensor([[-math.inf, 0, 0, 0, 0, 0]] * 2).half()},
+        TypeError,
+        "attention_mask must be bool, or integers",
+    ),
+    "weights for a mask": (
+        {"attention_mask": torch.tensor([[1, 0.5] * 3] * 2)},
+        TypeError,
+        "attention_mask must be bo",
+    ),
     "negative mask": ({"attention_mask": torch.tensor([[0, -1] * 3] * 2)}, ValueError, "must be 0 in the padding"),
     "4D mask": ({"attention_mask": torch.ones(2, 1, 6, 6).bool()}, ValueError, r"must be \[B, T\] = \[2, 6\]"),
     "mask of a list": ({"attention_mask": [[1] * 6] * 2}, TypeError, "attention_mask must be a tensor, got list"),
@@ -205,6 +215,70 @@ def test_bad_inputs_are_refused(model, case):
     options, kind, message = BAD_INPUTS[case]
     with pytest.raises(kind, match=message):
         model(**{"input_ids": tokens(2, 6)} | options)
+
+
+OTHER_SEQUENCES = {
+    "numbers of a longer mask": ({"attention_mask": torch.tensor([[1, 1, 1, 2, 2, 2]])}, "which a cache cannot hold"),
+    "numbers of a mask": (
+        {"attention_mask": torch.tensor([[2, 2, 2]])},
+        "attention_mask needs the columns in the cache",
+    ),
+    "padding in the cache": (
+        {"attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1]])},
+        "attention_mask marks other columns as padding than those that the cache has read",
+    ),
+    "positions that restart": ({"position_ids": torch.tensor([[0, 1, 2]])}, "which a cache cannot hold"),
+    "positions that restart after padding": (
+        {"position_ids": torch.tensor([[0, 0, 1]]), "attention_mask": torch.tensor([[0, 1, 1]])},
+        "which a cache cannot hold",
+    ),
+    "seq_idx": ({"seq_idx": torch.tensor([[1, 1, 1]])}, "seq_idx goes with no earlier tokens in the cache"),
+}
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("case", OTHER_SEQUENCES)
+@torch.no_grad()
+def test_a_sequence_does_not_go_on_from_another_in_the_cache(model, case, length):
+    options, message = OTHER_SEQUENCES[case]
+    options = {name: x[:, : x.shape[1] - 3 + length] for name, x in options.items()}
+    if case == "positions that restart after padding" and length == 1:
+        return  # padding alone starts nothing
+    ids = tokens(1, 3 + length)
+    cache = model(ids[:, :3], use_cache=True).cache
+    before = copy.deepcopy(cache)
+    with pytest.raises(ValueError, match=message):
+        model(ids[:, 3:], cache=cache, **options)
+    found, expected = model(ids[:, 3:], cache=cache).logits, model(ids[:, 3:], cache=before).logits
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention_mask": torch.full((2, 6), 2)},
+        {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 1]])},
+        {"attention_mask": torch.ones(2, 3), "position_ids": torch.tensor([[3, 4, 5], [2, 3, 4]])},
+        {"position_ids": torch.tensor([[3, 4, 5], [3, 4, 5]])},  # positions that count columns
+    ],
+    ids=["numbered", "padded", "float", "positions"],
+)
+@torch.no_grad()
+def test_a_sequence_goes_on_from_the_cache(model, options):
+    ids, mask = tokens(2, 6), torch.tensor([[1, 1, 1], [0, 1, 1]])
+    cache = model(ids[:, :3], attention_mask=mask, use_cache=True).cache
+    logits = model(ids[:, 3:], cache=cache, **options).logits
+    expected = model(ids[:1]).logits[:, 3:]
+    torch.testing.assert_close(logits[:1], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_float_mask_of_zeros_and_ones_is_a_mask(model, padded):
+    """PEFT prepends such a mask for virtual tokens."""
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    mask[1, :2] = 0 if padded else 1
+    ids = tokens(2, 6)
+    assert torch.equal(model(ids, attention_mask=mask.float()).logits, model(ids, attention_mask=mask).logits)
 
 
 def test_cache_of_another_batch_size_is_refused(model):

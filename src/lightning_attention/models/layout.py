@@ -14,6 +14,10 @@ from torch import Tensor
 from ..ops.problem import sequence_bounds
 from .cache import LightningCache
 
+OTHER_PADDING = (
+    "attention_mask marks other columns as padding than those that the cache has read: start with a new cache, or give "
+    "the columns that the cache has read as they were"
+)
 SEVERAL_SEQUENCES = (
     "position_ids that restart, seq_idx or attention_mask describe several sequences in a batch row, which a cache "
     "cannot hold: leave out the cache, or use_cache"
@@ -116,13 +120,16 @@ def build_layout(x: Tensor, given: BatchDescription, cache: LightningCache | Non
         one_per_row: refuse batch rows of several sequences, because a cache keeps one state per batch row.
 
     Raises:
-        ValueError: a shape or value does not fit, or a batch row holds several sequences and `one_per_row` is set.
+        ValueError: a shape or value does not fit, or a batch row holds several sequences and `one_per_row` is set, or
+            goes on from another one in the cache.
         TypeError: an argument is not a tensor, or has the wrong dtype.
     """
     batch_size, length = x.shape[:2]
-    is_token, numbers = _parse_mask(given.attention_mask, batch_size, length, 0 if cache is None else cache.length)
+    is_token, numbers = _parse_mask(given.attention_mask, batch_size, length, cache)
     position_ids = _parse_integers("position_ids", given.position_ids, batch_size, length)
     seq_idx = _parse_integers("seq_idx", given.seq_idx, batch_size, length)
+    if cache is not None and cache.positions is not None and not torch.compiler.is_compiling():
+        _check_continues(cache.positions, position_ids, seq_idx, is_token)
     if given.cu_seqlens is not None:
         _check_cu_seqlens(given.cu_seqlens, batch_size, length)
         if is_token is not None:
@@ -214,24 +221,59 @@ def _splits_rows(starts_inside: Tensor, one_per_row: bool) -> bool:
     return bool(several)
 
 
+def _check_continues(
+    past: Tensor, position_ids: Tensor | None, seq_idx: Tensor | None, is_token: Tensor | None
+) -> None:
+    """Refuse a sequence that starts with the first tokens of a batch row, of which the cache has read `past` `[B]`."""
+    if seq_idx is not None:
+        raise ValueError("seq_idx goes with no earlier tokens in the cache, which does not hold it")
+    if position_ids is None or not position_ids.numel():
+        return
+    first = torch.zeros_like(past) if is_token is None else is_token.int().argmax(dim=1)
+    restarts = position_ids.gather(1, first[:, None])[:, 0] < past
+    if bool((restarts if is_token is None else restarts & is_token.any(dim=1)).any()):
+        raise ValueError(SEVERAL_SEQUENCES)
+
+
+def _check_past_mask(mask: Tensor, length: int, cache: LightningCache | None) -> None:
+    """Refuse a mask whose columns before the last `length` are not those that the cache has read."""
+    if cache is None or cache.positions is None:
+        return
+    past = mask[:, : mask.shape[1] - length]
+    if past.shape[1] and not torch.equal((past != 0).sum(dim=1), cache.positions):
+        raise ValueError(OTHER_PADDING)
+    if mask.dtype == torch.bool or not mask.numel() or int(mask.max()) <= 1:
+        return
+    if not past.shape[1]:
+        raise ValueError("attention_mask needs the columns in the cache too if it numbers sequences")
+    numbers = mask.long()
+    if bool((numbers.masked_fill(numbers == 0, 2**62).amin(dim=1) < numbers.amax(dim=1)).any()):
+        raise ValueError(SEVERAL_SEQUENCES)
+
+
 def _parse_mask(
-    mask: Tensor | None, batch_size: int, length: int, past_length: int
+    mask: Tensor | None, batch_size: int, length: int, cache: LightningCache | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Split a mask into `[B, T]` bool, true for tokens (None if all are), and `[B, T]` sequence numbers or None."""
     if mask is None:
         return None, None
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask must be a tensor, got {type(mask).__name__}")
+    past_length = 0 if cache is None else cache.length
     if mask.dim() != 2 or mask.shape[0] != batch_size or mask.shape[1] not in (length, past_length + length):
         longer = f", or longer by the {past_length} columns in the cache" if past_length else ""
         raise ValueError(
             f"attention_mask must be [B, T] = [{batch_size}, {length}]{longer}, got shape {tuple(mask.shape)}"
         )
+    if mask.is_floating_point() and not torch.compiler.is_compiling() and _holds_zeros_and_ones(mask):
+        mask = mask.bool()
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(
             f"attention_mask must be bool, or integers that are 0 in the padding, got {mask.dtype}: masks that are "
             "added to scores are not supported"
         )
+    if not torch.compiler.is_compiling():
+        _check_past_mask(mask, length, cache)
     mask = mask[:, mask.shape[1] - length :]
     if mask.dtype == torch.bool:
         return (mask if torch.compiler.is_compiling() or not bool(mask.all()) else None), None
@@ -241,6 +283,12 @@ def _parse_mask(
     if low < 0:
         raise ValueError(f"attention_mask must be 0 in the padding and at least 1 elsewhere, got {low}")
     return (None if low else mask != 0), (mask.long() if high > 1 else None)
+
+
+def _holds_zeros_and_ones(mask: Tensor) -> bool:
+    """True if a float mask has ones, as PEFT's for virtual tokens; a mask that is added to scores has none."""
+    is_one = mask == 1
+    return bool(is_one.any() & (is_one | (mask == 0)).all())
 
 
 def _parse_integers(name: str, x: Tensor | None, batch_size: int, length: int) -> Tensor | None:
