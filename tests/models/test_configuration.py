@@ -96,6 +96,13 @@ def test_unknown_options_are_refused_by_name(name, tmp_path):
         ({"positions": "rope"}, ValueError, "positions must be one of mix, lrpe-d, decay, got 'rope'"),
         ({"decay_preset": "lightning"}, ValueError, "decay_preset must be one of .* got 'lightning'"),
         ({"log_decay": [[-1.0]]}, ValueError, "log_decay must be 24 lists of 8 numbers"),
+        ({"log_decay": 5}, TypeError, "log_decay must be lists of numbers"),
+        ({"log_decay": [-1.0]}, TypeError, "log_decay must be lists of numbers"),
+        (ONE_HEAD | {"log_decay": [["-1"]]}, TypeError, "log_decay must be lists of numbers"),
+        ({"tie_word_embeddings": "false"}, TypeError, "tie_word_embeddings must be True or False, got 'false'"),
+        ({"use_cache": "no"}, TypeError, "use_cache must be True or False, got 'no'"),
+        ({"dtype": "foo"}, ValueError, "dtype must be the name of a dtype of torch, got 'foo'"),
+        ({"torch_dtype": "nn"}, ValueError, "torch_dtype must be the name of a dtype of torch, got 'nn'"),
         (ONE_HEAD | {"log_decay": [[1.0]]}, ValueError, "log_decay must be <= 0"),
         ({"layer_types": ["full_attention"] * 24}, ValueError, "layer_types must be 24 times"),
         ({"layer_types": ["full_attention", "nonsense"]}, ValueError, "layer_types must be 24 times"),
@@ -158,3 +165,12 @@ def test_options_of_from_pretrained_are_applied(auto, tmp_path):
     assert auto.from_pretrained(tmp_path, **loader).num_labels == 2
     _, unused = auto.from_pretrained(tmp_path, made_up=1, return_unused_kwargs=True)
     assert unused == {"made_up": 1}
+
+
+def test_decays_may_be_tensors(tmp_path):
+    layers = [decay.log_decay(2, layer_idx=i, num_layers=3, preset="transnormer") for i in range(3)]
+    options = {"num_hidden_layers": 3, "num_attention_heads": 2}
+    for given in (layers, torch.stack(layers), [x.tolist() for x in layers], tuple(layers)):
+        LightningConfig(log_decay=given, **options).save_pretrained(tmp_path)
+        loaded = LightningConfig.from_pretrained(tmp_path)
+        assert all(torch.equal(loaded.layer_log_decay(i), layers[i]) for i in range(3))

@@ -106,3 +106,41 @@ def test_assisted_generation_and_static_caches_are_refused(model):
         model.generate(tokens(1, 5), max_new_tokens=5, prompt_lookup_num_tokens=2)
     with pytest.raises(ValueError, match="cache_implementation must be None"):
         model.generate(tokens(1, 5), max_new_tokens=5, cache_implementation="static")
+
+
+@pytest.mark.parametrize("name", ["input_ids", "inputs", None])
+def test_text_that_the_cache_has_read_is_refused(model, name):
+    ids = tokens(1, 8)
+    cache = model(ids, use_cache=True).cache
+    text, given = ((ids,), {}) if name is None else ((), {name: ids})
+    with pytest.raises(ValueError, match="the text has 8 columns, and the cache has read 8"):
+        model.generate(*text, **given, cache=cache, max_new_tokens=3)
+    assert cache.length == 8
+
+
+def test_a_cache_without_use_cache_is_refused(model):
+    with pytest.raises(ValueError, match="use_cache=False contradicts a cache"):
+        model.generate(tokens(1, 8), cache=LightningCache(3), use_cache=False, max_new_tokens=3)
+
+
+def test_a_conversation_whose_padding_was_read_is_refused(model):
+    """generate() pads a batch row that ends early, and the model reads the padding."""
+    ids = tokens(2, 7)
+    stop = int(greedy(model, ids, 1)[0, -1])
+    cache = LightningCache(3)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": stop, "pad_token_id": 0}
+    first = model.generate(ids, cache=cache, **options)
+    assert (first[0] == 0).any()
+    text = torch.cat([first, tokens(2, 3, seed=1)], dim=1)
+    with pytest.raises(ValueError, match="marks other columns as padding than those that the cache has read"):
+        model.generate(text, attention_mask=(text != 0).long(), cache=cache, **options)
+
+
+def test_padding_takes_no_positions():
+    options = {"linear_attention": "elu", "max_position_embeddings": 10}
+    model = LightningForCausalLM(make_config(**options)).eval()
+    ids, mask = tokens(1, 7), torch.tensor([[0, 0, 0, 0, 1, 1, 1]])
+    padded = model.generate(ids, attention_mask=mask, max_new_tokens=7, do_sample=False)
+    assert torch.equal(padded[:, 7:], greedy(model, ids[:, 4:], 7)[:, 3:])
+    with pytest.raises(ValueError, match="11 tokens exceed the 10 positions"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False)

@@ -9,6 +9,8 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from lightning_attention.models import LightningForSequenceClassification
+
 HEADS = {
     "sequence": (AutoModelForSequenceClassification, {"labels": torch.tensor([0, 2])}, ["score.weight"]),
     "token": (AutoModelForTokenClassification, {"labels": tokens(2, 9) % 3}, ["score.weight", "score.bias"]),
@@ -54,3 +56,30 @@ def test_padded_equals_unpadded(name):
             alone = logits_of(model(ids[b, at][None]))
             found = padded[b] if name == "sequence" else padded[b, at] if name == "token" else padded[:, b, at]
             torch.testing.assert_close(found, alone[:, 0] if name == "question" else alone[0], rtol=1e-4, atol=1e-5)
+
+
+def classifier(**options) -> LightningForSequenceClassification:
+    torch.manual_seed(0)
+    return LightningForSequenceClassification(make_config(num_labels=3, **options)).eval()
+
+
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+@pytest.mark.parametrize("pad_token_id", [None, 0, 5])
+@torch.no_grad()
+def test_the_mask_marks_the_last_token_of_a_text(given, pad_token_id):
+    """Whatever the padding is: pad_token_id finds it only where there is no mask."""
+    model = classifier(pad_token_id=pad_token_id)
+    ids, mask = tokens(2, 9), torch.tensor([[1] * 6 + [0] * 3, [0] * 2 + [1] * 7])
+    ids[0, 6:] = 7
+    x = {"input_ids": ids} if given == "input_ids" else {"inputs_embeds": model.get_input_embeddings()(ids)}
+    logits = model(**x, attention_mask=mask).logits
+    for b in range(2):
+        alone = model(ids[b, mask[b] == 1][None], attention_mask=torch.ones(1, int(mask[b].sum()))).logits
+        torch.testing.assert_close(logits[b], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_texts_whose_ends_are_unknown_are_refused():
+    with pytest.raises(ValueError, match="several texts need an attention_mask"):
+        classifier(pad_token_id=None)(tokens(2, 9))
+    with pytest.raises(ValueError, match="every text must have a token that is not padding"):
+        classifier()(tokens(2, 9), attention_mask=torch.tensor([[1] * 9, [0] * 9]))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from tiny_model import VOCAB, make_model, tokens
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lightning_attention.models import LightningForCausalLM
@@ -227,3 +228,17 @@ def test_compiled_on_a_gpu_equals_eager():
     both = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*both, rtol=1e-3, atol=1e-5)
+
+
+def test_label_smoothing_of_the_trainer_predicts_the_next_token(tmp_path):
+    model, ids = make_model(torch.float32), tokens(2, 9)
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+    loss = Trainer(model, arguments).compute_loss(model, {"input_ids": ids, "labels": ids.clone()})
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("shape", [(18,), (9, 2), (2, 8)], ids=str)
+def test_labels_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"labels must be \[B, T\] = \[2, 9\], got shape"):
+        make_model()(tokens(2, 9), labels=tokens(*shape))

@@ -162,3 +162,19 @@ def test_weights_have_the_file_mode_of_the_configuration(model, tmp_path, umask,
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert sum(name.endswith(".safetensors") for name in modes) >= shards
     assert set(modes.values()) == {0o666 & ~umask}
+
+
+def test_a_head_without_a_weight_of_its_own_is_saved(model, tmp_path):
+    model.lm_head = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, VOCAB))
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert all(torch.equal(saved[f"lm_head.{name}"], weight) for name, weight in model.lm_head.state_dict().items())
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB])
+def test_special_tokens_out_of_range_are_refused_when_they_are_set(model, token):
+    with pytest.raises(ValueError, match=f"pad_token_id must be None or in .*got {token}.*resize_token_embeddings"):
+        model.config.pad_token_id = token
+    model.resize_token_embeddings(VOCAB + 1)
+    model.config.pad_token_id = VOCAB

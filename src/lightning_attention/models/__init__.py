@@ -12,6 +12,7 @@ from transformers import (  # noqa: E402
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
 from .cache import LightningCache  # noqa: E402
 from .compilation import compile_layers  # noqa: E402
@@ -32,6 +33,8 @@ AutoModelForCausalLM.register(LightningConfig, LightningForCausalLM, exist_ok=Tr
 AutoModelForSequenceClassification.register(LightningConfig, LightningForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(LightningConfig, LightningForTokenClassification, exist_ok=True)
 AutoModelForQuestionAnswering.register(LightningConfig, LightningForQuestionAnswering, exist_ok=True)
+# By this name transformers' Trainer knows that it has to shift labels for `label_smoothing_factor`.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LightningConfig.model_type] = LightningForCausalLM.__name__
 
 __all__ = [
     "SIZES",

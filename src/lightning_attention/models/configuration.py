@@ -22,6 +22,7 @@ from .remote_code import is_ours, with_auto_map, write_remote_code
 
 logger = logging.get_logger(__name__)
 
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SIZE_OPTIONS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Options that are not fields, and that transformers takes or writes.
 TRANSFORMERS_OPTIONS = frozenset({
@@ -136,12 +137,17 @@ class LightningConfig(PreTrainedConfig):
             )
         for name, known in (("norm", NORMS), ("qk_activation", ACTIVATIONS), ("glu_activation", GLU_ACTIVATIONS)):
             check_choice(name, getattr(self, name), known)
-        if not isinstance(self.output_gate, bool):
-            raise TypeError(f"output_gate must be True or False, got {self.output_gate!r}")
+        for name in ("output_gate", "tie_word_embeddings", "use_cache"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+        for name, dtype in (("dtype", self.dtype), ("torch_dtype", kwargs.get("torch_dtype"))):
+            if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+                raise ValueError(f"{name} must be the name of a dtype of torch, got {dtype!r}")
         self._check_linear_attention()
         if self.decay_preset not in PRESETS:
             raise ValueError(f"decay_preset must be one of {', '.join(PRESETS)}, got {self.decay_preset!r}")
         if self.log_decay is not None:
+            self.log_decay = _lists_of_numbers("log_decay", self.log_decay)
             shape = [len(self.log_decay), *{len(layer) for layer in self.log_decay}]
             if shape != [self.num_hidden_layers, self.num_attention_heads]:
                 raise ValueError(
@@ -161,6 +167,12 @@ class LightningConfig(PreTrainedConfig):
         if is_ours(type(self)):
             kwargs["auto_map"] = with_auto_map(kwargs.get("auto_map"))
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; refuse a special token out of range, which other software may set before training."""
+        if name in TOKEN_IDS and "_name_or_path" in vars(self):  # the last that the constructor sets
+            _check_token_id(name, value, self.vocab_size)
+        super().__setattr__(name, value)
 
     def _check_linear_attention(self) -> None:
         """Check the options of the linear attention, and that they go together; set the default positions."""
@@ -196,14 +208,8 @@ class LightningConfig(PreTrainedConfig):
             TypeError: a token is not an integer.
             ValueError: a token is out of range.
         """
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            given = getattr(self, name)
-            for token in given if isinstance(given, (list, tuple)) else [given]:
-                if token is None:
-                    continue
-                _check_int(name, token)
-                if not 0 <= token < vocab_size:
-                    raise ValueError(f"{name} must be None or in [0, vocab_size = {vocab_size}), got {token}")
+        for name in TOKEN_IDS:
+            _check_token_id(name, getattr(self, name), vocab_size)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -302,6 +308,29 @@ class LightningConfig(PreTrainedConfig):
         if mixer.gate != self.output_gate:
             raise ValueError(f"output_gate is {self.output_gate}, which {type(mixer).__name__} was not made with")
         return mixer
+
+
+def _check_token_id(name: str, given: Any, vocab_size: int) -> None:
+    for token in given if isinstance(given, (list, tuple)) else [given]:
+        if token is None:
+            continue
+        _check_int(name, token)
+        if not 0 <= token < vocab_size:
+            raise ValueError(
+                f"{name} must be None or in [0, vocab_size = {vocab_size}), got {token}; a token is added to the "
+                "vocabulary by resize_token_embeddings()"
+            )
+
+
+def _lists_of_numbers(name: str, given: Any) -> list[list[float]]:
+    """Return numbers of all layers and heads, given as lists or tensors, as lists, which can be saved."""
+    try:
+        layers = [torch.as_tensor(layer, dtype=torch.float64, device="cpu") for layer in given]
+    except (TypeError, ValueError):
+        layers = []
+    if not layers or any(layer.dim() != 1 for layer in layers):
+        raise TypeError(f"{name} must be lists of numbers, one list for each layer")
+    return [layer.tolist() for layer in layers]
 
 
 def _check_int(name: str, value: object, at_least: int | None = None) -> None:

@@ -14,7 +14,7 @@ from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ..nn import linear_cross_entropy
@@ -121,6 +121,8 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
+        if labels is not None and labels.shape != (shape := outputs.last_hidden_state.shape[:2]):
+            raise ValueError(f"labels must be [B, T] = {list(shape)}, got shape {tuple(labels.shape)}")
         hidden_states = _select_tokens(outputs.last_hidden_state, logits_to_keep)
         in_chunks = has_labels and self._has_loss_in_chunks()
         logits = None if skip_logits and in_chunks else self.lm_head(hidden_states)
@@ -155,8 +157,18 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
         return is_plain_linear(self.lm_head) and self.loss_function is ForCausalLMLoss
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as transformers does; `cache` or `past_key_values` continues an earlier call."""
+        """Generate as transformers does; `cache` or `past_key_values` continues an earlier call.
+
+        Raises:
+            ValueError: the text has no token that the cache has not read, or `use_cache=False` is given with a cache.
+        """
         cache = resolve_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
+        given = next((kwargs[name] for name in ("inputs", "input_ids") if name in kwargs), args[0] if args else None)
+        if cache is not None and cache.length and isinstance(given, Tensor) and given.shape[-1] <= cache.length:
+            raise ValueError(
+                f"the text has {given.shape[-1]} columns, and the cache has read {cache.length}: give the text with "
+                "tokens that the cache has not read"
+            )
         mixin: Any = super()  # typed for a protocol that transformers' own models do not satisfy
         return mixin.generate(*args, **kwargs | ({} if cache is None else {CACHE: cache}))
 
@@ -169,6 +181,8 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
                 f"cache_implementation must be None, got {generation_config.cache_implementation!r}: this model's "
                 "cache is a LightningCache, whose size is static"
             )
+        if not generation_config.use_cache and model_kwargs.get(CACHE) is not None:
+            raise ValueError("use_cache=False contradicts a cache: give one of them")
         if generation_config.use_cache and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = LightningCache(self.config.num_hidden_layers)
         else:
@@ -177,7 +191,10 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
 
 
 class LightningForSequenceClassification(GenericForSequenceClassification, LightningPreTrainedModel):
-    """Classifier of texts: logits `[B, num_labels]` from the last token that is not `pad_token_id`.
+    """Classifier of texts: logits `[B, num_labels]` from the last token.
+
+    It is the last column that `attention_mask` does not mark as padding. Without a mask it is the last token that is
+    not `pad_token_id`; a configuration without one needs a mask for several texts.
 
     Example:
         >>> import torch
@@ -188,6 +205,62 @@ class LightningForSequenceClassification(GenericForSequenceClassification, Light
     """
 
     accepts_loss_kwargs = False
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: LightningCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Compute logits, and the loss if labels `[B]`, or `[B, num_labels]`, are given.
+
+        Args:
+            others: see `LightningModel.forward`.
+
+        Raises:
+            ValueError: a text has no token; or there are several texts, and neither a mask nor `pad_token_id`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        is_token = self._is_token(hidden_states, input_ids, attention_mask)
+        columns = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        last = torch.where(is_token, columns, -1).amax(dim=1)
+        if not torch.compiler.is_compiling() and bool((last < 0).any()):
+            raise ValueError("every text must have a token that is not padding")
+        logits = self.score(hidden_states[torch.arange(len(last), device=last.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        returned: dict[str, Any] = {CACHE: outputs.cache}
+        return SequenceClassifierOutputWithPast(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, **returned
+        )
+
+    def _is_token(self, hidden_states: Tensor, input_ids: Tensor | None, mask: Tensor | None) -> Tensor:
+        """`[B, T]` bool, false in the padding."""
+        if mask is not None:
+            return mask[:, mask.shape[1] - hidden_states.shape[1] :].to(hidden_states.device) != 0
+        pad_token_id = self.config.pad_token_id
+        if input_ids is not None and pad_token_id is not None:
+            return (input_ids != pad_token_id).to(hidden_states.device)
+        if len(hidden_states) > 1:
+            raise ValueError("several texts need an attention_mask, or tokens and a pad_token_id, to find their ends")
+        return torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
 
 
 class LightningForTokenClassification(GenericForTokenClassification, LightningPreTrainedModel):

@@ -124,7 +124,7 @@ class LightningPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as transformers does, with every weight: a head tied to the embedding once, any other head itself."""
         if (head := self.get_output_embeddings()) is not None:
-            is_tied = head.weight is self.get_input_embeddings().weight
+            is_tied = getattr(head, "weight", None) is self.get_input_embeddings().weight
             self.config.tie_word_embeddings = is_tied
             self._keys_to_ignore_on_save = list(self._tied_weights_keys or ()) if is_tied else None
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -376,12 +376,22 @@ class LightningModel(LightningPreTrainedModel):
         else:
             layout = slice_layout(embeddings, given, cache)
         if not layout.splits_rows and (cache is not None or not given.may_split_rows):
-            self.config.check_length(layout.batch_shape[1] + (0 if cache is None else cache.length))
+            self._check_length(layout, cache)
         if states is not None and (given.position_ids is None or layout.token_indices is not None or cache is not None):
             raise ValueError("states go with position_ids, and with no padding or cache")
         if states is not None and len(states) != len(self.layers):
             raise ValueError(f"states must be one for each of {len(self.layers)} layers, got {len(states)}")
         return layout
+
+    def _check_length(self, layout: Layout, cache: LightningCache | None) -> None:
+        """Check the tokens of the longest batch row, with those in the cache; in a traced graph with padding."""
+        if self.config.position_limit is None:
+            return
+        length = layout.batch_shape[1] + (0 if cache is None else cache.length)
+        if length > self.config.position_limit and not torch.compiler.is_compiling():
+            past = 0 if cache is None or cache.positions is None else cache.positions
+            length = int((past + torch.as_tensor(layout.count_tokens())).max())
+        self.config.check_length(length)
 
     def _run_layers(
         self,
