@@ -1,6 +1,8 @@
 """Linear attention with feature maps equals its quadratic form, and its features estimate what they should."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_attention.nn import (
+    LRPE,
     CosFormerFeatures,
     EluFeatures,
     FeatureMap,
@@ -189,6 +192,30 @@ def test_positions_out_of_range(module, wrong):
     found = torch.compile(apply_to, backend="aot_eager")(module, positions)
     assert found.flatten(2).isnan().all(dim=2).tolist() == [[False, True, False]]
     assert not found[:, [0, 2]].isnan().any()
+
+
+POSITIONED: dict[str, Callable[[Tensor], Tensor]] = {
+    "learned": partial(apply_to, LearnedPositions(1024, 4)),
+    "cosformer": partial(apply_to, CosFormerFeatures(D, 1024)),
+    "lrpe": lambda positions: LRPE(2, D)(torch.ones(1, positions.shape[1], 2, D), positions),
+}
+BY_POSITIONED = pytest.mark.parametrize("apply", POSITIONED.values(), ids=POSITIONED)
+
+
+@BY_POSITIONED
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.uint64], ids=str
+)
+def test_positions_may_be_any_integers(apply, dtype):
+    positions = torch.tensor([[0, 1, 127]])
+    assert torch.equal(apply(positions.to(dtype)), apply(positions))
+
+
+@BY_POSITIONED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=str)
+def test_positions_that_are_not_integers_are_refused(apply, dtype):
+    with pytest.raises(TypeError, match=f"positions must be integers, got {dtype}"):
+        apply(torch.zeros(1, 3, dtype=dtype))
 
 
 @pytest.mark.parametrize(

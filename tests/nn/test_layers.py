@@ -91,3 +91,13 @@ def test_two_calls_with_a_state_equal_one(grad, length):
         sums = second.sum() + state.square().sum(), expected[:, 5:].sum() + expected_state.square().sum()
         gradients = [torch.autograd.grad(x, layer.qkvu_proj.weight, retain_graph=True)[0] for x in sums]
         torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_angles_of_a_rounded_theta_are_float32(dtype):
+    """load_state_dict(assign=True) and accelerate put a rounded theta in place of the parameter."""
+    layer, exact = LRPE(2, 8), LRPE(2, 8)
+    layer.theta = torch.nn.Parameter(layer.theta.to(dtype))
+    exact.theta.data = layer.theta.float()
+    x, positions = torch.randn(1, 3, 2, 8), torch.tensor([[5, 3001, 1_000_000]])
+    assert torch.equal(layer(x, positions), exact(x, positions))

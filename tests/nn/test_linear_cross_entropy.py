@@ -139,6 +139,16 @@ def test_no_labels_give_0_as_a_sum_and_nan_as_a_mean(device, shape):
     assert linear_cross_entropy(x, weight, labels).isnan()
 
 
+@DEVICES
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3)], ids=str)
+def test_no_channels_give_the_loss_of_equal_logits(device, shape):
+    x, weight, labels = make_inputs(*shape, W=1, device=device)
+    x, weight = x.detach()[..., :0].requires_grad_(), weight.detach()[:, :0].requires_grad_()
+    loss, dx, dweight = with_gradients(linear_cross_entropy, x, weight, labels)
+    assert loss.item() == pytest.approx(math.log(30))
+    assert (dx.shape, dweight.shape) == (x.shape, weight.shape)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
 def test_labels_may_be_any_integers(dtype):
     x, weight, labels = make_inputs(6)
@@ -287,6 +297,10 @@ BAD = [
     ({"weight": WEIGHT.to("meta")}, ValueError, "weight must be on the device of x, cpu, got meta"),
     ({"labels": LABELS.to("meta")}, ValueError, "labels must be on the device of x, cpu, got meta"),
     ({"reduction": "none"}, ValueError, "reduction must be 'mean' or 'sum', got 'none'"),
+    ({"weight": torch.zeros(0, 4)}, ValueError, r"weight must be \[V, W\] with V >= 1, got shape \(0, 4\)"),
+    ({"ignore_index": True}, TypeError, "ignore_index must be an integer, got True"),
+    ({"ignore_index": None}, TypeError, "ignore_index must be an integer, got None"),
+    ({"ignore_index": 1.5}, TypeError, "ignore_index must be an integer, got 1.5"),
 ]
 
 

@@ -107,6 +107,32 @@ def test_casts_keep_the_address_of_the_decay():
     assert module.to("cpu").half().decay.log_decay.data_ptr() == address
 
 
+CHANGES: dict[str, Callable[[GatedLightningAttention], object]] = {
+    "in place": lambda module: module.log_decay.copy_(2 * LOG_DECAY),
+    "assigned": lambda module: setattr(module.decay, "log_decay", 2 * LOG_DECAY),
+}
+MOVES: dict[str, Callable[[GatedLightningAttention], GatedLightningAttention]] = {
+    "cpu": lambda module: module.to("cpu"),
+    "casts": lambda module: module.bfloat16().float(),
+    "double": lambda module: module.double(),
+    "to meta and back": lambda module: emptied(module.to("meta")),
+    "to_empty": emptied,
+    "copy": copy.deepcopy,
+    "pickle, cast": lambda module: pickled(module).half(),
+    "twice": lambda module: emptied(module.to("meta")).half().to("cpu"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_changed_decay_is_kept_by_casts_and_moves(change, move):
+    module = layer()
+    change(module)
+    log_decay = move(module).decay.log_decay
+    assert torch.equal(log_decay, 2 * LOG_DECAY)
+    assert log_decay.dtype == torch.float32
+
+
 def test_decay_on_meta_is_refused_by_the_forward_pass():
     x, positions = torch.randn(2, 7, 24), torch.arange(7)[None]
     module = layer()

@@ -1,9 +1,11 @@
 """The lightning attention layer."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops.problem import check_log_decay, check_tensors
 from ..ops.quadratic import quadratic_attention
@@ -11,14 +13,14 @@ from .activations import ACTIVATIONS
 from .float32 import Float32Module
 from .gates import activated_parts
 from .positions import LRPE
-from .sizes import check_choice
+from .sizes import check_bool, check_choice
 from .token_mixer import Slots, TokenMixer
 
 
 class Decay(Float32Module):
     """Constant decay of one layer: `log_decay` `[H]` float32, natural logarithm per token, not in checkpoints.
 
-    A module on the device "meta" keeps the values, and `to_empty` restores them.
+    A module keeps the values, changed ones too, while it is on the device "meta", and `to_empty` restores them.
     """
 
     log_decay: Tensor
@@ -26,19 +28,26 @@ class Decay(Float32Module):
     def __init__(self, log_decay: Tensor):
         super().__init__()
         _check_constant_decay(log_decay)
-        self.values: list[float] = log_decay.tolist()
+        self.values = _values(log_decay)
         self.register_buffer("log_decay", self.initial_log_decay(), persistent=False)
 
     def initial_log_decay(self, device: torch.device | str | None = None) -> Tensor:
         return torch.tensor(self.values, dtype=torch.float32, device=device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decay":
+        if not self.log_decay.is_meta:
+            self.values = _values(self.log_decay)
         super()._apply(fn, recurse)
         if not self.log_decay.is_meta:
             # After `to_empty` memory is uninitialised, and fn may be any function.
             with torch.no_grad(), torch.inference_mode(self.log_decay.is_inference()):
                 self.log_decay.copy_(self.initial_log_decay("cpu"))
         return self
+
+
+def _values(log_decay: Tensor) -> list[float]:
+    """The values; NaN for a fake tensor, which has none."""
+    return [math.nan] * len(log_decay) if isinstance(log_decay, FakeTensor) else log_decay.tolist()
 
 
 def _check_constant_decay(log_decay: Tensor) -> None:
@@ -51,7 +60,8 @@ def _check_constant_decay(log_decay: Tensor) -> None:
         raise ValueError(f"log_decay must be [H], got shape {tuple(log_decay.shape)}")
     if log_decay.requires_grad:
         raise ValueError("log_decay must not require a gradient: it is a constant; pass log_decay.detach()")
-    check_log_decay(log_decay.cpu())
+    if not isinstance(log_decay, FakeTensor):
+        check_log_decay(log_decay.cpu())
 
 
 class GatedLightningAttention(TokenMixer):
@@ -73,7 +83,7 @@ class GatedLightningAttention(TokenMixer):
         ValueError: `hidden_size` is not a multiple of `num_heads`; a size is less than 1; eps is negative; the
             activation or the norm is unknown; or log_decay is not `[H]`, not <= 0, on the device meta, or requires a
             gradient.
-        TypeError: a size is not an integer, or log_decay is not a float32 tensor.
+        TypeError: a size is not an integer, lrpe or gate is not a bool, or log_decay is not a float32 tensor.
 
     Source: TransNormerLLM (arXiv 2307.14995), section 3.1.
 
@@ -101,6 +111,7 @@ class GatedLightningAttention(TokenMixer):
     ):
         super().__init__(hidden_size, num_heads, eps, norm=norm, gate=gate)
         check_choice("activation", activation, ACTIVATIONS)
+        check_bool("lrpe", lrpe)
         self.activation = activation
         self.decay = Decay(log_decay)
         if len(log_decay) != num_heads:

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..ops import custom_ops, transforms
 from ..ops.cross_entropy import accumulation_dtype
 from ..ops.problem import check_tensors
+from .sizes import check_integer
 
 
 def linear_cross_entropy(
@@ -37,8 +38,8 @@ def linear_cross_entropy(
 
     Raises:
         IndexError: a label on a CPU is out of range.
-        ValueError: a shape or a device does not fit, or the reduction is unknown.
-        TypeError: a dtype does not fit, or an argument is not a tensor.
+        ValueError: a shape or a device does not fit, V is 0, or the reduction is unknown.
+        TypeError: a dtype does not fit, an argument is not a tensor, or ignore_index is not an integer.
         NotImplementedError: a second derivative is asked for.
 
     Source: Liger Kernel (arXiv 2410.10989), section 3.2.
@@ -50,8 +51,9 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(x, weight, torch.randint(256, (2, 10)))  # log(256)
         tensor(5.5452)
     """
+    check_integer("ignore_index", ignore_index)
     x, weight = _checked(x, weight, labels, reduction)
-    x, labels = x.reshape(-1, x.shape[-1]), labels.reshape(-1).long()
+    x, labels = x.reshape(labels.numel(), x.shape[-1]), labels.reshape(-1).long()
     loss = _summed(x, weight, labels, ignore_index)
     return loss if reduction == "sum" else loss / (labels != ignore_index).sum()
 
@@ -64,6 +66,8 @@ def _checked(x: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> tuple
     if x.dim() == 0 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         shapes = f"shapes {tuple(x.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"x must be [..., W] and weight [V, W], got {shapes}")
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight must be [V, W] with V >= 1, got shape {tuple(weight.shape)}")
     if labels.shape != x.shape[:-1]:
         raise ValueError(f"labels must be [...] = {list(x.shape[:-1])}, got shape {tuple(labels.shape)}")
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .activations import one_plus_elu
 from .float32 import Float32Module, without_autocast
-from .positions import out_of_range
+from .positions import int64_positions, out_of_range
 from .sizes import check_size
 
 
@@ -17,10 +17,14 @@ class FeatureMap(nn.Module):
     Attributes:
         num_features: F.
         eps: smallest denominator of an attention with these features.
+        num_heads: number of heads H that the map is made for; None is any number.
+        head_dim: channels D of a head that the map is made for; None is any number.
     """
 
     num_features: int
     eps: float = 1e-6
+    num_heads: int | None = None
+    head_dim: int | None = None
 
     def forward(self, x: Tensor, positions: Tensor, *, is_query: bool) -> Tensor:
         """Features of x at integer `positions` `[B, T]` or `[1, T]`."""
@@ -49,7 +53,7 @@ class EluFeatures(FeatureMap):
     def __init__(self, head_dim: int):
         super().__init__()
         check_size("head_dim", head_dim)
-        self.num_features = head_dim
+        self.num_features = self.head_dim = head_dim
 
     def forward(self, x: Tensor, positions: Tensor, *, is_query: bool) -> Tensor:
         return one_plus_elu(x)
@@ -82,10 +86,10 @@ class CosFormerFeatures(FeatureMap):
         super().__init__()
         check_size("head_dim", head_dim)
         check_size("max_positions", max_positions)
-        self.num_features, self.max_positions = 2 * head_dim, max_positions
+        self.num_features, self.head_dim, self.max_positions = 2 * head_dim, head_dim, max_positions
 
     def forward(self, x: Tensor, positions: Tensor, *, is_query: bool) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        positions, dtype = int64_positions(positions), torch.promote_types(x.dtype, torch.float32)
         angles = (positions.to(dtype) + 1) * (math.pi / (2 * self.max_positions))
         angles = angles.masked_fill(out_of_range(positions, self.max_positions), torch.nan)[..., None, None]
         x = x.relu()
@@ -99,7 +103,7 @@ class RandomFeatures(FeatureMap, Float32Module):
     """Features by random directions, a constant buffer that is part of checkpoints and stays float32.
 
     Args:
-        shape: shape of the directions.
+        shape: shape of the directions, `[..., D]`.
         num_features: F.
         seed: seed of the directions: equal sizes and seeds give equal directions.
     """
@@ -108,11 +112,10 @@ class RandomFeatures(FeatureMap, Float32Module):
 
     def __init__(self, shape: tuple[int, ...], num_features: int, seed: int):
         super().__init__()
-        self.shape, self.num_features, self.seed = shape, num_features, seed
-        is_meta = torch.get_default_device().type == "meta"
-        self.register_buffer(
-            "directions", torch.empty(shape) if is_meta else self.draw().to(torch.get_default_device())
-        )
+        self.shape, self.head_dim, self.num_features, self.seed = shape, shape[-1], num_features, seed
+        device = torch.get_default_device()
+        directions = torch.empty(shape, dtype=torch.float32) if device.type == "meta" else self.draw().to(device)
+        self.register_buffer("directions", directions)
 
     def draw(self) -> Tensor:
         """Return the directions of this seed, float32 on the CPU."""
@@ -134,7 +137,7 @@ class RandomFourierFeatures(RandomFeatures):
     """Random Fourier features of random feature attention (RFA): `φ(x) = [sin(W x), cos(W x)] / √R` of normalised x.
 
     `x` is divided by its norm, so that `φ(q)ᵀ φ(k)` estimates `exp(qᵀ k)` up to a factor. The directions are `R` rows
-    `W_r = σ ⊙ w_r` a head, with `w_r ~ N(0, I)` and a learned σ `[H, D]`, 1 at first; F = 2 R. Estimates may be
+    `W_r = σ ⊙ w_r` a head, with `w_r ~ N(0, I)` and a learned float32 σ `[H, D]`, 1 at first; F = 2 R. Estimates may be
     negative: denominators below `eps = 10 / R` are raised to it, the published code's bound at this scale.
 
     Args:
@@ -165,11 +168,11 @@ class RandomFourierFeatures(RandomFeatures):
         if num_features % 2:
             raise ValueError(f"num_features must be even, sines and cosines, got {num_features}")
         super().__init__((num_heads, num_features // 2, head_dim), num_features, seed)
-        self.eps = 20 / num_features
-        self.sigma = nn.Parameter(torch.ones(num_heads, head_dim))
+        self.num_heads, self.eps = num_heads, 20 / num_features
+        self.sigma = nn.Parameter(torch.ones(num_heads, head_dim, dtype=torch.float32))
 
     def _draw(self, generator: torch.Generator) -> Tensor:
-        return torch.randn(self.shape, generator=generator, device="cpu")
+        return torch.randn(self.shape, dtype=torch.float32, generator=generator, device="cpu")
 
     def forward(self, x: Tensor, positions: Tensor, *, is_query: bool) -> Tensor:
         y = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -208,7 +211,6 @@ class PositiveRandomFeatures(RandomFeatures):
         num_features = default_positive_features(head_dim) if num_features is None else num_features
         check_size("num_features", num_features)
         super().__init__((num_features, head_dim), num_features, seed)
-        self.head_dim = head_dim
 
     def _draw(self, generator: torch.Generator) -> Tensor:
         F, D = self.shape
@@ -217,7 +219,7 @@ class PositiveRandomFeatures(RandomFeatures):
         return torch.linalg.qr(blocks).Q.mT.flatten(0, 1)[:F] * lengths
 
     def forward(self, x: Tensor, positions: Tensor, *, is_query: bool) -> Tensor:
-        y = x.to(torch.promote_types(x.dtype, torch.float32)) * self.head_dim**-0.25
+        y = x.to(torch.promote_types(x.dtype, torch.float32)) * self.shape[-1] ** -0.25
         exponents = self._projected(y, self.directions.to(y.dtype)) - y.square().sum(dim=-1, keepdim=True) / 2
         if is_query:
             exponents = exponents - exponents.detach().amax(dim=-1, keepdim=True)

@@ -25,9 +25,9 @@ class NormalizedLinearAttention(TokenMixer):
         norm, gate: see `TokenMixer`.
 
     Raises:
-        ValueError: `hidden_size` is not a multiple of `num_heads`; a size is less than 1; eps is negative; or the norm
-            is unknown.
-        TypeError: a size is not an integer.
+        ValueError: `hidden_size` is not a multiple of `num_heads`; a size is less than 1; eps is negative; the norm
+            is unknown; or the feature map is made for another number of heads or channels.
+        TypeError: a size is not an integer, gate is not a bool, or feature_map is not a `FeatureMap`.
 
     Source: Transformers are RNNs (arXiv 2006.16236), equations 9 to 12.
 
@@ -51,6 +51,13 @@ class NormalizedLinearAttention(TokenMixer):
         gate: bool = True,
     ):
         super().__init__(hidden_size, num_heads, eps, norm=norm, gate=gate)
+        if not isinstance(feature_map, FeatureMap):
+            raise TypeError(f"feature_map must be a FeatureMap, got {feature_map!r}")
+        if feature_map.num_heads not in (None, num_heads):
+            raise ValueError(f"feature_map must be made for {num_heads} heads, got {feature_map.num_heads}")
+        if feature_map.head_dim not in (None, self.head_dim):
+            channels = f"{self.head_dim} channels, got {feature_map.head_dim}"
+            raise ValueError(f"feature_map must be made for heads of {channels}")
         self.feature_map = feature_map
 
     @property

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .float32 import Float32Module
 from .sizes import check_size
+from .values import has_values
 
 # Tokens per block of positions: within a block, θ t in float32 is off by less than 3e-4.
 BLOCK = 4096
@@ -20,20 +21,31 @@ def _reduce_angle(angles: Tensor) -> Tensor:
     return (angles - turns * TWO_PI_HIGH) - turns * TWO_PI_LOW
 
 
+def int64_positions(positions: Tensor) -> Tensor:
+    """Positions of any integer dtype as int64: other dtypes may not hold the bounds they are compared with.
+
+    Raises:
+        TypeError: positions are not integers.
+    """
+    if positions.dtype.is_floating_point or positions.dtype.is_complex or positions.dtype == torch.bool:
+        raise TypeError(f"positions must be integers, got {positions.dtype}")
+    return positions.long()
+
+
 def out_of_range(positions: Tensor, max_positions: int) -> Tensor:
-    """Mask of positions that are not in `[0, max_positions)`.
+    """Mask of int64 positions that are not in `[0, max_positions)`.
 
     Raises:
         ValueError: there is one, where values are at hand: on a CPU, outside of traced graphs.
     """
     wrong = (positions < 0) | (positions >= max_positions)
-    if positions.is_cpu and not torch.compiler.is_compiling() and wrong.any():
+    if has_values(positions) and wrong.any():
         raise ValueError(f"positions must be in [0, {max_positions}), got {positions[wrong][0].item()}")
     return wrong
 
 
 class LearnedPositions(nn.Embedding):
-    """Learned embeddings of positions `[B, T]`, to be added to those of tokens, `[B, T, W]`.
+    """Learned embeddings of integer positions `[B, T]`, to be added to those of tokens, `[B, T, W]`.
 
     A position out of range raises ValueError on a CPU, and gives NaN elsewhere.
 
@@ -60,6 +72,7 @@ class LearnedPositions(nn.Embedding):
         super().__init__(max_positions, hidden_size)
 
     def forward(self, positions: Tensor) -> Tensor:
+        positions = int64_positions(positions)
         wrong = out_of_range(positions, self.num_embeddings)
         return super().forward(positions.masked_fill(wrong, 0)).masked_fill(wrong[..., None], torch.nan)
 
@@ -104,7 +117,9 @@ class LRPE(Float32Module):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Encode integer `positions` `[B, T]` or `[1, T]` in x `[B, T, H, D]`; returns `[B, T, H, 2 D]`."""
+        positions = int64_positions(positions)
         # In float32 θ t is off by a quarter of a radian at 4 million tokens. The angle of a block is reduced first.
-        blocks, rest = (t[..., None, None].to(self.theta.dtype) for t in (positions // BLOCK, positions % BLOCK))
-        angles = rest * self.theta + blocks * _reduce_angle(BLOCK * self.theta)
+        theta = self.theta.to(torch.promote_types(self.theta.dtype, torch.float32))  # a loader may have rounded it
+        blocks, rest = (t[..., None, None].to(theta.dtype) for t in (positions // BLOCK, positions % BLOCK))
+        angles = rest * theta + blocks * _reduce_angle(BLOCK * theta)
         return torch.cat([x * angles.cos().to(x.dtype), x * angles.sin().to(x.dtype)], dim=-1)

@@ -1,15 +1,20 @@
-"""Checks of the options of layers."""
+"""Checks of options."""
 
 import math
 from collections.abc import Collection
 from numbers import Integral, Real
 
 
-def check_size(name: str, value: object) -> None:
-    """Raise unless the value is an integer >= 1."""
+def check_integer(name: str, value: object) -> None:
+    """Raise unless the value is an integer."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if int(value) < 1:
+
+
+def check_size(name: str, value: int) -> None:
+    """Raise unless the value is an integer >= 1."""
+    check_integer(name, value)
+    if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
@@ -19,6 +24,12 @@ def check_eps(eps: object) -> None:
         raise TypeError(f"eps must be a number, got {eps!r}")
     if not 0 <= float(eps) < math.inf:
         raise ValueError(f"eps must be finite and >= 0, got {eps}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise unless the value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_choice(name: str, value: object, known: Collection[str]) -> None:

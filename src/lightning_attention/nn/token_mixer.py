@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.api import lightning_attention, lightning_attention_prefill, lightning_attention_step
-from ..ops.problem import state_dtype
+from ..ops.autograd import need_gradients
+from ..ops.problem import check_tensors, state_dtype
 from .gates import gated_norm_linear
 from .norms import make_norm
-from .sizes import check_size
+from .sizes import check_bool, check_size
+from .values import has_values
 
 if TYPE_CHECKING:
     from ..distributed.parallel import SequenceParallel  # imports torch._dynamo, as `ops.compiler` does
@@ -20,15 +22,37 @@ if TYPE_CHECKING:
 class Slots:
     """Slots of a call's sequences in state pools `[num_slots, H, K, V]`; the same in every layer.
 
+    Pools are updated in place, without gradients. Values on an accelerator are not read by the host, so these are not
+    checked.
+
     Attributes:
-        of_sequences: `[N]` int64, slot of each sequence; when single tokens are decoded, -1 is padding.
-        saved: `[M]` int64, slots that receive intermediate states.
-        saved_after: `[M]` int64, numbers of tokens of the packed input before each of these states, rising.
+        of_sequences: `[N]` int32 or int64, slot of each sequence. When single tokens are decoded without `saved`, -1 is
+            padding.
+        saved: `[M]` int32 or int64, slots that receive intermediate states of one batch row (B = 1).
+        saved_after: `[M]` int32 or int64, numbers of tokens of the batch row before each of these states, rising.
+
+    Raises:
+        TypeError: an attribute is not a tensor of int32 or int64.
+        ValueError: a shape does not fit, or only one of `saved` and `saved_after` is given.
     """
 
     of_sequences: Tensor
     saved: Tensor | None = None
     saved_after: Tensor | None = None
+
+    def __post_init__(self):
+        saved = {"saved": self.saved, "saved_after": self.saved_after}
+        check_tensors({"of_sequences": self.of_sequences}, saved)
+        if (self.saved is None) != (self.saved_after is None):
+            raise ValueError("saved and saved_after go together: give both or neither")
+        for name, indices in {"of_sequences": self.of_sequences, **saved}.items():
+            if indices is not None and indices.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"{name} must be int32 or int64, got {indices.dtype}")
+            if indices is not None and indices.dim() != 1:
+                raise ValueError(f"{name} must have one dimension, got shape {tuple(indices.shape)}")
+        if self.saved is not None and self.saved_after is not None and self.saved.shape != self.saved_after.shape:
+            shapes = f"shapes {tuple(self.saved.shape)} and {tuple(self.saved_after.shape)}"
+            raise ValueError(f"saved and saved_after must both be [M], got {shapes}")
 
 
 class TokenMixer(nn.Module):
@@ -44,7 +68,7 @@ class TokenMixer(nn.Module):
     Raises:
         ValueError: `hidden_size` is not a multiple of `num_heads`; a size is less than 1; eps is negative; or the norm
             is unknown.
-        TypeError: a size is not an integer.
+        TypeError: a size is not an integer, or gate is not a bool.
 
     Example:
         >>> import torch
@@ -64,6 +88,7 @@ class TokenMixer(nn.Module):
         super().__init__()
         check_size("hidden_size", hidden_size)
         check_size("num_heads", num_heads)
+        check_bool("gate", gate)
         if hidden_size % num_heads:
             raise ValueError(f"hidden_size must be a multiple of num_heads = {num_heads}, got {hidden_size}")
         self.num_heads, self.head_dim = num_heads, hidden_size // num_heads
@@ -103,8 +128,14 @@ class TokenMixer(nn.Module):
 
         Returns:
             Output `[B, T, W]`, and the state after the tokens, with gradients; None without `state`.
+
+        Raises:
+            ValueError: slots are given without `state`, under sequence parallelism, or where gradients are needed; do
+                not fit the sequences; or are out of range on a CPU.
         """
         q, k, v, u = self.project(x, positions)
+        if slots is not None:
+            self._check_slots(slots, q, k, v, cu_seqlens, state)
         o, state = self.attend(q, k, v, cu_seqlens, state, slots)
         o = o.flatten(-2).to(x.dtype if u is None else u.dtype)
         y = self.out_proj(self.norm(o)) if u is None else gated_norm_linear(o, u, self.norm, self.out_proj)
@@ -132,19 +163,41 @@ class TokenMixer(nn.Module):
             return self.sequence_parallel.attend(q, k, v, log_decay, cu_seqlens, state)
         if state is None:
             return lightning_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens)
-        if cu_seqlens is None and q.shape[1] == 1 and not torch.is_grad_enabled():
-            indices = None if slots is None else slots.of_sequences
-            return lightning_attention_step(q, k, v, log_decay, state=state, state_indices=indices), state
+        is_single = cu_seqlens is None and q.shape[1] == 1
         if slots is not None:
+            if is_single and slots.saved is None:
+                o = lightning_attention_step(q, k, v, log_decay, state=state, state_indices=slots.of_sequences)
+                return o, state
             return self._prefill(q, k, v, cu_seqlens, state, slots), state
+        if is_single and not torch.is_grad_enabled():
+            return lightning_attention_step(q, k, v, log_decay, state=state), state
         return lightning_attention(
             q, k, v, log_decay, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens
         )
+
+    def _check_slots(
+        self, slots: Slots, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None
+    ) -> None:
+        if state is None:
+            raise ValueError("slots are indices into a pool of states: give the pool as state")
+        if self.sequence_parallel is not None:
+            raise ValueError("slots go with no sequence parallelism")
+        if need_gradients(q, k, v, state):
+            raise ValueError("slots update state in place and keep no gradient: call the layer under torch.no_grad()")
+        num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if slots.of_sequences.shape[0] != num_sequences:
+            found = tuple(slots.of_sequences.shape)
+            raise ValueError(f"slots.of_sequences must be [N] = [{num_sequences}], got shape {found}")
+        if slots.saved is not None and q.shape[0] != 1:
+            raise ValueError(f"slots.saved needs B = 1, got {q.shape[0]}: pack the sequences, with cu_seqlens")
 
     def _prefill(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, pool: Tensor, slots: Slots
     ) -> Tensor:
         """Attend from the pool's states, and store the final states and copies in between in the pool."""
+        _check_range("slots.of_sequences", slots.of_sequences, len(pool))
+        if slots.saved is not None:
+            _check_range("slots.saved", slots.saved, len(pool))
         inputs = {"initial_state": pool[slots.of_sequences].to(state_dtype(q.dtype)), "cu_seqlens": cu_seqlens}
         if slots.saved is None or slots.saved_after is None:
             o, final_state = lightning_attention(q, k, v, self.log_decay, output_final_state=True, **inputs)
@@ -156,3 +209,9 @@ class TokenMixer(nn.Module):
         assert final_state is not None
         pool[slots.of_sequences] = final_state.to(pool.dtype)
         return o
+
+
+def _check_range(name: str, slots: Tensor, num_slots: int) -> None:
+    """Refuse slots outside of the pool, where values are at hand; -1 would be the last slot."""
+    if has_values(slots) and (wrong := slots[(slots < 0) | (slots >= num_slots)]).numel():
+        raise ValueError(f"{name} must be in [0, num_slots = {num_slots}), got {wrong[0].item()}")

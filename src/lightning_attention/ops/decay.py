@@ -74,6 +74,11 @@ def log_decay(
         raise TypeError(f"preset must be a string, got {type(preset).__name__}")
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    if num_layers is not None and num_layers < 1:
+        raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+    if layer_idx is not None and (layer_idx < 0 or (num_layers is not None and layer_idx >= num_layers)):
+        bound = "" if num_layers is None else f" = {num_layers}"
+        raise ValueError(f"layer_idx must be in [0, num_layers{bound}), got {layer_idx}")
     if preset == "alibi":
         return -_alibi(num_heads).float()
     heads = torch.arange(_checked(num_heads), dtype=torch.float64, device="cpu")
@@ -81,8 +86,6 @@ def log_decay(
         return torch.log1p(-torch.exp2(-5 - heads)).float()
     if layer_idx is None or num_layers is None:
         raise ValueError(f"preset {preset!r} depends on the layer: give layer_idx and num_layers")
-    if not 0 <= layer_idx < num_layers:
-        raise ValueError(f"layer_idx must be in [0, num_layers = {num_layers}), got {layer_idx}")
     if preset == "paper":
         return -(8 * heads / num_heads * (1 - layer_idx / num_layers)).float()
     if preset == "minimax-hf":
