@@ -256,7 +256,7 @@ def test_a_sequence_does_not_go_on_from_another_in_the_cache(model, case, length
 @pytest.mark.parametrize(
     "options",
     [
-        {"attention_mask": torch.full((2, 6), 2)},
+        {"attention_mask": torch.tensor([[2, 2, 2, 2, 2, 2], [0, 2, 2, 2, 2, 2]])},
         {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 1]])},
         {"attention_mask": torch.ones(2, 3), "position_ids": torch.tensor([[3, 4, 5], [2, 3, 4]])},
         {"position_ids": torch.tensor([[3, 4, 5], [3, 4, 5]])},  # positions that count columns
