@@ -171,6 +171,7 @@ def test_decays_may_be_tensors(tmp_path):
     layers = [decay.log_decay(2, layer_idx=i, num_layers=3, preset="transnormer") for i in range(3)]
     options: dict[str, Any] = {"num_hidden_layers": 3, "num_attention_heads": 2}
     for given in (layers, torch.stack(layers), [x.tolist() for x in layers], tuple(layers)):
-        LightningConfig(**options | {"log_decay": given}).save_pretrained(tmp_path)
+        chosen: dict[str, Any] = options | {"log_decay": given}
+        LightningConfig(**chosen).save_pretrained(tmp_path)
         loaded = LightningConfig.from_pretrained(tmp_path)
         assert all(torch.equal(loaded.layer_log_decay(i), layers[i]) for i in range(3))

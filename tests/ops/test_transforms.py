@@ -276,10 +276,10 @@ def test_inference_mode_keeps_results(operator):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["fixed", "packed"])
 def test_vmap_over_gradients_of_the_output_equals_separate_gradients(packed):
-    x = [x[:1].requires_grad_() for x in inputs()]
-    initial_state, cu_seqlens = (None, torch.tensor([0, 2, 5])) if packed else (x[3], None)
-    o = lightning_attention(*x[:3], LOG_DECAY, initial_state=initial_state, cu_seqlens=cu_seqlens).output
-    leaves = x[:3] if packed else x
+    q, k, v, state = (x[:1].requires_grad_() for x in inputs())
+    initial_state, cu_seqlens = (None, torch.tensor([0, 2, 5])) if packed else (state, None)
+    o = lightning_attention(q, k, v, LOG_DECAY, initial_state=initial_state, cu_seqlens=cu_seqlens).output
+    leaves = (q, k, v) if packed else (q, k, v, state)
 
     def pull(do: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(o, leaves, do, retain_graph=True)

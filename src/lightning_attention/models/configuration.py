@@ -68,7 +68,7 @@ class LightningConfig(PreTrainedConfig):
             None is "mix", "none" for cosFormer, and "learned" for others.
         decay_preset: name of the decays of all heads and layers, see `decay.log_decay`. A trained model must keep its
             preset.
-        log_decay: L lists of H numbers <= 0, natural logarithm of the decay per token; replaces the preset.
+        log_decay: L lists or tensors of H numbers <= 0, natural logarithm of the decay per token; replaces the preset.
         norm: every norm: "simple_rms", without a weight; "rms", with one; or "layer", with weight and bias.
         norm_eps: added to the mean square in every norm.
         output_gate: whether the output of attention is gated.

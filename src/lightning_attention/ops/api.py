@@ -307,7 +307,7 @@ def lightning_attention_prefill(
         check_tensors({"state_positions": state_positions}, {})
     else:
         positions = integers("state_positions", state_positions)
-        cast = AttentionInputs(*custom_ops.autocast(q, k, v), *x[3:])
+        cast = x._replace(**dict(zip(inputs, custom_ops.autocast(q, k, v), strict=True)))
         check_state_positions(positions, Problem.of_attention(cast).length)
         state_positions = torch.tensor(positions, dtype=torch.int64, device=q.device)
     return PrefillOutput(*custom_ops.prefill(*x, state_positions, scale, backend))
