@@ -8,6 +8,7 @@ import gzip
 import importlib
 import inspect
 import json
+import math
 import re
 import runpy
 import shlex
@@ -163,17 +164,24 @@ def test_readme_numbers_are_in_the_results() -> None:
     """The runs are no older than the code that they measure: docs/benchmarks.md has the same runs."""
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     shown, _, left_out = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8").partition("## Left out")
-    long = result("h200/hopper.json", "table", "lightning_attention", length=32768, num_heads=32, head_dim=128)
+    heads = json.loads((ROOT / "benchmarks/results/h200/heads.json").read_text())["results"]
+    sizes = {"batch_size": 1, "length": 32768, "num_heads": 128, "head_dim": 128}
+    long = next(x for x in heads if x | sizes == x)["forward_milliseconds"]["chosen"]
+    bytes_moved = 4 * 2 * math.prod(sizes.values())  # q, k, v and o
     softmax, ours = (
         result("h200/decode.json", "model", name, length=1 << 20) for name in ("SDPA cuDNN", "lightning_attention")
     )
-    segmented = result("h200/train.json", "train", "lightning_attention", length=4 << 20)
-    for file, run in (("h200/hopper.json", "table"), ("h200/decode.json", "model"), ("h200/train.json", "train")):
+    short, medium = (result("h200/speed.json", "speed", "lightning_attention", length=n) for n in (1024, 16384))
+    llamas = [result("h200/speed.json", "speed", "LLaMA (transformers)", length=n) for n in (1024, 16384)]
+    for file, run in (("h200/heads.json", "heads"), ("h200/decode.json", "model"), ("h200/speed.json", "speed")):
         assert file in shown
         assert not re.search(rf"{file}\S* \| {run} \|", left_out)
-    assert f"Forward takes {long['forward']['times_floor']:.2f} times as long" in readme
+    assert f"writes its output at {bytes_moved / long / 1e9:.1f} TB/s" in readme
     assert f"it takes {softmax['milliseconds'] / ours['milliseconds']:.0f} times as long" in readme
-    assert f"{segmented['tokens_per_second']:,.0f} tokens/s in training segments of 32K" in readme
+    speeds = [f"{x['tokens_per_second'] / 1000:.0f},000" for x in (medium, short)]
+    assert f"{' to '.join(speeds)} tokens/s" in readme
+    assert f"takes {llamas[0]['times_ours']:.2f} to {llamas[1]['times_ours']:.2f} times as long" in readme
+    assert f"{short['parameters'] / 1e6:.0f}M and {llamas[0]['parameters'] / 1e6:.0f}M parameters" in readme
 
 
 def test_readme_fits_a_hundred_lines() -> None:

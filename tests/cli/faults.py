@@ -44,6 +44,9 @@ BAD_MODELS = {
     "text-eps": {"norm_eps": "small"},
     "bad-layer-types": {"layer_types": 3},
     "encoder": {"is_encoder_decoder": True},
+    "unknown-dtype": {"dtype": "foo"},
+    "list-dtype": {"dtype": ["float32"]},
+    "attention-weights": {"output_attentions": True},
     "another-model": {"model_type": "llama"},
     "huge-size": {"hidden_size": 2 * 10**9, "intermediate_size": 10**9},
     "beyond-64-bits": {"hidden_size": 2 * 10**30},
@@ -216,7 +219,8 @@ def words() -> Iterator[list[str]]:
     yield ["train", "--resume", "--output", "new", "--steps", "3"]
     yield ["generate"]
     yield [*GENERATE, "--prompts", "prompts.jsonl"]
-    yield [*GENERATE, "--output", "new"]
+    for option, value in (("--output", "new"), ("--max-requests", "64"), ("--prefix-slots", "16")):
+        yield [*GENERATE, option, value]
 
 
 def faults() -> list[tuple[str, ...]]:

@@ -174,6 +174,11 @@ def test_a_broken_checkpoint_is_one_error_line(monkeypatch, capsys, tmp_path, ch
         (["train", "--resume", "--steps", "9"], "leave out --steps"),
         (["generate", "--checkpoint", "x", "--prompt", "a", "--prompts", "b"], "give --prompt or --prompts, not both"),
         (["generate", "--checkpoint", "x", "--output", "b"], "--output needs --prompts"),
+        (["generate", "--checkpoint", "x", "--prompt", "a", "--max-requests", "64"], "--max-requests needs --prompts"),
+        (
+            ["generate", "--checkpoint", "x", "--prefix-slots", "-1", "--max-requests", "0"],
+            "--max-requests, --prefix-slots need --prompts",
+        ),
         (["generate", "--checkpoint", "x", "--prompts", "../none.jsonl"], "No such file or directory"),
         (["generate", "--checkpoint", "x", "--prompts", "../bad.jsonl"], "no checkpoint in x"),
         (

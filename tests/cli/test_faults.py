@@ -100,6 +100,8 @@ def test_out_of_memory_names_the_options_to_lower(workspace):
         (["train", "--data", ""], "--data must not be empty"),
         (["train", "--config", "deep.json"], "deep.json"),
         (["train", "--config", "pipe"], "pipe"),
+        (["train", "--config", "unknown-dtype.json"], "'foo'"),
+        (["train", "--config", "attention-weights.json"], "output_attentions must be false"),
         (["generate", "--checkpoint", "config-deep"], "config-deep"),
         (["generate", "--checkpoint", "generation_config-binary"], "generation_config-binary"),
         (["generate", "--checkpoint", "model-another-model"], "llama"),

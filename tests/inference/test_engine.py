@@ -2,9 +2,11 @@
 
 import gc
 import random
+import re
 from collections import defaultdict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -212,31 +214,133 @@ def test_finish_reasons():
 
 
 REFUSED = {
-    "no tokens": ([], "prompt must hold at least one token"),
-    "not in the vocabulary": ([3, VOCAB], rf"prompt must be token ids in \[0, {VOCAB}\), got 3 to {VOCAB}"),
-    "negative": ([-1, 4], "got -1 to 4"),
-    "text": ("to be", "prompt must be token ids"),
+    "no tokens": ({"prompt": []}, ValueError, "prompt must hold at least one token"),
+    "not in the vocabulary": (
+        {"prompt": [3, VOCAB]},
+        ValueError,
+        rf"prompt must be token ids in \[0, {VOCAB}\), got 3 to {VOCAB}",
+    ),
+    "negative": ({"prompt": [-1, 4]}, ValueError, "got -1 to 4"),
+    "text": ({"prompt": "to be"}, TypeError, "prompt must be token ids, got str"),
+    "one token": ({"prompt": 3}, TypeError, "prompt must be token ids, got int"),
+    "texts": ({"prompt": ["a"]}, TypeError, "prompt must be token ids, which are whole numbers, got str"),
+    "batch rows": (
+        {"prompt": tokens(1, 3)},
+        TypeError,
+        "prompt must be token ids, which are whole numbers, got Tensor",
+    ),
+    "a bool": ({"prompt": [3, True]}, TypeError, "prompt must be token ids, which are whole numbers, got bool"),
+    "options in a dict": (
+        {"options": {"max_new_tokens": 3}},
+        TypeError,
+        "options must be SamplingOptions, got dict",
+    ),
+    "empty options": ({"options": {}}, TypeError, "options must be SamplingOptions, got dict"),
+    "one stop token": ({"stop_token_ids": 3}, TypeError, "stop_token_ids must be token ids, got int"),
+    "a stop text": ({"stop_token_ids": ["a"]}, TypeError, "stop_token_ids must be token ids, which are whole .* str"),
+    "half a stop token": ({"stop_token_ids": [2.5]}, TypeError, "stop_token_ids must be token ids, .* float"),
+    "a stop token not in the vocabulary": (
+        {"stop_token_ids": [3, VOCAB]},
+        ValueError,
+        rf"stop_token_ids must be token ids in \[0, {VOCAB}\), got 3 to {VOCAB}",
+    ),
+    "is_finished": ({"is_finished": True}, TypeError, "is_finished must be callable or None, got True"),
+    "on_error": ({"on_error": "log"}, TypeError, "on_error must be callable or None, got 'log'"),
 }
 
 
-@pytest.mark.parametrize(("prompt", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_an_invalid_prompt_does_not_affect_other_requests(prompt, message):
+@pytest.mark.parametrize(("changes", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_an_invalid_request_does_not_affect_other_requests(changes, error, message):
     engine, good = Engine(MODEL), prompts(1)[0]
     engine.submit(good, GREEDY)
     engine.step()
-    with pytest.raises(ValueError, match=message):
-        engine.submit(prompt)
+    with pytest.raises(error, match=message):
+        engine.submit(**{"prompt": good} | changes)
     answer = []
     while engine.has_work:
         answer += [output.token for output in engine.step()]
     assert answer == generated(good, GREEDY)[1:]
 
 
-@pytest.mark.parametrize("name", ["max_requests", "prefill_tokens", "prefix_block"])
-def test_a_size_below_one_is_refused(name):
-    sizes: dict[str, Any] = {name: 0}
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+def test_run_reads_no_prompt_if_one_is_invalid():
+    engine = Engine(MODEL)
+    with pytest.raises(ValueError, match="prompt must hold at least one token"):
+        engine.run([prompts(1)[0], []], GREEDY)
+    assert not engine.has_work
+
+
+REFUSED_SIZES = {
+    **{name: ({name: 0}, ValueError, "at least 1, got 0") for name in ("max_requests", "prefill_tokens")},
+    "prefix_block": ({"prefix_block": 0}, ValueError, "at least 1, got 0"),
+    "prefix_slots": ({"prefix_slots": -1}, ValueError, "at least 0, got -1"),
+    "a fraction": ({"max_requests": 2.5}, TypeError, "a whole number, got 2.5"),
+    "a float": ({"prefill_tokens": 4096.0}, TypeError, "a whole number, got 4096.0"),
+    "text": ({"prefix_slots": "4"}, TypeError, "a whole number, got '4'"),
+    "a bool": ({"prefix_slots": True}, TypeError, "a whole number, got True"),
+    "None": ({"prefix_block": None}, TypeError, "a whole number, got None"),
+    "more than 64 bits": ({"max_requests": 10**30}, ValueError, r"below 2\^63, got 1000"),
+}
+
+
+@pytest.mark.parametrize(("sizes", "error", "message"), REFUSED_SIZES.values(), ids=REFUSED_SIZES)
+def test_an_invalid_size_is_refused_by_name(sizes, error, message):
+    with pytest.raises(error, match=f"{next(iter(sizes))} must be {message}"):
         Engine(MODEL, **sizes)
+
+
+def test_numbers_of_numpy_are_taken():
+    engine, prompt = Engine(MODEL, max_requests=np.int64(2), prefix_slots=np.int32(1)), prompts(1)[0]  # pyright: ignore[reportArgumentType]
+    (answer,) = engine.run([np.array(prompt)], GREEDY)  # pyright: ignore[reportArgumentType]
+    assert answer.tokens == generated(prompt, GREEDY)
+
+
+class Adapted:
+    """Stands for a PEFT model."""
+
+    def merge_and_unload(self) -> LightningForCausalLM:
+        return MODEL
+
+
+def sharing_sequences() -> LightningForCausalLM:
+    model: Any = make_model()
+    model.model.set_sequence_parallel(object())
+    return model
+
+
+REFUSED_MODELS = {
+    "text": (lambda: "run", TypeError, "model must be a LightningForCausalLM, got str"),
+    "without a head": (lambda: MODEL.model, TypeError, "model must be a LightningForCausalLM, got LightningModel"),
+    "with adapters": (Adapted, TypeError, r"got Adapted: pass what its merge_and_unload\(\) returns"),
+    "sequence parallel": (sharing_sequences, ValueError, r"call its model.set_sequence_parallel\(None\) first"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "message"), REFUSED_MODELS.values(), ids=REFUSED_MODELS)
+def test_a_model_that_cannot_run_is_refused(make, error, message):
+    with pytest.raises(error, match=message):
+        Engine(make())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_a_compiled_model_gives_the_answers_of_its_model():
+    compiled: Any = torch.compile(MODEL)
+    (answer,) = Engine(compiled).run([prompts(1)[0]], GREEDY)
+    assert answer.tokens == generated(prompts(1)[0], GREEDY)
+
+
+@pytest.mark.parametrize("pool_dtype", [torch.bool, torch.int8, torch.float16, torch.float64, "bfloat16"], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_pool_dtype_that_operators_do_not_take_is_refused(dtype, pool_dtype):
+    message = f"pool_dtype must be torch.float32 or torch.bfloat16 for a {dtype} model, got {pool_dtype!r}"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        Engine(make_model().to(dtype), pool_dtype=pool_dtype)
+
+
+@pytest.mark.parametrize("pool_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_states_of_a_float64_model_are_float64(pool_dtype):
+    assert Engine(MODEL, pool_dtype=torch.float64).pool.states[0].dtype == torch.float64
+    with pytest.raises(TypeError, match=r"pool_dtype must be torch.float64 for a torch.float64 model, got torch\."):
+        Engine(MODEL, pool_dtype=pool_dtype)
 
 
 def test_bfloat16_states_take_half_the_memory():

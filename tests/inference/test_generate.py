@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lightning_attention.inference import SamplingOptions, encode, load, stream
 
 BOS = 256
+GREEDY = SamplingOptions(max_new_tokens=8, temperature=0)
 
 
 @pytest.fixture
@@ -76,6 +78,19 @@ def test_sampling_repeats_with_the_seed(checkpoint):
     assert sample(seed=1) != sample(seed=2)
     assert sample(seed=1, top_k=1) == sample(temperature=0)
     assert sample(seed=1, top_p=1e-6) == sample(temperature=0)
+
+
+def test_stream_does_not_depend_on_what_the_configuration_returns(checkpoint):
+    model, tokenizer = load(checkpoint)
+    expected = list(stream(model, tokenizer, "a", GREEDY))
+    model.config.return_dict, model.config.output_hidden_states = False, True
+    assert list(stream(model, tokenizer, "a", GREEDY)) == expected
+
+
+def test_stream_refuses_options_in_a_dict(checkpoint):
+    options: Any = {"max_new_tokens": 3}
+    with pytest.raises(TypeError, match="options must be SamplingOptions, got dict"):
+        stream(*load(checkpoint), "a", options)
 
 
 def test_stream_raises_errors_of_the_model(checkpoint, monkeypatch):

@@ -1,5 +1,7 @@
 """State pool: slots are separate and checked."""
 
+from typing import Any, cast
+
 import pytest
 import torch
 from tiny_model import make_config
@@ -73,11 +75,16 @@ REFUSED = {
     "another model's snapshot": (lambda pool: pool.restore(0, torch.zeros(5)), r"numbers of torch.float32, got \(5,\)"),
     "another dtype": (lambda pool: pool.restore(0, pool.snapshot(0).double()), "of torch.float32, got"),
     "no slots": (lambda _: StatePool(make_config(), 0), "num_slots must be at least 1, got 0"),
+    "a text": (lambda _: StatePool(make_config(), cast(Any, "3")), "num_slots must be a whole number, got '3'"),
+    "bool states": (
+        lambda _: StatePool(make_config(), 1, dtype=torch.bool),
+        "dtype must be one of torch.float32, torch.bfloat16, torch.float64, got torch.bool",
+    ),
 }
 
 
 @pytest.mark.parametrize(("call", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_invalid_arguments_are_refused(pool, call, message):
     assert pool.allocate() == 0
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call(pool)

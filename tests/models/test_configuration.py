@@ -101,6 +101,7 @@ def test_unknown_options_are_refused_by_name(name, tmp_path):
         (ONE_HEAD | {"log_decay": [["-1"]]}, TypeError, "log_decay must be lists of numbers"),
         ({"tie_word_embeddings": "false"}, TypeError, "tie_word_embeddings must be True or False, got 'false'"),
         ({"use_cache": "no"}, TypeError, "use_cache must be True or False, got 'no'"),
+        ({"dtype": ["float32"]}, TypeError, "dtype must be a dtype of torch or its name"),
         ({"dtype": "foo"}, ValueError, "dtype must be the name of a dtype of torch, got 'foo'"),
         ({"torch_dtype": "nn"}, ValueError, "torch_dtype must be the name of a dtype of torch, got 'nn'"),
         (ONE_HEAD | {"log_decay": [[1.0]]}, ValueError, "log_decay must be <= 0"),

@@ -35,7 +35,7 @@ from training.runs import (
 from transformers import TrainingArguments
 
 from lightning_attention.inference import load
-from lightning_attention.models import LightningForCausalLM
+from lightning_attention.models import LightningConfig, LightningForCausalLM
 from lightning_attention.models.checkpoint import checkpoints, last_checkpoint
 from lightning_attention.training import PackedDataset, TrainingOptions, evaluate, train
 from lightning_attention.training.arguments import training_arguments
@@ -322,6 +322,7 @@ def test_sigterm_ends_a_process_that_waits_for_a_frozen_one(files):
         ),
         ({"attention": "elu", "decay_preset": "alibi"}, "decay_preset go with lightning attention, elu has no decay"),
         ({"config": Path("short.json")}, "64 tokens exceed the 63 positions"),
+        ({"config": Path("labels.json")}, "labels.json is not a model configuration"),
         ({"tokenizer": "nowhere"}, "there is no file nowhere"),
     ],
 )
@@ -329,12 +330,58 @@ def test_invalid_options_start_no_run(files, changes, message):
     (files / "typo.json").write_text('{"hiden_size": 8}')
     short = MODEL | {"linear_attention": "cosformer", "max_position_embeddings": 63}
     (files / "short.json").write_text(json.dumps(short))
-    if changes.get("config") in (Path("typo.json"), Path("short.json")):
+    (files / "labels.json").write_text('{"id2label": ["a"]}')
+    if changes.get("config") in (Path("typo.json"), Path("short.json"), Path("labels.json")):
         changes = {"config": files / changes["config"]}
     with pytest.raises(ValueError, match=message):
         train(options(files, **changes), console=quiet())
     assert not (files / "run" / "run.json").exists()
     assert checkpoints(files / "run") == []
+
+
+RESULTS = {
+    "tuples": {"return_dict": False},
+    "hidden states": {"output_hidden_states": True},
+    "no cache": {"use_cache": False},
+    "tuples of hidden states": {"return_dict": False, "output_hidden_states": True, "use_cache": True},
+}
+
+
+@pytest.mark.parametrize("segment_length", [None, 17])
+@pytest.mark.parametrize("given", RESULTS.values(), ids=RESULTS)
+def test_a_run_does_not_depend_on_what_the_configuration_returns_and_saves_it(files, given, segment_length):
+    changes: dict[str, Any] = {"steps": 4, "log_every": 1, "eval_every": 2, "segment_length": segment_length}
+    train(options(files, "plain", **changes), console=quiet())
+    (files / "model.json").write_text(json.dumps(MODEL | given))
+    checkpoint = train(options(files, "other", **changes), console=quiet())
+    plain, other = (read_metrics(files / name / "metrics.jsonl") for name in ("plain", "other"))
+    for name in ("loss", "eval_loss"):
+        assert [record.get(name) for record in other] == [record.get(name) for record in plain]
+    config = LightningConfig.from_pretrained(checkpoint)
+    defaults = {"return_dict": True, "output_hidden_states": False, "use_cache": True}
+    assert {name: getattr(config, name) for name in defaults} == defaults | given
+
+
+def test_a_resumed_run_saves_the_configuration_of_its_checkpoint(files):
+    train(options(files, steps=4, save_every=2), console=quiet())
+    saved = (files / "run" / "checkpoint-4" / "config.json").read_bytes()
+    shutil.rmtree(files / "run" / "checkpoint-4")
+    train(TrainingOptions.load(files / "run"), resume=True, console=quiet())
+    assert (files / "run" / "checkpoint-4" / "config.json").read_bytes() == saved
+
+
+def test_a_forward_pass_of_a_step_keeps_no_hidden_states(files, monkeypatch):
+    (files / "model.json").write_text(json.dumps(MODEL | {"output_hidden_states": True}))
+    returned, forward = [], LightningForCausalLM.forward
+
+    def recorded(*args, **kwargs):
+        returned.append(forward(*args, **kwargs))
+        return returned[-1]
+
+    monkeypatch.setattr(LightningForCausalLM, "forward", recorded)
+    train(options(files, steps=1, eval_every=1), console=quiet())
+    assert len(returned) > 1
+    assert {name for outputs in returned for name in outputs} == {"loss"}
 
 
 @pytest.mark.parametrize("attention", ["elu", "cosformer", "rfa", "performer"])

@@ -9,15 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Annotated, Any
 
-from typer import Exit, Option
+from typer import Context, Exit, Option
 
 from .imports import quick_imports
+from .options import given_options, option_names
 
+# Options that have no effect on a single prompt.
+WITH_PROMPTS = "output", "max_requests", "prefix_slots"
 INTERRUPTED = 130
 LINES_FAILED = 1
 
 
 def generate(
+    context: Context,
     checkpoint: Annotated[Path, Option(help="Checkpoint, or output folder of a run.")],
     prompt: Annotated[str | None, Option(help="Text to continue. By default standard input.")] = None,
     prompts: Annotated[
@@ -46,8 +50,9 @@ def generate(
     bf16: Annotated[bool, Option("--bf16", help="Run in bfloat16.")] = False,
 ) -> None:
     """Generate text after a prompt, or answer a file of prompts."""
-    if prompts is None and output is not None:
-        raise ValueError("--output needs --prompts")
+    extra = [name for name in WITH_PROMPTS if name in given_options(context)]
+    if prompts is None and extra:
+        raise ValueError(f"{option_names(extra)} {'needs' if len(extra) == 1 else 'need'} --prompts")
     if prompt is not None and prompts is not None:
         raise ValueError("give --prompt or --prompts, not both")
     with quick_imports():

@@ -10,13 +10,13 @@ import torch
 
 from ..models import LightningForCausalLM
 from ..nn import Slots
-from ..ops.problem import state_dtype
+from .checks import check_callback, check_model, pool_dtype_for, token_ids, whole_number
 from .decoder import Decoder
 from .outputs import Completion, FinishReason, Output
 from .pool import StatePool
 from .prefixes import History, PrefixCache
 from .requests import IsFinished, OnError, PromptChunk, Request
-from .sampling import Sampler, SamplingOptions, choose_each, warn_of_ignored_options
+from .sampling import Sampler, SamplingOptions, check_options, choose_each, warn_of_ignored_options
 from .sampling import stop_token_ids as default_stop_token_ids
 
 
@@ -42,7 +42,8 @@ class Engine:
             memory.
 
     Raises:
-        ValueError: a size is out of range.
+        TypeError: an argument has the wrong type, such as a PEFT model or a `pool_dtype` that operators do not take.
+        ValueError: a size is out of range, or the model shares sequences with other processes.
 
     Example:
         >>> from lightning_attention.inference import Engine, SamplingOptions, load
@@ -64,25 +65,17 @@ class Engine:
         prefix_block: int = 512,
         pool_dtype: torch.dtype | None = None,
     ):
-        for name, value, least in (
-            ("max_requests", max_requests, 1),
-            ("prefill_tokens", prefill_tokens, 1),
-            ("prefix_slots", prefix_slots, 0),
-            ("prefix_block", prefix_block, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_model(model)
+        self.max_requests = whole_number("max_requests", max_requests, at_least=1)
+        self.prefill_tokens = whole_number("prefill_tokens", prefill_tokens, at_least=1)
+        prefix_slots = whole_number("prefix_slots", prefix_slots, at_least=0)
+        self.prefix_block = whole_number("prefix_block", prefix_block, at_least=1)
+        dtype = pool_dtype_for(model.dtype, pool_dtype)
         warn_of_ignored_options(model)
         self.model = model.eval()
-        self.max_requests, self.prefill_tokens, self.prefix_block = max_requests, prefill_tokens, prefix_block
-        self.pool = StatePool(
-            model.config,
-            max_requests + prefix_slots,
-            device=model.device,
-            dtype=pool_dtype or state_dtype(model.dtype),
-        )
+        self.pool = StatePool(model.config, self.max_requests + prefix_slots, device=model.device, dtype=dtype)
         self.prefixes = PrefixCache(prefix_slots)
-        self._decoder = Decoder(model, self.pool, max_requests)
+        self._decoder = Decoder(model, self.pool, self.max_requests)
         self._next_id = 0
         self._waiting: OrderedDict[int, Request] = OrderedDict()
         self._running: dict[int, Request] = {}  # requests with a slot
@@ -119,7 +112,9 @@ class Engine:
             The number of the request in outputs.
 
         Raises:
-            ValueError: the prompt is empty, or a token is not in the vocabulary.
+            TypeError: an argument has the wrong type.
+            ValueError: the prompt is empty, a token is not in the vocabulary, or the prompt and the new tokens exceed
+                the positions of the model, see `LightningConfig.max_position_embeddings`.
         """
         return self._enqueue(self._request(prompt, options, stop_token_ids, is_finished, on_error))
 
@@ -149,7 +144,7 @@ class Engine:
         requests of this call are cancelled.
 
         Raises:
-            ValueError: as `submit`, before any prompt is read.
+            TypeError, ValueError: as `submit`, before any prompt is read.
             RuntimeError: as `step`.
 
         Example:
@@ -188,16 +183,19 @@ class Engine:
         is_finished: IsFinished | None = None,
         on_error: OnError | None = None,
     ) -> Request:
-        options = options or SamplingOptions()
-        tokens, vocab_size = list(prompt), self.model.config.vocab_size
+        options = SamplingOptions() if options is None else options
+        check_options(options)
+        check_callback("is_finished", is_finished)
+        check_callback("on_error", on_error)
+        vocab_size = self.model.config.vocab_size
+        tokens = token_ids("prompt", prompt, vocab_size)
         if not tokens:
             raise ValueError("prompt must hold at least one token")
-        if not all(isinstance(token, int) for token in tokens):
-            raise ValueError("prompt must be token ids")
-        if min(tokens) < 0 or max(tokens) >= vocab_size:
-            raise ValueError(f"prompt must be token ids in [0, {vocab_size}), got {min(tokens)} to {max(tokens)}")
         self.model.config.check_length(len(tokens) + options.max_new_tokens - 1)
-        stop = default_stop_token_ids(self.model) if stop_token_ids is None else frozenset(stop_token_ids)
+        if stop_token_ids is None:
+            stop = default_stop_token_ids(self.model)
+        else:
+            stop = frozenset(token_ids("stop_token_ids", stop_token_ids, vocab_size))
         sampler = Sampler(options, tokens, vocab_size, self.model.device)
         history = History(self.prefix_block, tokens)
         return Request(history, len(tokens), options, sampler, stop, is_finished, on_error)

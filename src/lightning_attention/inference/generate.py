@@ -10,7 +10,7 @@ from ..models import LightningCache, LightningForCausalLM
 from ..models.checkpoint import last_checkpoint, load_model
 from ..models.tokenization import begin_with_bos, bos_ids, encode_texts, well_formed
 from ..paths import PathLike, to_path
-from .sampling import Sampler, SamplingOptions, choose, stop_token_ids, warn_of_ignored_options
+from .sampling import Sampler, SamplingOptions, check_options, choose, stop_token_ids, warn_of_ignored_options
 from .text import Detokenizer
 
 
@@ -101,6 +101,7 @@ def stream(
         Text without special tokens, never empty.
 
     Raises:
+        TypeError: the prompt is not a string, or the options are not `SamplingOptions`.
         ValueError: the prompt cannot be encoded, see `encode`; the prompt and the new tokens exceed the positions of
             the model, see `LightningConfig.max_position_embeddings`; or the model's logits are not finite.
 
@@ -109,6 +110,7 @@ def stream(
         >>> model, tokenizer = load("run")
         >>> text = "".join(stream(model, tokenizer, "Once upon a time", SamplingOptions(max_new_tokens=8, seed=0)))
     """
+    check_options(options)
     warn_of_ignored_options(model)
     ids = encode(tokenizer, prompt)
     model.config.check_length(len(ids) + options.max_new_tokens - 1)
@@ -134,4 +136,5 @@ def _generate(
 @torch.no_grad()
 def _next_logits(model: LightningForCausalLM, tokens: list[int], cache: LightningCache) -> torch.Tensor:
     inputs = torch.tensor([tokens], device=model.device)
-    return model(inputs, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    outputs = model(inputs, cache=cache, use_cache=True, output_hidden_states=False, logits_to_keep=1, return_dict=True)
+    return outputs.logits[:, -1]

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..models import LightningConfig
+from .checks import whole_number
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 ALIGNMENT = 64  # numbers; the states of each layer start at a multiple, for aligned loads in kernels
 
 
@@ -32,6 +34,7 @@ class StatePool:
         states: one tensor `[num_slots, H, K, V]` per layer, as `LightningModel.advance` takes them.
 
     Raises:
+        TypeError: `num_slots` is not an integer, or the operators take no states of `dtype`.
         ValueError: `num_slots` is less than 1.
 
     Example:
@@ -51,9 +54,9 @@ class StatePool:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ):
-        if num_slots < 1:
-            raise ValueError(f"num_slots must be at least 1, got {num_slots}")
-        self.num_slots = num_slots
+        self.num_slots = num_slots = whole_number("num_slots", num_slots, at_least=1)
+        if dtype not in DTYPES:
+            raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         shapes = [config.layer_state_shape(i) for i in range(config.num_hidden_layers)]
         sizes = [-(-prod(shape) // ALIGNMENT) * ALIGNMENT for shape in shapes]
         with torch.inference_mode(False):  # inference tensors could not be written outside of inference mode

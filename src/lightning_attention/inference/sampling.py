@@ -35,7 +35,8 @@ class SamplingOptions:
         seed: makes sampling repeatable.
 
     Raises:
-        ValueError: an option is out of range, or not a number.
+        TypeError: an option is not a number.
+        ValueError: an option is out of range.
 
     Example:
         >>> from lightning_attention.inference import SamplingOptions
@@ -52,10 +53,10 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "top_k", "seed"):
             if type(value := getattr(self, name)) is not int and not (name == "seed" and value is None):
-                raise ValueError(f"{name} must be a whole number, got {value!r}")
+                raise TypeError(f"{name} must be a whole number, got {value!r}")
         for name in ("temperature", "top_p", "repetition_penalty"):
             if type(value := getattr(self, name)) not in (int, float):
-                raise ValueError(f"{name} must be a number, got {value!r}")
+                raise TypeError(f"{name} must be a number, got {value!r}")
             if not _is_finite(value):
                 raise ValueError(f"{name} must be finite, got {value}")
         for name, is_right, range_ in (
@@ -77,6 +78,12 @@ class SamplingOptions:
             return common | {"do_sample": False}
         sampling = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         return common | {"do_sample": True} | sampling
+
+
+def check_options(options: object) -> None:
+    """Raise unless the options are `SamplingOptions`."""
+    if not isinstance(options, SamplingOptions):
+        raise TypeError(f"options must be SamplingOptions, got {type(options).__name__}")
 
 
 def stop_token_ids(model: LightningForCausalLM) -> frozenset[int]:

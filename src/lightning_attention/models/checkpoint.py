@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME, logging
@@ -16,7 +17,10 @@ from .heads import LightningForCausalLM
 
 PREFIX = "checkpoint-"
 # Errors of transformers and safetensors for files that are damaged or of another kind.
-UNUSABLE = OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, SafetensorError
+UNUSABLE = (
+    OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, SafetensorError,
+    StrictDataclassError,
+)  # fmt: skip
 
 
 def checkpoints(folder: PathLike) -> list[Path]:

@@ -141,8 +141,11 @@ class LightningConfig(PreTrainedConfig):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
         for name, dtype in (("dtype", self.dtype), ("torch_dtype", kwargs.get("torch_dtype"))):
-            if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
-                raise ValueError(f"{name} must be the name of a dtype of torch, got {dtype!r}")
+            if isinstance(dtype, str):
+                if not isinstance(getattr(torch, dtype, None), torch.dtype):
+                    raise ValueError(f"{name} must be the name of a dtype of torch, got {dtype!r}")
+            elif dtype is not None and not isinstance(dtype, torch.dtype):
+                raise TypeError(f"{name} must be a dtype of torch or its name, got {dtype!r}")
         self._check_linear_attention()
         if self.decay_preset not in PRESETS:
             raise ValueError(f"decay_preset must be one of {', '.join(PRESETS)}, got {self.decay_preset!r}")

@@ -45,7 +45,9 @@ class CheckpointingTrainer(GuardedTrainer):
     _is_saving = False
 
     def __init__(self, *args: Any, record: dict[str, Any], **options: Any):
+        use_cache = options["model"].config.use_cache
         super().__init__(*args, **options)
+        cast(Any, self.model).config.use_cache = use_cache  # which Trainer has replaced
         self.record = record
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:

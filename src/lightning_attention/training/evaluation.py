@@ -72,7 +72,8 @@ def evaluate(
             sequences = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
             batch = default_collate(sequences)
             inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids")}
-            logits = model(**inputs, use_cache=False).logits[:, :-1].float().cpu()
+            outputs = model(**inputs, use_cache=False, output_hidden_states=False, return_dict=True)
+            logits = outputs.logits[:, :-1].float().cpu()
             targets = batch["labels"][:, 1:]
             counted = (targets >= 0) & (targets < num_symbols)
             targets = targets[counted]

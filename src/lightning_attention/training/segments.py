@@ -23,6 +23,9 @@ from ..models.heads import IGNORED
 from ..models.mixers import check_is_linear
 from ..ops.problem import state_dtype
 
+# Arguments of a forward pass for its loss alone, whatever other results the configuration asks for.
+FOR_LOSS = {"skip_logits": True, "use_cache": False, "output_hidden_states": False, "return_dict": True}
+
 
 def segmented_loss(
     model: nn.Module,
@@ -231,11 +234,7 @@ class _Passes:
         """Compute the loss of a segment and the states after it."""
         with self.autocast():
             outputs = self.model(
-                **self.segments.segment(index),
-                states=states,
-                use_cache=False,
-                skip_logits=True,
-                num_items_in_batch=self.num_items,
+                **self.segments.segment(index), states=states, num_items_in_batch=self.num_items, **FOR_LOSS
             )
         return outputs.loss, list(outputs.states)
 

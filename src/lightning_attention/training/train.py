@@ -24,7 +24,7 @@ from transformers import (
 
 from ..distributed.parallel import SequenceParallel
 from ..models import LightningConfig, LightningForCausalLM, compile_layers, use_float8
-from ..models.checkpoint import checkpoint_step, checkpoints, last_checkpoint, load_model
+from ..models.checkpoint import UNUSABLE, checkpoint_step, checkpoints, last_checkpoint, load_model
 from ..models.mixers import ATTENTIONS, check_is_linear
 from ..models.tokenization import vocab_size
 from .arguments import training_arguments
@@ -278,9 +278,11 @@ def _model_config(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) 
         if unknown := sorted(set(given) - set(LightningConfig().to_dict())):
             raise ValueError(f"unknown option {', '.join(unknown)}")
         config = LightningConfig.from_dict(defaults | given | changes)
+        if config.output_attentions:
+            raise ValueError("output_attentions must be false: linear attention has no attention weights")
         config.check_length(options.sequence_length)
         return config
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except UNUSABLE as error:
         raise ValueError(f"{options.config} is not a model configuration: {error}") from error
 
 

@@ -25,7 +25,7 @@ from .checkpoint import CheckpointingTrainer
 from .corpus import PackedDataset
 from .prefetch import prefetch
 from .processes import sum_over_processes
-from .segments import segmented_loss
+from .segments import FOR_LOSS, segmented_loss
 
 
 class PackedTrainer(CheckpointingTrainer):
@@ -83,10 +83,10 @@ class PackedTrainer(CheckpointingTrainer):
         return super().compute_loss(self._loss_model(model), inputs, return_outputs, num_items_in_batch)
 
     def _loss_model(self, model: Any) -> Any:
-        """The model without its logits, or a function that computes its loss by training segments."""
+        """The model with no other result, or a function that computes its loss by training segments."""
         length = self.segment_length
         if length is None:
-            return partial(model, skip_logits=True)
+            return partial(model, **FOR_LOSS)
         return lambda **inputs: {"loss": segmented_loss(model, **inputs, segment_length=length)}
 
     def evaluate(

@@ -1,0 +1,88 @@
+"""Checks of what callers give to the engine."""
+
+from collections.abc import Iterable
+from numbers import Integral
+from typing import TypeGuard
+
+import torch
+
+from ..models import LightningForCausalLM
+from ..ops.problem import state_dtype
+
+LIMIT = 1 << 63  # sizes and token ids have 64 bits
+
+
+def check_model(model: object) -> None:
+    """Check that the engine can run a model.
+
+    Raises:
+        TypeError: it is not a `LightningForCausalLM`, also not within `torch.compile`.
+        ValueError: it shares sequences with other processes.
+    """
+    model = getattr(model, "_orig_mod", model)  # unwrap torch.compile
+    if not isinstance(model, LightningForCausalLM):
+        has_adapters = hasattr(model, "merge_and_unload")  # of PEFT
+        hint = ": pass what its merge_and_unload() returns" if has_adapters else ""
+        raise TypeError(f"model must be a LightningForCausalLM, got {type(model).__name__}{hint}")
+    if model.model.sequence_parallel is not None:
+        raise ValueError("model must not share sequences: call its model.set_sequence_parallel(None) first")
+
+
+def check_callback(name: str, callback: object) -> None:
+    """Raise unless a callback is callable or None."""
+    if callback is not None and not callable(callback):
+        raise TypeError(f"{name} must be callable or None, got {callback!r}")
+
+
+def pool_dtype_for(model_dtype: torch.dtype, given: object = None) -> torch.dtype:
+    """Dtype of the states of a model: the one given, or by default the one of the operators' arithmetic.
+
+    Raises:
+        TypeError: the operators do not take states of the dtype given for a model of `model_dtype`.
+    """
+    default = state_dtype(model_dtype)
+    known = (default,) if default == torch.float64 else (default, torch.bfloat16)
+    dtype = default if given is None else given
+    if not isinstance(dtype, torch.dtype) or dtype not in known:
+        raise TypeError(f"pool_dtype must be {' or '.join(map(str, known))} for a {model_dtype} model, got {given!r}")
+    return dtype
+
+
+def whole_number(name: str, value: object, *, at_least: int) -> int:
+    """Return an integer in its range as an `int`.
+
+    Raises:
+        TypeError: the value is not an integer.
+        ValueError: the value is below `at_least`, or has more than 64 bits.
+    """
+    if not _is_integer(value):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    number = int(value)
+    if number < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {number}")
+    if number >= LIMIT:
+        raise ValueError(f"{name} must be below 2^63, got {number}")
+    return number
+
+
+def token_ids(name: str, values: object, vocab_size: int) -> list[int]:
+    """Return token ids as a list of `int`.
+
+    Raises:
+        TypeError: the values are not integers.
+        ValueError: a token is not in the vocabulary.
+    """
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be token ids, got {type(values).__name__}")
+    tokens: list[int] = []
+    for token in values:
+        if not _is_integer(token):
+            raise TypeError(f"{name} must be token ids, which are whole numbers, got {type(token).__name__}")
+        tokens.append(int(token))
+    if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+        raise ValueError(f"{name} must be token ids in [0, {vocab_size}), got {min(tokens)} to {max(tokens)}")
+    return tokens
+
+
+def _is_integer(value: object) -> TypeGuard[Integral]:
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
