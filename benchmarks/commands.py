@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -572,5 +573,7 @@ def _write(name: str, results: Any, device: torch.device, output: Path) -> None:
     from .machine import machine
     from .report import write
 
-    write({"machine": machine(device), "command": _command(), "results": results}, output / f"{name}.json")
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    document = {"machine": machine(device), "command": _command(), "time": time, "results": results}
+    write(document, output / f"{name}.json")
     _console().print(json.dumps(results[-1] if isinstance(results, list) else results, indent=1))

@@ -17,12 +17,12 @@ COLUMNS = {
     PORTABLE: "portable kernels",
     "fla chunk_simple_gla": "fla chunk",
     "fla fused_chunk_simple_gla": "fla fused",
-    "fla fused_recurrent_simple_gla": "fla",
+    "fla fused_recurrent_simple_gla": "fla recurrent",
     "OpenNLPLab lightning_attn": "OpenNLPLab",
     "lightning-1": "Lightning-1",
 }
 # When the code that a run measures last changed what it executes. An older run is left out of the page.
-CHANGED = {"scan": "2026-11-26T03:43", "step": "2026-11-24T11:53", "chunked": "2026-11-27T23:03"}
+CHANGED = {"scan": "2026-11-28T10:08", "step": "2026-11-24T11:53", "chunked": "2026-11-27T23:03"}
 
 # Runs with a plot next to their file, and its description.
 PLOTS = {
@@ -38,7 +38,8 @@ HEADER = """\
 <!-- Written by benchmarks/tables.py from benchmarks/results. Edit the script, not this page. -->
 
 Each table names the GPU, the date, the commit and the file that it comes from.
-Implementations take turns within one run, and each is checked against float64 before it is timed; times are medians.
+Implementations of the operator and of a step take turns within one run, and each is checked against float64 before it
+is timed; times are medians. Models run one after another, and times are means of their steps.
 **× floor** divides a time by that of reading the inputs and writing the results once, at the speed of a copy.
 **Workspace** is memory beyond inputs and results.
 Columns named after another implementation say how many times slower it is than ours in the same run.
@@ -51,6 +52,12 @@ $ python -m benchmarks speed    # training steps of whole sequences
 $ python -m benchmarks mixers   # every attention in the same model
 $ python -m benchmarks parallel # training steps of several processes
 $ python -m benchmarks train    # a training step on one long sequence
+$ python -m benchmarks heads    # many heads: more than the GPU runs at once
+$ python -m benchmarks segments # few heads, cut into segments
+$ python -m benchmarks step     # forward and backward of a model, by kernels
+$ python -m benchmarks counters # counters of Nsight Compute
+$ python -m benchmarks host     # time of the host for a call
+$ python -m benchmarks scaling  # predictions for many GPUs
 $ python benchmarks/tables.py   # writes this page
 ```
 
@@ -76,7 +83,7 @@ def page() -> str:
                 if name != run:
                     continue
                 if is_outdated(document, found, change):
-                    outdated.append(f"| {link(file)} | {name} | {found['time'][:10]} |")
+                    outdated.append(f"| {link(file)} | {name} | {found.get('time', 'not kept')[:10]} |")
                 else:
                     tables.append(f"{source(document, found, file)}\n\n{write(found['results'])}{plot(file, name)}")
         if tables:
@@ -92,10 +99,10 @@ def named_runs(document: Record, stem: str) -> Iterable[tuple[str, Record]]:
 
 
 def is_outdated(document: Record, run: Record, change: str) -> bool:
-    """True if the code that the run measured has changed since. Runs that hold no time are taken as they are."""
+    """True if the code that the run measured has changed since, or the run does not say when it was."""
     if "cuda" not in document["machine"]:
         change = "chunked"
-    return run.get("time", "9") < CHANGED[change]
+    return run.get("time", "") < CHANGED[change]
 
 
 def link(file: Path) -> str:
@@ -228,7 +235,9 @@ def steps(results: list[Record]) -> str:
     columns = ["size", "sequence length", "tokens of a step", "tokens/s", "of the peak, %", "memory, GiB", *others]
     compiled = "compiled" if results[0]["compiled"] else "eager"
     note = f"Forward, backward and AdamW, layers {compiled}. Memory has weights, gradients and moments. "
-    return note + "The peak counts 6 operations a parameter and token.\n\n" + table(columns, rows)
+    note += "The peak counts 6 operations a parameter and token. "
+    note += "The LLaMA has the same width, depth and vocabulary, and transformers' own loss of all logits.\n\n"
+    return note + table(columns, rows)
 
 
 def mixers(results: list[Record]) -> str:
