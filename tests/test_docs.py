@@ -30,7 +30,7 @@ from lightning_attention.models import SIZES, LightningConfig, LightningForCausa
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
-SHELL, PLAIN = ("console", "bash"), ("", "text")
+SHELL, PLAIN = ("console", "bash"), ("text",)
 FENCE = re.compile(r"(?:<!-- not run(?P<reason>.*?)-->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 MODULES = ("", ".ops.decay", ".distributed", ".inference", ".models", ".nn", ".training")
 # Command lines by what starts them, and where their options are defined.
@@ -261,8 +261,6 @@ def check_pip(arguments: list[str]) -> None:
 
 
 def check_options(module: str, arguments: list[str]) -> None:
-    if module.startswith("benchmarks") and not (ROOT / f"{module.replace('.', '/')}.py").exists():
-        pytest.skip("benchmarks has no command line here")
     app = importlib.import_module(module).app
     commands = getattr(typer.main.get_command(app), "commands")  # noqa: B009
     if arguments and arguments[0] != "--version":

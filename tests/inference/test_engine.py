@@ -187,7 +187,7 @@ def test_a_step_reads_at_most_prefill_tokens(monkeypatch):
     assert sum(counts) == sum(map(len, prompts(10)))
 
 
-def test_finish_reasons():
+def test_every_request_says_why_it_ended():
     engine = Engine(MODEL)
     prompt = prompts(1)[0]
     expected = generated(prompt, SamplingOptions(max_new_tokens=8, temperature=0), make_model(eos_token_id=None))

@@ -104,5 +104,5 @@ def test_stream_raises_errors_of_the_model(checkpoint, monkeypatch):
         list(stream(model, tokenizer, "a", SamplingOptions()))
 
 
-def test_load_in_bfloat16(checkpoint):
+def test_a_model_loads_in_bfloat16(checkpoint):
     assert load(checkpoint, bf16=True)[0].dtype == torch.bfloat16

@@ -200,13 +200,13 @@ def test_return_dict_false_gives_a_tuple(model):
     [(0, slice(None)), (2, slice(-2, None)), (torch.tensor([0, 4]), [0, 4])],
     ids=["all", "last", "indices"],
 )
-def test_logits_to_keep(model, kept, at):
+def test_logits_to_keep_selects_tokens(model, kept, at):
     with torch.no_grad():
         expected = model(tokens(2, 9)).logits[:, at]
         torch.testing.assert_close(model(tokens(2, 9), logits_to_keep=kept).logits, expected)
 
 
-def test_logits_to_keep_of_each_batch_row(model):
+def test_logits_to_keep_selects_tokens_of_each_batch_row(model):
     ids = tokens(2, 9)
     with torch.no_grad():
         logits, mask = model(ids).logits, ids > 20

@@ -69,7 +69,7 @@ def test_output_and_gradients_equal_the_quadratic_form(name, lengths):
 
 @BY_NAME
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("lengths", [[100, 20], [90, *[1] * 30]], ids=["pieces", "steps"])
+@pytest.mark.parametrize("lengths", [[100, 20], [90, *[1] * 30]], ids=["calls", "steps"])
 def test_calls_with_a_state_equal_one(name, lengths, grad):
     layer, x, positions = make_layer(name), torch.randn(2, 120, H * D, dtype=torch.float64), torch.arange(120)[None]
     state, parts = torch.zeros(2, H, layer.feature_map.num_features, D + 1, dtype=torch.float64), []
@@ -83,7 +83,7 @@ def test_calls_with_a_state_equal_one(name, lengths, grad):
 
 
 @pytest.mark.parametrize(("name", "some_are_small"), [("elu", False), ("performer", False), ("rfa", True)])
-def test_denominators_below_eps(name, some_are_small):
+def test_denominators_below_eps_are_raised_to_it(name, some_are_small):
     """Positive features have none; those of RFA, which may be negative, are raised to eps."""
     layer, T = make_layer(name), 400
     x, positions = torch.randn(1, T, H * D, dtype=torch.float64), torch.arange(T)[None]

@@ -63,7 +63,7 @@ def test_gradients_that_are_not_contiguous():
 
 
 @pytest.mark.triton
-def test_no_tokens():
+def test_no_tokens_give_empty_gradients():
     halves, d_y = drawn(2, 0, 8, dtype=torch.float32), drawn(2, 0, 4, dtype=torch.float32)
     assert [tuple(x.shape) for x in gates.product_gradient(halves, d_y)] == [(2, 0, 8), (2, 0, 4)]
 

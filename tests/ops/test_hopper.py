@@ -173,7 +173,7 @@ def test_the_first_launch_of_a_call_waits_for_the_previous_kernel(kernels_run, m
 
 
 @pytest.mark.parametrize("case", [Case(B=0, K=64, V=64), Case(lengths=(), K=128, V=128)], ids=str)
-def test_empty_batch(kernels_run, case):
+def test_an_empty_batch_gives_empty_results(kernels_run, case):
     inputs = make_inputs(case, torch.bfloat16).on(device_of("triton"))
     o, state = attention("hopper")(inputs.q, inputs.k, inputs.v, inputs.log_decay, **inputs.options())
     assert o.shape == inputs.v.shape

@@ -65,7 +65,7 @@ def test_overlap_of_kernels(compiled):
     assert ("PREEXIT" in code) != is_gradient  # no kernel overlaps the gradients
 
 
-def test_loop_over_chunks(compiled):
+def test_the_loop_over_chunks_loads_by_tma_and_spills_and_waits_little(compiled):
     """TMA loads tiles; products rarely wait, and few registers are spilled."""
     name, _, code = compiled
     variant = VARIANTS[name]

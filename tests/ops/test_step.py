@@ -58,7 +58,7 @@ def test_one_step_of_several_tokens_equals_attention(backend):
     ids=["one run", "reversed", "two runs and padding", "scattered", "padding"],
 )
 @pytest.mark.parametrize("head_dim", [8, 64])
-def test_slots_in_any_order_of_a_pool_with_other_memory_between(slots, tokens, head_dim):
+def test_slots_in_any_order_are_updated_and_other_memory_is_not(slots, tokens, head_dim):
     """Runs of consecutive slots, with large states, are updated in place."""
     inputs = make_inputs(Case(B=4, T=tokens, H=8, K=head_dim, V=head_dim), torch.float64)
     size = 8 * head_dim**2

@@ -280,7 +280,7 @@ def test_sequences_hold_every_token_and_positions_restart_with_documents(lengths
     assert len(sequences) == len(stream) // sequence_length
 
 
-def test_training_and_held_out_sequences(tmp_path):
+def test_training_and_held_out_sequences_hold_their_tokens_in_order(tmp_path):
     lines = "\n".join(json.dumps({"text": "x" * (1 + i % 5)}) for i in range(200))
     (tmp_path / "data.jsonl").write_text(lines)
     corpus = Corpus.prepare(tmp_path / "corpus", Sources.find([tmp_path / "data.jsonl"]), byte_tokenizer(), 0.3)

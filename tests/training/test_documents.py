@@ -67,7 +67,7 @@ FILES: dict[str, tuple[str, Callable[[], bytes], list[str]]] = {
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "in a folder"])
 @pytest.mark.parametrize(("name", "content", "expected"), FILES.values(), ids=FILES)
-def test_documents_of_a_file(tmp_path, name, content, expected, named):
+def test_a_file_gives_its_documents(tmp_path, name, content, expected, named):
     (tmp_path / name).write_bytes(content())
     assert texts(tmp_path / name if named else tmp_path) == expected
 

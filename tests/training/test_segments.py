@@ -107,7 +107,7 @@ def test_backward_uses_the_autocast_of_the_call(backward_is_within):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_gradients_with_gradient_checkpointing():
+def test_gradient_checkpointing_changes_no_gradient():
     model, input_ids = make_model(), tokens(1, 23)
     expected = gradients(model, model(input_ids, labels=input_ids).loss)
     model.gradient_checkpointing_enable()
@@ -115,7 +115,7 @@ def test_gradients_with_gradient_checkpointing():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
-def test_gradients_of_a_compiled_model():
+def test_compiling_changes_no_gradient():
     model, input_ids = make_model(), tokens(2, 24)
     expected = gradients(model, model(input_ids, labels=input_ids).loss)
     compiled: Any = torch.compile(model, backend="aot_eager")
@@ -147,7 +147,7 @@ def test_truncated_gradients_end_at_a_cut_while_states_do_not():
     assert any((actual[name] - exact[name]).norm() > 1e-3 * exact[name].norm() for name in exact)
 
 
-def test_the_gradient_of_a_token_39_segments_back():
+def test_a_gradient_reaches_a_token_39_segments_back():
     """A token that occurs once, in the first of 40 segments, and a loss on the last token alone."""
     T = 400
     model = make_model(decay_preset="paper", tie_word_embeddings=False)  # its first head has no decay
@@ -245,7 +245,7 @@ def test_a_model_refuses_invalid_states():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("offload_states", [False, True], ids=["device", "host"])
-def test_bfloat16_gradients_on_a_gpu(offload_states):
+def test_bfloat16_gradients_on_a_gpu_are_as_close_as_those_of_the_model(offload_states):
     """Segments are as close to the float32 gradients as the model at once; tokens stay on the host."""
     model: Any = make_model(torch.float32, hidden_size=96, num_attention_heads=3, initializer_range=0.02)
     model.cuda()
@@ -279,7 +279,7 @@ def test_memory_for_activations_on_a_gpu_does_not_grow_with_segments():
 
 
 @pytest.mark.gpu
-def test_the_gradient_of_a_token_a_million_tokens_back():
+def test_a_gradient_reaches_a_token_a_million_tokens_back():
     T, needle = 1 << 20, 5
     sizes = {"hidden_size": 48, "num_hidden_layers": 2}
     model: Any = make_model(torch.float32, decay_preset="paper", tie_word_embeddings=False, **sizes)

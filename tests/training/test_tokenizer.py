@@ -97,7 +97,7 @@ def test_the_byte_tokenizer_decodes_to_the_text(text):
     assert tokenizer(text, split_special_tokens=True, add_special_tokens=False).input_ids == list(text.encode())
 
 
-def test_calls_of_the_byte_tokenizer():
+def test_the_byte_tokenizer_begins_texts_with_bos_pads_and_truncates():
     tokenizer = byte_tokenizer()
     assert tokenizer("ab").input_ids == tokenizer.encode("ab") == encode(tokenizer, "ab") == [BOS, *b"ab"]
     assert tokenizer("ab", add_special_tokens=False).input_ids == [*b"ab"]

@@ -201,7 +201,7 @@ def test_several_processes_make_the_steps_of_one(files, processes, changes):
 @pytest.mark.parametrize(
     "changes", [{"segment_length": 17}, {"fsdp": True, "compile": True}], ids=["by segments", "sharded"]
 )
-def test_a_process_of_torchrun_on_a_gpu(files, changes):
+def test_a_process_of_torchrun_on_a_gpu_has_the_losses_of_one_without(files, changes):
     """One process over NCCL."""
     train(options(files, "alone", steps=10, dtype="bfloat16"), console=quiet())
     process = torchrun(1, *arguments(files, "one", steps=10, dtype="bfloat16", **changes), where=os.environ)
