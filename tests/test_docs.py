@@ -1,5 +1,6 @@
 """Documentation runs as printed: code blocks, commands, links, numbers and docstring examples.
 
+The commands `generate` and `info` run; names and options of others are checked, since they take minutes.
 A block that cannot run on a CPU has a comment with the reason before it: `<!-- not run: needs a GPU -->`.
 """
 

@@ -134,8 +134,8 @@ def test_the_error_names_what_is_missing(monkeypatch):
 
 
 def test_the_error_says_what_a_device_lacks(monkeypatch):
-    def convert(module):
+    def convert(module, **options):
         raise RuntimeError("no such\n  product")
 
-    monkeypatch.setattr("lightning_attention.models.float8._convert", convert)
+    monkeypatch.setattr("torchao.float8.convert_to_float8_training", convert)
     assert float8_error(torch.device("cpu")) == "products in float8 fail: no such product"
