@@ -19,9 +19,10 @@ from transformers.utils.generic import can_return_tuple
 
 from ..nn import linear_cross_entropy
 from ..nn.gates import is_plain_linear
+from .base import LightningPreTrainedModel
 from .cache import CACHE, CacheName, LightningCache, resolve_cache
 from .configuration import LightningConfig
-from .model import LightningModel, LightningPreTrainedModel
+from .model import LightningModel
 
 # Keyword arguments of `transformers.loss.ForCausalLMLoss` other than logits, labels and vocab_size.
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")

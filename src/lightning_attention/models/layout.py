@@ -227,8 +227,8 @@ def _check_continues(
     """Refuse a sequence that starts with the first tokens of a batch row, of which the cache has read `past` `[B]`."""
     if seq_idx is not None:
         raise ValueError("seq_idx goes with no earlier tokens in the cache, which does not hold it")
-    if position_ids is None or not position_ids.numel():
-        return
+    if position_ids is None or not position_ids.numel() or (position_ids.shape[1] == 1 and not position_ids.is_cpu):
+        return  # decoding on an accelerator does not wait for values, and can be captured in a CUDA graph
     first = torch.zeros_like(past) if is_token is None else is_token.int().argmax(dim=1)
     restarts = position_ids.gather(1, first[:, None])[:, 0] < past
     if bool((restarts if is_token is None else restarts & is_token.any(dim=1)).any()):
