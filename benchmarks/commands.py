@@ -1,17 +1,11 @@
 """Commands of `python -m benchmarks`."""
 
-import json
-import shlex
-import sys
-from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from typer import Option
 
 from lightning_attention.cli.options import (
@@ -23,26 +17,26 @@ from lightning_attention.cli.options import (
 )
 from lightning_attention.extras import require
 
-if TYPE_CHECKING:
-    from .run import Benchmark, Plot
+from .options import (
+    OUTPUT,
+    Device,
+    Dtype,
+    Output,
+    Size,
+    check_only,
+    device_of,
+    doubling,
+    dtype_of,
+    hopper_device,
+    or_default,
+    run_benchmarks,
+    size_of,
+    write_results,
+)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 MAX_GPUS = 100_000  # the cost model of a ring goes through its links one by one
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-
-Output = Annotated[
-    Path,
-    Option(help="Folder for the results and the plot. Runs of other kinds from the same device and commit are kept."),
-]
-Dtype = Annotated[
-    str | None, Option(help="float32, bfloat16 or float16. By default bfloat16 on a GPU, float32 on a CPU.")
-]
-Device = Annotated[str | None, Option(help="cpu or cuda. By default cuda if PyTorch sees a GPU.")]
-Size = Annotated[str | None, Option(help="Size of the model, as in train. By default 385M on a GPU, demo on a CPU.")]
-OUTPUT = Path("benchmark")
-
-Value = TypeVar("Value")
 
 
 @app.callback(invoke_without_command=True)
@@ -93,18 +87,18 @@ def op(
     from .plot import plot_sweep
     from .run import Plot
 
-    torch_device = _device(device)
-    torch_dtype = _dtype(dtype, torch_device)
+    torch_device = device_of(device)
+    torch_dtype = dtype_of(dtype, torch_device)
     on_gpu = torch_device.type == "cuda"
-    _check_only(only, ("table", "sweep"))
+    check_only(only, ("table", "sweep"))
     has_sizes = any(size is not None for size in (length, batch_size, heads, head_dim))
     if only == "table" and has_sizes:
         raise ValueError("--only table has sizes of its own: leave out --length, --batch-size, --heads and --head-dim")
     # Longest first: an implementation that tunes itself at its first call keeps that choice for all lengths.
-    lengths = sorted(set(length or _doubling(512, 12 if on_gpu else 8)), reverse=True)
-    batch_size = _or_default(batch_size, 1)
-    heads, head_dim = _or_default(heads, 16 if on_gpu else 8), _or_default(head_dim, 128 if on_gpu else 64)
-    seconds = _or_default(seconds, 0.2 if on_gpu else 2.0)
+    lengths = sorted(set(length or doubling(512, 12 if on_gpu else 8)), reverse=True)
+    batch_size = or_default(batch_size, 1)
+    heads, head_dim = or_default(heads, 16 if on_gpu else 8), or_default(head_dim, 128 if on_gpu else 64)
+    seconds = or_default(seconds, 0.2 if on_gpu else 2.0)
     check_at_least(1, length=lengths, batch_size=batch_size, heads=heads, head_dim=head_dim)
     check_at_least(0, softmax_up_to=softmax_up_to, seconds=seconds)
     kinds = [only] if only else ["table", "sweep"] if on_gpu and not has_sizes else ["sweep"]
@@ -118,12 +112,12 @@ def op(
             kind,
             cases[kind],
             torch_device,
-            softmax_up_to=_or_default(softmax_up_to, up_to[kind]),
+            softmax_up_to=or_default(softmax_up_to, up_to[kind]),
             seconds=seconds,
         )
         for kind in kinds
     ]
-    _run("op", measured, Plot("sweep", plot_sweep), torch_device, torch_dtype, output)
+    run_benchmarks("op", measured, Plot("sweep", plot_sweep), torch_device, torch_dtype, output)
 
 
 @app.command("decode", cls=Command)
@@ -160,10 +154,10 @@ def decode(
     from .plot import plot_model
     from .run import Plot
 
-    torch_device = _device(device)
-    torch_dtype = _dtype(dtype, torch_device)
+    torch_device = device_of(device)
+    torch_dtype = dtype_of(dtype, torch_device)
     on_gpu = torch_device.type == "cuda"
-    _check_only(only, ("kernel", "model", "engine"))
+    check_only(only, ("kernel", "model", "engine"))
     for name, value, kinds in (
         ("--length", length, ("model",)),
         ("--batch-size", batch_size, ("model",)),
@@ -172,12 +166,12 @@ def decode(
     ):
         if value is not None and only not in (None, *kinds):
             raise ValueError(f"--only {only} does not go with {name}, which is for {' and '.join(kinds)}")
-    lengths = sorted(set(length or _doubling(1024, 11 if on_gpu else 7)))
-    batch_size, max_requests = _or_default(batch_size, 1), _or_default(max_requests, 64)
-    seconds = _or_default(seconds, 0.2 if on_gpu else 0.5)
+    lengths = sorted(set(length or doubling(1024, 11 if on_gpu else 7)))
+    batch_size, max_requests = or_default(batch_size, 1), or_default(max_requests, 64)
+    seconds = or_default(seconds, 0.2 if on_gpu else 0.5)
     check_at_least(1, length=lengths, batch_size=batch_size, max_requests=max_requests)
     check_at_least(0, seconds=seconds)
-    size = _size(size, torch_device)
+    size = size_of(size, torch_device)
     measured = []
     if only in (None, "kernel"):
         steps = [cases.StepCase(batch, 64, 128, torch_dtype) for batch in cases.STEP_BATCHES[torch_device.type]]
@@ -192,7 +186,7 @@ def decode(
         if only != "model":
             serving = [cases.ServingCase(*cases.REQUESTS[torch_device.type], max_requests)]
             measured.append(decode_engine.benchmark(serving, model, size, torch_device, seconds=seconds))
-    _run("decode", measured, Plot("model", plot_model), torch_device, torch_dtype, output)
+    run_benchmarks("decode", measured, Plot("model", plot_model), torch_device, torch_dtype, output)
 
 
 @app.command("train", cls=Command)
@@ -219,16 +213,16 @@ def train(
     from .run import Plot
     from .train import benchmark
 
-    torch_device = _device(device)
-    torch_dtype = _dtype(dtype, torch_device)
+    torch_device = device_of(device)
+    torch_dtype = dtype_of(dtype, torch_device)
     on_gpu = torch_device.type == "cuda"
-    lengths = sorted(set(length or _doubling(65536 if on_gpu else 1024, 7 if on_gpu else 5)))
-    segment_length = _or_default(segment_length, 32768 if on_gpu else 512)
+    lengths = sorted(set(length or doubling(65536 if on_gpu else 1024, 7 if on_gpu else 5)))
+    segment_length = or_default(segment_length, 32768 if on_gpu else 512)
     check_at_least(1, segment_length=segment_length)
     check_at_least(2, length=lengths)
     cases = [TrainingCase(length, segment_length) for length in lengths]
-    measured = benchmark(cases, _size(size, torch_device), torch_device, torch_dtype, compiled=compile)
-    _run("train", [measured], Plot("train", plot_training), torch_device, torch_dtype, output)
+    measured = benchmark(cases, size_of(size, torch_device), torch_device, torch_dtype, compiled=compile)
+    run_benchmarks("train", [measured], Plot("train", plot_training), torch_device, torch_dtype, output)
 
 
 @app.command("speed", cls=Command)
@@ -269,15 +263,15 @@ def speed(
     others, attentions = ATTENTIONS.keys() - {"lightning"}, list(dict.fromkeys(attention or ()))
     if unknown := [name for name in attentions if name not in others]:
         raise ValueError(f"--attention must be one of {', '.join(sorted(others))}, got {unknown[0]!r}")
-    torch_device = _device(device)
-    torch_dtype = _dtype(dtype, torch_device)
+    torch_device = device_of(device)
+    torch_dtype = dtype_of(dtype, torch_device)
     on_gpu = torch_device.type == "cuda"
     check_at_least(1, steps=steps, tokens=tokens)
     check_at_least(2, length=length)
-    sizes = [_size(name, torch_device) for name in size or (["385M", "1B", "3B"] if on_gpu else ["demo"])]
+    sizes = [size_of(name, torch_device) for name in size or (["385M", "1B", "3B"] if on_gpu else ["demo"])]
     cases = []
     for name in sizes:
-        default = _doubling(1024, 8) if on_gpu and name == sizes[0] else [4096] if on_gpu else [256, 1024, 4096]
+        default = doubling(1024, 8) if on_gpu and name == sizes[0] else [4096] if on_gpu else [256, 1024, 4096]
         for T in sorted(set(length or default)):
             cases.append(SpeedCase(name, T, max(T, tokens or default_tokens(name))))
     compiled = on_gpu if compile is None else compile
@@ -285,7 +279,7 @@ def speed(
         raise ValueError(f"--fp8 is not possible on this machine: {error}")
     options = {"attentions": attentions, "fp8": fp8, "compiled": compiled, "steps": steps}
     measured = benchmark(cases, torch_device, torch_dtype, **options)
-    _run("speed", [measured], None, torch_device, torch_dtype, output)
+    run_benchmarks("speed", [measured], None, torch_device, torch_dtype, output)
 
 
 @app.command("mixers", cls=Command)
@@ -328,15 +322,15 @@ def mixers(
     from .run import Plot
     from .speed import default_tokens
 
-    torch_device = _device(device)
-    torch_dtype = _dtype(dtype, torch_device)
+    torch_device = device_of(device)
+    torch_dtype = dtype_of(dtype, torch_device)
     on_gpu = torch_device.type == "cuda"
     names = list(dict.fromkeys(attention or ATTENTIONS))
     if unknown := [name for name in names if name not in ATTENTIONS]:
         raise ValueError(f"--attention must be one of {', '.join(ATTENTIONS)}, got {unknown[0]!r}")
-    size, trained = _size(size, torch_device), _size(trained_size or ("45M" if on_gpu else "demo"), torch_device)
+    size, trained = size_of(size, torch_device), size_of(trained_size or ("45M" if on_gpu else "demo"), torch_device)
     lengths = sorted(set(length or ((1024, 8192, 65536) if on_gpu else (256, 1024))))
-    steps, seconds = _or_default(steps, 1000 if on_gpu else 50), _or_default(seconds, 0.2 if on_gpu else 0.5)
+    steps, seconds = or_default(steps, 1000 if on_gpu else 50), or_default(seconds, 0.2 if on_gpu else 0.5)
     check_at_least(2, length=lengths)
     check_at_least(1, tokens=tokens)
     check_at_least(0, steps=steps, seconds=seconds)
@@ -344,7 +338,7 @@ def mixers(
     cases = [MixerCase(name, size, tuple(lengths), of_step, trained, steps) for name in names]
     compiled = on_gpu if compile is None else compile
     measured = benchmark(cases, torch_device, torch_dtype, compiled=compiled, seconds=seconds)
-    _run("mixers", [measured], Plot("mixers", plot_mixers), torch_device, torch_dtype, output)
+    run_benchmarks("mixers", [measured], Plot("mixers", plot_mixers), torch_device, torch_dtype, output)
 
 
 @app.command("parallel", cls=Command)
@@ -375,24 +369,24 @@ def parallel(
     from .parallel import cases, measure
     from .speed import default_tokens
 
-    torch_device = _device(device)
+    torch_device = device_of(device)
     on_gpu = torch_device.type == "cuda"
-    processes = _or_default(processes, torch.cuda.device_count() if on_gpu else 2)
+    processes = or_default(processes, torch.cuda.device_count() if on_gpu else 2)
     length, shared = (
-        _or_default(length, 4096 if on_gpu else 256),
-        _or_default(sequence_tokens, 1 << 17 if on_gpu else 1024),
+        or_default(length, 4096 if on_gpu else 256),
+        or_default(sequence_tokens, 1 << 17 if on_gpu else 1024),
     )
     check_at_least(2, processes=processes, length=length, sequence_tokens=shared)
     check_at_least(length, tokens=tokens)
     check_at_least(1, steps=steps)
     if on_gpu and processes > torch.cuda.device_count():
         raise ValueError(f"--processes must be at most the number of GPUs, {torch.cuda.device_count()}")
-    whole = _size(size, torch_device)
-    sharded = _size(sharded_size or ("3B" if on_gpu else None), torch_device)
+    whole = size_of(size, torch_device)
+    sharded = size_of(sharded_size or ("3B" if on_gpu else None), torch_device)
     of_whole, of_sharded = (max(length, tokens or default_tokens(name)) for name in (whole, sharded))
     compiled = on_gpu if compile is None else compile
     chosen = list(cases(whole, sharded, of_whole, of_sharded, shared, length))
-    _write(
+    write_results(
         "parallel", measure(chosen, torch_device.type, processes, compiled=compiled, steps=steps), torch_device, output
     )
 
@@ -431,14 +425,14 @@ def scaling(
         print(*check(), sep="\n")
         return
     tokens, gpus = tokens or [8192, 32768, 131072], gpus or [8, 32, 128, 256, 1024]
-    blocks = _or_default(blocks, BLOCKS)
+    blocks = or_default(blocks, BLOCKS)
     check_at_least(1, tokens=tokens, gpus=gpus, batch_size=batch_size, blocks=blocks, node_size=node_size)
     if max(gpus) > MAX_GPUS:
         raise ValueError(f"--gpus must be at most {MAX_GPUS}, got {max(gpus)}")
     for name, value in (("--network-gigabits", network_gigabits), ("--speed", speed)):
         if value is not None and not 1e-6 <= value <= 1e12:
             raise ValueError(f"{name} must be between 1e-6 and 1e12, got {value}")
-    config = LightningConfig.from_size(_size(size, torch.device("cpu")))
+    config = LightningConfig.from_size(size_of(size, torch.device("cpu")))
     model = Model([config.layer_state_shape(i) for i in range(config.num_hidden_layers)], batch_size)
     cluster = Cluster(node_size, network=Link(network_gigabits * 1e9 / 8, Cluster.network.latency))
     compute = Compute(speed or scaled_tokens_per_second(config))
@@ -455,30 +449,30 @@ def step(
     from .step import measure
 
     check_at_least(2, length=length)
-    device = _hopper()
-    _write("step", measure(_size(size, device), length, device), device, output)
+    device = hopper_device()
+    write_results("step", measure(size_of(size, device), length, device), device, output)
 
 
 @app.command("segments", cls=Command)
 def segments(output: Annotated[Path, Option(help="Folder for segments.json.")] = OUTPUT) -> None:
     """The kernels for Hopper in every number of segments, with few heads, on a Hopper GPU."""
-    device, results = _hopper(), []
+    device, results = hopper_device(), []
     from .segments import cases, measure
 
     for case, counts in cases():
         results.append(measure(case, counts, device))
-        _write("segments", results, device, output)
+        write_results("segments", results, device, output)
 
 
 @app.command("heads", cls=Command)
 def heads(output: Annotated[Path, Option(help="Folder for heads.json.")] = OUTPUT) -> None:
     """The kernels for Hopper with as many heads as multiprocessors and with more, as chosen and not cut."""
-    device, results = _hopper(), []
+    device, results = hopper_device(), []
     from .segments import cases_of_many_heads, measure
 
     for case in cases_of_many_heads():
         results.append(measure(case, [1], device))
-        _write("heads", results, device, output)
+        write_results("heads", results, device, output)
 
 
 @app.command("host", cls=Command)
@@ -486,8 +480,8 @@ def host(output: Annotated[Path, Option(help="Folder for host.json.")] = OUTPUT,
     """Time that calls on small inputs keep the host."""
     from .host import measure
 
-    torch_device = _device(device)
-    _write("host", measure(torch_device), torch_device, output)
+    torch_device = device_of(device)
+    write_results("host", measure(torch_device), torch_device, output)
 
 
 @app.command("counters", cls=Command)
@@ -495,85 +489,7 @@ def counters(output: Annotated[Path, Option(help="Folder for counters.json.")] =
     """Hardware counters of the kernels for Hopper, by Nsight Compute (ncu), on a Hopper GPU."""
     from .counters import SHAPES, measure
 
-    device, results = _hopper(), []
+    device, results = hopper_device(), []
     for shape in SHAPES:
         results.append(measure(*shape))
-        _write("counters", results, device, output)
-
-
-def _doubling(start: int, count: int) -> list[int]:
-    return [start << i for i in range(count)]
-
-
-def _or_default(value: Value | None, default: Value) -> Value:
-    return default if value is None else value
-
-
-def _size(name: str | None, device: torch.device) -> str:
-    from lightning_attention.models import SIZES
-
-    name = name or ("385M" if device.type == "cuda" else "demo")
-    if name not in SIZES:
-        raise ValueError(f"--size must be one of {', '.join(SIZES)}, got {name!r}")
-    return name
-
-
-def _device(name: str | None) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no GPU")
-    return torch.device(name)
-
-
-def _hopper() -> torch.device:
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        raise ValueError("this benchmark needs a GPU of compute capability 9.0 (H100, H200)")
-    return torch.device("cuda")
-
-
-def _dtype(name: str | None, device: torch.device) -> torch.dtype:
-    name = name or ("bfloat16" if device.type == "cuda" else "float32")
-    if name not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]
-
-
-def _check_only(only: str | None, kinds: Sequence[str]) -> None:
-    if only not in (None, *kinds):
-        raise ValueError(f"--only must be {', '.join(kinds[:-1])} or {kinds[-1]}, got {only!r}")
-
-
-def _console() -> Console:
-    return Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
-
-
-def _command() -> str:
-    return shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
-
-
-def _run(
-    name: str,
-    measured: Sequence["Benchmark"],
-    plot: "Plot | None",
-    device: torch.device,
-    dtype: torch.dtype,
-    output: Path,
-) -> None:
-    from .run import run
-
-    console = _console()
-    for path in run(name, measured, plot, device, dtype=dtype, command=_command(), output=output, echo=console.print):
-        console.print(f"wrote {path}")
-
-
-def _write(name: str, results: Any, device: torch.device, output: Path) -> None:
-    """Write the results so far, and print the last of them."""
-    from .machine import machine
-    from .report import write
-
-    time = datetime.now(UTC).isoformat(timespec="seconds")
-    document = {"machine": machine(device), "command": _command(), "time": time, "results": results}
-    write(document, output / f"{name}.json")
-    _console().print(json.dumps(results[-1] if isinstance(results, list) else results, indent=1))
+        write_results("counters", results, device, output)
