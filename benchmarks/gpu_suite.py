@@ -33,7 +33,7 @@ PROCESSES = min(14 * max(GPUS, 1), os.cpu_count() or 1)
 # An expression of markers, the number of processes, and the GPUs of each, which tests/conftest.py assigns.
 PARTS = {
     "parallel": ("not (nccl or large or sanitizer)", PROCESSES, 1),
-    "nccl": ("nccl", max(GPUS // 2, 1), 2),
+    "nccl": ("nccl", 3 * max(GPUS // 2, 1), 2),  # most of the time they wait for processes to start or to time out
     "large": ("large", 1, GPUS),
     "sanitizer": ("sanitizer", PROCESSES, 1),
 }
