@@ -112,6 +112,18 @@ def test_prompt_tuning_trains(model: LightningForCausalLM) -> None:
     assert not torch.equal(logits(adapted), untrained)
 
 
+@pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PromptEncoderConfig], ids=["prompts", "p-tuning"])
+def test_virtual_tokens_go_with_padding(model: LightningForCausalLM, config: Any) -> None:
+    """PEFT prepends ones of float32 to the mask, as a data collator gives it."""
+    adapted = peft.get_peft_model(model, config(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    ids, mask = tokens(2, 8), torch.ones(2, 8, dtype=torch.int64)
+    mask[1, 5:] = 0
+    padded = adapted(input_ids=ids, attention_mask=mask, labels=ids)
+    alone = adapted(input_ids=ids[1:, :5], attention_mask=mask[1:, :5])
+    assert padded.loss.isfinite()
+    torch.testing.assert_close(padded.logits[1, :9], alone.logits[0], rtol=1e-4, atol=1e-5)
+
+
 def test_gradient_checkpointing_keeps_gradients(model: LightningForCausalLM) -> None:
     adapted = peft.get_peft_model(model, CONFIGS["lora"]()).train()
     ids = tokens(2, 8)
