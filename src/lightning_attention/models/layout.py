@@ -240,9 +240,11 @@ def _check_past_mask(mask: Tensor, length: int, cache: LightningCache | None) ->
     if cache is None or cache.positions is None:
         return
     past = mask[:, : mask.shape[1] - length]
-    if past.shape[1] and not torch.equal((past != 0).sum(dim=1), cache.positions):
+    differs = ((past != 0).sum(dim=1) != cache.positions).any()
+    differs, has_numbers = torch.stack([differs, (mask > 1).any()]).tolist()  # the host waits once
+    if past.shape[1] and differs:
         raise ValueError(OTHER_PADDING)
-    if mask.dtype == torch.bool or not mask.numel() or int(mask.max()) <= 1:
+    if not has_numbers:
         return
     if not past.shape[1]:
         raise ValueError("attention_mask needs the columns in the cache too if it numbers sequences")
