@@ -273,11 +273,11 @@ REFUSED_SIZES = {
     **{name: ({name: 0}, ValueError, "at least 1, got 0") for name in ("max_requests", "prefill_tokens")},
     "prefix_block": ({"prefix_block": 0}, ValueError, "at least 1, got 0"),
     "prefix_slots": ({"prefix_slots": -1}, ValueError, "at least 0, got -1"),
-    "a fraction": ({"max_requests": 2.5}, TypeError, "a whole number, got 2.5"),
-    "a float": ({"prefill_tokens": 4096.0}, TypeError, "a whole number, got 4096.0"),
-    "text": ({"prefix_slots": "4"}, TypeError, "a whole number, got '4'"),
-    "a bool": ({"prefix_slots": True}, TypeError, "a whole number, got True"),
-    "None": ({"prefix_block": None}, TypeError, "a whole number, got None"),
+    "a fraction": ({"max_requests": 2.5}, TypeError, "an integer, got 2.5"),
+    "a float": ({"prefill_tokens": 4096.0}, TypeError, "an integer, got 4096.0"),
+    "text": ({"prefix_slots": "4"}, TypeError, "an integer, got '4'"),
+    "a bool": ({"prefix_slots": True}, TypeError, "an integer, got True"),
+    "None": ({"prefix_block": None}, TypeError, "an integer, got None"),
     "more than 64 bits": ({"max_requests": 10**30}, ValueError, r"below 2\^63, got 1000"),
 }
 

@@ -75,7 +75,7 @@ REFUSED = {
     "another model's snapshot": (lambda pool: pool.restore(0, torch.zeros(5)), r"numbers of torch.float32, got \(5,\)"),
     "another dtype": (lambda pool: pool.restore(0, pool.snapshot(0).double()), "of torch.float32, got"),
     "no slots": (lambda _: StatePool(make_config(), 0), "num_slots must be at least 1, got 0"),
-    "a text": (lambda _: StatePool(make_config(), cast(Any, "3")), "num_slots must be a whole number, got '3'"),
+    "a text": (lambda _: StatePool(make_config(), cast(Any, "3")), "num_slots must be an integer, got '3'"),
     "bool states": (
         lambda _: StatePool(make_config(), 1, dtype=torch.bool),
         "dtype must be one of torch.float32, torch.bfloat16, torch.float64, got torch.bool",

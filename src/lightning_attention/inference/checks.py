@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable
 from numbers import Integral
-from typing import TypeGuard
+from typing import Any
 
 import torch
 
 from ..models import LightningForCausalLM
+from ..nn.sizes import check_integer
 from ..ops.problem import state_dtype
 
 LIMIT = 1 << 63  # sizes and token ids have 64 bits
@@ -48,15 +49,14 @@ def pool_dtype_for(model_dtype: torch.dtype, given: object = None) -> torch.dtyp
     return dtype
 
 
-def whole_number(name: str, value: object, *, at_least: int) -> int:
+def whole_number(name: str, value: Any, *, at_least: int) -> int:
     """Return an integer in its range as an `int`.
 
     Raises:
         TypeError: the value is not an integer.
         ValueError: the value is below `at_least`, or has more than 64 bits.
     """
-    if not _is_integer(value):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    check_integer(name, value)
     number = int(value)
     if number < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {number}")
@@ -76,13 +76,9 @@ def token_ids(name: str, values: object, vocab_size: int) -> list[int]:
         raise TypeError(f"{name} must be token ids, got {type(values).__name__}")
     tokens: list[int] = []
     for token in values:
-        if not _is_integer(token):
+        if isinstance(token, bool) or not isinstance(token, Integral):
             raise TypeError(f"{name} must be token ids, which are whole numbers, got {type(token).__name__}")
         tokens.append(int(token))
     if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
         raise ValueError(f"{name} must be token ids in [0, {vocab_size}), got {min(tokens)} to {max(tokens)}")
     return tokens
-
-
-def _is_integer(value: object) -> TypeGuard[Integral]:
-    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
