@@ -69,7 +69,7 @@ def test_scores_may_exceed_the_range_of_float16(device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("K", [128, 256])
 def test_large_tiles_run_on_a_gpu(K):
-    """With LRPE-d K is twice V."""
+    """LRPE-d makes K twice V."""
     x, wide = on("cuda", torch.bfloat16, Case(lengths=(700, 1300), H=2, K=K, V=128, slope=0.01))
     expected = results(exact, wide)
     for name, found in results(quadratic_attention, x).items():
