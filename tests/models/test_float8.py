@@ -69,6 +69,7 @@ def test_training_segments_change_nothing(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo's, which hides it unless it is an error
 def test_compiled_gradients_are_as_close():
     model, ids = make("cuda"), tokens(1, 160).cuda()
     expected = gradients(model, ids)
