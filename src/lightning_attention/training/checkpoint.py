@@ -3,19 +3,23 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_map
 from transformers import TrainerState
 
 from ..files import flush
@@ -23,16 +27,20 @@ from ..models.checkpoint import PREFIX, checkpoint_step, checkpoints, load_model
 from .folder import write_checksums
 from .guard import GuardedTrainer
 from .options import FILE
+from .processes import together
 from .tokenizer import load_tokenizer
 
 UNFINISHED = "unfinished"
 OPTIMIZER, SCHEDULER, TRAINER_STATE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
-UNSHARDED = StateDictOptions(full_state_dict=True, cpu_offload=True)
+UNSHARDED = StateDictOptions(full_state_dict=True)
+GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class CheckpointingTrainer(GuardedTrainer):
-    """Trainer with atomic checkpoints: a folder `checkpoint-N` is complete.
+    """Trainer with atomic checkpoints, written by a thread: a folder `checkpoint-N` is complete.
 
+    A step waits only until its weights and optimizer state are copied to memory of the host; the next save and the end
+    of training wait until the files are written. An error of the thread is raised before the next step.
     A checkpoint is written to another folder, flushed and renamed; a signal or a full disk during a save leaves the
     earlier checkpoints unchanged. Its files do not depend on the number of processes: one process writes unsharded
     tensors by name. Checksums of the files show later damage.
@@ -42,13 +50,14 @@ class CheckpointingTrainer(GuardedTrainer):
         options: see `GuardedTrainer`; to resume, the model holds the weights of the checkpoint.
     """
 
-    _is_saving = False
-
     def __init__(self, *args: Any, record: dict[str, Any], **options: Any):
         use_cache = options["model"].config.use_cache
         super().__init__(*args, **options)
         cast(Any, self.model).config.use_cache = use_cache  # which Trainer has replaced
         self.record = record
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._written: Future[None] | None = None  # of the checkpoint that the thread writes
+        self._writes: list[Callable[[], Any]] | None = None  # of large files, during a save: the thread's
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Take the intervals of logs, evaluations and checkpoints from the options, not from the checkpoint."""
@@ -56,49 +65,109 @@ class CheckpointingTrainer(GuardedTrainer):
         self.state.compute_steps(self.args, max_steps)
         return state
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, and return when the last checkpoint is complete."""
+        try:
+            result = super().train(*args, **kwargs)
+        except BaseException:
+            with suppress(OSError):  # of the two errors, the one that ended the training
+                self._finish_saving()
+            raise
+        together(self._finish_saving)
+        return result
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._written is not None and self._written.done():
+            self._finish_saving()
+        return super().training_step(*args, **kwargs)
+
+    def _finish_saving(self) -> None:
+        """Wait for the thread.
+
+        Raises:
+            OSError: it could not write the checkpoint.
+        """
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
+
     def _get_output_dir(self, trial: Any = None) -> str:
         folder = super()._get_output_dir(trial)
-        return os.path.join(folder, UNFINISHED) if self._is_saving else folder
+        return folder if self._writes is None else os.path.join(folder, UNFINISHED)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        folder = Path(str(self.args.output_dir))
-        name, unfinished = f"{PREFIX}{self.state.global_step}", folder / UNFINISHED
+        checkpoint = Path(str(self.args.output_dir), f"{PREFIX}{self.state.global_step}")
+        unfinished = checkpoint.with_name(UNFINISHED)
         self.check_weights()
+        together(self._finish_saving)
         if self.args.should_save:
             shutil.rmtree(unfinished, ignore_errors=True)
+            (unfinished / checkpoint.name).mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        self._is_saving = True
+        self._writes = writes = []
         try:
-            with _removed_after_error(unfinished, folder / name):
+            with _removed_after_error(unfinished, checkpoint):
                 super()._save_checkpoint(*args, **kwargs)
-                if self.args.should_save:
-                    (unfinished / name / FILE).write_text(json.dumps(self.record, indent=1), encoding="utf-8")
         finally:
-            self._is_saving = False
+            self._writes = None
         self.accelerator.wait_for_everyone()  # every process has written its random state
         if self.args.should_save:
-            with _removed_after_error(unfinished, folder / name):
-                write_checksums(unfinished / name)
-                for path in [*unfinished.rglob("*"), unfinished]:
-                    flush(path)
-            os.replace(unfinished / name, folder / name)
-            flush(folder)
-            kept = self.args.save_total_limit
-            for old in checkpoints(folder)[:-kept] if kept else []:
-                os.replace(old, unfinished / old.name)
-            shutil.rmtree(unfinished)
+            self._written = self._writer.submit(self._write, unfinished, checkpoint, writes)
+
+    def _write(self, unfinished: Path, checkpoint: Path, writes: list[Callable[[], Any]]) -> None:
+        """Write what is large, complete the checkpoint and remove the oldest, in the thread."""
+        with _removed_after_error(unfinished, checkpoint):
+            for write in writes:
+                write()
+            folder = unfinished / checkpoint.name
+            (folder / FILE).write_text(json.dumps(self.record, indent=1), encoding="utf-8")
+            write_checksums(folder)
+            for path in [*unfinished.rglob("*"), unfinished]:
+                flush(path)
+        os.replace(folder, checkpoint)
+        flush(checkpoint.parent)
+        kept = self.args.save_total_limit
+        for old in checkpoints(checkpoint.parent)[:-kept] if kept else []:
+            os.replace(old, unfinished / old.name)
+        shutil.rmtree(unfinished)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        weights = get_model_state_dict(cast(nn.Module, self.model), options=UNSHARDED)
+        weights = self._copied(get_model_state_dict, cast(nn.Module, self.model))
         if self.args.should_save:
-            self._save(output_dir, weights)
+            self._later(partial(self._save, output_dir, weights))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         model, optimizer, scheduler = self._unprepared()
-        state = get_optimizer_state_dict(model, optimizer, options=UNSHARDED)
+        state = self._copied(get_optimizer_state_dict, model, optimizer)
         if self.args.should_save:
-            torch.save(state, Path(output_dir, OPTIMIZER))
+            self._later(partial(torch.save, state, Path(output_dir, OPTIMIZER)))
             torch.save(scheduler.state_dict(), Path(output_dir, SCHEDULER))
+
+    def _later(self, write: Callable[[], Any]) -> None:
+        """Leave a write to the thread, or write at once if no checkpoint is being saved."""
+        if self._writes is None:
+            write()
+        else:
+            self._writes.append(write)
+
+    def _copied(self, get_state: Callable[..., dict[str, Any]], *of: Any) -> dict[str, Any]:
+        """Unsharded state in memory of the host that no step changes; empty on a process that does not write it."""
+        is_sharded, is_on_host = isinstance(self.model, FSDPModule), self.args.device.type == "cpu"
+        state = get_state(*of, options=GATHERED if is_sharded else UNSHARDED)
+        if is_sharded and not is_on_host:
+            return state  # each tensor was gathered on the device and copied
+        if not self.args.should_save:
+            return {}
+
+        def copy(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return torch.empty_like(x, device="cpu", pin_memory=not x.is_cpu).copy_(x, non_blocking=True)
+
+        state = tree_map(copy, state)
+        if not is_on_host:
+            torch.accelerator.synchronize()
+        return state
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         pass  # the model holds the weights of the checkpoint
@@ -107,7 +176,7 @@ class CheckpointingTrainer(GuardedTrainer):
         if checkpoint is not None:
             model, optimizer, scheduler = self._unprepared()
             state = torch.load(Path(checkpoint, OPTIMIZER), map_location="cpu", mmap=True, weights_only=True)
-            set_optimizer_state_dict(model, optimizer, state, options=UNSHARDED)
+            set_optimizer_state_dict(model, optimizer, state, options=GATHERED)
             scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER), weights_only=True))
 
     def _unprepared(self) -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
