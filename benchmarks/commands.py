@@ -244,7 +244,7 @@ def speed(
     ] = None,
     attention: Annotated[
         list[str] | None,
-        Option(help="Another attention in our model: lightning-1, elu, cosformer, rfa or performer; repeat for more."),
+        Option(help="Another attention in our model, as train --attention takes it; repeat for more."),
     ] = None,
     fp8: Annotated[bool, Option("--fp8", help="Also our model with products in float8, by torchao.")] = False,
     steps: Annotated[int, Option(help="Steps to measure.")] = 5,
@@ -256,13 +256,15 @@ def speed(
 ) -> None:
     """Training steps of models, beside a LLaMA of equal size, at several lengths."""
     from lightning_attention.models.float8 import float8_error
-    from lightning_attention.models.mixers import ATTENTIONS
+    from lightning_attention.models.mixers import attention_options
 
     from .speed import SpeedCase, benchmark, default_tokens
 
-    others, attentions = ATTENTIONS.keys() - {"lightning"}, list(dict.fromkeys(attention or ()))
-    if unknown := [name for name in attentions if name not in others]:
-        raise ValueError(f"--attention must be one of {', '.join(sorted(others))}, got {unknown[0]!r}")
+    attentions = list(dict.fromkeys(attention or ()))
+    for name in attentions:
+        attention_options(name)  # raises for an unknown one
+        if name == "lightning":
+            raise ValueError("lightning attention is measured in any case: --attention adds others")
     torch_device = device_of(device)
     torch_dtype = dtype_of(dtype, torch_device)
     on_gpu = torch_device.type == "cuda"
@@ -286,7 +288,11 @@ def speed(
 def mixers(
     output: Output = OUTPUT,
     attention: Annotated[
-        list[str] | None, Option(help="Attention to measure; repeat for more. By default every one.")
+        list[str] | None,
+        Option(
+            help="Attention to measure, as train --attention takes it; repeat for more. By default every one, softmax "
+            "and the hybrid 3:1."
+        ),
     ] = None,
     size: Size = None,
     length: Annotated[
@@ -316,7 +322,7 @@ def mixers(
     ] = None,
 ) -> None:
     """Every attention in the same model: training, decoding, and the loss after the same text."""
-    from lightning_attention.models.mixers import ATTENTIONS
+    from lightning_attention.models.mixers import ATTENTIONS, SOFTMAX, attention_options
 
     from .mixers import MixerCase, benchmark, plot_mixers
     from .run import Plot
@@ -325,9 +331,9 @@ def mixers(
     torch_device = device_of(device)
     torch_dtype = dtype_of(dtype, torch_device)
     on_gpu = torch_device.type == "cuda"
-    names = list(dict.fromkeys(attention or ATTENTIONS))
-    if unknown := [name for name in names if name not in ATTENTIONS]:
-        raise ValueError(f"--attention must be one of {', '.join(ATTENTIONS)}, got {unknown[0]!r}")
+    names = list(dict.fromkeys(attention or [*ATTENTIONS, SOFTMAX, "3:1"]))
+    for name in names:
+        attention_options(name)  # raises for an unknown one
     size, trained = size_of(size, torch_device), size_of(trained_size or ("45M" if on_gpu else "demo"), torch_device)
     lengths = sorted(set(length or ((1024, 8192, 65536) if on_gpu else (256, 1024))))
     steps, seconds = or_default(steps, 1000 if on_gpu else 50), or_default(seconds, 0.2 if on_gpu else 0.5)

@@ -14,6 +14,8 @@ from rich.console import Console
 
 from lightning_attention.files import replacing
 from lightning_attention.models import LightningCache, LightningConfig, LightningForCausalLM, compile_layers
+from lightning_attention.models.cache import KeyValueLayer
+from lightning_attention.models.mixers import attention_options
 from lightning_attention.paths import PathLike, to_path
 from lightning_attention.training import TrainingOptions, train
 from lightning_attention.training.folder import METRICS
@@ -29,7 +31,7 @@ class MixerCase:
     """An attention, and what to measure of it.
 
     Attributes:
-        attention: value of `linear_attention`.
+        attention: as `TrainingOptions` takes it.
         size: size of the model that is timed.
         lengths: tokens of a sequence of a training step, and of a context before a decoded token.
         tokens: tokens of a training step, at least one sequence.
@@ -45,7 +47,7 @@ class MixerCase:
     steps: int
 
     def config(self) -> LightningConfig:
-        options = {"linear_attention": self.attention, "max_position_embeddings": max(self.lengths) + 1}
+        options = attention_options(self.attention) | {"max_position_embeddings": max(self.lengths) + 1}
         return LightningConfig.from_size(self.size, **options)
 
 
@@ -113,8 +115,12 @@ def _decoding(case: MixerCase, length: int, device: torch.device, dtype: torch.d
     cache, token = LightningCache(model.config.num_hidden_layers), torch.zeros(1, 1, dtype=torch.int64, device=device)
     model(torch.randint(model.config.vocab_size, (1, length), device=device), cache=cache, logits_to_keep=1)
 
+    keys_and_values = [layer.key_values for layer in cache.layers if isinstance(layer, KeyValueLayer)]
+
     def step() -> None:
         cache.length, cache.positions = length, torch.full((1,), length, device=device)
+        for kept in keys_and_values:
+            kept.lengths, kept.longest = cache.positions, length
         model(token, cache=cache)
 
     times, failures = interleaved_times({"step": step}, seconds, device, "wall")

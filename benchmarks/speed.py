@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_attention.models import LightningConfig, LightningForCausalLM, compile_layers, use_float8
+from lightning_attention.models.mixers import attention_options
 
 from .harness import Comparison, release
 from .report import OURS, Column, Record, Table, field, rounded, times_ours
@@ -65,7 +66,7 @@ def benchmark(
     """Measure steps with AdamW, in autocast of a dtype, of models whose layers are compiled or not.
 
     Args:
-        attentions: values of `linear_attention`, besides lightning attention.
+        attentions: others besides lightning attention, as `TrainingOptions` takes them.
         fp8: also measure our model with products in float8.
     """
 
@@ -145,7 +146,7 @@ def measure(
 
 
 def _with_attention(case: SpeedCase, attention: str) -> nn.Module:
-    options = {"linear_attention": attention, "max_position_embeddings": case.length}
+    options = attention_options(attention) | {"max_position_embeddings": case.length}
     return LightningForCausalLM(LightningConfig.from_size(case.size, **options))
 
 

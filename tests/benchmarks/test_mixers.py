@@ -34,12 +34,20 @@ def test_attentions_are_measured_in_turn(bench, tmp_path):
     assert results[0]["decoding"]["16"]["state_bytes"] == results[1]["decoding"]["32"]["state_bytes"]
 
 
+def test_keys_and_values_grow_with_the_context(bench, tmp_path):
+    """Those of one layer of four."""
+    chosen = "--size demo --length 16 --length 600 --tokens 64 --seconds 0.1 --device cpu --attention 3:1".split()
+    bench("mixers", *chosen, "--steps", "0", "--output", tmp_path)
+    (record,) = json.loads((tmp_path / "mixers.json").read_text())["runs"]["mixers"]["results"]
+    assert record["decoding"]["600"]["state_bytes"] > record["decoding"]["16"]["state_bytes"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (
-            ["--attention", "softmax"],
-            "--attention must be one of lightning, lightning-1, elu, cosformer, rfa, performer",
+            ["--attention", "linformer"],
+            "attention must be one of lightning, lightning-1, elu, cosformer, rfa, performer,",
         ),
         (["--length", "1"], "--length must be at least 2"),
         (["--trained-size", "2B"], "--size must be one of"),

@@ -318,7 +318,7 @@ def test_sigterm_ends_a_process_that_waits_for_a_frozen_one(files):
         ({"decay_preset": "fast"}, "decay_preset must be one of"),
         (
             {"attention": "fast"},
-            "linear_attention must be one of lightning, lightning-1, elu, cosformer, rfa,",
+            "attention must be one of lightning, lightning-1, elu, cosformer, rfa, performer,",
         ),
         ({"attention": "elu", "decay_preset": "alibi"}, "decay_preset go with lightning attention, elu has no decay"),
         ({"config": Path("short.json")}, "64 tokens exceed the 63 positions"),

@@ -18,7 +18,7 @@ def check_model(model: object) -> None:
 
     Raises:
         TypeError: it is not a `LightningForCausalLM`, also not within `torch.compile`.
-        ValueError: it shares sequences with other processes.
+        ValueError: it shares sequences with other processes, or has softmax attention.
     """
     model = getattr(model, "_orig_mod", model)  # unwrap torch.compile
     if not isinstance(model, LightningForCausalLM):
@@ -27,6 +27,11 @@ def check_model(model: object) -> None:
         raise TypeError(f"model must be a LightningForCausalLM, got {type(model).__name__}{hint}")
     if model.model.sequence_parallel is not None:
         raise ValueError("model must not share sequences: call its model.set_sequence_parallel(None) first")
+    if model.config.has_softmax:
+        raise ValueError(
+            "the engine keeps a state of constant size for each request, and softmax attention has none: use "
+            "model.generate()"
+        )
 
 
 def check_callback(name: str, callback: object) -> None:

@@ -1,25 +1,66 @@
-"""Recurrent-state cache for `generate()`: one state per layer, of constant size."""
+"""Cache for `generate()`: of every layer a state of constant size, or keys and values."""
 
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ..nn import KeyValues, SoftmaxAttention
+from ..nn.sizes import check_integer
 
 # transformers' name of the cache among arguments and outputs: `cache` since 5.24, `past_key_values` before.
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 
+class KeyValueLayer(CacheLayerMixin):
+    """Keys and values of a layer of softmax attention."""
+
+    def __init__(self, key_values: KeyValues):
+        super().__init__()
+        self.key_values = key_values
+
+    def lazy_initialization(self, *_: Any) -> None: ...
+
+    def update(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError("SoftmaxAttention appends keys and values itself")
+
+    def get_mask_sizes(self, *_: Any) -> Any:
+        raise NotImplementedError("SoftmaxAttention makes its masks itself")
+
+    def get_seq_length(self) -> int:
+        return self.key_values.longest
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.key_values.reset()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.key_values.select(beam_idx)
+
+
 class LightningCache(Cache):
     """Recurrent states of all layers `[B, H, K, V]`, and the position of each batch row.
+
+    A layer of softmax attention has `KeyValues` in place of a state, which grow with the context, but for
+    "sliding_attention". With `window` they do not: layers of "full_attention" keep the first `sinks` tokens and the
+    last `window` (StreamingLLM).
 
     transformers' `DynamicCache` does not work for a model of linear attention alone: it has no sequence length, which
     `generate` reads, and no positions, which LRPE-d needs.
 
     Args:
         num_layers: number of layers.
+        window: last tokens that layers of full attention keep; None keeps all.
+        sinks: first tokens that they keep besides.
+
+    Raises:
+        TypeError: `window` or `sinks` is not an integer.
+        ValueError: `window` is less than 1 or `sinks` less than 0, or there are sinks without a window.
 
     Attributes:
         length: columns read so far, padding included.
@@ -36,10 +77,19 @@ class LightningCache(Cache):
         4
     """
 
-    layers: list[LinearAttentionLayer]
+    layers: list[LinearAttentionLayer | KeyValueLayer]
 
-    def __init__(self, num_layers: int):
+    def __init__(self, num_layers: int, *, window: int | None = None, sinks: int = 0):
         super().__init__(layers=[LinearAttentionLayer() for _ in range(num_layers)])
+        for name, value, lowest in (("window", window, 1), ("sinks", sinks, 0)):
+            if value is None:
+                continue
+            check_integer(name, value)
+            if value < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {value}")
+        if sinks and window is None:
+            raise ValueError("sinks go with a window of last tokens: give both")
+        self.window, self.sinks = window, sinks
         self.length = 0
         self.positions: Tensor | None = None
 
@@ -60,6 +110,8 @@ class LightningCache(Cache):
             ValueError: the cache holds states of another shape.
         """
         layer = self.layers[layer_idx]
+        if isinstance(layer, KeyValueLayer):
+            raise ValueError(f"the cache holds keys and values of layer {layer_idx}, which has a state")
         if not layer.is_recurrent_states_initialized[0]:
             layer.lazy_initialization(recurrent_states=torch.empty(shape, dtype=dtype, device=device))
             layer.device = device
@@ -72,9 +124,38 @@ class LightningCache(Cache):
             state = layer.recurrent_states[0] = state.clone()  # or PyTorch refuses to update it in place
         return state
 
-    def put(self, states: list[Tensor]) -> None:
-        """Replace the states of all layers, in place and without gradients."""
+    def key_values(
+        self, layer_idx: int, attention: SoftmaxAttention, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> KeyValues:
+        """Keys and values of a layer; none before the first token.
+
+        Raises:
+            ValueError: the cache holds a state, or keys and values of another shape.
+        """
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, KeyValueLayer):
+            if layer.is_recurrent_states_initialized[0]:
+                raise ValueError(f"the cache holds a state of layer {layer_idx}, which has keys and values")
+            options: dict[str, Any] = {"window": self.window, "sinks": self.sinks}
+            layer = KeyValueLayer(attention.make_key_values(batch_size, dtype, device, **options))
+            self.layers[layer_idx] = layer
+        if layer.key_values.keys.is_inference() and not torch.is_inference_mode_enabled():
+            layer.key_values.select(
+                torch.arange(len(layer.key_values.lengths))
+            )  # or PyTorch refuses to update them in place
+        kept, sizes = layer.key_values, (batch_size, attention.num_key_value_heads, attention.head_dim)
+        found = kept.keys.shape[0], *kept.keys.shape[2:]
+        if found != sizes:
+            raise ValueError(
+                f"the cache holds keys of shape [B, H, D] = {list(found)}, these inputs need {list(sizes)}"
+            )
+        return kept
+
+    def put(self, states: list[Tensor | KeyValues]) -> None:
+        """Replace the states of all layers, in place and without gradients; keys and values were appended."""
         for layer, state in zip(self.layers, states, strict=True):
+            if isinstance(layer, KeyValueLayer) or not isinstance(state, Tensor):
+                continue
             if (kept := layer.recurrent_states[0]) is not state and kept is not None:
                 kept.copy_(state.detach())
 
@@ -110,15 +191,23 @@ class LightningCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         for layer in self.layers:
-            state = layer.recurrent_states[0]
-            if state is not None:
+            if isinstance(layer, KeyValueLayer):
+                kept = layer.key_values
+                kept.select(torch.arange(len(kept.lengths)).repeat_interleave(repeats))
+            elif (state := layer.recurrent_states[0]) is not None:
                 layer.recurrent_states[0] = state.repeat_interleave(repeats, dim=0)
         if self.positions is not None:
             self.positions = self.positions.repeat_interleave(repeats)
 
     def nbytes(self) -> int:
-        """Memory of the states, in bytes."""
-        return sum(state.nbytes for layer in self.layers if (state := layer.recurrent_states[0]) is not None)
+        """Memory of the states, and of keys and values, in bytes."""
+        total = 0
+        for layer in self.layers:
+            if isinstance(layer, KeyValueLayer):
+                total += layer.key_values.nbytes
+            elif (state := layer.recurrent_states[0]) is not None:
+                total += state.nbytes
+        return total
 
 
 class CacheName:

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..nn import KeyValues, SoftmaxAttention
 from .model import LightningDecoderLayer
 
 # Graphs of all layers together, which share code. A run needs one for each of: gradients or none; a first layer with
@@ -45,18 +46,24 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
         raise TypeError(f"compile_layers takes a model with lightning attention layers, got {type(model).__name__}")
     _configure_compiler()
     for layer in layers:
-        layer.compile(fullgraph=layer.attention.sequence_parallel is None, backend=backend)
-        layer._compiled_call_impl = _with_any_sizes(cast(Callable[..., Any], layer._compiled_call_impl))
+        # Packed sequences of softmax attention are grouped by the host where there is no kernel.
+        is_one_graph = layer.attention.sequence_parallel is None and not isinstance(layer.attention, SoftmaxAttention)
+        layer.compile(fullgraph=is_one_graph, backend=backend)
+        layer._compiled_call_impl = _with_any_sizes(layer, cast(Callable[..., Any], layer._compiled_call_impl))
 
 
-def _with_any_sizes(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def _with_any_sizes(layer: LightningDecoderLayer, compiled: Callable[..., Any]) -> Callable[..., Any]:
     """A compiled layer, with a graph for any number of batch rows, tokens and sequences.
+
+    With keys and values of earlier tokens it is not compiled: their length would need a graph for each.
 
     `dynamic=True` would make every size a symbol: on a GPU that takes minutes to compile.
     """
     from torch._dynamo import maybe_mark_dynamic  # as slow to import as PyTorch
 
-    def call(x: Tensor, positions: Tensor, cu_seqlens: Tensor | None, state: Tensor | None, *rest: Any) -> Any:
+    def call(x: Tensor, positions: Tensor, cu_seqlens: Tensor | None, state: Any, *rest: Any) -> Any:
+        if isinstance(state, KeyValues):
+            return layer._call_impl(x, positions, cu_seqlens, state, *rest)
         for tensor, sizes in ((x, (0, 1)), (positions, (0, 1)), (cu_seqlens, 0), (state, 0)):
             if tensor is not None:
                 maybe_mark_dynamic(tensor, sizes)

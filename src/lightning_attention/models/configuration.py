@@ -3,21 +3,33 @@
 import copy
 import math
 from dataclasses import fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, logging
 
-from ..nn import TokenMixer
+from ..nn import SimpleGLU, TokenMixer, make_norm
 from ..nn.activations import ACTIVATIONS
 from ..nn.glu import GLU_ACTIVATIONS
 from ..nn.norms import NORMS
 from ..nn.sizes import check_choice
 from ..ops.decay import LAYERLESS_PRESETS, PRESETS, log_decay
 from ..paths import PathLike, to_path
-from .mixers import ATTENTIONS
+from .mixers import (
+    ATTENTIONS,
+    DECAY_POSITIONS,
+    FULL,
+    LAYER_TYPES,
+    LINEAR,
+    SLIDING,
+    SOFTMAX,
+    SOFTMAX_POSITIONS,
+    LinearAttention,
+    layer_types,
+    make_softmax,
+)
 from .remote_code import is_ours, with_auto_map, write_remote_code
 
 logger = logging.get_logger(__name__)
@@ -49,6 +61,12 @@ SIZES: dict[str, dict[str, int]] = {
     "15B": {"num_hidden_layers": 42, "hidden_size": 5120, "num_attention_heads": 40, "intermediate_size": 14080},
 }
 
+# Options of the blocks of TransNormerLLM and of LLaMA, where they are not given.
+BLOCKS: dict[str, dict[str, Any]] = {
+    "transnormer": {"norm": "simple_rms", "output_gate": True, "glu_activation": "none"},
+    "llama": {"norm": "rms", "output_gate": False, "glu_activation": "silu"},
+}
+
 
 class LightningConfig(PreTrainedConfig):
     """Configuration of a TransNormerLLM.
@@ -62,25 +80,37 @@ class LightningConfig(PreTrainedConfig):
         linear_attention: "lightning"; "lightning-1", the same in quadratic time; an attention of a feature map with a
             denominator, without decay: "elu", "cosformer", "rfa" or "performer", see `nn.feature_maps`; or one of your
             own, see `register_attention`.
+        layer_types: of every layer "linear_attention", "full_attention" or "sliding_attention", the last two being
+            softmax attention; None is "linear_attention" for all.
+        layer_pattern: the same as two numbers: "7:1" is seven layers of linear attention, one of full attention, and
+            again from the start.
+        sliding_window: tokens that a token of "sliding_attention" attends to, itself included.
+        num_key_value_heads: of softmax attention, a divisor of `num_attention_heads`; None is as many.
+        rope_parameters: of softmax attention, by transformers' names: `rope_theta`, the base, 10000 by default, and
+            `rope_type`, "default", or "linear" for Position Interpolation with its `factor`. None is the default where
+            positions are rotary.
         positions: for "lightning" and "lightning-1" "mix", LRPE-d in the first layer and decay alone in the others;
             "lrpe-d", LRPE-d in every layer; or "decay", decay alone in every layer. For others "learned", embeddings
             added to those of tokens, or "none", which is the only choice for cosFormer, whose features hold positions.
-            None is "mix", "none" for cosFormer, and "learned" for others.
+            None is "mix", "none" for cosFormer, and "learned" for others. Softmax attention has rotary positions beside
+            lightning attention. Alone it has "rope", the default, "learned" or "none".
         decay_preset: name of the decays of all heads and layers, see `decay.log_decay`. A trained model must keep its
             preset.
         log_decay: L lists or tensors of H numbers <= 0, natural logarithm of the decay per token; replaces the preset.
-        norm: every norm: "simple_rms", without a weight; "rms", with one; or "layer", with weight and bias.
+        block: "transnormer"; or "llama", whose embeddings are not scaled, and whose softmax attention has no norm of
+            its output. It also chooses the next three options where they are None.
+        norm: every norm: "simple_rms", without a weight; "rms", with one, for "llama"; or "layer", with weight and
+            bias.
         norm_eps: added to the mean square in every norm.
-        output_gate: whether the output of attention is gated.
+        output_gate: whether the output of attention is gated; for "llama" it is not.
         qk_activation: of queries and keys of lightning attention: "silu", "1+elu" or "none".
-        glu_activation: of the GLU: "none", or "silu" for SwiGLU.
+        glu_activation: of the GLU: "none", or for "llama" "silu", SwiGLU.
         initializer_range: standard deviation of new weights.
         use_cache: whether a forward pass returns its cache by default.
         max_position_embeddings: longest context length that tools such as lm-eval should use; None is no limit. Learned
             positions and cosFormer need it: it is their longest context. Other models have no limit and do not read it.
         num_features: features of a head for "rfa" and "performer"; None is their default for the head size.
         feature_seed: seed of their random features; every layer has its own.
-        layer_types: "linear_attention" for every layer, the only type.
         bos_token_id, eos_token_id, pad_token_id: special tokens in `[0, vocab_size)`, or None.
 
     Raises:
@@ -105,11 +135,12 @@ class LightningConfig(PreTrainedConfig):
     positions: str | None = None
     decay_preset: str = "transnormer"
     log_decay: list[list[float]] | None = None
-    norm: str = "simple_rms"
+    block: str = "transnormer"
+    norm: str | None = None
     norm_eps: float = 1e-6
-    output_gate: bool = True
+    output_gate: bool | None = None
     qk_activation: str = "silu"
-    glu_activation: str = "none"
+    glu_activation: str | None = None
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = True
@@ -117,6 +148,10 @@ class LightningConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     layer_types: list[str] | None = None
+    layer_pattern: str | None = None
+    sliding_window: int | None = None
+    num_key_value_heads: int | None = None
+    rope_parameters: dict[str, Any] | None = None
     max_position_embeddings: int | None = None
     num_features: int | None = None
     feature_seed: int = 0
@@ -135,6 +170,10 @@ class LightningConfig(PreTrainedConfig):
                 f"hidden_size must be a multiple of num_attention_heads = {self.num_attention_heads}, "
                 f"got {self.hidden_size}"
             )
+        check_choice("block", self.block, BLOCKS)
+        for name, value in BLOCKS[self.block].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         for name, known in (("norm", NORMS), ("qk_activation", ACTIVATIONS), ("glu_activation", GLU_ACTIVATIONS)):
             check_choice(name, getattr(self, name), known)
         for name in ("output_gate", "tie_word_embeddings", "use_cache"):
@@ -146,7 +185,9 @@ class LightningConfig(PreTrainedConfig):
                     raise ValueError(f"{name} must be the name of a dtype of torch, got {dtype!r}")
             elif dtype is not None and not isinstance(dtype, torch.dtype):
                 raise TypeError(f"{name} must be a dtype of torch or its name, got {dtype!r}")
-        self._check_linear_attention()
+        self._check_layer_types()
+        self._check_attention()
+        self.rope_parameters = rope_parameters = self._checked_rope()
         if self.decay_preset not in PRESETS:
             raise ValueError(f"decay_preset must be one of {', '.join(PRESETS)}, got {self.decay_preset!r}")
         if self.log_decay is not None:
@@ -158,18 +199,13 @@ class LightningConfig(PreTrainedConfig):
                 )
             if not all(log_decay <= 0 for layer in self.log_decay for log_decay in layer):
                 raise ValueError("log_decay must be <= 0")
-        if self.layer_types is None:
-            self.layer_types = ["linear_attention"] * self.num_hidden_layers
-        if list(self.layer_types) != ["linear_attention"] * self.num_hidden_layers:
-            raise ValueError(
-                f'layer_types must be {self.num_hidden_layers} times "linear_attention", got {self.layer_types}'
-            )
         if self.is_encoder_decoder:
             raise ValueError("is_encoder_decoder must be False: this is a decoder")
         self.check_token_ids(self.vocab_size)
         if is_ours(type(self)):
             kwargs["auto_map"] = with_auto_map(kwargs.get("auto_map"))
         super().__post_init__(**kwargs)
+        self.rope_parameters = rope_parameters  # transformers sets them for models without rotary positions too
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; refuse a special token out of range, which other software may set before training."""
@@ -177,12 +213,82 @@ class LightningConfig(PreTrainedConfig):
             _check_token_id(name, value, self.vocab_size)
         super().__setattr__(name, value)
 
-    def _check_linear_attention(self) -> None:
-        """Check the options of the linear attention, and that they go together; set the default positions."""
-        name = self.linear_attention
-        if name not in ATTENTIONS:
-            raise ValueError(f"linear_attention must be one of {', '.join(ATTENTIONS)}, got {name!r}")
-        attention = ATTENTIONS[name]
+    def _check_layer_types(self) -> None:
+        """Check the types of layers and the options of softmax attention; set the types by the pattern."""
+        if self.layer_pattern is not None:
+            types = layer_types(self.layer_pattern, self.num_hidden_layers)
+            if self.layer_types is not None and list(self.layer_types) != types:
+                raise ValueError(f"layer_pattern {self.layer_pattern!r} and layer_types differ: give one of them")
+            self.layer_types = types
+        if self.layer_types is None:
+            self.layer_types = [LINEAR] * self.num_hidden_layers
+        if not isinstance(self.layer_types, (list, tuple)):
+            raise TypeError(f"layer_types must be a list, got {self.layer_types!r}")
+        if len(self.layer_types) != self.num_hidden_layers or not all(kind in LAYER_TYPES for kind in self.layer_types):
+            raise ValueError(
+                f"layer_types must be {self.num_hidden_layers} of {', '.join(LAYER_TYPES)}, got {self.layer_types}"
+            )
+        if (SLIDING in self.layer_types) != (self.sliding_window is not None):
+            raise ValueError(f"sliding_window goes with layers of {SLIDING}: give both or neither")
+        if self.sliding_window is not None:
+            _check_int("sliding_window", self.sliding_window, at_least=1)
+        if self.num_key_value_heads is not None:
+            _check_int("num_key_value_heads", self.num_key_value_heads, at_least=1)
+            if not self.has_softmax:
+                raise ValueError(f"num_key_value_heads goes with layers of {FULL} or {SLIDING}")
+            if self.num_attention_heads % self.num_key_value_heads:
+                raise ValueError(
+                    f"num_key_value_heads must divide num_attention_heads = {self.num_attention_heads}, "
+                    f"got {self.num_key_value_heads}"
+                )
+
+    def _checked_rope(self) -> dict[str, Any] | None:
+        """Rotary positions of softmax attention, or None without them."""
+        given, has_rope = self.rope_parameters, self.has_softmax and self.positions in ("rope", *DECAY_POSITIONS)
+        if not has_rope:
+            if given is not None:
+                raise ValueError(f"rope_parameters go with softmax attention and rotary positions, got {given}")
+            return None
+        if given is not None and not isinstance(given, dict):
+            raise TypeError(f"rope_parameters must be a dictionary, got {given!r}")
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0} | (given or {})
+        if rope["rope_type"] not in ("default", "linear"):
+            raise ValueError(f'rope_type must be "default" or "linear", got {rope["rope_type"]!r}')
+        names = {"rope_type", "rope_theta"} | ({"factor"} if rope["rope_type"] == "linear" else set())
+        if set(rope) != names:
+            raise ValueError(
+                f"rope_parameters of type {rope['rope_type']!r} are {', '.join(sorted(names))}, got {rope}"
+            )
+        for name, lowest in (("rope_theta", 1), ("factor", 1)):
+            if name in rope:
+                _check_not_negative(name, rope[name])
+                if rope[name] < lowest or (name == "rope_theta" and rope[name] == lowest):
+                    raise ValueError(
+                        f"{name} must be {'above' if name == 'rope_theta' else 'at least'} 1, got {rope[name]}"
+                    )
+        if self.hidden_size // self.num_attention_heads % 2:
+            raise ValueError("rotary positions need heads of an even size: hidden_size / num_attention_heads")
+        return rope
+
+    @property
+    def has_softmax(self) -> bool:
+        """True if a layer has softmax attention."""
+        return any(kind != LINEAR for kind in self.layer_types or ())
+
+    @property
+    def _attention(self) -> tuple[str, LinearAttention]:
+        """Name of the linear attention, and what it is; of softmax attention if there are no other layers."""
+        if LINEAR not in (self.layer_types or ()):
+            return SOFTMAX, LinearAttention(make_softmax, SOFTMAX_POSITIONS, is_linear=False)
+        return self.linear_attention, ATTENTIONS[self.linear_attention]
+
+    def _check_attention(self) -> None:
+        """Check the options of the attention, and that they go together; set the default positions."""
+        if self.linear_attention not in ATTENTIONS:
+            raise ValueError(f"linear_attention must be one of {', '.join(ATTENTIONS)}, got {self.linear_attention!r}")
+        name, attention = self._attention
+        if name == SOFTMAX and self.linear_attention != type(self).linear_attention:
+            raise ValueError(f"linear_attention goes with layers of {LINEAR}, and there are none")
         if self.positions is None:
             self.positions = attention.positions[0]
         if self.positions not in attention.positions:
@@ -229,6 +335,11 @@ class LightningConfig(PreTrainedConfig):
         taken = {name: kwargs.pop(name) for name in list(kwargs) if name not in known and hasattr(cls, name)}
         options = names & set(kwargs) - {"dtype"}
         given = config_dict | {name: kwargs.pop(name) for name in options}
+        if given.get("layer_pattern") is not None and "layer_types" not in options:
+            given.pop("layer_types", None)  # the saved ones may be those of another pattern or number of layers
+        saved, changed = config_dict.get("rope_parameters"), given.get("rope_parameters")
+        if isinstance(saved, dict) and isinstance(changed, dict) and "rope_theta" in saved:
+            given["rope_parameters"] = {"rope_theta": saved["rope_theta"]} | changed  # of the weights
         found: Any = super().from_dict(given, return_unused_kwargs=True, **kwargs)
         config, unused = found[0], found[1] | taken
         if return_unused:
@@ -286,7 +397,7 @@ class LightningConfig(PreTrainedConfig):
     @property
     def position_limit(self) -> int | None:
         """Number of positions that the model has; None is no limit."""
-        has_limit = self.positions == "learned" or ATTENTIONS[self.linear_attention].has_limit
+        has_limit = self.positions == "learned" or self._attention[1].has_limit
         return self.max_position_embeddings if has_limit else None
 
     def check_length(self, length: int) -> None:
@@ -301,13 +412,26 @@ class LightningConfig(PreTrainedConfig):
             )
 
     def layer_state_shape(self, layer_idx: int) -> tuple[int, int, int]:
-        """Shape `(H, K, V)` of a layer's state of one sequence, see `TokenMixer.state_shape`."""
+        """Shape `(H, K, V)` of a layer's state of one sequence, see `TokenMixer.state_shape`.
+
+        Raises:
+            ValueError: the layer has softmax attention, which has no state.
+        """
         with torch.device("meta"):
             return self.make_mixer(layer_idx).state_shape
 
+    def make_norm(self) -> nn.Module:
+        """Create a norm over the width of the model."""
+        return make_norm(cast(str, self.norm), self.hidden_size, self.norm_eps)
+
+    def make_glu(self) -> SimpleGLU:
+        """Create the GLU of a layer."""
+        return SimpleGLU(self.hidden_size, self.intermediate_size, activation=cast(str, self.glu_activation))
+
     def make_mixer(self, layer_idx: int) -> TokenMixer:
         """Create the token mixer of a layer."""
-        mixer = ATTENTIONS[self.linear_attention].make(self, layer_idx)
+        is_linear = (self.layer_types or [])[layer_idx] == LINEAR
+        mixer = ATTENTIONS[self.linear_attention].make(self, layer_idx) if is_linear else make_softmax(self, layer_idx)
         if mixer.gate != self.output_gate:
             raise ValueError(f"output_gate is {self.output_gate}, which {type(mixer).__name__} was not made with")
         return mixer

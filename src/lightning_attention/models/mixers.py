@@ -1,5 +1,6 @@
-"""The linear attentions that a configuration may name, and their token mixers."""
+"""The attentions that a configuration may name, and their token mixers."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from ..nn import (
     PositiveRandomFeatures,
     QuadraticLightningAttention,
     RandomFourierFeatures,
+    RoPE,
+    SoftmaxAttention,
     TokenMixer,
 )
 
@@ -24,6 +27,11 @@ MakeMixer = Callable[["LightningConfig", int], TokenMixer]
 COMMON_POSITIONS = ("learned", "none")
 # Positions of lightning attention: decay, and LRPE-d in the first layer, in all or in none.
 DECAY_POSITIONS = ("mix", "lrpe-d", "decay")
+# Positions of models of softmax attention alone.
+SOFTMAX_POSITIONS = ("rope", *COMMON_POSITIONS)
+LINEAR, FULL, SLIDING = LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
+PATTERN = r"(\d{1,6}):(\d{1,6})"
+SOFTMAX = "softmax"  # name of full attention beside those of the linear ones
 
 
 @dataclass(frozen=True)
@@ -75,14 +83,67 @@ def register_attention(name: str, attention: LinearAttention) -> None:
     ATTENTIONS[name] = attention
 
 
-def check_is_linear(name: str, purpose: str) -> None:
-    """Check that an attention is computed from states.
+def check_is_linear(config: "LightningConfig", purpose: str) -> None:
+    """Check that every layer is computed from states.
 
     Raises:
-        ValueError: it is not; the error says for what that is needed.
+        ValueError: one is not; the error says for what that is needed.
     """
-    if not ATTENTIONS[name].is_linear:
+    for i, kind in enumerate(config.layer_types or ()):
+        if kind != LINEAR:
+            raise ValueError(f"{purpose} pass on states of constant size, and layer {i} has {kind}, which has none")
+    if not ATTENTIONS[config.linear_attention].is_linear:
+        name = config.linear_attention
         raise ValueError(f"{purpose} pass on states, which {name} attention does not compute: train it without")
+
+
+def layer_types(pattern: str, num_layers: int) -> list[str]:
+    """Types of layers by a pattern "n:m": n of linear attention, m of full attention, and again from the start.
+
+    Raises:
+        ValueError: the pattern is not of this form, or has no layer.
+
+    Example:
+        >>> layer_types("2:1", 4)
+        ['linear_attention', 'linear_attention', 'full_attention', 'linear_attention']
+    """
+    found = re.fullmatch(PATTERN, pattern) if isinstance(pattern, str) else None
+    numbers = [int(number) for number in found.groups()] if found else [0, 0]
+    if not any(numbers):
+        raise ValueError(f'layer_pattern must be two numbers, such as "7:1", got {pattern!r}')
+    return [LINEAR if i % sum(numbers) < numbers[0] else FULL for i in range(num_layers)]
+
+
+def attention_options(name: str) -> dict[str, Any]:
+    """Options of `LightningConfig` for a linear attention, "softmax", or a pattern of lightning and softmax attention.
+
+    Raises:
+        ValueError: there is no such attention.
+
+    Example:
+        >>> attention_options("elu"), attention_options("7:1")
+        ({'linear_attention': 'elu'}, {'layer_pattern': '7:1'})
+    """
+    if name in ATTENTIONS:
+        return {"linear_attention": name}
+    if name != SOFTMAX and not re.fullmatch(PATTERN, name):
+        names = ", ".join([*ATTENTIONS, SOFTMAX])
+        raise ValueError(f'attention must be one of {names}, or a pattern of layers such as "7:1", got {name!r}')
+    return {"layer_pattern": "0:1" if name == SOFTMAX else name}
+
+
+def make_softmax(config: "LightningConfig", layer_idx: int) -> TokenMixer:
+    """Make the mixer of a layer of full or sliding attention."""
+    rope = config.rope_parameters
+    norm = {"norm": None} if config.block == "llama" else {}
+    return SoftmaxAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        rope=None if rope is None else RoPE(_head_dim(config), base=rope["rope_theta"], factor=rope.get("factor", 1.0)),
+        window=config.sliding_window if (config.layer_types or [])[layer_idx] == SLIDING else None,
+        **{**_common(config), **norm},
+    )
 
 
 def _head_dim(config: "LightningConfig") -> int:
@@ -106,7 +167,7 @@ def _lightning(kind: type[GatedLightningAttention]) -> MakeMixer:
 
 
 def _common(config: "LightningConfig") -> dict[str, Any]:
-    return {"eps": config.norm_eps, "norm": config.norm, "gate": config.output_gate}
+    return {"eps": config.norm_eps, "norm": config.norm, "gate": bool(config.output_gate)}
 
 
 def _normalized(features: Callable[["LightningConfig", int], FeatureMap]) -> MakeMixer:

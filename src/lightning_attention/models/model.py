@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ..distributed.agreement import Agreement
 from ..distributed.parallel import SequenceParallel
-from ..nn import LearnedPositions, SimpleGLU, Slots, TokenMixer, make_norm
+from ..nn import KeyValues, LearnedPositions, Slots, SoftmaxAttention, TokenMixer
 from ..nn.float32 import Float32Module
 from ..ops.custom_ops import autocast
 from ..ops.problem import state_dtype
@@ -26,6 +26,7 @@ from .base import LightningPreTrainedModel
 from .cache import CACHE, CacheName, LightningCache, resolve_cache
 from .configuration import LightningConfig
 from .layout import BatchDescription, Layout, build_layout
+from .mixers import FULL
 from .sequence_parallel import compare_ranks, slice_layout
 
 logger = logging.get_logger(__name__)
@@ -50,19 +51,19 @@ class LightningDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: LightningConfig, layer_idx: int):
         super().__init__()
-        self.attention_norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
+        self.attention_norm = config.make_norm()
         self.attention = config.make_mixer(layer_idx)
-        self.mlp_norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
-        self.mlp = SimpleGLU(config.hidden_size, config.intermediate_size, activation=config.glu_activation)
+        self.mlp_norm = config.make_norm()
+        self.mlp = config.make_glu()
 
     def forward(
         self,
         x: Tensor,
         positions: Tensor,
         cu_seqlens: Tensor | None,
-        state: Tensor | None,
+        state: Tensor | KeyValues | None,
         slots: Slots | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | KeyValues | None]:
         y, state = self.attention(self.attention_norm(x), positions, cu_seqlens, state, slots)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), state
@@ -87,7 +88,7 @@ class LightningModel(LightningPreTrainedModel):
             LearnedPositions(config.position_limit or 0, config.hidden_size) if config.positions == "learned" else None
         )
         self.layers = nn.ModuleList([LightningDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
+        self.norm = config.make_norm()
         self.gradient_checkpointing = False
         self.sequence_parallel: SequenceParallel | None = None
         # Names of weights that from_pretrained(dtype=torch.bfloat16) loads as float32.
@@ -256,7 +257,8 @@ class LightningModel(LightningPreTrainedModel):
         """
         if positions is not None:
             embeddings = embeddings + positions
-        embeddings = embeddings * self.config.hidden_size**0.5
+        if self.config.block == "transnormer":
+            embeddings = embeddings * self.config.hidden_size**0.5
         (cast,) = autocast(embeddings)
         return cast if cast.dtype == torch.bfloat16 else embeddings  # float16 would overflow
 
@@ -270,6 +272,8 @@ class LightningModel(LightningPreTrainedModel):
         """Return whether to return a cache, and whether a batch row of several sequences is an error."""
         if cache is not None and len(cache.layers) != len(self.layers):
             raise ValueError(f"the cache has {len(cache.layers)} layers, the model {len(self.layers)}")
+        if cache is not None and cache.window is not None and FULL not in (self.config.layer_types or ()):
+            raise ValueError(f"the cache has a window, and the model no layer of {FULL} to apply it to")
         if cache is not None and self.is_checkpointing:
             raise ValueError("gradient checkpointing would advance the cache twice: leave one of them out")
         if states is not None and use_cache:
@@ -299,6 +303,8 @@ class LightningModel(LightningPreTrainedModel):
             self._check_length(layout, cache)
         if states is not None and (given.position_ids is None or layout.token_indices is not None or cache is not None):
             raise ValueError("states go with position_ids, and with no padding or cache")
+        if states is not None and self.config.has_softmax:
+            raise ValueError("states go with layers of linear attention alone: softmax attention has none")
         if states is not None and len(states) != len(self.layers):
             raise ValueError(f"states must be one for each of {len(self.layers)} layers, got {len(states)}")
         return layout
@@ -353,13 +359,18 @@ class LightningModel(LightningPreTrainedModel):
         hidden_states = outputs[0] if len(outputs) == 1 else [torch.cat(x, dim=1) for x in zip(*outputs, strict=True)]
         return [layout.unpack(x) for x in hidden_states], current
 
-    def _read_cache(self, cache: LightningCache, batch_size: int, x: Tensor) -> list[Tensor]:
-        states = [
-            cache.state(i, (batch_size, *shape), state_dtype(x.dtype), x.device)
-            for i, shape in enumerate(self.state_shapes)
-        ]
-        # Cloned with gradients, since a backward pass may read them after the cache is updated.
-        return [state.clone() for state in states] if torch.is_grad_enabled() else states
+    def _read_cache(self, cache: LightningCache, batch_size: int, x: Tensor) -> list[Tensor | KeyValues]:
+        return [self._read_layer(cache, i, batch_size, x) for i in range(len(self.layers))]
+
+    def _read_layer(self, cache: LightningCache, layer_idx: int, batch_size: int, x: Tensor) -> Tensor | KeyValues:
+        mixer: Any = self.layers[layer_idx]
+        mixer = mixer.attention
+        if isinstance(mixer, SoftmaxAttention):
+            (cast,) = autocast(x)
+            return cache.key_values(layer_idx, mixer, batch_size, cast.dtype, x.device)
+        state = cache.state(layer_idx, (batch_size, *mixer.state_shape), state_dtype(x.dtype), x.device)
+        # Cloned with gradients, since a backward pass may read it after the cache is updated.
+        return state.clone() if torch.is_grad_enabled() else state
 
 
 def _resolve_cu_seqlens(

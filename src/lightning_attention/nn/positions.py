@@ -21,6 +21,17 @@ def _reduce_angle(angles: Tensor) -> Tensor:
     return (angles - turns * TWO_PI_HIGH) - turns * TWO_PI_LOW
 
 
+def _angles(theta: Tensor, positions: Tensor) -> Tensor:
+    """θ t modulo 2π, of float32 θ `[...]` and int64 positions `[B, T]`: `[B, T, ...]`.
+
+    In float32 θ t is off by a quarter of a radian at 4 million tokens. The angle of a block is reduced first.
+    """
+    blocks, rest = (
+        t.view(*t.shape, *[1] * theta.dim()).to(theta.dtype) for t in (positions // BLOCK, positions % BLOCK)
+    )
+    return rest * theta + blocks * _reduce_angle(BLOCK * theta)
+
+
 def int64_positions(positions: Tensor) -> Tensor:
     """Positions of any integer dtype as int64: other dtypes may not hold the bounds they are compared with.
 
@@ -118,8 +129,51 @@ class LRPE(Float32Module):
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Encode integer `positions` `[B, T]` or `[1, T]` in x `[B, T, H, D]`; returns `[B, T, H, 2 D]`."""
         positions = int64_positions(positions)
-        # In float32 θ t is off by a quarter of a radian at 4 million tokens. The angle of a block is reduced first.
         theta = self.theta.to(torch.promote_types(self.theta.dtype, torch.float32))  # a loader may have rounded it
-        blocks, rest = (t[..., None, None].to(theta.dtype) for t in (positions // BLOCK, positions % BLOCK))
-        angles = rest * theta + blocks * _reduce_angle(BLOCK * theta)
+        angles = _angles(theta, positions)
         return torch.cat([x * angles.cos().to(x.dtype), x * angles.sin().to(x.dtype)], dim=-1)
+
+
+class RoPE(nn.Module):
+    """Rotary positions: rotate channels `i` and `i + D / 2` of a head by the angle `θ_i t / s`, `θ_i = b^(-2 i / D)`.
+
+    Products of queries and keys depend on positions only through their distance. A factor s above 1 is Position
+    Interpolation: positions up to s times those of training, at the angles of training.
+
+    Args:
+        head_dim: channels D of a head, even.
+        base: b, above 1.
+        factor: s, at least 1.
+
+    Raises:
+        ValueError: a value is out of range.
+        TypeError: head_dim is not an integer.
+
+    Source: RoFormer (arXiv 2104.09864), section 3.2.2; Position Interpolation (arXiv 2306.15595), equation 4.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attention.nn import RoPE
+        >>> RoPE(16)(torch.randn(2, 10, 4, 16), torch.arange(10)[None]).shape
+        torch.Size([2, 10, 4, 16])
+    """
+
+    def __init__(self, head_dim: int, *, base: float = 10000.0, factor: float = 1.0):
+        super().__init__()
+        check_size("head_dim", head_dim)
+        if head_dim % 2:
+            raise ValueError(f"head_dim must be even, got {head_dim}")
+        if not 1 < base < math.inf:
+            raise ValueError(f"base must be above 1 and finite, got {base}")
+        if not 1 <= factor < math.inf:
+            raise ValueError(f"factor must be at least 1 and finite, got {factor}")
+        self.head_dim, self.base, self.factor = head_dim, float(base), float(factor)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate x `[B, T, H, D]` by integer `positions` `[B, T]` or `[1, T]`."""
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=x.device) / -self.head_dim
+        theta = (torch.pow(self.base, exponents) / self.factor).to(torch.promote_types(x.dtype, torch.float32))
+        angles = _angles(theta, int64_positions(positions))[:, :, None]
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        x1, x2 = x.chunk(2, dim=-1)
+        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)

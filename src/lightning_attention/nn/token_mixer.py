@@ -62,8 +62,9 @@ class TokenMixer(nn.Module):
         hidden_size: width W of input and output, a multiple of `num_heads`.
         num_heads: number of heads H, of D = W / H channels each.
         eps: added to the mean square in the norm.
-        norm: name of the norm of the output, over all heads together, see `make_norm`.
+        norm: name of the norm of the output, over all heads together, see `make_norm`; None is no norm.
         gate: whether the normalised output is multiplied by u.
+        num_key_value_heads: heads of k and v, which divide `num_heads`; by default `num_heads`.
 
     Raises:
         ValueError: `hidden_size` is not a multiple of `num_heads`; a size is less than 1; eps is negative; or the norm
@@ -84,7 +85,16 @@ class TokenMixer(nn.Module):
         torch.Size([2, 10, 64])
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, eps: float, *, norm: str = "simple_rms", gate: bool = True):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        eps: float,
+        *,
+        norm: str | None = "simple_rms",
+        gate: bool = True,
+        num_key_value_heads: int | None = None,
+    ):
         super().__init__()
         check_size("hidden_size", hidden_size)
         check_size("num_heads", num_heads)
@@ -93,9 +103,15 @@ class TokenMixer(nn.Module):
             raise ValueError(f"hidden_size must be a multiple of num_heads = {num_heads}, got {hidden_size}")
         self.num_heads, self.head_dim = num_heads, hidden_size // num_heads
         self.gate = gate
-        self.qkvu_proj = nn.Linear(hidden_size, (4 if gate else 3) * hidden_size, bias=False)
+        self.num_key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
+        check_size("num_key_value_heads", self.num_key_value_heads)
+        if num_heads % self.num_key_value_heads:
+            raise ValueError(f"num_key_value_heads must divide num_heads = {num_heads}, got {self.num_key_value_heads}")
+        width = self.num_key_value_heads * self.head_dim
+        self.widths = [hidden_size, width, width, *([hidden_size] if gate else [])]
+        self.qkvu_proj = nn.Linear(hidden_size, sum(self.widths), bias=False)
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.norm = make_norm(norm, hidden_size, eps)
+        self.norm = nn.Identity() if norm is None else make_norm(norm, hidden_size, eps)
         self.sequence_parallel: SequenceParallel | None = None
 
     @property
@@ -147,11 +163,11 @@ class TokenMixer(nn.Module):
 
     def split_parts(self, qkvu: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k, v and u `[..., W]` of what `qkvu_proj` returns."""
-        q, k, v, *u = qkvu.split(self.num_heads * self.head_dim, dim=-1)
+        q, k, v, *u = qkvu.split(self.widths, dim=-1)
         return q, k, v, u[0] if u else None
 
     def split_heads(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.unflatten(-1, (self.num_heads, self.head_dim)) for x in tensors)
+        return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in tensors)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None, slots: Slots | None

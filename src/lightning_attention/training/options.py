@@ -43,7 +43,8 @@ class TrainingOptions:
         eos_token: token of the vocabulary that ends a document; None for the tokenizer's own, see `load_tokenizer`.
         size: a name in `models.SIZES`.
         config: JSON file of `LightningConfig` options, instead of a size.
-        attention: `linear_attention` of the model, see `LightningConfig`; None for that of the configuration.
+        attention: `linear_attention` of `LightningConfig`; "softmax", for every layer; or its `layer_pattern`. None for
+            that of the configuration.
         decay_preset: see `decay.log_decay`; None for the preset of the configuration.
         sequence_length: tokens per sequence.
         segment_length: tokens per training segment, see `segmented_loss`; None for no segments.

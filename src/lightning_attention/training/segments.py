@@ -84,7 +84,7 @@ def segmented_loss(
             "segments need a model whose tokens depend on each other through states alone: a LightningForCausalLM, "
             f"got {type(body).__name__}"
         )
-    check_is_linear(body.config.linear_attention, "training segments")
+    check_is_linear(body.config, "training segments")
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids must be [B, T] with T at least 1, got shape {tuple(input_ids.shape)}")
     for name, tensor in (("labels", labels), ("position_ids", position_ids)):

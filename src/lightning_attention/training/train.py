@@ -25,7 +25,7 @@ from transformers import (
 from ..distributed.parallel import SequenceParallel
 from ..models import LightningConfig, LightningForCausalLM, compile_layers, use_float8
 from ..models.checkpoint import UNUSABLE, checkpoint_step, checkpoints, last_checkpoint, load_model
-from ..models.mixers import ATTENTIONS, check_is_linear
+from ..models.mixers import ATTENTIONS, attention_options, check_is_linear
 from ..models.tokenization import vocab_size
 from .arguments import training_arguments
 from .batches import has_labels
@@ -154,7 +154,7 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
     training_set, held_out_set = together(lambda: _datasets(corpus, options))
     set_seed(options.seed)
     model = together(lambda: LightningForCausalLM(config) if config else load_model(cast(Path, run.checkpoint)))
-    together(lambda: _check_attention(options, model.config.linear_attention))
+    together(lambda: _check_attention(options, model.config))
     num_parameters = model.num_parameters()
     if run.sequence_parallel is not None:
         model.model.set_sequence_parallel(run.sequence_parallel)
@@ -244,11 +244,11 @@ def _tokenizer(run: _OpenRun) -> PreTrainedTokenizerFast:
     return load_tokenizer(run.options.tokenizer, run.options.eos_token, report)
 
 
-def _check_attention(options: TrainingOptions, attention: str) -> None:
+def _check_attention(options: TrainingOptions, config: LightningConfig) -> None:
     if options.segment_length is not None:
-        check_is_linear(attention, "training segments")
+        check_is_linear(config, "training segments")
     if options.sequence_parallel > 1:
-        check_is_linear(attention, "processes that share sequences")
+        check_is_linear(config, "processes that share sequences")
 
 
 def _model_config(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -> LightningConfig:
@@ -262,8 +262,8 @@ def _model_config(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) 
         changes["decay_preset"] = options.decay_preset
     defaults: dict[str, Any] = {}
     if options.attention is not None:
-        changes["linear_attention"] = options.attention
-        if options.attention not in ATTENTIONS or not ATTENTIONS[options.attention].has_decay:
+        changes |= attention_options(options.attention)
+        if options.attention in ATTENTIONS and not ATTENTIONS[options.attention].has_decay:
             defaults["max_position_embeddings"] = options.sequence_length
     if options.config is None:
         return LightningConfig.from_size(options.size, **defaults, **changes)
