@@ -36,8 +36,8 @@ def test_attentions_are_measured_in_turn(bench, tmp_path):
 
 def test_keys_and_values_grow_with_the_context(bench, tmp_path):
     """Those of one layer of four."""
-    chosen = "--size demo --length 16 --length 600 --tokens 64 --seconds 0.1 --device cpu --attention 3:1".split()
-    bench("mixers", *chosen, "--steps", "0", "--output", tmp_path)
+    sizes = "--size demo --length 16 --length 600 --tokens 64 --seconds 0.1 --device cpu"
+    bench("mixers", *sizes.split(), "--attention", "3:1", "--steps", "0", "--output", tmp_path)
     (record,) = json.loads((tmp_path / "mixers.json").read_text())["runs"]["mixers"]["results"]
     assert record["decoding"]["600"]["state_bytes"] > record["decoding"]["16"]["state_bytes"]
 

@@ -7,6 +7,7 @@ from transformers.models.auto import modeling_auto
 
 from lightning_attention import models
 from lightning_attention.models import LightningCache, LightningConfig, LightningForCausalLM, LightningModel
+from lightning_attention.models.cache import KeyValueLayer
 
 from ...causal_lm_tester import CausalLMModelTest, CausalLMModelTester  # pyright: ignore[reportMissingImports]
 
@@ -20,6 +21,12 @@ HEADS = {
 }
 
 
+@unittest.skip(
+    "Rotary positions are default or linear alone, and of softmax attention: see tests/models/test_softmax.py."
+)
+def of_ours(self) -> None: ...
+
+
 class LightningModelTester(CausalLMModelTester):
     config_class = LightningConfig
     base_model_class = LightningModel
@@ -27,12 +34,24 @@ class LightningModelTester(CausalLMModelTester):
     sequence_classification_class = models.LightningForSequenceClassification
     token_classification_class = models.LightningForTokenClassification
     question_answering_class = models.LightningForQuestionAnswering
+    layer_pattern: str | None = None
+
+
+class LightningHybridTester(LightningModelTester):
+    """One layer of linear attention, one of softmax attention."""
+
+    layer_pattern = "1:1"
 
 
 class LightningModelTest(CausalLMModelTest, unittest.TestCase):
     model_tester_class = LightningModelTester
     # As in Mamba2's tester, since there are no attention weights.
     has_attentions = False
+    # They set parameters of every kind, also those of models without rotary positions, which we refuse by name.
+    test_model_rope_scaling_from_config_0_linear = of_ours
+    test_model_rope_scaling_from_config_1_dynamic = of_ours
+    test_model_rope_scaling_from_config_2_yarn = of_ours
+    test_model_rope_with_partial_rotation = of_ours
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -44,8 +63,19 @@ class LightningModelTest(CausalLMModelTest, unittest.TestCase):
         """Check the states; transformers' own check expects convolution states, so MiniMax's tester has another too."""
         assert isinstance(past_key_values, LightningCache)
         assert past_key_values.get_seq_length() == seq_length
-        shapes = [(batch_size, *config.layer_state_shape(i)) for i in range(config.num_hidden_layers)]
-        for layer, shape in zip(past_key_values.layers, shapes, strict=True):
-            state = layer.recurrent_states[0]
-            assert state is not None
-            assert state.shape == shape
+        for i, layer in enumerate(past_key_values.layers):
+            if isinstance(layer, KeyValueLayer):
+                kept = layer.key_values
+                assert kept.lengths.tolist() == [seq_length] * batch_size
+                assert kept.keys.shape[2:] == (
+                    config.num_attention_heads,
+                    config.hidden_size // config.num_attention_heads,
+                )
+            else:
+                state = layer.recurrent_states[0]
+                assert state is not None
+                assert state.shape == (batch_size, *config.layer_state_shape(i))
+
+
+class LightningHybridTest(LightningModelTest):
+    model_tester_class = LightningHybridTester

@@ -187,6 +187,13 @@ def test_positions_are_interpolated_at_loading(tmp_path):
     torch.testing.assert_close(mixer.rope(x, 4 * torch.arange(20)[None]), plain.rope(x, torch.arange(20)[None]))
 
 
+def test_rotary_positions_that_are_set_later_are_checked():
+    config = make_config(**SIZES, **OPTIONS["softmax"])
+    config.rope_parameters = {"rope_type": "yarn", "factor": 4.0}
+    with pytest.raises(ValueError, match='rope_type must be "default" or "linear", got \'yarn\''):
+        LightningForCausalLM(config)
+
+
 def test_a_saved_pattern_takes_another_number_of_layers(tmp_path):
     LightningConfig.from_size("demo", layer_pattern="1:1").save_pretrained(tmp_path)
     config = LightningConfig.from_pretrained(tmp_path, num_hidden_layers=3)

@@ -187,7 +187,7 @@ class LightningConfig(PreTrainedConfig):
                 raise TypeError(f"{name} must be a dtype of torch or its name, got {dtype!r}")
         self._check_layer_types()
         self._check_attention()
-        self.rope_parameters = rope_parameters = self._checked_rope()
+        self.rope_parameters = rope_parameters = self.checked_rope()
         if self.decay_preset not in PRESETS:
             raise ValueError(f"decay_preset must be one of {', '.join(PRESETS)}, got {self.decay_preset!r}")
         if self.log_decay is not None:
@@ -234,7 +234,7 @@ class LightningConfig(PreTrainedConfig):
             _check_int("sliding_window", self.sliding_window, at_least=1)
         if self.num_key_value_heads is not None:
             _check_int("num_key_value_heads", self.num_key_value_heads, at_least=1)
-            if not self.has_softmax:
+            if not self.has_softmax and self.num_key_value_heads != self.num_attention_heads:
                 raise ValueError(f"num_key_value_heads goes with layers of {FULL} or {SLIDING}")
             if self.num_attention_heads % self.num_key_value_heads:
                 raise ValueError(
@@ -242,8 +242,12 @@ class LightningConfig(PreTrainedConfig):
                     f"got {self.num_key_value_heads}"
                 )
 
-    def _checked_rope(self) -> dict[str, Any] | None:
-        """Rotary positions of softmax attention, or None without them."""
+    def checked_rope(self) -> dict[str, Any] | None:
+        """Rotary positions of softmax attention as a dictionary of all values, or None without them.
+
+        Raises:
+            TypeError, ValueError: see `rope_parameters`, which other software may have set.
+        """
         given, has_rope = self.rope_parameters, self.has_softmax and self.positions in ("rope", *DECAY_POSITIONS)
         if not has_rope:
             if given is not None:

@@ -134,7 +134,7 @@ def attention_options(name: str) -> dict[str, Any]:
 
 def make_softmax(config: "LightningConfig", layer_idx: int) -> TokenMixer:
     """Make the mixer of a layer of full or sliding attention."""
-    rope = config.rope_parameters
+    rope = config.checked_rope()
     norm = {"norm": None} if config.block == "llama" else {}
     return SoftmaxAttention(
         config.hidden_size,

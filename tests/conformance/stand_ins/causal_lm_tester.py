@@ -16,6 +16,7 @@ class CausalLMModelTester:
     """Small configuration and right-padded inputs, like transformers' class of this name."""
 
     config_class: Any
+    layer_pattern: str | None
 
     batch_size = 13
     seq_length = 7
@@ -35,6 +36,7 @@ class CausalLMModelTester:
             intermediate_size=32,
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
+            layer_pattern=self.layer_pattern,
             tie_word_embeddings=False,
             pad_token_id=0,
             bos_token_id=1,
