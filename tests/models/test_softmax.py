@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_model import make_config, make_model, tokens
 from torch import Tensor
+from torch.export import Dim, export
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from lightning_attention.inference import Engine, SamplingOptions, StatePool, load, stream
@@ -124,6 +125,53 @@ def test_checkpointed_and_compiled_have_the_gradients_of_eager(name):
                 assert (x - correct).norm() <= 1e-9 * correct.norm() + 1e-12
     with torch.no_grad():
         close(compiled.eval().generate(ids, max_new_tokens=5), model.eval().generate(ids, max_new_tokens=5))
+
+
+@pytest.mark.parametrize("name", ["windows", "softmax"])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_exported_graphs_take_any_length_and_padding(name):
+    model, ids = make(name, torch.float32), tokens(2, 12)
+    length = Dim("T", min=8, max=60)
+    for mask in (None, (torch.arange(12) > 2).long().expand(2, -1)):
+        given = {"input_ids": ids, "use_cache": False} | ({} if mask is None else {"attention_mask": mask})
+        shapes = {key: None if key == "use_cache" else {1: length} for key in given}
+        exported = export(model, (), given, dynamic_shapes=shapes).module()
+        given["input_ids"] = tokens(2, 20)
+        if mask is not None:
+            given["attention_mask"] = torch.tensor([[0] * 5 + [1] * 15, [1] * 18 + [0] * 2])
+        torch.testing.assert_close(exported(**given).logits, model(**given).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad:UserWarning")
+@pytest.mark.parametrize("name", ["windows", "llama hybrid"])
+def test_compiled_training_on_a_gpu_has_the_loss_and_gradients_of_eager(name):
+    """In bfloat16 autocast: rows and packed documents of several lengths."""
+    eager, compiled = (make(name, torch.float32).train().cuda() for _ in range(2))
+    torch.compiler.reset()
+    compile_layers(compiled)
+    for length, document in ((64, 64), (96, 96), (64, 40), (150, 33)):
+        ids = tokens(2, length, seed=length).cuda()
+        position_ids = (torch.arange(length) % document).expand(2, -1).cuda()
+        with torch.autocast("cuda", torch.bfloat16):
+            losses = [model(ids, labels=ids, position_ids=position_ids).loss for model in (eager, compiled)]
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=1e-2)
+        exact, found = (gradients(model, loss) for model, loss in zip((eager, compiled), losses, strict=True))
+        difference = sum((x - y).square().sum().item() for x, y in zip(found, exact, strict=True))
+        assert difference < 5e-2**2 * sum(x.square().sum().item() for x in exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["windows", "softmax", "llama hybrid"])
+def test_generation_on_a_gpu_equals_that_on_a_cpu(name):
+    model, ids = make(name, torch.float32), tokens(2, 30)
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
+    expected = model.generate(ids, **options)
+    model.cuda()
+    assert torch.equal(model.generate(ids.cuda(), **options).cpu(), expected)
+    streamed = model.generate(ids.cuda(), cache=LightningCache(3, sinks=4, window=100), **options)
+    assert torch.equal(streamed.cpu(), expected)
 
 
 @BY_NAME

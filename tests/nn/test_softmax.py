@@ -190,6 +190,40 @@ def test_accuracy_of_lower_precisions(case, dtype):
         assert error < {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype]
 
 
+@pytest.mark.gpu
+@ALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_accuracy_on_a_gpu_with_gradients(case, dtype):
+    """Batch rows, packed sequences, and calls from keys and values; sums of gradients of all weights."""
+    exact, layer = make(case), make(case, dtype).cuda()
+    lengths = [0, 4, 1, 70, 17, 200, 0, 64]
+    bound = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype]
+
+    def error(actual: Tensor, expected: Tensor) -> float:
+        return ((actual.double().cpu() - expected).norm() / expected.norm()).item()
+
+    rows, row_positions = inputs(60)
+    packed, _ = inputs(sum(lengths), 1)
+    packed_positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    for x, positions, cu_seqlens in ((rows, row_positions, None), (packed, packed_positions, bounds)):
+        x = x.to(dtype).double()
+        expected, _ = exact(x, positions, cu_seqlens)
+        on_gpu = None if cu_seqlens is None else cu_seqlens.cuda()
+        actual, _ = layer(x.to(dtype).cuda(), positions.cuda(), on_gpu)
+        assert actual.dtype == dtype
+        assert error(actual, expected) < bound
+        g = torch.randn(x.shape, dtype=torch.float64)
+        found = torch.autograd.grad(actual, list(layer.parameters()), g.to(dtype).cuda())
+        for gradient, correct in zip(found, torch.autograd.grad(expected, list(exact.parameters()), g), strict=True):
+            assert error(gradient, correct) < 2 * bound
+    past = layer.make_key_values(2, dtype, "cuda")
+    with torch.no_grad():
+        parts = zip(*(y.split([20, 1, 30, *[1] * 9], dim=1) for y in (rows.to(dtype), row_positions)), strict=True)
+        found = torch.cat([layer(x.cuda(), at.cuda(), None, past)[0] for x, at in parts], dim=1)
+    assert error(found, exact(rows.to(dtype).double(), row_positions)[0]) < bound
+
+
 def test_rotary_positions_are_those_of_transformers():
     q, k = torch.randn(2, 10, H, D), torch.randn(2, 10, H, D)
     positions = torch.randint(2000, (2, 10))

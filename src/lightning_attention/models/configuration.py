@@ -1,7 +1,6 @@
 """Configuration of the language models."""
 
 import copy
-import math
 from dataclasses import fields
 from typing import Any, ClassVar, cast
 
@@ -31,6 +30,8 @@ from .mixers import (
     make_softmax,
 )
 from .remote_code import is_ours, with_auto_map, write_remote_code
+from .rotary import rope_parameters
+from .values import check_int, check_not_negative
 
 logger = logging.get_logger(__name__)
 
@@ -160,11 +161,11 @@ class LightningConfig(PreTrainedConfig):
         if unknown := sorted(set(kwargs) - TRANSFORMERS_OPTIONS):
             raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}")
         for name in SIZE_OPTIONS:
-            _check_int(name, getattr(self, name), at_least=1)
+            check_int(name, getattr(self, name), at_least=1)
         if self.max_position_embeddings is not None:
-            _check_int("max_position_embeddings", self.max_position_embeddings, at_least=1)
+            check_int("max_position_embeddings", self.max_position_embeddings, at_least=1)
         for name in ("norm_eps", "initializer_range"):
-            _check_not_negative(name, getattr(self, name))
+            check_not_negative(name, getattr(self, name))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads = {self.num_attention_heads}, "
@@ -187,7 +188,7 @@ class LightningConfig(PreTrainedConfig):
                 raise TypeError(f"{name} must be a dtype of torch or its name, got {dtype!r}")
         self._check_layer_types()
         self._check_attention()
-        self.rope_parameters = rope_parameters = self.checked_rope()
+        self.rope_parameters = rope = self.checked_rope()
         if self.decay_preset not in PRESETS:
             raise ValueError(f"decay_preset must be one of {', '.join(PRESETS)}, got {self.decay_preset!r}")
         if self.log_decay is not None:
@@ -205,7 +206,7 @@ class LightningConfig(PreTrainedConfig):
         if is_ours(type(self)):
             kwargs["auto_map"] = with_auto_map(kwargs.get("auto_map"))
         super().__post_init__(**kwargs)
-        self.rope_parameters = rope_parameters  # transformers sets them for models without rotary positions too
+        self.rope_parameters = rope  # transformers sets them for models without rotary positions too
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; refuse a special token out of range, which other software may set before training."""
@@ -231,9 +232,9 @@ class LightningConfig(PreTrainedConfig):
         if (SLIDING in self.layer_types) != (self.sliding_window is not None):
             raise ValueError(f"sliding_window goes with layers of {SLIDING}: give both or neither")
         if self.sliding_window is not None:
-            _check_int("sliding_window", self.sliding_window, at_least=1)
+            check_int("sliding_window", self.sliding_window, at_least=1)
         if self.num_key_value_heads is not None:
-            _check_int("num_key_value_heads", self.num_key_value_heads, at_least=1)
+            check_int("num_key_value_heads", self.num_key_value_heads, at_least=1)
             if not self.has_softmax and self.num_key_value_heads != self.num_attention_heads:
                 raise ValueError(f"num_key_value_heads goes with layers of {FULL} or {SLIDING}")
             if self.num_attention_heads % self.num_key_value_heads:
@@ -253,26 +254,7 @@ class LightningConfig(PreTrainedConfig):
             if given is not None:
                 raise ValueError(f"rope_parameters go with softmax attention and rotary positions, got {given}")
             return None
-        if given is not None and not isinstance(given, dict):
-            raise TypeError(f"rope_parameters must be a dictionary, got {given!r}")
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0} | (given or {})
-        if rope["rope_type"] not in ("default", "linear"):
-            raise ValueError(f'rope_type must be "default" or "linear", got {rope["rope_type"]!r}')
-        names = {"rope_type", "rope_theta"} | ({"factor"} if rope["rope_type"] == "linear" else set())
-        if set(rope) != names:
-            raise ValueError(
-                f"rope_parameters of type {rope['rope_type']!r} are {', '.join(sorted(names))}, got {rope}"
-            )
-        for name, lowest in (("rope_theta", 1), ("factor", 1)):
-            if name in rope:
-                _check_not_negative(name, rope[name])
-                if rope[name] < lowest or (name == "rope_theta" and rope[name] == lowest):
-                    raise ValueError(
-                        f"{name} must be {'above' if name == 'rope_theta' else 'at least'} 1, got {rope[name]}"
-                    )
-        if self.hidden_size // self.num_attention_heads % 2:
-            raise ValueError("rotary positions need heads of an even size: hidden_size / num_attention_heads")
-        return rope
+        return rope_parameters(given, self.hidden_size // self.num_attention_heads)
 
     @property
     def has_softmax(self) -> bool:
@@ -307,9 +289,9 @@ class LightningConfig(PreTrainedConfig):
                 f"max_position_embeddings is needed by {name} attention with positions {self.positions!r}: the "
                 "longest context of the model"
             )
-        _check_int("feature_seed", self.feature_seed, at_least=0)
+        check_int("feature_seed", self.feature_seed, at_least=0)
         if self.num_features is not None:
-            _check_int("num_features", self.num_features, at_least=1)
+            check_int("num_features", self.num_features, at_least=1)
             if not attention.has_random_features:
                 names = [other for other, known in ATTENTIONS.items() if known.has_random_features]
                 raise ValueError(f"num_features goes with {' and '.join(names)}, not with {name}")
@@ -445,7 +427,7 @@ def _check_token_id(name: str, given: Any, vocab_size: int) -> None:
     for token in given if isinstance(given, (list, tuple)) else [given]:
         if token is None:
             continue
-        _check_int(name, token)
+        check_int(name, token)
         if not 0 <= token < vocab_size:
             raise ValueError(
                 f"{name} must be None or in [0, vocab_size = {vocab_size}), got {token}; a token is added to the "
@@ -462,19 +444,3 @@ def _lists_of_numbers(name: str, given: Any) -> list[list[float]]:
     if not layers or any(layer.dim() != 1 for layer in layers):
         raise TypeError(f"{name} must be lists of numbers, one list for each layer")
     return [layer.tolist() for layer in layers]
-
-
-def _check_int(name: str, value: object, at_least: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if at_least is not None and value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}")
-    if value >= 2**63:
-        raise ValueError(f"{name} must be below 2**63")
-
-
-def _check_not_negative(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {value}")

@@ -131,6 +131,8 @@ class SoftmaxAttention(TokenMixer):
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention within batch rows `[B, T, H, D]`."""
         window, length = self.window, q.shape[1]
+        if window is not None and torch.compiler.is_exporting():
+            return _softmax_attention(q, k, v, _band(length, window, q.device)[None])
         if window is None or length <= window:
             return _softmax_attention(q, k, v, is_causal=True)
         # Blocks of as many tokens as the window attend to themselves and to the block before.
@@ -159,6 +161,8 @@ class SoftmaxAttention(TokenMixer):
         """Attention within the sequences of one batch row: in groups of similar lengths where there is no kernel."""
         if _has_flash(q):
             return self._by_flash(q, k, v, cu_seqlens)
+        if torch.compiler.is_exporting():  # values are not known
+            return self._masked(q, k, v, cu_seqlens)
         bounds = cu_seqlens.tolist()
         groups: dict[int, list[tuple[int, int]]] = {}
         for start, end in pairwise(bounds):
@@ -173,6 +177,14 @@ class SoftmaxAttention(TokenMixer):
             outputs.append(self._causal(*(x[0][rows] for x in (q, k, v)))[is_token])
             indices.append(index[is_token])
         return torch.empty_like(q[0]).index_copy(0, torch.cat(indices), torch.cat(outputs))[None]
+
+    def _masked(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Attention within the sequences of one batch row, by a mask of all pairs of tokens."""
+        sequence = torch.searchsorted(cu_seqlens, torch.arange(q.shape[1], device=q.device), right=True)
+        mask = (sequence[:, None] == sequence) & _band(q.shape[1], self.window, q.device)
+        q, k, v = (x[0].transpose(0, 1) for x in (q, _repeated(k, q), _repeated(v, q)))
+        scores = (q * self.head_dim**-0.5 @ k.mT).masked_fill(~mask, -torch.inf)
+        return (scores.softmax(dim=-1) @ v).transpose(0, 1)[None]
 
     def _packed_from_past(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, past: KeyValues) -> Tensor:
         """Attention of packed tokens that go on from earlier ones of their sequences."""
@@ -219,9 +231,18 @@ class SoftmaxAttention(TokenMixer):
         return _softmax_attention(q, k, v, mask, scale=scale)
 
 
+def _band(length: int, window: int | None, device: torch.device) -> Tensor:
+    """`[T, T]`, true where a token attends to another of its sequence."""
+    i = torch.arange(length, device=device)
+    distance = i[:, None] - i
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
 def _has_flash(q: Tensor) -> bool:
     """True if FlashAttention-2 runs for these queries."""
-    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= MAX_FLASH_HEAD_DIM
+    head_dim = q.shape[-1]
+    is_supported = head_dim <= MAX_FLASH_HEAD_DIM and head_dim % 8 == 0
+    return is_supported and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
 
 
 def _repeated(x: Tensor, q: Tensor) -> Tensor:
