@@ -143,7 +143,9 @@ def test_exported_graphs_take_any_length_and_padding(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad:UserWarning", "ignore:Attempting to run cu"
+)
 @pytest.mark.parametrize("name", ["windows", "llama hybrid"])
 def test_compiled_training_on_a_gpu_has_the_loss_and_gradients_of_eager(name):
     """In bfloat16 autocast: rows and packed documents of several lengths."""

@@ -191,6 +191,7 @@ def test_accuracy_of_lower_precisions(case, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # the first product in the thread of backward passes
 @ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_accuracy_on_a_gpu_with_gradients(case, dtype):

@@ -39,11 +39,21 @@ class SimpleRMSNorm(nn.Module):
         return f"eps={self.eps}"
 
 
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` with its weight in the dtype of the input, which may be bfloat16 in autocast.
+
+    PyTorch has a kernel for one dtype alone, and warns of two.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 # From the size of the last dimension, and eps.
 NORMS: dict[str, Callable[[int, float], nn.Module]] = {
     "simple_rms": lambda size, eps: SimpleRMSNorm(eps),
-    "rms": lambda size, eps: nn.RMSNorm(size, eps),
-    "layer": lambda size, eps: nn.LayerNorm(size, eps),
+    "rms": RMSNorm,
+    "layer": nn.LayerNorm,
 }
 
 
