@@ -174,10 +174,20 @@ def test_readme_numbers_are_in_the_results() -> None:
     )
     short, medium = (result("h200/speed.json", "speed", "lightning_attention", length=n) for n in (1024, 16384))
     llamas = [result("h200/speed.json", "speed", "LLaMA (transformers)", length=n) for n in (1024, 16384)]
-    for file, run in (("h200/heads.json", "heads"), ("h200/decode.json", "model"), ("h200/speed.json", "speed")):
+    fla = result("h200/peers.json", "table", "fla chunk_simple_gla", batch_size=4, length=32768)
+    segments = result("h200/train.json", "train", "lightning_attention", length=1 << 21)
+    runs = {"heads": "heads", "decode": "model", "speed": "speed", "peers": "table", "train": "train"}
+    for file, run in ((f"h200/{name}.json", run) for name, run in runs.items()):
         assert file in shown
         assert not re.search(rf"{file}\S* \| {run} \|", left_out)
     assert f"writes its output at {bytes_moved / long / 1e9:.1f} TB/s" in readme
+    times = [fla[direction]["times_ours"] for direction in ("forward", "backward")]
+    assert (
+        "flash-linear-attention 0.6 takes {:.2f} times as long forward and {:.2f} times backward".format(*times)
+        in readme
+    )
+    assert f"a step of 2M tokens takes {segments['peak_bytes'] / 2**30:.1f} GiB beside" in readme
+    assert f"at {segments['tokens_per_second']:,.0f} tokens/s on one H200" in readme
     assert f"it takes {softmax['milliseconds'] / ours['milliseconds']:.0f} times as long" in readme
     speeds = [f"{x['tokens_per_second'] / 1000:.0f},000" for x in (medium, short)]
     assert f"{' to '.join(speeds)} tokens/s" in readme
