@@ -106,7 +106,12 @@ class LightningModel(LightningPreTrainedModel):
         Inputs are then this rank's slice of one batch row, with `position_ids`, and the `cu_seqlens` of the complete
         batch row. Every forward pass compares the ranks before the layers: an error on one rank, or a difference
         between ranks, raises on every rank.
+
+        Raises:
+            ValueError: a layer has softmax attention, which has no states to exchange.
         """
+        if sequence_parallel is not None and self.config.has_softmax:
+            raise ValueError("softmax attention has no states that ranks exchange: they cannot share sequences")
         self.sequence_parallel = sequence_parallel
         for module in self.modules():
             if isinstance(module, TokenMixer):

@@ -24,6 +24,7 @@ class KeyValues:
         keys, values: `[N, S, H, D]` in S slots.
         lengths: `[N]` int64, tokens that each sequence has read.
         longest: an upper bound of the lengths, which the host knows.
+        is_even: True while all lengths are `longest`.
 
     Example:
         >>> import torch
@@ -49,15 +50,19 @@ class KeyValues:
         self.window, self.sinks = window, sinks
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.lengths = torch.zeros(num_sequences, dtype=torch.int64, device=device)
-        self.longest = 0
+        self.longest, self.is_even = 0, True
 
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor, counts: Tensor | None = None) -> None:
         """Append keys and values `[N, T, H, D]`, of each sequence the first `counts` `[N]`; by default all."""
         length = k.shape[1]
+        self.is_even = self.is_even and counts is None
         if self.window is None:
             self._reserve(self.longest + length)
-        if self.window is None or length == 1:
+        if self.is_even and (self.window is None or length == 1):
+            start = self._slot(self.longest)
+            self.keys[:, start : start + length], self.values[:, start : start + length] = k, v
+        elif self.window is None or length == 1:
             # What is written beyond the counts is not read, and replaced by the next tokens; in a window it replaces a
             # token that the next one is too far from.
             slots = self.lengths[:, None] + torch.arange(length, device=k.device)
@@ -86,7 +91,7 @@ class KeyValues:
 
     def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values in the slots that may hold a token, `[N, S, H, D]`."""
-        slots = self.longest if self.window is None else None
+        slots = min(self.longest, self.keys.shape[1])
         return self.keys[:, :slots].to(dtype), self.values[:, :slots].to(dtype)
 
     def select(self, indices: Tensor) -> None:
@@ -96,12 +101,17 @@ class KeyValues:
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.lengths, self.longest = torch.zeros_like(self.lengths), 0
+        self.lengths, self.longest, self.is_even = torch.zeros_like(self.lengths), 0, True
 
     @property
     def nbytes(self) -> int:
         """Memory of keys and values, in bytes."""
         return self.keys.nbytes + self.values.nbytes
+
+    def _slot(self, position: int) -> int:
+        if self.window is None or position < self.sinks:
+            return position
+        return self.sinks + (position - self.sinks) % self.window
 
     def _reserve(self, length: int) -> None:
         """Make room for tokens; a larger buffer has a quarter more than is needed."""

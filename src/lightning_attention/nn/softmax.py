@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
 from .key_values import KeyValues
@@ -199,23 +200,30 @@ class SoftmaxAttention(TokenMixer):
 
     def _from_past(self, q: Tensor, k: Tensor, v: Tensor, past: KeyValues, counts: Tensor | None) -> Tensor:
         """Attention of tokens `[N, T, H, D]`, of each sequence the first `counts`, and of earlier ones to them."""
-        length, before = q.shape[1], past.lengths
-        new = before[:, None] + torch.arange(length, device=q.device)
+        length, before, is_even = q.shape[1], past.lengths, past.is_even and counts is None
+        sees_all = past.window is None or past.longest + length <= past.keys.shape[1]
         if length == 1 and not torch.is_grad_enabled():
             past.append(k, v, counts)
             keys, values = past.read(q.dtype)
-            return self._to_slots(q, keys, values, new, past.positions(before + 1)[:, : keys.shape[1]], past)
-        if past.longest == 0 and (past.window == self.window or length <= past.keys.shape[1]):
+            if is_even and (sees_all or not past.sinks):
+                return _softmax_attention(q, keys, values)
+            return self._to_slots(q, keys, values, before[:, None], past.positions(before + 1), past)
+        if past.longest == 0 and (past.window == self.window or sees_all):
             o = self._causal(q, k, v)
         else:
-            keys, values = past.read(q.dtype)
-            positions = torch.cat([past.positions(before)[:, : keys.shape[1]], new], dim=1)
-            o = self._to_slots(q, torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1), new, positions, past)
+            keys, values = (torch.cat(pair, dim=1) for pair in zip(past.read(q.dtype), (k, v), strict=True))
+            if is_even and sees_all:
+                o = _softmax_attention(q, keys, values, causal_lower_right(length, keys.shape[1]))
+            else:
+                new = before[:, None] + torch.arange(length, device=q.device)
+                old = past.positions(before)[:, : keys.shape[1] - length]
+                o = self._to_slots(q, keys, values, new, torch.cat([old, new], dim=1), past)
         past.append(k.detach(), v.detach(), counts)
         return o
 
     def _to_slots(self, q: Tensor, k: Tensor, v: Tensor, new: Tensor, positions: Tensor, past: KeyValues) -> Tensor:
         """Attention of tokens at `new` `[N, T]` to keys at `positions` `[N, S]`, negative where there is none."""
+        positions = positions[:, : k.shape[1]]
         at, mask = positions[:, None], (positions[:, None] >= 0) & (positions[:, None] <= new[:, :, None])
         if past.window is None:
             return _softmax_attention(q, k, v, mask)
@@ -256,5 +264,6 @@ def _softmax_attention(
 ) -> Tensor:
     """`scaled_dot_product_attention` of `[N, T, H, D]`, with a mask `[N, T, S]` that is true where to attend."""
     q, k, v = (x.transpose(1, 2) for x in (q, _repeated(k, q), _repeated(v, q)))
-    mask = None if mask is None else mask[:, None]
+    if mask is not None and not isinstance(mask, CausalBias):
+        mask = mask[:, None]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale).transpose(1, 2)
