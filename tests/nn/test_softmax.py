@@ -289,3 +289,14 @@ def test_keys_of_other_sequences_are_refused():
         layer(x, positions, None, past)
     with pytest.raises(ValueError, match="keys and values of 3 sequences, got 2"):
         layer(x[:1], positions[:1], torch.tensor([0, 3, 23]), past)
+
+
+@pytest.mark.parametrize("bounds", [[0, 3, 22], [1, 23], [0, 9, 5, 23]])
+def test_bounds_that_do_not_fit_are_refused(bounds):
+    layer = make()
+    x, positions = inputs(23, 1)
+    past = layer.make_key_values(len(bounds) - 1, torch.float64, "cpu")
+    for state in (None, past):
+        with pytest.raises(ValueError, match="cu_seqlens must"):
+            layer(x, positions, torch.tensor(bounds), state)
+    assert past.longest == 0

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
+from ..ops.problem import sequence_bounds
 from .key_values import KeyValues
 from .positions import RoPE
 from .sizes import check_size
@@ -164,7 +165,7 @@ class SoftmaxAttention(TokenMixer):
             return self._by_flash(q, k, v, cu_seqlens)
         if torch.compiler.is_exporting():  # values are not known
             return self._masked(q, k, v, cu_seqlens)
-        bounds = cu_seqlens.tolist()
+        bounds = sequence_bounds(cu_seqlens, q.shape[1])
         groups: dict[int, list[tuple[int, int]]] = {}
         for start, end in pairwise(bounds):
             if end > start:
@@ -189,14 +190,14 @@ class SoftmaxAttention(TokenMixer):
 
     def _packed_from_past(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, past: KeyValues) -> Tensor:
         """Attention of packed tokens that go on from earlier ones of their sequences."""
-        counts = cu_seqlens.diff()
-        if not q.shape[1]:
+        longest = max((end - start for start, end in pairwise(sequence_bounds(cu_seqlens, q.shape[1]))), default=0)
+        if longest == 0:
             return q
-        index = cu_seqlens[:-1, None] + torch.arange(int(counts.max()), device=q.device)
+        index = cu_seqlens[:-1, None] + torch.arange(longest, device=q.device)
         is_token = index < cu_seqlens[1:, None]
         rows = index.clamp_max(q.shape[1] - 1)
         q, k, v = (x[0][rows] for x in (q, k, v))
-        return self._from_past(q, k, v, past, counts)[is_token][None]
+        return self._from_past(q, k, v, past, cu_seqlens.diff())[is_token][None]
 
     def _from_past(self, q: Tensor, k: Tensor, v: Tensor, past: KeyValues, counts: Tensor | None) -> Tensor:
         """Attention of tokens `[N, T, H, D]`, of each sequence the first `counts`, and of earlier ones to them."""
