@@ -135,7 +135,7 @@ def test_new_norms_do_nothing_but_normalise(name):
     ("options", "error", "message"),
     [
         ({"norm": "batch"}, ValueError, "norm must be one of simple_rms, rms, layer, got 'batch'"),
-        ({"norm": None}, ValueError, "norm must be one of"),
+        ({"norm": 1}, ValueError, "norm must be one of"),
         ({"qk_activation": "relu"}, ValueError, "qk_activation must be one of silu, 1[+]elu, none, got 'relu'"),
         ({"glu_activation": "1+elu"}, ValueError, "glu_activation must be one of none, silu, got"),
         ({"output_gate": 1}, TypeError, "output_gate must be True or False, got 1"),

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import CausalBias, causal_lower_right
-from torch.nn.attention.varlen import varlen_attn
 
 from ..ops.problem import sequence_bounds
 from .key_values import KeyValues
@@ -150,6 +149,8 @@ class SoftmaxAttention(TokenMixer):
 
     def _by_flash(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Attention of packed sequences, or of batch rows, by FlashAttention-2."""
+        from torch.nn.attention.varlen import varlen_attn  # imports the compiler
+
         batch_size, length = q.shape[:2]
         if cu_seqlens is None:
             cu_seqlens = torch.arange(batch_size + 1, device=q.device) * length
