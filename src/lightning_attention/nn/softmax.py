@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from ..ops.problem import sequence_bounds
 from .key_values import KeyValues
@@ -133,7 +132,7 @@ class SoftmaxAttention(TokenMixer):
         """Attention within batch rows `[B, T, H, D]`."""
         window, length = self.window, q.shape[1]
         if window is not None and torch.compiler.is_exporting():
-            return _softmax_attention(q, k, v, _band(length, window, q.device)[None])
+            return _softmax_attention(q, k, v, _band(length, window, q.device)[None, None])
         if window is None or length <= window:
             return _softmax_attention(q, k, v, is_causal=True)
         # Blocks of as many tokens as the window attend to themselves and to the block before.
@@ -144,7 +143,7 @@ class SoftmaxAttention(TokenMixer):
         j = torch.arange(-window, window, device=q.device)
         mask = ((j <= i) & (j > i - window)).repeat(q.shape[1], 1, 1)
         mask[0] &= j >= 0
-        o = _softmax_attention(q.flatten(0, 1), k, v, mask.repeat(q.shape[0], 1, 1))
+        o = _softmax_attention(q.flatten(0, 1), k, v, mask.repeat(q.shape[0], 1, 1)[:, None])
         return o.unflatten(0, (q.shape[0], -1)).flatten(1, 2)[:, :length]
 
     def _by_flash(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -215,6 +214,8 @@ class SoftmaxAttention(TokenMixer):
         else:
             keys, values = (torch.cat(pair, dim=1) for pair in zip(past.read(q.dtype), (k, v), strict=True))
             if is_even and sees_all:
+                from torch.nn.attention.bias import causal_lower_right  # imports the compiler
+
                 o = _softmax_attention(q, keys, values, causal_lower_right(length, keys.shape[1]))
             else:
                 new = before[:, None] + torch.arange(length, device=q.device)
@@ -226,11 +227,12 @@ class SoftmaxAttention(TokenMixer):
     def _to_slots(self, q: Tensor, k: Tensor, v: Tensor, new: Tensor, positions: Tensor, past: KeyValues) -> Tensor:
         """Attention of tokens at `new` `[N, T]` to keys at `positions` `[N, S]`, negative where there is none."""
         positions = positions[:, : k.shape[1]]
-        at, mask = positions[:, None], (positions[:, None] >= 0) & (positions[:, None] <= new[:, :, None])
+        at, new_at = positions[:, None, None], new[:, None, :, None]
+        mask = (at >= 0) & (at <= new_at)
         if past.window is None:
             return _softmax_attention(q, k, v, mask)
         is_sink = positions < past.sinks
-        mask &= (at > new[:, :, None] - past.window) | is_sink[:, None]
+        mask &= (at > new_at - past.window) | is_sink[:, None, None]
         if not past.sinks or self.rope is None:
             return _softmax_attention(q, k, v, mask)
         # From as far as the tokens that are kept: other queries for sinks, in channels of their own.
@@ -264,8 +266,6 @@ def _repeated(x: Tensor, q: Tensor) -> Tensor:
 def _softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, is_causal: bool = False, scale: float | None = None
 ) -> Tensor:
-    """`scaled_dot_product_attention` of `[N, T, H, D]`, with a mask `[N, T, S]` that is true where to attend."""
+    """`scaled_dot_product_attention` of `[N, T, H, D]`, with a mask `[N, 1, T, S]` that is true where to attend."""
     q, k, v = (x.transpose(1, 2) for x in (q, _repeated(k, q), _repeated(v, q)))
-    if mask is not None and not isinstance(mask, CausalBias):
-        mask = mask[:, None]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale).transpose(1, 2)
