@@ -255,6 +255,15 @@ def test_a_saved_pattern_takes_another_number_of_layers(tmp_path):
     assert saved["layer_types"] == ["linear_attention", "full_attention"] * 2
 
 
+@pytest.mark.parametrize("name", ["hybrid", "llama"])
+def test_heads_of_keys_are_as_many_as_heads_also_of_a_changed_configuration(name, tmp_path):
+    """Tools such as PEFT multiply by the number."""
+    config = make_config(**SIZES, **OPTIONS[name])
+    assert config.num_key_value_heads == LightningConfig().num_key_value_heads // 2 == 4  # pyright: ignore
+    config.save_pretrained(tmp_path)
+    assert LightningConfig.from_pretrained(tmp_path, num_attention_heads=2).num_key_value_heads == 2
+
+
 def test_seven_to_one_is_the_pattern_of_minimax():
     config = LightningConfig(num_hidden_layers=80, num_attention_heads=64, hidden_size=6144, layer_pattern="7:1")
     assert [i for i, kind in enumerate(config.layer_types or []) if kind == "full_attention"] == [*range(7, 80, 8)]

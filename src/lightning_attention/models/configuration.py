@@ -233,15 +233,16 @@ class LightningConfig(PreTrainedConfig):
             raise ValueError(f"sliding_window goes with layers of {SLIDING}: give both or neither")
         if self.sliding_window is not None:
             check_int("sliding_window", self.sliding_window, at_least=1)
-        if self.num_key_value_heads is not None:
-            check_int("num_key_value_heads", self.num_key_value_heads, at_least=1)
-            if not self.has_softmax and self.num_key_value_heads != self.num_attention_heads:
-                raise ValueError(f"num_key_value_heads goes with layers of {FULL} or {SLIDING}")
-            if self.num_attention_heads % self.num_key_value_heads:
-                raise ValueError(
-                    f"num_key_value_heads must divide num_attention_heads = {self.num_attention_heads}, "
-                    f"got {self.num_key_value_heads}"
-                )
+        if self.num_key_value_heads is None:  # tools multiply by it
+            self.num_key_value_heads = self.num_attention_heads
+        check_int("num_key_value_heads", self.num_key_value_heads, at_least=1)
+        if not self.has_softmax and self.num_key_value_heads != self.num_attention_heads:
+            raise ValueError(f"num_key_value_heads goes with layers of {FULL} or {SLIDING}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads = {self.num_attention_heads}, "
+                f"got {self.num_key_value_heads}"
+            )
 
     def checked_rope(self) -> dict[str, Any] | None:
         """Rotary positions of softmax attention as a dictionary of all values, or None without them.
@@ -323,6 +324,10 @@ class LightningConfig(PreTrainedConfig):
         given = config_dict | {name: kwargs.pop(name) for name in options}
         if given.get("layer_pattern") is not None and "layer_types" not in options:
             given.pop("layer_types", None)  # the saved ones may be those of another pattern or number of layers
+        if "num_key_value_heads" not in options and given.get("num_key_value_heads") == config_dict.get(
+            "num_attention_heads"
+        ):
+            given.pop("num_key_value_heads", None)  # as many as there are heads
         saved, changed = config_dict.get("rope_parameters"), given.get("rope_parameters")
         if isinstance(saved, dict) and isinstance(changed, dict) and "rope_theta" in saved:
             given["rope_parameters"] = {"rope_theta": saved["rope_theta"]} | changed  # of the weights
