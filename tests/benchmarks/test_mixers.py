@@ -35,7 +35,7 @@ def test_attentions_are_measured_in_turn(bench, tmp_path):
 
 
 def test_keys_and_values_grow_with_the_context(bench, tmp_path):
-    """Those of one layer of four."""
+    """One layer of four has softmax attention."""
     sizes = "--size demo --length 16 --length 600 --tokens 64 --seconds 0.1 --device cpu"
     bench("mixers", *sizes.split(), "--attention", "3:1", "--steps", "0", "--output", tmp_path)
     (record,) = json.loads((tmp_path / "mixers.json").read_text())["runs"]["mixers"]["results"]

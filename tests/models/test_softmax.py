@@ -187,7 +187,7 @@ def test_a_saved_model_is_the_same(name, tmp_path):
 
 @torch.no_grad()
 def test_the_llama_block_is_the_llama_of_transformers():
-    """With its weights, grouped heads and another base, the same logits."""
+    """Equal weights give equal logits, with grouped heads and another base."""
     rope = {"rope_theta": 5000.0}
     sizes: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3}
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -280,7 +280,7 @@ def test_lightning_models_have_no_rotary_positions():
 @pytest.mark.parametrize(("sinks", "window"), [(4, 6), (0, 5), (2, 100)])
 @torch.no_grad()
 def test_streaming_generation_takes_constant_memory(name, sinks, window):
-    """And gives the tokens of the same calls one token at a time; a long window those of no window."""
+    """One call for the prompt gives the tokens of one call a token; a long window gives those of no window."""
     model, ids = make(name), tokens(2, 20)
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     caches = [LightningCache(3, sinks=sinks, window=window) for _ in range(2)]

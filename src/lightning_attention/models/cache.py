@@ -139,11 +139,9 @@ class LightningCache(Cache):
             options: dict[str, Any] = {"window": self.window, "sinks": self.sinks}
             layer = KeyValueLayer(attention.make_key_values(batch_size, dtype, device, **options))
             self.layers[layer_idx] = layer
-        if layer.key_values.keys.is_inference() and not torch.is_inference_mode_enabled():
-            layer.key_values.select(
-                torch.arange(len(layer.key_values.lengths))
-            )  # or PyTorch refuses to update them in place
         kept, sizes = layer.key_values, (batch_size, attention.num_key_value_heads, attention.head_dim)
+        if kept.keys.is_inference() and not torch.is_inference_mode_enabled():
+            kept.select(torch.arange(len(kept.lengths)))  # copies, which PyTorch lets be updated in place
         found = kept.keys.shape[0], *kept.keys.shape[2:]
         if found != sizes:
             raise ValueError(
