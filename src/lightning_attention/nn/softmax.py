@@ -102,7 +102,8 @@ class SoftmaxAttention(TokenMixer):
         q, k, v, u = self.split_parts(self.qkvu_proj(x))
         q, k, v = self.split_heads(q, k, v)
         if self.rope is not None:
-            q, k = self.rope(q, positions), self.rope(k, positions)
+            heads = q.shape[2], k.shape[2]
+            q, k = self.rope(torch.cat([q, k], dim=2), positions).split(heads, dim=2)
         return q, k, v, u
 
     def _check_slots(self, slots: Slots, q: Tensor, k: Tensor, v: Tensor, cu_seqlens, state) -> None:
