@@ -23,6 +23,7 @@ from .options import (
     Dtype,
     Output,
     Size,
+    check_belongs,
     check_only,
     device_of,
     doubling,
@@ -158,14 +159,9 @@ def decode(
     torch_dtype = dtype_of(dtype, torch_device)
     on_gpu = torch_device.type == "cuda"
     check_only(only, ("kernel", "model", "engine"))
-    for name, value, kinds in (
-        ("--length", length, ("model",)),
-        ("--batch-size", batch_size, ("model",)),
-        ("--max-requests", max_requests, ("engine",)),
-        ("--size", size, ("model", "engine")),
-    ):
-        if value is not None and only not in (None, *kinds):
-            raise ValueError(f"--only {only} does not go with {name}, which is for {' and '.join(kinds)}")
+    check_belongs(only, ("model",), length=length, batch_size=batch_size)
+    check_belongs(only, ("engine",), max_requests=max_requests)
+    check_belongs(only, ("model", "engine"), size=size)
     lengths = sorted(set(length or doubling(1024, 11 if on_gpu else 7)))
     batch_size, max_requests = or_default(batch_size, 1), or_default(max_requests, 64)
     seconds = or_default(seconds, 0.2 if on_gpu else 0.5)
@@ -287,6 +283,13 @@ def speed(
 @app.command("mixers", cls=Command)
 def mixers(
     output: Output = OUTPUT,
+    only: Annotated[
+        str | None,
+        Option(
+            help="training: steps against the sequence length; decoding: a token against the context; loss: what is "
+            "learned from the same text. By default all of them."
+        ),
+    ] = None,
     attention: Annotated[
         list[str] | None,
         Option(
@@ -306,11 +309,10 @@ def mixers(
         int | None, Option(help="Tokens of a training step, at least one sequence. By default as many as fit.")
     ] = None,
     trained_size: Annotated[
-        str | None, Option(help="Size of the model that is trained. By default 45M on a GPU, demo on a CPU.")
+        str | None, Option(help="Size of the model whose loss is measured. By default 45M on a GPU, demo on a CPU.")
     ] = None,
     steps: Annotated[
-        int | None,
-        Option(help="Steps to train, of 8192 bytes; 0 for none. By default 1000 on a GPU, 50 on a CPU."),
+        int | None, Option(help="Steps to train it, of 8192 bytes. By default 1000 on a GPU, 50 on a CPU.")
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -324,27 +326,48 @@ def mixers(
     """Every attention in the same model: training, decoding, and the loss after the same text."""
     from lightning_attention.models.mixers import ATTENTIONS, SOFTMAX, attention_options
 
-    from .mixers import MixerCase, benchmark, plot_mixers
+    from .mixers import (
+        DECODING,
+        KINDS,
+        LOSS,
+        TRAINING,
+        LossCase,
+        StepCase,
+        decoding_benchmark,
+        loss_benchmark,
+        plot_mixers,
+        training_benchmark,
+    )
     from .run import Plot
     from .speed import default_tokens
 
     torch_device = device_of(device)
     torch_dtype = dtype_of(dtype, torch_device)
     on_gpu = torch_device.type == "cuda"
-    names = list(dict.fromkeys(attention or [*ATTENTIONS, SOFTMAX, "3:1"]))
+    check_only(only, ("training", "decoding", "loss"))
+    check_belongs(only, ("training", "decoding"), size=size, length=length, dtype=dtype)
+    check_belongs(only, ("training",), tokens=tokens, compile=compile)
+    check_belongs(only, ("decoding",), seconds=seconds)
+    check_belongs(only, ("loss",), trained_size=trained_size, steps=steps)
+    names = tuple(dict.fromkeys(attention or [*ATTENTIONS, SOFTMAX, "3:1"]))
     for name in names:
         attention_options(name)  # raises for an unknown one
     size, trained = size_of(size, torch_device), size_of(trained_size or ("45M" if on_gpu else "demo"), torch_device)
     lengths = sorted(set(length or ((1024, 8192, 65536) if on_gpu else (256, 1024))))
     steps, seconds = or_default(steps, 1000 if on_gpu else 50), or_default(seconds, 0.2 if on_gpu else 0.5)
     check_at_least(2, length=lengths)
-    check_at_least(1, tokens=tokens)
-    check_at_least(0, steps=steps, seconds=seconds)
-    of_step = tokens or default_tokens(size)
-    cases = [MixerCase(name, size, tuple(lengths), of_step, trained, steps) for name in names]
-    compiled = on_gpu if compile is None else compile
-    measured = benchmark(cases, torch_device, torch_dtype, compiled=compiled, seconds=seconds)
-    run_benchmarks("mixers", [measured], Plot("mixers", plot_mixers), torch_device, torch_dtype, output)
+    check_at_least(1, tokens=tokens, steps=steps)
+    check_at_least(0, seconds=seconds)
+    cases = [StepCase(names, size, length, tokens or default_tokens(size)) for length in lengths]
+    losses = [LossCase(name, trained, steps) for name in names]
+    measured = {
+        TRAINING: training_benchmark(cases, torch_device, torch_dtype, compiled=on_gpu if compile is None else compile),
+        DECODING: decoding_benchmark(cases, torch_device, torch_dtype, seconds=seconds),
+        LOSS: loss_benchmark(losses, torch_device),
+    }
+    kinds = [f"mixers-{only}"] if only else KINDS
+    plot = Plot(kinds[0], plot_mixers)
+    run_benchmarks("mixers", [measured[kind] for kind in kinds], plot, torch_device, torch_dtype, output)
 
 
 @app.command("parallel", cls=Command)

@@ -20,121 +20,147 @@ from lightning_attention.paths import PathLike, to_path
 from lightning_attention.training import TrainingOptions, train
 from lightning_attention.training.folder import METRICS
 
-from .harness import Comparison, interleaved_times, release
-from .report import Column, Document, Record, Table, rounded
+from .harness import Call, Comparison, captured, release
+from .plot import short
+from .report import Column, Document, Record, Table, field, mebibytes, rounded
 from .run import Benchmark
 from .speed import measure_steps
 
+TRAINING, DECODING, LOSS = KINDS = ("mixers-training", "mixers-decoding", "mixers-loss")
+
 
 @dataclass(frozen=True)
-class MixerCase:
-    """An attention, and what to measure of it.
+class StepCase:
+    """Training steps, or a decoded token.
 
     Attributes:
-        attention: as `TrainingOptions` takes it.
-        size: size of the model that is timed.
-        lengths: tokens of a sequence of a training step, and of a context before a decoded token.
-        tokens: tokens of a training step, at least one sequence.
-        trained_size: size of the model that is trained on Python's standard library, as bytes.
-        steps: its steps, of 8 sequences of 1024 tokens; 0 trains none.
+        attentions: what to compare, as `TrainingOptions` takes it.
+        size: size of the model.
+        length: tokens of a sequence of a step, or of the context before the token.
+        tokens: tokens of a step, at least one sequence.
     """
+
+    attentions: tuple[str, ...]
+    size: str
+    length: int
+    tokens: int = 0
+
+    @property
+    def batch_size(self) -> int:
+        return max(self.tokens // self.length, 1)
+
+
+@dataclass(frozen=True)
+class LossCase:
+    """A model trained on Python's standard library, as bytes, in steps of 8 sequences of 1024 tokens."""
 
     attention: str
     size: str
-    lengths: tuple[int, ...]
-    tokens: int
-    trained_size: str
     steps: int
 
-    def config(self) -> LightningConfig:
-        options = attention_options(self.attention) | {"max_position_embeddings": max(self.lengths) + 1}
-        return LightningConfig.from_size(self.size, **options)
 
-
-def benchmark(
-    cases: Sequence[MixerCase], device: torch.device, dtype: torch.dtype, *, compiled: bool, seconds: float
+def training_benchmark(
+    cases: Sequence[StepCase], device: torch.device, dtype: torch.dtype, *, compiled: bool
 ) -> Benchmark:
-    def measure_case(case: MixerCase, bandwidth: float) -> list[Record]:
-        return measure(case, device, dtype, compiled=compiled, seconds=seconds)
+    """Measure `tokens_per_second` and `peak_bytes` of training steps, of one attention after another."""
 
-    return Benchmark("mixers", cases, measure_case, _title, table(cases[0].lengths))
+    def measure(case: StepCase, bandwidth: float) -> list[Record]:
+        comparison: Comparison[Record] = Comparison(device)
+        for attention in case.attentions:
+            comparison.prepare(attention, partial(_training, case, attention, device, dtype, compiled))
+        sizes = {"size": case.size, "length": case.length, "batch_size": case.batch_size, "compiled": compiled}
+        return comparison.records(sizes, lambda name, record: record)
+
+    columns = [Column("tokens/s", 12, field("tokens_per_second"), ".4g")]
+    columns.append(Column("memory, MiB", 13, mebibytes("peak_bytes"), ".4g"))
+    return Benchmark(TRAINING, cases, measure, _title, Table({"": columns}))
 
 
-def measure(
-    case: MixerCase, device: torch.device, dtype: torch.dtype, *, compiled: bool, seconds: float
-) -> list[Record]:
-    """Measure a case.
+def decoding_benchmark(
+    cases: Sequence[StepCase], device: torch.device, dtype: torch.dtype, *, seconds: float
+) -> Benchmark:
+    """Measure a token of one sequence after a context: `milliseconds`, and `state_bytes` of its cache.
 
-    Returns:
-        A record with `training`, by length `tokens_per_second` and `peak_bytes` of a step; `decoding`, by length of the
-        context `milliseconds` of a token and `state_bytes` of its state; and `held_out_loss`, in nats a byte, after
-        `trained_tokens`. What raises has `not_measured` in its place.
+    The attentions take turns. A GPU replays the token as a CUDA graph, without launches by the host.
     """
-    sizes = {"attention": case.attention, "size": case.size, "compiled": compiled}
-    comparison: Comparison[Record] = Comparison(device)
-    comparison.prepare(
-        case.attention,
-        lambda: {
-            "training": {str(length): _training(case, length, device, dtype, compiled) for length in case.lengths},
-            "decoding": {str(length): _decoding(case, length, device, dtype, seconds) for length in case.lengths},
-            **(_learning(case) if case.steps else {}),
-        },
-    )
-    return comparison.records(sizes, lambda name, record: record)
+
+    def measure(case: StepCase, bandwidth: float) -> list[Record]:
+        comparison: Comparison[tuple[Call, LightningCache]] = Comparison(device)
+        for attention in case.attentions:
+            comparison.prepare(attention, partial(_decoding, case, attention, device, dtype))
+        times = comparison.times(lambda prepared: prepared[0], seconds)
+
+        def results(name: str, prepared: tuple[Call, LightningCache]) -> Record:
+            return {"milliseconds": rounded(1e3 * times[name]), "state_bytes": prepared[1].nbytes()}
+
+        return comparison.records({"size": case.size, "length": case.length}, results)
+
+    columns = [Column("ms a token", 12, field("milliseconds"), ".4g")]
+    columns.append(Column("state, MiB", 12, mebibytes("state_bytes"), ".4g"))
+    return Benchmark(DECODING, cases, measure, _title, Table({"": columns}))
 
 
-def _model(case: MixerCase, device: torch.device) -> LightningForCausalLM:
+def loss_benchmark(cases: Sequence[LossCase], device: torch.device) -> Benchmark:
+    """Measure `held_out_loss`, in nats a byte, of a model after `trained_tokens`."""
+
+    def measure(case: LossCase, bandwidth: float) -> list[Record]:
+        comparison: Comparison[Record] = Comparison(device)
+        comparison.prepare(case.attention, lambda: _learning(case))
+        return comparison.records({"size": case.size}, lambda name, record: record)
+
+    columns = [Column("nats a byte", 13, field("held_out_loss"), ".4g")]
+    return Benchmark(LOSS, cases, measure, lambda case, _: f"{case.size}, {case.steps} steps", Table({"": columns}))
+
+
+def _model(case: StepCase, attention: str, device: torch.device) -> LightningForCausalLM:
     torch.manual_seed(0)
+    options = attention_options(attention) | {"max_position_embeddings": case.length + 1}
     with device:
-        return LightningForCausalLM(case.config())
+        return LightningForCausalLM(LightningConfig.from_size(case.size, **options))
 
 
-def _training(case: MixerCase, length: int, device: torch.device, dtype: torch.dtype, compiled: bool) -> Record:
-    model = _model(case, device).train()
+def _training(case: StepCase, attention: str, device: torch.device, dtype: torch.dtype, compiled: bool) -> Record:
+    model = _model(case, attention, device).train()
     if compiled:
         compile_layers(model)
-    batch_size = max(case.tokens // length, 1)
-    tokens = torch.randint(model.config.vocab_size, (batch_size, length), device=device)
+    tokens = torch.randint(model.config.vocab_size, (case.batch_size, case.length), device=device)
     inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False, "skip_logits": True}
     try:
         found = measure_steps(model, inputs, device, dtype, steps=3)
-    except torch.OutOfMemoryError:
-        return {"not_measured": "out of memory"}
     finally:
         del model
         gc.collect()
         torch.compiler.reset()
         release(device)
-    return {"tokens_per_second": rounded(batch_size * length / found.seconds), "peak_bytes": found.peak_bytes}
+    return {"tokens_per_second": rounded(tokens.numel() / found.seconds), "peak_bytes": found.peak_bytes}
 
 
 @torch.no_grad()
-def _decoding(case: MixerCase, length: int, device: torch.device, dtype: torch.dtype, seconds: float) -> Record:
-    """A token of one sequence after a context, by `forward` with a cache, as transformers' generate() makes it."""
-    model = _model(case, device).to(dtype).eval()
+def _decoding(case: StepCase, attention: str, device: torch.device, dtype: torch.dtype) -> tuple[Call, LightningCache]:
+    """Read a context, and return a function that decodes the token after it, and the cache."""
+    model = _model(case, attention, device).to(dtype).eval()
     cache, token = LightningCache(model.config.num_hidden_layers), torch.zeros(1, 1, dtype=torch.int64, device=device)
-    model(torch.randint(model.config.vocab_size, (1, length), device=device), cache=cache, logits_to_keep=1)
+    model(torch.randint(model.config.vocab_size, (1, case.length), device=device), cache=cache, logits_to_keep=1)
+    before = torch.full((1,), case.length, device=device)
+    key_values = [layer.key_values for layer in cache.layers if isinstance(layer, KeyValueLayer)]
 
-    keys_and_values = [layer.key_values for layer in cache.layers if isinstance(layer, KeyValueLayer)]
+    @torch.no_grad()
+    def step() -> object:
+        cache.length, cache.positions = case.length, before
+        for kept in key_values:
+            kept.lengths, kept.longest = before, case.length
+        return model(token, cache=cache)
 
-    def step() -> None:
-        cache.length, cache.positions = length, torch.full((1,), length, device=device)
-        for kept in keys_and_values:
-            kept.lengths, kept.longest = cache.positions, length
-        model(token, cache=cache)
-
-    times, failures = interleaved_times({"step": step}, seconds, device, "wall")
-    if failures:
-        return {"not_measured": failures["step"]}
-    return {"milliseconds": rounded(1e3 * times["step"]), "state_bytes": cache.nbytes()}
+    step()  # makes room for the token's key and value
+    return (captured(step) if device.type == "cuda" else step), cache
 
 
-def _learning(case: MixerCase) -> Record:
+def _learning(case: LossCase) -> Record:
     """Loss on held-out text of a model trained by `train` on Python's standard library."""
     with tempfile.TemporaryDirectory() as folder:
         options = TrainingOptions(
             Path(folder) / "run",
-            size=case.trained_size,
+            size=case.size,
             attention=case.attention,
             steps=case.steps,
             eval_every=case.steps,
@@ -144,56 +170,60 @@ def _learning(case: MixerCase) -> Record:
         lines = (options.output / METRICS).read_text().splitlines()
     losses = [record["eval_loss"] for line in lines if "eval_loss" in (record := json.loads(line))]
     tokens = options.batch_size * options.sequence_length * options.steps
-    return {"held_out_loss": rounded(losses[-1]), "trained_tokens": tokens, "trained_size": case.trained_size}
+    return {"held_out_loss": rounded(losses[-1]), "trained_tokens": tokens}
 
 
 def plot_mixers(document: Document, picture: PathLike) -> None:
-    """Draw tokens per second of a training step against the length, and the loss on held-out text."""
+    """Draw what was measured: speed of training steps and time of a token against the length, and the loss."""
     from matplotlib.figure import Figure
 
-    records = [record for record in document["runs"]["mixers"]["results"] if "not_measured" not in record]
-    figure, file = Figure(figsize=(11, 4.6), layout="constrained"), to_path(picture, "picture")
-    speed, loss = figure.subplots(1, 2)
-    for record in records:
-        points = [(int(n), x["tokens_per_second"]) for n, x in record["training"].items() if "tokens_per_second" in x]
-        speed.plot(*zip(*points, strict=True), marker="o", markersize=4, label=record["attention"])
-    speed.set_xscale("log", base=2)
-    speed.set(xlabel="sequence length (tokens)", ylabel="tokens per second of a training step", ylim=(0, None))
-    speed.grid(alpha=0.3)
-    speed.legend(fontsize=8)
-    learned = [record for record in records if "held_out_loss" in record]
-    loss.barh([record["attention"] for record in learned], [record["held_out_loss"] for record in learned])
-    loss.invert_yaxis()
-    loss.set(xlabel="loss on held-out text (nats a byte)")
-    if learned:
-        lowest = min(record["held_out_loss"] for record in learned)
-        loss.set_xlim(0.9 * lowest)
-        loss.set_title(f"{learned[0]['trained_size']}, {learned[0]['trained_tokens']:,} bytes", fontsize=9)
-    if records:
-        figure.suptitle(f"size {records[0]['size']}, {document['machine']['device']}", fontsize=10)
+    file = to_path(picture, "picture")
+    kinds = [kind for kind in KINDS if kind in document["runs"]]
+    figure = Figure(figsize=(5.2 * len(kinds), 4.6), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        records = [record for record in document["runs"][kind]["results"] if "not_measured" not in record]
+        if kind == LOSS:
+            _draw_losses(axes, records)
+        elif kind == TRAINING:
+            _draw_lengths(axes, records, "tokens_per_second", "sequence length (tokens)", "tokens/s of a training step")
+        else:
+            _draw_lengths(axes, records, "milliseconds", "context (tokens)", "time of a decoded token (ms)")
+        axes.set_title(records[0]["size"] if records else "", fontsize=9)
+    figure.suptitle(document["machine"]["device"], fontsize=10)
     with replacing(file, "wb") as content:
         figure.savefig(content, dpi=150, format=file.suffix[1:] or "png")
 
 
-def _title(case: MixerCase, bandwidth: float) -> str:
-    return f"{case.size}, {case.attention}"
+def _draw_lengths(axes: Any, records: list[Record], key: str, abscissa: str, ordinate: str) -> None:
+    """Draw a line per attention, named at its right end; names are moved apart."""
+    lengths = sorted({record["length"] for record in records})
+    ends = []
+    for name in dict.fromkeys(record["implementation"] for record in records):
+        points = sorted((x["length"], x[key]) for x in records if x["implementation"] == name)
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o", markersize=4)
+        ends.append((points[-1][1], name, line.get_color(), points[-1][0]))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [short(length) for length in lengths])
+    axes.set(xlabel=abscissa, ylabel=ordinate, ylim=(0, None))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.grid(alpha=0.3)
+    lowest, gap = 0.0, axes.get_ylim()[1] / 22
+    for value, name, color, length in sorted(ends):
+        lowest = max(value, lowest)
+        text = {"textcoords": "data", "va": "center", "fontsize": 8, "color": color}
+        axes.annotate(f"  {name}", (length, value), (length, lowest), annotation_clip=False, **text)
+        lowest += gap
+    if len(lengths) > 1:
+        axes.set_xlim(None, lengths[-1] * (lengths[-1] / lengths[0]) ** 0.25)
 
 
-def table(lengths: Sequence[int]) -> Table:
-    """Columns for training and decoding at every length, and for the loss."""
+def _draw_losses(axes: Any, records: list[Record]) -> None:
+    losses = [record["held_out_loss"] for record in records]
+    bars = axes.barh([record["implementation"] for record in records], losses)
+    axes.bar_label(bars, [f" {loss:.3g}" for loss in losses], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="loss on held-out text (nats a byte)", xlim=(0, 1.15 * max(losses, default=1)))
 
-    def entry(group: str, length: int, key: str, scale: float, record: Record) -> float | None:
-        found: Any = record[group][str(length)].get(key)
-        return None if found is None else found * scale
 
-    def columns(group: str, key: str, scale: float = 1.0) -> list[Column]:
-        return [Column(str(n), 12, partial(entry, group, n, key, scale), ".4g") for n in lengths]
-
-    return Table(
-        {
-            "training, tokens/s": columns("training", "tokens_per_second"),
-            "decoding, ms": columns("decoding", "milliseconds"),
-            "state, MiB": columns("decoding", "state_bytes", 2**-20)[-1:],
-            "": [Column("loss", 8, lambda record: record.get("held_out_loss"), ".4g")],
-        }
-    )
+def _title(case: StepCase, bandwidth: float) -> str:
+    return f"{case.size}, {case.length} tokens"

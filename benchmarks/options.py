@@ -75,6 +75,14 @@ def check_only(only: str | None, kinds: Sequence[str]) -> None:
         raise ValueError(f"--only must be {', '.join(kinds[:-1])} or {kinds[-1]}, got {only!r}")
 
 
+def check_belongs(only: str | None, kinds: Sequence[str], **options: object) -> None:
+    """Refuse options that are given and belong to other kinds than the one that --only chooses."""
+    for name, value in options.items():
+        if value is not None and only not in (None, *kinds):
+            option = name.replace("_", "-")
+            raise ValueError(f"--only {only} does not go with --{option}, which is for {' and '.join(kinds)}")
+
+
 def console() -> Console:
     return Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
 

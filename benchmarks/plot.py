@@ -61,7 +61,7 @@ def _plot(
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, [_short(length) for length in lengths])
+        axes.set_xticks(lengths, [short(length) for length in lengths])
         if from_zero:
             axes.set_ylim(0)
             axes.yaxis.set_major_formatter("{x:,g}")
@@ -78,7 +78,8 @@ def _plot(
         figure.savefig(content, dpi=150, format=file.suffix[1:] or "png")
 
 
-def _short(length: int) -> str:
+def short(length: int) -> str:
+    """A number of tokens as on an axis, such as 64K."""
     for power, suffix in ((20, "M"), (10, "K")):
         if length % (1 << power) == 0:
             return f"{length >> power}{suffix}"

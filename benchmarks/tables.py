@@ -26,7 +26,7 @@ CHANGED = {"scan": "2026-11-28T10:08", "step": "2026-11-24T11:53", "chunked": "2
 
 # Runs with a plot next to their file, and its description.
 PLOTS = {
-    "mixers": "Tokens per second of a training step against the sequence length, and loss on held-out text",
+    "mixers-training": "Every attention: training steps and a decoded token against the length, and loss",
     "sweep": "Time and memory against the sequence length",
     "model": "Time per token and size of state or KV cache against the context length",
     "train": "Tokens per second and memory of a step against the sequence length",
@@ -240,22 +240,45 @@ def steps(results: list[Record]) -> str:
     return note + table(columns, rows)
 
 
-def mixers(results: list[Record]) -> str:
-    """Training, decoding and loss of every attention in the same model."""
-    lengths = [int(length) for length in next(x["training"] for x in results if "training" in x)]
-    header = ["attention", *(f"{tokens(n)}, tokens/s" for n in lengths), *(f"{tokens(n)}, ms a token" for n in lengths)]
+def mixers_by_length(results: list[Record], note: str, *columns: tuple[str, str, float]) -> str:
+    """A row per attention, and of every column, a name, a key and a factor, a cell per length."""
+    lengths = sorted({x["length"] for x in results})
+    names = list(dict.fromkeys(x["implementation"] for x in results))
+    found = group(results, lambda x: x["length"])
+    header = ["attention", *(f"{tokens(n)}, {name}" for name, _, _ in columns for n in lengths)]
     rows = []
-    for x in results:
-        if "training" in x:
-            cells = [number(x["training"][str(n)].get("tokens_per_second")) for n in lengths]
-            cells += [number(x["decoding"][str(n)].get("milliseconds")) for n in lengths]
-            state = x["decoding"][str(lengths[-1])].get("state_bytes")
-            rows.append([x["attention"], *cells, number(state and state / 2**20), number(x.get("held_out_loss"))])
-    learned = next((x for x in results if "held_out_loss" in x), None)
-    note = f"Training steps and decoding of size {results[0]['size']}, one sequence decoded after a context."
-    if learned:
-        note += f" Loss on held-out bytes of size {learned['trained_size']} after {learned['trained_tokens']:,} bytes."
-    return note + "\n\n" + table([*header, "state, MiB", "loss, nats a byte"], rows)
+    for name in names:
+        cells = []
+        for _, key, factor in columns:
+            values = [found[n].get(name, {}).get(key) for n in lengths]
+            cells += [number(None if value is None else value * factor) for value in values]
+        rows.append([name, *cells])
+    return note.format(size=results[0]["size"]) + "\n\n" + table(header, rows)
+
+
+def mixers_training(results: list[Record]) -> str:
+    """Training steps of every attention in the same model."""
+    compiled = "compiled" if results[0]["compiled"] else "eager"
+    note = f"Forward, backward and AdamW of size {{size}}, layers {compiled}."
+    columns = [("tokens/s", "tokens_per_second", 1.0)]
+    if results[0]["peak_bytes"] is not None:
+        columns.append(("GiB", "peak_bytes", 2**-30))
+    return mixers_by_length(results, note, *columns)
+
+
+def mixers_decoding(results: list[Record]) -> str:
+    """A token of every attention after contexts of these lengths."""
+    note = "One sequence of size {size}: a token after a context, on a GPU in a CUDA graph, and the size of its cache."
+    return mixers_by_length(results, note, ("ms", "milliseconds", 1), ("MiB", "state_bytes", 2**-20))
+
+
+def mixers_loss(results: list[Record]) -> str:
+    """Loss of every attention after the same text."""
+    measured = [x for x in results if "held_out_loss" in x]
+    note = f"Held-out text of Python's standard library, size {measured[0]['size']} trained on "
+    note += f"{measured[0]['trained_tokens']:,} bytes of it.\n\n"
+    rows = [[x["implementation"], number(x["held_out_loss"])] for x in measured]
+    return note + table(["attention", "loss, nats a byte"], rows)
 
 
 def parallel_steps(results: list[Record]) -> str:
@@ -300,7 +323,9 @@ SECTIONS: list[tuple[str, str, str, Callable[[Any], str]]] = [
     ("Decoding: the engine", "engine", "scan", engine),
     ("Training on one long sequence", "train", "scan", training),
     ("Training steps", "speed", "scan", steps),
-    ("Attentions in the same model", "mixers", "scan", mixers),
+    ("Attentions in the same model: training", "mixers-training", "scan", mixers_training),
+    ("Attentions in the same model: decoding", "mixers-decoding", "scan", mixers_decoding),
+    ("Attentions in the same model: loss", "mixers-loss", "scan", mixers_loss),
     ("Training steps of several processes", "parallel", "scan", parallel_steps),
     ("Forward and backward of a model", "step", "scan", model_step),
     ("Nsight Compute", "counters", "scan", counters),
