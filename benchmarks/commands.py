@@ -302,7 +302,7 @@ def mixers(
         list[int] | None,
         Option(
             help="Tokens of a sequence and of a context; repeat for more. By default 1024, 8192 and 65536 on a GPU, "
-            "256 and 1024 on a CPU."
+            "256, 1024 and 4096 on a CPU."
         ),
     ] = None,
     tokens: Annotated[
@@ -353,7 +353,7 @@ def mixers(
     for name in names:
         attention_options(name)  # raises for an unknown one
     size, trained = size_of(size, torch_device), size_of(trained_size or ("45M" if on_gpu else "demo"), torch_device)
-    lengths = sorted(set(length or ((1024, 8192, 65536) if on_gpu else (256, 1024))))
+    lengths = sorted(set(length or ((1024, 8192, 65536) if on_gpu else (256, 1024, 4096))))
     steps, seconds = or_default(steps, 1000 if on_gpu else 50), or_default(seconds, 0.2 if on_gpu else 0.5)
     check_at_least(2, length=lengths)
     check_at_least(1, tokens=tokens, steps=steps)

@@ -3,7 +3,7 @@
 import gc
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,14 +17,14 @@ from lightning_attention.models import LightningCache, LightningConfig, Lightnin
 from lightning_attention.models.cache import KeyValueLayer
 from lightning_attention.models.mixers import attention_options
 from lightning_attention.paths import PathLike, to_path
-from lightning_attention.training import TrainingOptions, train
+from lightning_attention.training import TrainingOptions, byte_tokenizer, train
 from lightning_attention.training.folder import METRICS
 
 from .harness import Call, Comparison, captured, release
 from .plot import short
 from .report import Column, Document, Record, Table, field, mebibytes, rounded
 from .run import Benchmark
-from .speed import measure_steps
+from .speed import Steps, measure_steps, training_step
 
 TRAINING, DECODING, LOSS = KINDS = ("mixers-training", "mixers-decoding", "mixers-loss")
 
@@ -35,7 +35,7 @@ class StepCase:
 
     Attributes:
         attentions: what to compare, as `TrainingOptions` takes it.
-        size: size of the model.
+        size: size of the model; "demo" reads bytes.
         length: tokens of a sequence of a step, or of the context before the token.
         tokens: tokens of a step, at least one sequence.
     """
@@ -62,14 +62,26 @@ class LossCase:
 def training_benchmark(
     cases: Sequence[StepCase], device: torch.device, dtype: torch.dtype, *, compiled: bool
 ) -> Benchmark:
-    """Measure `tokens_per_second` and `peak_bytes` of training steps, of one attention after another."""
+    """Measure `tokens_per_second` and `peak_bytes` of training steps.
+
+    The attentions take turns on a CPU; on a GPU, where one model fills the memory, they run one after another.
+    """
 
     def measure(case: StepCase, bandwidth: float) -> list[Record]:
-        comparison: Comparison[Record] = Comparison(device)
+        comparison: Comparison[Any] = Comparison(device)
+        takes_turns = device.type == "cpu"
         for attention in case.attentions:
-            comparison.prepare(attention, partial(_training, case, attention, device, dtype, compiled))
+            step = partial(_step, case, attention, device, dtype, compiled)
+            comparison.prepare(attention, step if takes_turns else partial(_steps, step, device))
+        times = comparison.times(lambda step: step, seconds=1) if takes_turns else {}
+        tokens = case.batch_size * case.length
+
+        def results(name: str, prepared: Any) -> Record:
+            seconds, peak = (times[name], None) if takes_turns else (prepared.seconds, prepared.peak_bytes)
+            return {"tokens_per_second": rounded(tokens / seconds), "peak_bytes": peak}
+
         sizes = {"size": case.size, "length": case.length, "batch_size": case.batch_size, "compiled": compiled}
-        return comparison.records(sizes, lambda name, record: record)
+        return comparison.records(sizes, results)
 
     columns = [Column("tokens/s", 12, field("tokens_per_second"), ".4g")]
     columns.append(Column("memory, MiB", 13, mebibytes("peak_bytes"), ".4g"))
@@ -115,24 +127,30 @@ def loss_benchmark(cases: Sequence[LossCase], device: torch.device) -> Benchmark
 def _model(case: StepCase, attention: str, device: torch.device) -> LightningForCausalLM:
     torch.manual_seed(0)
     options = attention_options(attention) | {"max_position_embeddings": case.length + 1}
+    if case.size == "demo":  # logits of the default vocabulary would take most of its time
+        options["vocab_size"] = len(byte_tokenizer())
     with device:
         return LightningForCausalLM(LightningConfig.from_size(case.size, **options))
 
 
-def _training(case: StepCase, attention: str, device: torch.device, dtype: torch.dtype, compiled: bool) -> Record:
+def _step(case: StepCase, attention: str, device: torch.device, dtype: torch.dtype, compiled: bool) -> Call:
+    """Function that trains a model by a step."""
     model = _model(case, attention, device).train()
     if compiled:
         compile_layers(model)
     tokens = torch.randint(model.config.vocab_size, (case.batch_size, case.length), device=device)
     inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False, "skip_logits": True}
+    return training_step(model, inputs, device, dtype)
+
+
+def _steps(make_step: Callable[[], Any], device: torch.device) -> Steps:
+    """Time and memory of steps of a model that is then forgotten, with its compiled code."""
     try:
-        found = measure_steps(model, inputs, device, dtype, steps=3)
+        return measure_steps(make_step(), device, steps=3)
     finally:
-        del model
         gc.collect()
         torch.compiler.reset()
         release(device)
-    return {"tokens_per_second": rounded(tokens.numel() / found.seconds), "peak_bytes": found.peak_bytes}
 
 
 @torch.no_grad()

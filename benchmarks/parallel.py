@@ -18,7 +18,7 @@ from lightning_attention.models import LightningConfig, LightningForCausalLM, co
 
 from .harness import release
 from .report import Record, rounded
-from .speed import Steps, measure_steps
+from .speed import Steps, measure_steps, training_step
 
 ONE, DATA, SHARDED = "one process", "data parallel", "sharded (FSDP2)"
 
@@ -107,7 +107,8 @@ def _measure(case: ParallelCase, kind: str, device: torch.device, compiled: bool
         ids = [device.index] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return measure_steps(wrapped, _inputs(case, parallel, model.config.vocab_size, device), device, dtype, steps)
+    inputs = _inputs(case, parallel, model.config.vocab_size, device)
+    return measure_steps(training_step(wrapped, inputs, device, dtype), device, steps)
 
 
 def _inputs(

@@ -178,13 +178,13 @@ def _run(model: Any, case: SpeedCase, device: torch.device, dtype: torch.dtype, 
     tokens = torch.randint(model.config.vocab_size, (case.batch_size, case.length), device=device)
     options = {"skip_logits": True} if isinstance(model, LightningForCausalLM) else {}
     inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False, **options}
-    return measure_steps(model, inputs, device, dtype, steps)
+    return measure_steps(training_step(model, inputs, device, dtype), device, steps)
 
 
-def measure_steps(
-    model: nn.Module, inputs: dict[str, Any], device: torch.device, dtype: torch.dtype, steps: int
-) -> Steps:
-    """Measure `steps` steps with AdamW on the same inputs, in autocast of a dtype, after two others."""
+def training_step(
+    model: nn.Module, inputs: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> Callable[[], Tensor]:
+    """Function that trains a model by a step of AdamW, always on the same inputs, and returns the loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
 
     def step() -> Tensor:
@@ -195,6 +195,11 @@ def measure_steps(
         optimizer.zero_grad()
         return loss
 
+    return step
+
+
+def measure_steps(step: Callable[[], Tensor], device: torch.device, steps: int) -> Steps:
+    """Measure `steps` steps after two others."""
     start = time.perf_counter()
     loss = step().item()
     first_seconds = time.perf_counter() - start

@@ -26,7 +26,8 @@ CHANGED = {"scan": "2026-11-28T10:08", "step": "2026-11-24T11:53", "chunked": "2
 
 # Runs with a plot next to their file, and its description.
 PLOTS = {
-    "mixers-training": "Every attention: training steps and a decoded token against the length, and loss",
+    "mixers-training": "Every attention: training steps against the length, and loss",
+    "mixers-decoding": "Every attention: time of a decoded token against the context",
     "sweep": "Time and memory against the sequence length",
     "model": "Time per token and size of state or KV cache against the context length",
     "train": "Tokens per second and memory of a step against the sequence length",
@@ -74,7 +75,7 @@ def main() -> None:
 
 def page() -> str:
     """The text of docs/benchmarks.md."""
-    sections, outdated = [HEADER], []
+    sections, outdated, pictures = [HEADER], [], set()
     for title, run, change, write in SECTIONS:
         tables = []
         for file in sorted(RESULTS.glob("*/*.json")):
@@ -85,7 +86,11 @@ def page() -> str:
                 if is_outdated(document, found, change):
                     outdated.append(f"| {link(file)} | {name} | {found.get('time', 'not kept')[:10]} |")
                 else:
-                    tables.append(f"{source(document, found, file)}\n\n{write(found['results'])}{plot(file, name)}")
+                    text = f"{source(document, found, file)}\n\n{write(found['results'])}"
+                    if (image := file.with_suffix(".png")) not in pictures and name in PLOTS and image.exists():
+                        pictures.add(image)
+                        text += f"\n\n![{PLOTS[name]}](../{image.relative_to(ROOT).as_posix()})"
+                    tables.append(text)
         if tables:
             sections.append("\n\n".join([f"## {title}", *tables]) + "\n")
     if outdated:
@@ -107,14 +112,6 @@ def is_outdated(document: Record, run: Record, change: str) -> bool:
 
 def link(file: Path) -> str:
     return f"[{file.parent.name}/{file.name}](../{file.relative_to(ROOT).as_posix()})"
-
-
-def plot(file: Path, run: str) -> str:
-    """The plot of a run, if it has one."""
-    image = file.with_suffix(".png")
-    if run not in PLOTS or not image.exists():
-        return ""
-    return f"\n\n![{PLOTS[run]}](../{image.relative_to(ROOT).as_posix()})"
 
 
 def source(document: Record, run: Record, file: Path) -> str:
@@ -261,7 +258,7 @@ def mixers_training(results: list[Record]) -> str:
     compiled = "compiled" if results[0]["compiled"] else "eager"
     note = f"Forward, backward and AdamW of size {{size}}, layers {compiled}."
     columns = [("tokens/s", "tokens_per_second", 1.0)]
-    if results[0]["peak_bytes"] is not None:
+    if any(x.get("peak_bytes") for x in results):
         columns.append(("GiB", "peak_bytes", 2**-30))
     return mixers_by_length(results, note, *columns)
 

@@ -15,7 +15,7 @@ def runs(folder):
 
 
 def test_an_attention_trains_decodes_and_learns(bench, tmp_path, capsys):
-    options = "--attention elu --tokens 64 --steps 1 --seconds 0".split()
+    options = ["--attention", "elu", "--tokens", "64", "--steps", "1", "--seconds", "0"]
     bench("mixers", *SIZES.split(), *options, "--output", tmp_path)
     found = {kind: run["results"] for kind, run in runs(tmp_path).items()}
     config = LightningConfig.from_size("demo", linear_attention="elu", max_position_embeddings=33)
