@@ -117,24 +117,26 @@ def _gradients_on_gpus(group: Any, T: int, segment_length: int, strategy: str) -
     return {name: x.cpu() for name, x in _gradients(model, loss).items()}
 
 
-def gradients_averaged(ranks: int, T: int, tied: bool) -> dict[str, Tensor]:
+def gradients_averaged(ranks: int, T: int, options: dict[str, Any]) -> dict[str, Tensor]:
     """Gradients of one process for the batch rows of all ranks, of which each has as many labels."""
-    model = make_model(torch.float32, tie_word_embeddings=tied)
+    model = make_model(torch.float32, **options)
     input_ids = torch.cat([tokens(1, T, seed=rank) for rank in range(ranks)])
     return _gradients(model, model(input_ids, labels=input_ids, skip_logits=True).loss)
 
 
-def gradients_replicated(group: Any, T: int, tied: bool) -> dict[str, Tensor]:
+def gradients_replicated(group: Any, T: int, options: dict[str, Any]) -> dict[str, Tensor]:
     """Gradients of a model within `DistributedDataParallel`, with one batch row per rank."""
-    model = make_model(torch.float32, tie_word_embeddings=tied)
+    model = make_model(torch.float32, **options)
     input_ids = tokens(1, T, seed=dist.get_rank(group))
     replica = DistributedDataParallel(model, process_group=group)
     return _gradients(model, replica(input_ids, labels=input_ids, skip_logits=True).loss)
 
 
-def gradients_sharded(group: Any, T: int, segment_length: int | None, tied: bool = True) -> dict[str, Tensor]:
+def gradients_sharded(
+    group: Any, T: int, segment_length: int | None, options: dict[str, Any] | None = None
+) -> dict[str, Tensor]:
     """Gradients of a model sharded over the group by `fully_shard`, with one batch row per rank."""
-    model = make_model(torch.float32, tie_word_embeddings=tied)
+    model = make_model(torch.float32, **options or {})
     world: Any = group or dist.group.WORLD
     mesh = DeviceMesh.from_group(world, "cpu")
     for module in (*model.model.layers, model):

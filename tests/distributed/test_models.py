@@ -87,14 +87,23 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         assert (actual[name] - exact).norm() < 1e-5 * max(exact.norm(), largest / 100), name
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+MODELS = {
+    "tied": {"tie_word_embeddings": True},
+    "untied": {"tie_word_embeddings": False},
+    "hybrid": {"layer_pattern": "1:1", "num_key_value_heads": 1},
+    "softmax": {"layer_pattern": "0:1", "block": "llama"},
+    "random features": {"linear_attention": "rfa", "max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("wrapper", ["replicated", "sharded"])
-def test_loss_without_logits_of_a_wrapped_model_equals_one_process(ranks, wrapper, tied):
-    expected = jobs.gradients_averaged(2, 29, tied)
+def test_loss_without_logits_of_a_wrapped_model_equals_one_process(ranks, wrapper, options):
+    expected = jobs.gradients_averaged(2, 29, options)
     if wrapper == "replicated":
-        parts = ranks(jobs.gradients_replicated, 29, tied, members=(0, 1))
+        parts = ranks(jobs.gradients_replicated, 29, options, members=(0, 1))
     else:
-        parts = ranks(jobs.gradients_sharded, 29, None, tied, members=(0, 1))
+        parts = ranks(jobs.gradients_sharded, 29, None, options, members=(0, 1))
     torch.testing.assert_close(torch.stack([part.pop("loss") for part in parts]).mean(), expected.pop("loss"))
     for part in parts:
         assert_equal(part, expected)

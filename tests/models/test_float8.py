@@ -25,9 +25,9 @@ def config(**changes):
     return make_config(**{"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2} | changes)
 
 
-def make(device: str = "cpu") -> LightningForCausalLM:
+def make(device: str = "cpu", **changes: Any) -> LightningForCausalLM:
     torch.manual_seed(0)
-    return LightningForCausalLM(config()).to(device).train()
+    return LightningForCausalLM(config(**changes)).to(device).train()
 
 
 def gradients(
@@ -47,9 +47,13 @@ def error(x: torch.Tensor, y: torch.Tensor) -> float:
     return float((x - y).norm() / y.norm())
 
 
+HYBRID = {"layer_pattern": "1:1", "num_key_value_heads": 1}
+
+
+@pytest.mark.parametrize("options", [{}, HYBRID], ids=["linear attention", "hybrid"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_gradients_are_those_of_bfloat16_but_for_rounding(device):
-    model, ids = make(device), tokens(2, 80).to(device)
+def test_gradients_are_those_of_bfloat16_but_for_rounding(device, options):
+    model, ids = make(device, **options), tokens(2, 80).to(device)
     expected = gradients(model, ids)
     use_float8(model)
     found = gradients(model, ids)

@@ -86,6 +86,27 @@ def test_gradients_accumulate_and_scale_with_the_loss():
     assert_alike({name: parameter.grad for name, parameter in MODEL.named_parameters()}, expected, 1e-10)
 
 
+@pytest.mark.parametrize(("segment_length", "reads"), [(4, 5), (6, 3), (11, 1)])
+def test_every_segment_but_the_last_is_read_twice(segment_length, reads):
+    model, input_ids = make_model(), tokens(2, 11)
+    expected = gradients(model, model(input_ids, labels=input_ids).loss)
+    counted = []
+    model.register_forward_hook(lambda *_: counted.append(None))
+    loss = segmented_loss(model, input_ids, segment_length=segment_length)
+    assert_alike(gradients(model, loss), expected, 1e-10)
+    assert len(counted) == reads
+
+
+def test_a_second_backward_pass_adds_the_same_gradients():
+    input_ids = tokens(2, 11)
+    expected = gradients(MODEL, 2 * MODEL(input_ids, labels=input_ids).loss)
+    loss = segmented_loss(MODEL, input_ids, segment_length=4)
+    MODEL.zero_grad()
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+    assert_alike({name: parameter.grad for name, parameter in MODEL.named_parameters()}, expected, 1e-10)
+
+
 def test_without_gradients_only_the_loss_is_computed():
     input_ids = tokens(2, 11)
     with torch.no_grad():

@@ -197,6 +197,17 @@ def test_several_processes_make_the_steps_of_one(files, processes, changes):
     load(files / "several")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["softmax", "1:1", "performer"])
+def test_processes_that_shard_other_attentions_make_the_steps_of_one(files, attention):
+    train(options(files, "one", steps=10, attention=attention), console=quiet())
+    process = torchrun(2, *arguments(files, "two", steps=10, attention=attention, batch_size=1, fsdp=True))
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert losses(files / "two") == pytest.approx(losses(files / "one"), rel=1e-3)
+    load(files / "two")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "changes", [{"segment_length": 17}, {"fsdp": True, "compile": True}], ids=["by segments", "sharded"]
@@ -224,11 +235,24 @@ def test_a_process_of_torchrun_on_a_gpu_has_the_losses_of_one_without(files, cha
     ids=["tokens, by segments", "tokens and the model", "sequences and the model, by segments"],
 )
 def test_two_processes_on_two_gpus_make_the_steps_of_one(files, changes):
-    train(options(files, "one", steps=10), console=quiet())
-    process = torchrun(2, *arguments(files, "two", steps=10, **changes), where=os.environ)
+    assert_two_gpus_make_the_steps_of_one(files, {}, changes, 1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.nccl
+@needs_two_gpus
+def test_two_gpus_that_shard_a_compiled_hybrid_make_the_steps_of_one(files):
+    (files / "model.json").write_text(json.dumps(MODEL | {"hidden_size": 32}))  # heads that FlashAttention takes
+    hybrid = {"attention": "1:1", "dtype": "bfloat16"}
+    assert_two_gpus_make_the_steps_of_one(files, hybrid, {"batch_size": 1, "fsdp": True, "compile": True}, 1e-2)
+
+
+def assert_two_gpus_make_the_steps_of_one(files, model, changes, tolerance):
+    train(options(files, "one", steps=10, **model), console=quiet())
+    process = torchrun(2, *arguments(files, "two", steps=10, **model, **changes), where=os.environ)
     output, _ = process.communicate()
     assert process.returncode == 0, output
-    assert losses(files / "two") == pytest.approx(losses(files / "one"), rel=1e-3)
+    assert losses(files / "two") == pytest.approx(losses(files / "one"), rel=tolerance)
     load(files / "two")
 
 

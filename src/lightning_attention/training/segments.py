@@ -1,9 +1,9 @@
 """Exact training over segments, with the activations of one training segment in memory at a time.
 
 Tokens depend on earlier tokens through the states of the layers alone. The forward pass reads a sequence segment by
-segment and keeps the states before each one. The backward pass takes the segments in reverse: it reads each again, and
-passes the gradient of its states to the segment before. Memory for activations is constant, memory for kept states is
-linear in the number of segments.
+segment and keeps the states before each one, and the activations of the last. The backward pass takes the segments in
+reverse: it reads each but the last again, and passes the gradient of its states to the segment before. Memory for
+activations is constant, memory for kept states is linear in the number of segments.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,9 +40,9 @@ def segmented_loss(
 ) -> Tensor:
     """Compute the loss of `model(input_ids, labels=labels, position_ids=position_ids)` by training segments.
 
-    Loss and gradients equal those of the model up to rounding. `backward()` of the loss reads every segment once more
-    and adds to the `grad` of the parameters; `torch.autograd.grad` is not supported. With gradients disabled only the
-    loss is computed.
+    Loss and gradients equal those of the model up to rounding. `backward()` of the loss reads every segment but the
+    last once more and adds to the `grad` of the parameters; `torch.autograd.grad` is not supported. With gradients
+    disabled only the loss is computed.
 
     With sequence parallelism (`LightningModel.set_sequence_parallel`) every process of the group gives the same
     sequences, the group shares every segment, and loss and gradients of a process are those of its own tokens, to be
@@ -179,6 +179,15 @@ class _Segments:
         return x.to(self.device, torch.int64, non_blocking=True, copy=copy)
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A segment that was read for its gradients: its loss, the states before it, which are leaves, and after it."""
+
+    loss: Tensor
+    before: list[Tensor]
+    after: list[Tensor]
+
+
 class _Passes:
     """Forward and backward pass over the segments of a batch."""
 
@@ -195,6 +204,7 @@ class _Passes:
         self.device = segments.device
         self.truncate_every, self.offloads = truncate_every, offload_states and self.device.type != "cpu"
         self.kept: list[list[Tensor]] = []  # states before every segment
+        self.last: _Read | None = None  # the last segment, between the passes
         self.autocast = _current_autocast(self.device.type)
 
     @torch.no_grad()
@@ -208,27 +218,38 @@ class _Passes:
             states = [state * continues for state in states]
             if keep_states:
                 self.kept.append([self._offload(state) for state in states])
+                if index == len(self.segments) - 1:
+                    with self._sharing(index):
+                        self.last = self._read_for_gradients(index)
+                    return loss + self.last.loss
             segment_loss, states = self._read(index, states)
             states = self._sum_over_ranks(states)
             loss = loss + segment_loss
         return loss
 
-    @torch.enable_grad()
     def backward(self, d_loss: Tensor) -> None:
         d_after: list[Tensor] | None = None
         for index in reversed(range(len(self.segments))):
-            kept = [state.to(self.device, non_blocking=True) for state in self.kept[index]]
-            states = [state.detach().requires_grad_() for state in kept]
-            # Processes exchange gradients once, with the first segment, which is read last.
-            with nullcontext() if index == 0 else _no_sync(self.model):
-                loss, after = self._read(index, states)
+            with self._sharing(index):
+                read, self.last = self.last or self._read_for_gradients(index), None
                 if d_after is None:
-                    torch.autograd.backward(loss, d_loss)
+                    torch.autograd.backward(read.loss, d_loss)
                 else:
-                    torch.autograd.backward([loss, *after], [d_loss, *d_after])
+                    torch.autograd.backward([read.loss, *read.after], [d_loss, *d_after])
             is_cut = self.truncate_every is not None and index % self.truncate_every == 0
             continues = self.segments.continues(index)
-            d_after = None if is_cut else self._sum_over_ranks([_gradient(state) * continues for state in states])
+            d_after = None if is_cut else self._sum_over_ranks([_gradient(state) * continues for state in read.before])
+
+    def _sharing(self, index: int) -> AbstractContextManager:
+        """Processes exchange gradients once, with the first segment, whose gradient is the last."""
+        return nullcontext() if index == 0 else _no_sync(self.model)
+
+    @torch.enable_grad()
+    def _read_for_gradients(self, index: int) -> _Read:
+        kept = [state.to(self.device, non_blocking=True) for state in self.kept[index]]
+        before = [state.detach().requires_grad_() for state in kept]
+        loss, after = self._read(index, before)
+        return _Read(loss, before, after)
 
     def _read(self, index: int, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Compute the loss of a segment and the states after it."""
