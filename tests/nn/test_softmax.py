@@ -285,10 +285,51 @@ def test_keys_of_other_sequences_are_refused():
     layer = make()
     x, positions = inputs()
     past = KeyValues(3, H, D, window=None, dtype=torch.float64, device="cpu")
-    with pytest.raises(ValueError, match="keys and values of 3 sequences, got 2"):
+    message = r"state has keys of shape \[N, H, D\] = \[3, 4, 8\], these inputs need \[2, 4, 8\]"
+    with pytest.raises(ValueError, match=message):
         layer(x, positions, None, past)
-    with pytest.raises(ValueError, match="keys and values of 3 sequences, got 2"):
+    with pytest.raises(ValueError, match=message):
         layer(x[:1], positions[:1], torch.tensor([0, 3, 23]), past)
+    with pytest.raises(ValueError, match=r"\[2, 4, 8\], these inputs need \[2, 2, 8\]"):
+        make("grouped")(x, positions, None, key_values())
+
+
+def key_values(window: int | None = None, sinks: int = 0) -> KeyValues:
+    return KeyValues(2, H, D, window=window, sinks=sinks, dtype=torch.float64, device="cpu")
+
+
+@pytest.mark.parametrize("kept", [{}, {"window": 3}, {"window": 50}, {"window": 5, "sinks": 1}], ids=str)
+def test_keys_of_another_window_are_refused(kept):
+    layer = make("window")
+    x, positions = inputs()
+    with pytest.raises(ValueError, match="state must have the layer's window of 5 and no sinks"):
+        layer(x, positions, None, key_values(**kept))
+
+
+@pytest.mark.parametrize(
+    ("window", "sinks", "error", "message"),
+    [
+        (None, 2, ValueError, "sinks go with a window"),
+        (0, 0, ValueError, "window must be at least 1, got 0"),
+        (3, -1, ValueError, "sinks must be at least 0, got -1"),
+        (2.0, 0, TypeError, "window must be an integer, got 2.0"),
+    ],
+)
+def test_bad_windows_are_refused(window, sinks, error, message):
+    with pytest.raises(error, match=message):
+        key_values(window, sinks)
+
+
+@ALL
+@pytest.mark.parametrize("shape", [(0, 7), (2, 0)])
+def test_no_token_is_no_output(case, shape):
+    layer = make(case)
+    x, positions = inputs()
+    past = layer.make_key_values(shape[0], torch.float64, "cpu")
+    for state in (None, past):
+        y, _ = layer(x[: shape[0], : shape[1]], positions[: shape[0], : shape[1]], None, state)
+        assert y.shape == (*shape, x.shape[-1])
+    assert past.longest == 0
 
 
 @pytest.mark.parametrize("bounds", [[0, 3, 22], [1, 23], [0, 9, 5, 23]])

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .sizes import check_integer, check_size
+
 SLOTS = 256  # a buffer that grows without a window has a multiple of these
 
 
@@ -19,6 +21,10 @@ class KeyValues:
         window: w, the last tokens to keep of each sequence; None keeps all.
         sinks: s, first tokens to keep besides.
         dtype, device: of keys and values.
+
+    Raises:
+        TypeError: a size is not an integer.
+        ValueError: a size is out of range, or there are sinks without a window.
 
     Attributes:
         keys, values: `[N, S, H, D]` in S slots.
@@ -46,15 +52,22 @@ class KeyValues:
         dtype: torch.dtype,
         device: torch.device | str,
     ):
+        check_integer("num_sequences", num_sequences)
+        for name, size in (("num_heads", num_heads), ("head_dim", head_dim)):
+            check_size(name, size)
+        check_window(window, sinks)
         shape = num_sequences, 0 if window is None else sinks + window, num_heads, head_dim
         self.window, self.sinks = window, sinks
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.lengths = torch.zeros(num_sequences, dtype=torch.int64, device=device)
         self.longest, self.is_even = 0, True
 
-    @torch.no_grad()
     def append(self, k: Tensor, v: Tensor, counts: Tensor | None = None) -> None:
         """Append keys and values `[N, T, H, D]`, of each sequence the first `counts` `[N]`; by default all."""
+        with torch.no_grad():  # as a decorator the compiler does not take it
+            self._append(k, v, counts)
+
+    def _append(self, k: Tensor, v: Tensor, counts: Tensor | None) -> None:
         length = k.shape[1]
         self.is_even = self.is_even and counts is None
         if self.window is None:
@@ -121,3 +134,19 @@ class KeyValues:
         for name in ("keys", "values"):
             kept = getattr(self, name)
             setattr(self, name, torch.cat([kept, kept.new_zeros(kept.shape[0], more, *kept.shape[2:])], dim=1))
+
+
+def check_window(window: int | None, sinks: int) -> None:
+    """Check how many of the last and of the first tokens to keep.
+
+    Raises:
+        TypeError: one is not an integer.
+        ValueError: `window` is less than 1 or `sinks` less than 0, or there are sinks without a window.
+    """
+    if window is not None:
+        check_size("window", window)
+    check_integer("sinks", sinks)
+    if sinks < 0:
+        raise ValueError(f"sinks must be at least 0, got {sinks}")
+    if sinks and window is None:
+        raise ValueError("sinks go with a window of last tokens: give both")

@@ -177,3 +177,6 @@ class RoPE(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         x1, x2 = x.chunk(2, dim=-1)
         return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+    def extra_repr(self) -> str:
+        return f"{self.head_dim}, base={self.base}, factor={self.factor}"

@@ -73,6 +73,9 @@ class SoftmaxAttention(TokenMixer):
             raise ValueError(f"rope must be made for heads of {self.head_dim} channels, got {rope.head_dim}")
         self.rope, self.window = rope, window
 
+    def extra_repr(self) -> str:
+        return f"num_key_value_heads={self.num_key_value_heads}, window={self.window}"
+
     @property
     def state_shape(self) -> tuple[int, int, int]:
         raise ValueError("softmax attention keeps keys and values of earlier tokens, and no state of constant size")
@@ -111,23 +114,33 @@ class SoftmaxAttention(TokenMixer):
             raise ValueError("softmax attention has no pool of states: slots go with KeyValues, for single tokens")
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: object, slots: Slots | None
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: Any, slots: Slots | None
     ) -> tuple[Tensor, KeyValues | None]:
+        """Attention; keys and values are appended to the state."""
         if self.sequence_parallel is not None:
             raise ValueError("softmax attention has no states to exchange: sequence parallelism needs another one")
+        if state is not None:
+            self._check_key_values(state, q, cu_seqlens)
+        if not torch.compiler.is_compiling() and q.numel() == 0:
+            return torch.empty_like(q), state
         if state is None:
             if cu_seqlens is not None:
                 return self._packed(q, k, v, cu_seqlens), None
             return (self._by_flash(q, k, v) if self.window and _has_flash(q) else self._causal(q, k, v)), None
-        if not isinstance(state, KeyValues):
-            raise TypeError(f"state of softmax attention must be KeyValues, got {type(state).__name__}")
-        num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        if num_sequences != len(state.lengths):
-            raise ValueError(f"state has keys and values of {len(state.lengths)} sequences, got {num_sequences}")
         if cu_seqlens is None:
             counts = None if slots is None else (slots.of_sequences >= 0).long()
             return self._from_past(q, k, v, state, counts), state
         return self._packed_from_past(q, k, v, cu_seqlens, state), state
+
+    def _check_key_values(self, state: KeyValues, q: Tensor, cu_seqlens: Tensor | None) -> None:
+        if not isinstance(state, KeyValues):
+            raise TypeError(f"state of softmax attention must be KeyValues, got {type(state).__name__}")
+        num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        expected, kept = (num_sequences, self.num_key_value_heads, self.head_dim), state.keys.shape
+        if (found := (len(state.lengths), *kept[2:])) != expected:
+            raise ValueError(f"state has keys of shape [N, H, D] = {list(found)}, these inputs need {list(expected)}")
+        if self.window is not None and (state.window != self.window or state.sinks):
+            raise ValueError(f"state must have the layer's window of {self.window} and no sinks: make_key_values()")
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention within batch rows `[B, T, H, D]`."""
