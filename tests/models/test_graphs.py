@@ -47,6 +47,43 @@ INPUTS = {
 }
 
 
+OTHER_SEQUENCES = {
+    "positions that restart": {"position_ids": torch.arange(3)[None]},
+    "another document": {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 2, 2, 2]])},
+    "a negative mask": {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 1, -1]])},
+    "other padding": {"attention_mask": torch.tensor([[1, 0, 1, 1, 1, 1, 1, 1]])},
+    "seq_idx": {"seq_idx": torch.tensor([[1, 1, 1]])},
+}
+
+
+@pytest.mark.parametrize("case", OTHER_SEQUENCES)
+@torch.no_grad()
+def test_a_compiled_model_does_not_go_on_from_another_sequence(model, case):
+    """The error comes when the graph runs, or while it is traced."""
+    ids = tokens(1, 8)
+    cache = model(ids[:, :5], use_cache=True).cache
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with pytest.raises((RuntimeError, ValueError), match=r"sequence|padding|seq_idx|Unsupported|Observed exception"):
+        compiled(ids[:, 5:], cache=cache, **OTHER_SEQUENCES[case])
+
+
+@torch.no_grad()
+def test_a_compiled_model_goes_on_from_the_cache(model):
+    ids, mask = tokens(1, 8), torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]])
+    expected = model(ids, attention_mask=mask).logits[:, 5:]
+    cache = model(ids[:, :5], attention_mask=mask[:, :5], use_cache=True).cache
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    given = {"attention_mask": mask, "position_ids": torch.tensor([[4, 5, 6]])}
+    torch.testing.assert_close(compiled(ids[:, 5:], cache=cache, **given).logits, expected)
+
+
+@torch.no_grad()
+def test_a_model_of_softmax_attention_is_one_graph():
+    model, ids = LightningForCausalLM(make_config(layer_pattern="1:1")).eval(), tokens(2, 12)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("case", INPUTS)
 def test_compiled_equals_eager_without_graph_breaks(model, case, train):

@@ -272,6 +272,64 @@ def test_a_sequence_goes_on_from_the_cache(model, options):
     torch.testing.assert_close(logits[:1], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [{}, {"layer_pattern": "1:1"}, {"layer_pattern": "0:1"}], ids=str)
+@torch.no_grad()
+def test_positions_of_the_caller_are_continued(kind):
+    model = LightningForCausalLM(make_config(**kind)).eval().double()
+    ids, at = tokens(2, 9), torch.arange(20, 29)[None]
+    expected = model(ids, position_ids=at, use_cache=False).logits[:, 5:]
+    cache = model(ids[:, :5], position_ids=at[:, :5], use_cache=True).cache
+    assert cache.positions.tolist() == [25, 25]
+    found = [model(ids[:, t : t + 2], cache=cache).logits for t in (5, 7)]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected)
+
+
+@torch.no_grad()
+def test_positions_that_count_padding_are_continued():
+    model = LightningForCausalLM(make_config(layer_pattern="1:1")).eval().double()
+    ids, mask, at = tokens(2, 9), torch.ones(2, 9, dtype=torch.int64), torch.arange(9)[None]
+    mask[1, :3] = 0
+    expected = model(ids, attention_mask=mask, position_ids=at, use_cache=False).logits[:, 6:]
+    cache = model(ids[:, :6], attention_mask=mask[:, :6], position_ids=at[:, :6], use_cache=True).cache
+    torch.testing.assert_close(model(ids[:, 6:], attention_mask=mask, cache=cache).logits, expected)
+
+
+@torch.no_grad()
+def test_positions_that_leave_a_gap_after_the_cache_are_refused(model):
+    ids = tokens(1, 8)
+    cache = model(ids[:, :5], use_cache=True).cache
+    with pytest.raises(ValueError, match="which a cache cannot hold"):
+        model(ids[:, 5:], position_ids=torch.tensor([[6, 7, 8]]), cache=cache)
+
+
+@torch.no_grad()
+def test_as_many_other_columns_of_padding_are_refused(model):
+    ids = tokens(1, 8)
+    cache = model(ids[:, :6], attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1]]), use_cache=True).cache
+    with pytest.raises(ValueError, match="marks other columns as padding than those that the cache has read"):
+        model(ids[:, 6:], attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]]), cache=cache)
+    model(ids[:, 6:], attention_mask=torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1]]), cache=cache)
+
+
+@pytest.mark.parametrize("kind", [{}, {"layer_pattern": "0:1"}], ids=["linear", "softmax"])
+@torch.no_grad()
+def test_a_cache_of_an_interrupted_call_is_refused(kind):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model, ids = LightningForCausalLM(make_config(**kind)).eval(), tokens(1, 8)
+    cache = model(ids[:, :7], use_cache=True).cache
+    last: Any = model.model.layers[-1]
+    handle = last.mlp.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(ids[:, 7:], cache=cache)
+    handle.remove()
+    with pytest.raises(ValueError, match="an earlier call with this cache was interrupted"):
+        model(ids[:, 7:], cache=cache)
+    cache.reset()
+    torch.testing.assert_close(model(ids, cache=cache).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_float_mask_of_zeros_and_ones_is_a_mask(model, padded):
     """PEFT prepends such a mask for virtual tokens."""

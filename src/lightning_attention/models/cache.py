@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLaye
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..nn import KeyValues, SoftmaxAttention
-from ..nn.sizes import check_integer
+from ..nn.key_values import check_window
 
 # transformers' name of the cache among arguments and outputs: `cache` since 5.24, `past_key_values` before.
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -64,8 +64,9 @@ class LightningCache(Cache):
 
     Attributes:
         length: columns read so far, padding included.
-        positions: `[B]` int64, position of the next token of each batch row, padding not counted; None before the
-            first call.
+        positions: `[B]` int64, position of the next token of each batch row; None before the first call. It is the
+            number of tokens, padding not counted, unless `position_ids` said otherwise.
+        padding: `[B, 2]` int64, how many columns were padding, and a checksum of which; None if there was none.
 
     Example:
         >>> import torch
@@ -81,17 +82,12 @@ class LightningCache(Cache):
 
     def __init__(self, num_layers: int, *, window: int | None = None, sinks: int = 0):
         super().__init__(layers=[LinearAttentionLayer() for _ in range(num_layers)])
-        for name, value, lowest in (("window", window, 1), ("sinks", sinks, 0)):
-            if value is None:
-                continue
-            check_integer(name, value)
-            if value < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, got {value}")
-        if sinks and window is None:
-            raise ValueError("sinks go with a window of last tokens: give both")
+        check_window(window, sinks)
         self.window, self.sinks = window, sinks
         self.length = 0
         self.positions: Tensor | None = None
+        self.padding: Tensor | None = None
+        self._is_open = False
 
     @property
     def is_compileable(self) -> bool:
@@ -140,7 +136,7 @@ class LightningCache(Cache):
             layer = KeyValueLayer(attention.make_key_values(batch_size, dtype, device, **options))
             self.layers[layer_idx] = layer
         kept, sizes = layer.key_values, (batch_size, attention.num_key_value_heads, attention.head_dim)
-        if kept.keys.is_inference() and not torch.is_inference_mode_enabled():
+        if not torch.compiler.is_compiling() and kept.keys.is_inference() and not torch.is_inference_mode_enabled():
             kept.select(torch.arange(len(kept.lengths)))  # copies, which PyTorch lets be updated in place
         found = kept.keys.shape[0], *kept.keys.shape[2:]
         if found != sizes:
@@ -157,19 +153,39 @@ class LightningCache(Cache):
             if (kept := layer.recurrent_states[0]) is not state and kept is not None:
                 kept.copy_(state.detach())
 
-    def advance(self, columns: int, tokens: int | Tensor, batch_size: int, device: torch.device) -> None:
-        """Count columns that were read, and the tokens among them in each batch row."""
-        if self.positions is None:
-            self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    def open(self) -> None:
+        """Prepare for layers that read tokens; `advance` ends it.
+
+        Raises:
+            ValueError: it was not ended, since an error or a signal has interrupted the layers.
+        """
+        if self._is_open:
+            raise ValueError(
+                "an earlier call with this cache was interrupted, and only some layers have read its tokens: start "
+                "with a new cache"
+            )
+        self._is_open = True
+
+    def advance(self, columns: int, positions: Tensor, padding: Tensor | None) -> None:
+        """Count columns that were read.
+
+        Args:
+            columns: their number T.
+            positions: `[B]`, position of the next token.
+            padding: `[B, T]` bool, true in the padding; None for no padding.
+        """
+        if padding is not None:
+            checked = checksum(padding, self.length)
+            self.padding = checked if self.padding is None else self.padding + checked
         self.length += columns
-        self.positions = self.positions + tokens
+        self.positions, self._is_open = positions, False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
 
     def reset(self) -> None:
         super().reset()
-        self.length, self.positions = 0, None
+        self.length, self.positions, self.padding, self._is_open = 0, None, None, False
 
     def crop(self, *_: Any, **__: Any) -> None:
         """Not supported: a state cannot be rolled back.
@@ -181,8 +197,7 @@ class LightningCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        if self.positions is not None:
-            self.positions = self.positions[beam_idx.to(self.positions.device)]
+        self._select_rows(beam_idx)
 
     def batch_select_indices(self, indices: torch.LongTensor) -> None:
         self.reorder_cache(indices)
@@ -195,7 +210,12 @@ class LightningCache(Cache):
             elif (state := layer.recurrent_states[0]) is not None:
                 layer.recurrent_states[0] = state.repeat_interleave(repeats, dim=0)
         if self.positions is not None:
-            self.positions = self.positions.repeat_interleave(repeats)
+            self._select_rows(torch.arange(len(self.positions)).repeat_interleave(repeats))
+
+    def _select_rows(self, indices: Tensor) -> None:
+        for name in ("positions", "padding"):
+            if (kept := getattr(self, name)) is not None:
+                setattr(self, name, kept[indices.to(kept.device)])
 
     def nbytes(self) -> int:
         """Memory of the states, and of keys and values, in bytes."""
@@ -206,6 +226,17 @@ class LightningCache(Cache):
             elif (state := layer.recurrent_states[0]) is not None:
                 total += state.nbytes
         return total
+
+
+def checksum(padding: Tensor, first: int = 0) -> Tensor:
+    """`[B, 2]` int64: how many columns of `[B, T]` from column `first` on are true, and a number that says which.
+
+    Those of several calls add up to that of all columns.
+    """
+    x = torch.arange(first, first + padding.shape[1], device=padding.device) + 1
+    x = x * -0x61C8864680B583EB  # an odd number whose multiples are spread over 64 bits; they wrap around
+    x = (x ^ (x >> 29)) * -0x4B47D0C5A1A6E3D1
+    return torch.stack([padding.sum(dim=1), (x * padding).sum(dim=1)], dim=1)
 
 
 class CacheName:

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.problem import sequence_bounds
-from .cache import LightningCache
+from .cache import LightningCache, checksum
 
 OTHER_PADDING = (
     "attention_mask marks other columns as padding than those that the cache has read: start with a new cache, or give "
     "the columns that the cache has read as they were"
 )
+UNKNOWN_NUMBERS = "attention_mask needs the columns in the cache too if it numbers sequences"
+NEGATIVE_MASK = "attention_mask must be 0 in the padding and at least 1 elsewhere, got a negative number"
 SEVERAL_SEQUENCES = (
     "position_ids that restart, seq_idx or attention_mask describe several sequences in a batch row, which a cache "
     "cannot hold: leave out the cache, or use_cache"
@@ -49,6 +51,7 @@ class Layout:
         cu_seqlens: `[N + 1]` when packed.
         token_indices: `[tokens]` indices into the flattened batch, if packing removes padding.
         splits_rows: True if a batch row may hold more than one sequence.
+        is_token: `[B, T]` bool, false in the padding; None without padding.
         slots: `[B]`, for decoding single tokens when some batch rows have none: index of the row's state, or -1.
     """
 
@@ -57,6 +60,7 @@ class Layout:
     cu_seqlens: Tensor | None = None
     token_indices: Tensor | None = None
     splits_rows: bool = False
+    is_token: Tensor | None = None
     slots: Tensor | None = None
 
     def pack(self, x: Tensor) -> Tensor:
@@ -83,6 +87,18 @@ class Layout:
         if self.slots is not None:
             return (self.slots >= 0).long()
         return self.batch_shape[1] if self.cu_seqlens is None else self.cu_seqlens.diff()
+
+    def next_positions(self, past: Tensor | None) -> Tensor:
+        """`[B]`, position after the last token of each batch row, `past` if it has none; for rows of one sequence."""
+        batch_size, length = self.batch_shape
+        before = self.positions.new_zeros(batch_size) if past is None else past
+        if length == 0:
+            return before
+        if self.cu_seqlens is not None:
+            after = F.pad(self.positions[0] + 1, (1, 0))[self.cu_seqlens[1:]]
+        else:
+            after = (self.positions[:, -1] + 1).expand(batch_size)
+        return after if self.is_token is None else torch.where(self.is_token.any(dim=1), after, before)
 
     def before_sequences(self, states: Tensor) -> Tensor:
         """Spread states before batch rows `[B, ...]` to states before sequences `[N, ...]`, zero inside a row."""
@@ -128,8 +144,8 @@ def build_layout(x: Tensor, given: BatchDescription, cache: LightningCache | Non
     is_token, numbers = _parse_mask(given.attention_mask, batch_size, length, cache)
     position_ids = _parse_integers("position_ids", given.position_ids, batch_size, length)
     seq_idx = _parse_integers("seq_idx", given.seq_idx, batch_size, length)
-    if cache is not None and cache.positions is not None and not torch.compiler.is_compiling():
-        _check_continues(cache.positions, position_ids, seq_idx, is_token)
+    if cache is not None and cache.positions is not None:
+        _check_continues(cache, cache.positions, position_ids, seq_idx, is_token)
     if given.cu_seqlens is not None:
         _check_cu_seqlens(given.cu_seqlens, batch_size, length)
         if is_token is not None:
@@ -146,7 +162,7 @@ def build_layout(x: Tensor, given: BatchDescription, cache: LightningCache | Non
         starts = _sequence_starts(index, length, position_ids, (seq_idx, numbers), given.cu_seqlens) | row_starts
         if _splits_rows(starts & ~row_starts, one_per_row):
             cu_seqlens, positions = _pack_sequences(index, starts, position_ids)
-            return Layout((batch_size, length), positions, cu_seqlens, tokens, splits_rows=True)
+            return Layout((batch_size, length), positions, cu_seqlens, tokens, splits_rows=True, is_token=is_token)
 
     if position_ids is None:
         columns = torch.arange(length, device=x.device)[None]
@@ -158,11 +174,11 @@ def build_layout(x: Tensor, given: BatchDescription, cache: LightningCache | Non
         return Layout((batch_size, length), position_ids)
     if one_per_row and length == 1 and not torch.is_grad_enabled():
         slots = torch.where(is_token[:, 0], torch.arange(batch_size, device=x.device), -1)
-        return Layout((batch_size, length), position_ids, slots=slots)
+        return Layout((batch_size, length), position_ids, is_token=is_token, slots=slots)
     assert tokens is not None
     cu_seqlens = F.pad(is_token.sum(dim=1).cumsum(dim=0), (1, 0))
     positions = position_ids.expand_as(is_token).flatten()[tokens][None]
-    return Layout((batch_size, length), positions, cu_seqlens, tokens)
+    return Layout((batch_size, length), positions, cu_seqlens, tokens, is_token=is_token)
 
 
 def _layout_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Layout:
@@ -211,46 +227,60 @@ def _sequence_starts(
 
 def _splits_rows(starts_inside: Tensor, one_per_row: bool) -> bool:
     """True if a sequence may start inside a batch row, which is an error if each row must be one sequence."""
-    several = starts_inside.any()
+    if one_per_row:
+        _refuse({SEVERAL_SEQUENCES: starts_inside})
+        return False
+    return torch.compiler.is_compiling() or bool(starts_inside.any())
+
+
+def _refuse(reasons: dict[str, Tensor]) -> None:
+    """Raise ValueError with the first reason that holds somewhere; in a traced graph when it runs."""
+    found = {reason: wrong.any() for reason, wrong in reasons.items()}
     if torch.compiler.is_compiling():
-        if one_per_row:
-            torch._assert_async(~several, SEVERAL_SEQUENCES)  # pyright: ignore[reportPrivateImportUsage]
-        return not one_per_row
-    if one_per_row and bool(several):
-        raise ValueError(SEVERAL_SEQUENCES)
-    return bool(several)
+        for reason, wrong in found.items():
+            torch._assert_async(~wrong, reason)  # pyright: ignore[reportPrivateImportUsage]
+        return
+    for reason, wrong in zip(found, torch.stack(list(found.values())).tolist(), strict=True):  # the host waits once
+        if wrong:
+            raise ValueError(reason)
 
 
 def _check_continues(
-    past: Tensor, position_ids: Tensor | None, seq_idx: Tensor | None, is_token: Tensor | None
+    cache: LightningCache,
+    past: Tensor,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    is_token: Tensor | None,
 ) -> None:
-    """Refuse a sequence that starts with the first tokens of a batch row, of which the cache has read `past` `[B]`."""
+    """Refuse first tokens of batch rows that do not go on from the cache, whose next positions are `past` `[B]`.
+
+    They may go on by the number of columns between the tokens, if padding is counted.
+    """
     if seq_idx is not None:
         raise ValueError("seq_idx goes with no earlier tokens in the cache, which does not hold it")
     if position_ids is None or not position_ids.numel() or (position_ids.shape[1] == 1 and not position_ids.is_cpu):
         return  # decoding on an accelerator does not wait for values, and can be captured in a CUDA graph
-    first = torch.zeros_like(past) if is_token is None else is_token.int().argmax(dim=1)
-    restarts = position_ids.gather(1, first[:, None])[:, 0] < past
-    if bool((restarts if is_token is None else restarts & is_token.any(dim=1)).any()):
-        raise ValueError(SEVERAL_SEQUENCES)
+    column = torch.zeros_like(past) if is_token is None else is_token.int().argmax(dim=1)
+    step = position_ids.gather(1, column[:, None])[:, 0] - past
+    wrong = (step < 0) | (step > column + (0 if cache.padding is None else cache.padding[:, 0]))
+    _refuse({SEVERAL_SEQUENCES: wrong if is_token is None else wrong & is_token.any(dim=1)})
 
 
 def _check_past_mask(mask: Tensor, length: int, cache: LightningCache | None) -> None:
     """Refuse a mask whose columns before the last `length` are not those that the cache has read."""
     if cache is None or cache.positions is None:
         return
-    past = mask[:, : mask.shape[1] - length]
-    differs = ((past != 0).sum(dim=1) != cache.positions).any()
-    differs, has_numbers = torch.stack([differs, (mask > 1).any()]).tolist()  # the host waits once
-    if past.shape[1] and differs:
-        raise ValueError(OTHER_PADDING)
-    if not has_numbers:
-        return
-    if not past.shape[1]:
-        raise ValueError("attention_mask needs the columns in the cache too if it numbers sequences")
-    numbers = mask.long()
-    if bool((numbers.masked_fill(numbers == 0, 2**62).amin(dim=1) < numbers.amax(dim=1)).any()):
-        raise ValueError(SEVERAL_SEQUENCES)
+    past, reasons = mask[:, : mask.shape[1] - length], {}
+    if past.shape[1]:
+        padding = past == 0
+        reasons[OTHER_PADDING] = padding if cache.padding is None else checksum(padding) != cache.padding
+    if mask.dtype != torch.bool:
+        numbers = mask.long()
+        if not past.shape[1]:
+            reasons[UNKNOWN_NUMBERS] = numbers > 1
+        reasons[SEVERAL_SEQUENCES] = numbers.masked_fill(numbers == 0, 2**62).amin(dim=1) < numbers.amax(dim=1)
+    if reasons:
+        _refuse(reasons)
 
 
 def _parse_mask(
@@ -274,16 +304,16 @@ def _parse_mask(
             f"attention_mask must be bool, or integers that are 0 in the padding, got {mask.dtype}: masks that are "
             "added to scores are not supported"
         )
-    if not torch.compiler.is_compiling():
-        _check_past_mask(mask, length, cache)
+    _check_past_mask(mask, length, cache)
     mask = mask[:, mask.shape[1] - length :]
     if mask.dtype == torch.bool:
         return (mask if torch.compiler.is_compiling() or not bool(mask.all()) else None), None
     if torch.compiler.is_compiling():
+        _refuse({NEGATIVE_MASK: mask < 0})
         return mask != 0, mask.long()
     low, high = torch.stack(mask.aminmax()).tolist() if mask.numel() else (1, 1)
     if low < 0:
-        raise ValueError(f"attention_mask must be 0 in the padding and at least 1 elsewhere, got {low}")
+        raise ValueError(NEGATIVE_MASK)
     return (None if low else mask != 0), (mask.long() if high > 1 else None)
 
 

@@ -174,7 +174,7 @@ class LightningModel(LightningPreTrainedModel):
             if kwargs:
                 raise TypeError(f"{type(self).__name__}.forward() does not know the argument {', '.join(kwargs)}")
             if self.config.output_attentions if output_attentions is None else output_attentions:
-                raise ValueError("output_attentions must be False: linear attention has no attention weights")
+                raise ValueError("output_attentions must be False: this model computes no attention weights")
             cache = resolve_cache(cache, past_key_values)
             cu_seqlens = _resolve_cu_seqlens(cu_seqlens, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
             given = BatchDescription(attention_mask, position_ids, seq_idx, cu_seqlens)
@@ -194,10 +194,12 @@ class LightningModel(LightningPreTrainedModel):
             x = layout.pack(embeddings)
         else:  # scaled last: a compiled layer would have a graph for a view, which `pack` may return
             x = self._scale(layout.pack(embeddings), encoded)
+        if cache is not None:
+            cache.open()
         hidden_states, states_after = self._run_layers(x, layout, cache, states, bool(output_hidden_states))
         if cache is not None:
-            batch_size, length = layout.batch_shape
-            cache.advance(length, layout.count_tokens(), batch_size, embeddings.device)
+            padding = None if layout.is_token is None else ~layout.is_token
+            cache.advance(layout.batch_shape[1], layout.next_positions(cache.positions), padding)
         returned: dict[str, Any] = {CACHE: cache if returns_cache else None}
         return LightningModelOutput(
             last_hidden_state=hidden_states[-1],
