@@ -113,6 +113,25 @@ def test_prompt_tuning_trains(model: LightningForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PromptEncoderConfig], ids=["prompts", "p-tuning"])
+def test_virtual_tokens_are_read_once_by_generate(model: LightningForCausalLM, config: Any) -> None:
+    adapted = peft.get_peft_model(model, config(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    ids = tokens(2, 6)
+    expected = ids
+    for _ in range(5):
+        expected = torch.cat([expected, logits_of(adapted, expected)[:, -1:].argmax(dim=-1)], dim=1)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(adapted.generate(input_ids=ids, **options), expected)
+    left = torch.cat([torch.zeros(2, 2, dtype=torch.int64), ids], dim=1)
+    found = adapted.generate(input_ids=left, attention_mask=(left != 0).long(), **options)
+    assert torch.equal(found[:, 2:], expected)
+
+
+def logits_of(adapted: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return adapted(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PromptEncoderConfig], ids=["prompts", "p-tuning"])
 def test_virtual_tokens_go_with_padding(model: LightningForCausalLM, config: Any) -> None:
     """PEFT prepends ones of float32 to the mask, as a data collator gives it."""
     adapted = peft.get_peft_model(model, config(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()

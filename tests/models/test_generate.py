@@ -136,6 +136,21 @@ def test_a_conversation_whose_padding_was_read_is_refused(model):
         model.generate(text, attention_mask=(text != 0).long(), cache=cache, **options)
 
 
+def test_padding_on_the_right_is_refused(model):
+    """The next token follows the last column, which is padding."""
+    ids, mask = tokens(2, 8), torch.ones(2, 8, dtype=torch.int64)
+    mask[1, 6:] = 0
+    for use_cache in (True, False):
+        with pytest.raises(ValueError, match="marks the last column as padding: pad texts to continue on the left"):
+            model.generate(ids, attention_mask=mask, max_new_tokens=2, use_cache=use_cache)
+
+
+def test_beams_with_a_cache_are_refused(model):
+    """It would go on from the beam that was extended last, which need not be the one returned."""
+    with pytest.raises(ValueError, match="beams go with no cache of yours"):
+        model.generate(tokens(1, 8), cache=LightningCache(3), num_beams=3, max_new_tokens=3)
+
+
 def test_padding_takes_no_positions():
     options = {"linear_attention": "elu", "max_position_embeddings": 10}
     model = LightningForCausalLM(make_config(**options)).eval()

@@ -47,6 +47,34 @@ def test_loss_in_chunks_equals_that_of_all_logits(arguments, skip_logits, tied):
     torch.testing.assert_close(found, gradients(model, **arguments), rtol=1e-4, atol=1e-5)
 
 
+PADDED = {"left": [0, 0, 1, 1, 1, 1, 1, 1, 1], "inside": [1, 1, 1, 0, 0, 1, 1, 1, 1], "right": [1] * 6 + [0] * 3}
+
+
+@pytest.mark.parametrize("has_own_loss", [False, True], ids=["in chunks", "all logits"])
+@pytest.mark.parametrize("where", PADDED)
+def test_padding_predicts_nothing(where, has_own_loss):
+    """The reference is the formula, of the tokens alone."""
+    model, mask = make_model(), torch.tensor([[1] * 9, PADDED[where]])
+    if has_own_loss:
+        model.loss_function = all_logits
+    labels = IDS.masked_fill(mask == 0, -100)
+    kept = IDS[1, mask[1] == 1]
+    nll = [F.cross_entropy(model(x[None]).logits[0, :-1], x[1:], reduction="none") for x in (IDS[0], kept)]
+    if where == "inside":  # the label after the gap is that of padding
+        nll[1] = torch.cat([nll[1][:2], nll[1][3:]])
+    expected = torch.cat(nll).mean()
+    for given in ({"labels": labels}, {"shift_labels": F.pad(labels[:, 1:], (0, 1), value=-100)}):
+        loss = model(IDS, attention_mask=mask, **given).loss.double()  # transformers' function is float32
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("labels", [IDS.T.contiguous(), IDS[:, :-1], IDS.flatten()[:-1]], ids=["T, B", "short", "flat"])
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+def test_labels_of_another_shape_are_refused(name, labels):
+    with pytest.raises(ValueError, match=rf"^{name} must be \[B, T\] = \[2, 9\], got shape"):
+        make_model()(IDS, **{name: labels})
+
+
 def test_loss_of_a_float64_model_is_float64():
     model = make_model()
     logits = model(IDS).logits
@@ -236,9 +264,3 @@ def test_label_smoothing_of_the_trainer_predicts_the_next_token(tmp_path):
     loss = Trainer(model, arguments).compute_loss(model, {"input_ids": ids, "labels": ids.clone()})
     logits = model(ids).logits[:, :-1].flatten(0, 1)
     torch.testing.assert_close(loss, F.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.1))
-
-
-@pytest.mark.parametrize("shape", [(18,), (9, 2), (2, 8)], ids=str)
-def test_labels_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"labels must be \[B, T\] = \[2, 9\], got shape"):
-        make_model()(tokens(2, 9), labels=tokens(*shape))

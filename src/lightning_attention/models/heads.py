@@ -84,7 +84,8 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
 
         Args:
             labels: `[B, T]` tokens, usually `input_ids`; shifted here, so that token t predicts label t + 1. Labels of
-                -100 are left out of the loss.
+                -100 are left out of the loss, and those that padding would predict. Of packed sequences the last token
+                predicts the first of the next one, unless that has the label -100.
             logits_to_keep: tokens whose logits are computed; 0 is all. A number n: the last n. Indices: `[M]`, or
                 `[B, M]` for each batch row. A bool mask `[B, T]`: logits are then `[tokens, vocab_size]`.
             skip_logits: with labels, return no logits. The memory that training takes then does not grow with
@@ -104,7 +105,7 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
                 for `skip_logits` without labels.
             IndexError: a label on a CPU is out of range.
         """
-        for_loss = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
+        for_loss: dict[str, Any] = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         has_labels = labels is not None or for_loss.get("shift_labels") is not None
         self._check_labels(has_labels, for_loss, logits_to_keep, skip_logits)
         outputs = self.model(
@@ -122,8 +123,14 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        if labels is not None and labels.shape != (shape := outputs.last_hidden_state.shape[:2]):
-            raise ValueError(f"labels must be [B, T] = {list(shape)}, got shape {tuple(labels.shape)}")
+        shape = outputs.last_hidden_state.shape[:2]
+        if (shifted := for_loss.get("shift_labels")) is not None and shifted.shape == (shape.numel(),):
+            shifted = for_loss["shift_labels"] = shifted.unflatten(0, shape)
+        for name, given in (("labels", labels), ("shift_labels", shifted)):
+            if given is not None and given.shape != shape:
+                raise ValueError(f"{name} must be [B, T] = {list(shape)}, got shape {tuple(given.shape)}")
+        if has_labels and attention_mask is not None:
+            labels = _without_padding(labels, attention_mask, for_loss)
         hidden_states = _select_tokens(outputs.last_hidden_state, logits_to_keep)
         in_chunks = has_labels and self._has_loss_in_chunks()
         logits = None if skip_logits and in_chunks else self.lm_head(hidden_states)
@@ -146,6 +153,8 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
     def _check_labels(
         self, has_labels: bool, for_loss: dict[str, Any], logits_to_keep: int | Tensor, skip_logits: bool
     ) -> None:
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep must be at least 0, got {logits_to_keep}")
         if has_labels and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError("labels need all logits: leave logits_to_keep out")
         if skip_logits and not has_labels:
@@ -173,6 +182,12 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
         mixin: Any = super()  # typed for a protocol that transformers' own models do not satisfy
         return mixin.generate(*args, **kwargs | ({} if cache is None else {CACHE: cache}))
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Inputs of a forward pass, with the cache by both names: PEFT looks for `past_key_values`."""
+        mixin: Any = super()
+        inputs = mixin.prepare_inputs_for_generation(*args, **kwargs)
+        return inputs if inputs.get(CACHE) is None else inputs | {"past_key_values": inputs[CACHE]}
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -180,8 +195,13 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
         if generation_config.cache_implementation is not None:
             raise ValueError(
                 f"cache_implementation must be None, got {generation_config.cache_implementation!r}: this model's "
-                "cache is a LightningCache, whose size is static"
+                "cache is a LightningCache"
             )
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE)
+        if isinstance(mask, Tensor) and mask.dim() == 2 and bool((mask[:, -1:] == 0).any()):
+            raise ValueError("attention_mask marks the last column as padding: pad texts to continue on the left")
+        if cache is not None and (generation_config.num_beams or 1) > 1:
+            raise ValueError("beams go with no cache of yours: it would hold other texts than the one returned")
         if not generation_config.use_cache and model_kwargs.get(CACHE) is not None:
             raise ValueError("use_cache=False contradicts a cache: give one of them")
         if generation_config.use_cache and model_kwargs.get(CACHE) is None:
@@ -274,6 +294,18 @@ class LightningForQuestionAnswering(GenericForQuestionAnswering, LightningPreTra
     """Extractive question answering: logits `[B, T]` of the first and of the last token of the answer."""
 
     accepts_loss_kwargs = False
+
+
+def _without_padding(labels: Tensor | None, mask: Tensor, for_loss: dict[str, Any]) -> Tensor | None:
+    """Ignore the labels that padding would predict: return `labels` without them, and change `shift_labels`."""
+    ignored = for_loss.get("ignore_index", IGNORED)
+    if (shifted := for_loss.get("shift_labels")) is not None:
+        is_padding = mask[:, mask.shape[1] - shifted.shape[1] :].to(shifted.device) == 0
+        for_loss["shift_labels"] = shifted.masked_fill(is_padding, ignored)
+    if labels is None:
+        return None
+    is_padding = mask[:, mask.shape[1] - labels.shape[1] :].to(labels.device) == 0
+    return labels.masked_fill(F.pad(is_padding, (1, 0))[:, :-1], ignored)
 
 
 def _loss_arguments(
