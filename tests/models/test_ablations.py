@@ -142,7 +142,7 @@ def test_new_norms_do_nothing_but_normalise(name):
         (
             {"linear_attention": "cosformer", "max_position_embeddings": 9, "qk_activation": "none"},
             ValueError,
-            "qk_activation goes with lightning attention, cosformer has features in its place",
+            "qk_activation goes with lightning attention, not with cosformer",
         ),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_model import make_config
 from transformers import AutoConfig
 
 from lightning_attention import decay
@@ -126,7 +127,11 @@ def test_unknown_options_are_refused_by_name(name, tmp_path):
         ({"layer_pattern": "0:1", "positions": "mix"}, ValueError, "positions must be one of rope, learned, none, got"),
         ({"layer_pattern": "0:1", "linear_attention": "elu"}, ValueError, "goes with layers of linear_attention, and"),
         ({"layer_pattern": "0:1", "decay_preset": "alibi"}, ValueError, "softmax has no decay"),
-        ({"layer_pattern": "0:1", "qk_activation": "none"}, ValueError, "softmax has features in its place"),
+        (
+            {"layer_pattern": "0:1", "qk_activation": "none"},
+            ValueError,
+            "qk_activation goes with lightning attention, not with softmax",
+        ),
         ({"layer_pattern": "0:1", "num_features": 8}, ValueError, "num_features goes with rfa and performer, not with"),
         ({"layer_pattern": "0:1", "positions": "learned"}, ValueError, "max_position_embeddings is needed by softmax"),
         ({"rope_parameters": {"rope_theta": 1e4}}, ValueError, "rope_parameters go with softmax attention"),
@@ -208,3 +213,48 @@ def test_decays_may_be_tensors(tmp_path):
         LightningConfig(**chosen).save_pretrained(tmp_path)
         loaded = LightningConfig.from_pretrained(tmp_path)
         assert all(torch.equal(loaded.layer_log_decay(i), layers[i]) for i in range(3))
+
+
+def test_a_pattern_longer_than_the_model_is_refused():
+    with pytest.raises(ValueError, match="layer_pattern '7:1' needs at least 8 layers, the model has 4"):
+        LightningConfig.from_size("demo", layer_pattern="7:1")
+
+
+@pytest.mark.parametrize("kinds", [{}, {"layer_pattern": "1:1"}, {"layer_pattern": "0:1"}], ids=str)
+def test_the_number_of_layers_may_change(tmp_path, kinds):
+    config = make_config(**kinds)
+    config.save_pretrained(tmp_path)
+    expected = make_config(**kinds, num_hidden_layers=5).layer_types
+    assert LightningConfig.from_pretrained(tmp_path, num_hidden_layers=5).layer_types == expected
+    config.num_hidden_layers = 5
+    assert config.layer_types == expected
+    assert len(LightningForCausalLM(config).model.layers) == 5
+
+
+def test_types_of_layers_replace_a_saved_pattern(tmp_path):
+    make_config(layer_pattern="1:1").save_pretrained(tmp_path)
+    types = ["full_attention", "full_attention", "linear_attention"]
+    assert LightningConfig.from_pretrained(tmp_path, layer_types=types).layer_types == types
+
+
+def test_a_preset_replaces_saved_decays(tmp_path):
+    make_config(log_decay=[[-0.1, -0.2, -0.3]] * 3).save_pretrained(tmp_path)
+    assert LightningConfig.from_pretrained(tmp_path).log_decay is not None
+    config = LightningConfig.from_pretrained(tmp_path, decay_preset="alibi")
+    assert (config.log_decay, config.decay_preset) == (None, "alibi")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("sliding_window", None, "sliding_window goes with layers of sliding_attention"),
+        ("layer_types", ["lnear_attention"] * 3, "layer_types must be 3 of"),
+        ("layer_pattern", "0:1", "layer_pattern '0:1' and layer_types differ"),
+    ],
+)
+def test_values_set_later_are_checked_by_the_model(name, value, message):
+    types = ["linear_attention", "sliding_attention", "full_attention"]
+    config = make_config(layer_types=types, sliding_window=4)
+    setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        LightningForCausalLM(config)

@@ -56,8 +56,8 @@ def train(
     attention: Annotated[
         str | None,
         MODEL(
-            help="lightning, lightning-1, elu, cosformer, rfa, performer or softmax; or a pattern of layers: 7:1 for "
-            "seven of lightning and one of softmax attention. By default that of the configuration: lightning."
+            help="lightning, lightning-1, elu, cosformer, rfa, performer or softmax; or a pattern of layers: 3:1 for "
+            "three of lightning and one of softmax attention. By default that of the configuration: lightning."
         ),
     ] = None,
     decay_preset: Annotated[

@@ -31,7 +31,7 @@ from .mixers import (
 )
 from .remote_code import is_ours, with_auto_map, write_remote_code
 from .rotary import rope_parameters
-from .values import check_int, check_not_negative
+from .values import check_int, check_not_negative, check_token_id, lists_of_numbers
 
 logger = logging.get_logger(__name__)
 
@@ -192,7 +192,7 @@ class LightningConfig(PreTrainedConfig):
         if self.decay_preset not in PRESETS:
             raise ValueError(f"decay_preset must be one of {', '.join(PRESETS)}, got {self.decay_preset!r}")
         if self.log_decay is not None:
-            self.log_decay = _lists_of_numbers("log_decay", self.log_decay)
+            self.log_decay = lists_of_numbers("log_decay", self.log_decay)
             shape = [len(self.log_decay), *{len(layer) for layer in self.log_decay}]
             if shape != [self.num_hidden_layers, self.num_attention_heads]:
                 raise ValueError(
@@ -210,9 +210,13 @@ class LightningConfig(PreTrainedConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; refuse a special token out of range, which other software may set before training."""
-        if name in TOKEN_IDS and "_name_or_path" in vars(self):  # the last that the constructor sets
-            _check_token_id(name, value, self.vocab_size)
+        is_made = "_name_or_path" in vars(self)  # the last that the constructor sets
+        if name in TOKEN_IDS and is_made:
+            check_token_id(name, value, self.vocab_size)
         super().__setattr__(name, value)
+        if name == "num_hidden_layers" and is_made and (self.layer_pattern is not None or not self.has_softmax):
+            self.layer_types = None
+            self._check_layer_types()
 
     def _check_layer_types(self) -> None:
         """Check the types of layers and the options of softmax attention; set the types by the pattern."""
@@ -263,6 +267,11 @@ class LightningConfig(PreTrainedConfig):
         return any(kind != LINEAR for kind in self.layer_types or ())
 
     @property
+    def has_decay(self) -> bool:
+        """True if a layer has lightning attention."""
+        return self._attention[1].has_decay
+
+    @property
     def _attention(self) -> tuple[str, LinearAttention]:
         """Name of the linear attention, and what it is; of softmax attention if there are no other layers."""
         if LINEAR not in (self.layer_types or ()):
@@ -284,7 +293,7 @@ class LightningConfig(PreTrainedConfig):
         if not attention.has_decay and (self.log_decay is not None or self.decay_preset != type(self).decay_preset):
             raise ValueError(f"log_decay and decay_preset go with lightning attention, {name} has no decay")
         if not attention.has_decay and self.qk_activation != type(self).qk_activation:
-            raise ValueError(f"qk_activation goes with lightning attention, {name} has features in its place")
+            raise ValueError(f"qk_activation goes with lightning attention, not with {name}")
         if (attention.has_limit or self.positions == "learned") and self.max_position_embeddings is None:
             raise ValueError(
                 f"max_position_embeddings is needed by {name} attention with positions {self.positions!r}: the "
@@ -305,7 +314,7 @@ class LightningConfig(PreTrainedConfig):
             ValueError: a token is out of range.
         """
         for name in TOKEN_IDS:
-            _check_token_id(name, getattr(self, name), vocab_size)
+            check_token_id(name, getattr(self, name), vocab_size)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -322,8 +331,13 @@ class LightningConfig(PreTrainedConfig):
         taken = {name: kwargs.pop(name) for name in list(kwargs) if name not in known and hasattr(cls, name)}
         options = names & set(kwargs) - {"dtype"}
         given = config_dict | {name: kwargs.pop(name) for name in options}
-        if given.get("layer_pattern") is not None and "layer_types" not in options:
-            given.pop("layer_types", None)  # the saved ones may be those of another pattern or number of layers
+        # Saved types of layers may be those of another pattern or number of layers, and a saved pattern of other types.
+        if "layer_types" in options:
+            given |= {} if "layer_pattern" in options else {"layer_pattern": None}
+        elif given.get("layer_pattern") is not None or set(given.get("layer_types") or ()) <= {LINEAR}:
+            given.pop("layer_types", None)
+        if "decay_preset" in options and "log_decay" not in options:
+            given.pop("log_decay", None)
         if "num_key_value_heads" not in options and given.get("num_key_value_heads") == config_dict.get(
             "num_attention_heads"
         ):
@@ -421,31 +435,9 @@ class LightningConfig(PreTrainedConfig):
 
     def make_mixer(self, layer_idx: int) -> TokenMixer:
         """Create the token mixer of a layer."""
+        self._check_layer_types()  # other software may have set them
         is_linear = (self.layer_types or [])[layer_idx] == LINEAR
         mixer = ATTENTIONS[self.linear_attention].make(self, layer_idx) if is_linear else make_softmax(self, layer_idx)
         if mixer.gate != self.output_gate:
             raise ValueError(f"output_gate is {self.output_gate}, which {type(mixer).__name__} was not made with")
         return mixer
-
-
-def _check_token_id(name: str, given: Any, vocab_size: int) -> None:
-    for token in given if isinstance(given, (list, tuple)) else [given]:
-        if token is None:
-            continue
-        check_int(name, token)
-        if not 0 <= token < vocab_size:
-            raise ValueError(
-                f"{name} must be None or in [0, vocab_size = {vocab_size}), got {token}; a token is added to the "
-                "vocabulary by resize_token_embeddings()"
-            )
-
-
-def _lists_of_numbers(name: str, given: Any) -> list[list[float]]:
-    """Return numbers of all layers and heads, given as lists or tensors, as lists, which can be saved."""
-    try:
-        layers = [torch.as_tensor(layer, dtype=torch.float64, device="cpu") for layer in given]
-    except (TypeError, ValueError):
-        layers = []
-    if not layers or any(layer.dim() != 1 for layer in layers):
-        raise TypeError(f"{name} must be lists of numbers, one list for each layer")
-    return [layer.tolist() for layer in layers]

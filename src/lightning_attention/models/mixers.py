@@ -101,7 +101,7 @@ def layer_types(pattern: str, num_layers: int) -> list[str]:
     """Types of layers by a pattern "n:m": n of linear attention, m of full attention, and again from the start.
 
     Raises:
-        ValueError: the pattern is not of this form, or has no layer.
+        ValueError: the pattern is not of this form, has no layer, or has full attention after the last layer alone.
 
     Example:
         >>> layer_types("2:1", 4)
@@ -111,6 +111,9 @@ def layer_types(pattern: str, num_layers: int) -> list[str]:
     numbers = [int(number) for number in found.groups()] if found else [0, 0]
     if not any(numbers):
         raise ValueError(f'layer_pattern must be two numbers, such as "7:1", got {pattern!r}')
+    if all(numbers) and num_layers <= numbers[0]:
+        layers = f"{numbers[0] + 1} layers, the model has {num_layers}"
+        raise ValueError(f"layer_pattern {pattern!r} needs at least {layers}: there would be no softmax attention")
     return [LINEAR if i % sum(numbers) < numbers[0] else FULL for i in range(num_layers)]
 
 
