@@ -107,6 +107,14 @@ def test_a_second_backward_pass_adds_the_same_gradients():
     assert_alike({name: parameter.grad for name, parameter in MODEL.named_parameters()}, expected, 1e-10)
 
 
+@pytest.mark.parametrize("name", ["input_ids", "labels", "position_ids"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_other_than_integers_are_refused(name, dtype):
+    given: dict[str, Any] = {"input_ids": tokens(1, 8)} | {name: tokens(1, 8).to(dtype)}
+    with pytest.raises(TypeError, match=rf"{name} must be integers, got {dtype}"):
+        segmented_loss(MODEL, **given, segment_length=4)
+
+
 def test_without_gradients_only_the_loss_is_computed():
     input_ids = tokens(2, 11)
     with torch.no_grad():

@@ -37,11 +37,12 @@ from transformers import TrainingArguments
 from lightning_attention.inference import load
 from lightning_attention.models import LightningConfig, LightningForCausalLM
 from lightning_attention.models.checkpoint import checkpoints, last_checkpoint
-from lightning_attention.training import PackedDataset, TrainingOptions, evaluate, train
+from lightning_attention.training import PackedDataset, TrainingOptions, byte_tokenizer, evaluate, train
 from lightning_attention.training.arguments import training_arguments
 from lightning_attention.training.checkpoint import CheckpointingTrainer
 from lightning_attention.training.execution import Execution
 from lightning_attention.training.metrics import drop_after, plot_loss, read_metrics
+from lightning_attention.training.train import _model_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -427,6 +428,43 @@ def test_a_process_works_on_one_device(files, monkeypatch):
     single = training_arguments(options(files, batch_size=3), Execution(bf16=False, compiled=False, description=""))
     assert single.n_gpu == 1
     assert single.train_batch_size == 3
+
+
+@pytest.mark.parametrize("attention", ["lightning", "softmax", "1:1", "elu"])
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {},
+        {"layer_pattern": "0:1"},
+        {"layer_types": ["full_attention", "linear_attention"]},
+        {"layer_types": ["sliding_attention", "linear_attention"], "sliding_window": 8},
+        {"linear_attention": "rfa", "max_position_embeddings": 64},
+    ],
+    ids=str,
+)
+def test_the_attention_replaces_that_of_the_file(files, saved, attention):
+    (files / "model.json").write_text(json.dumps(MODEL | saved))
+    config = _model_config(options(files, attention=attention), byte_tokenizer())
+    kinds = {"softmax": ["full_attention"] * 2, "1:1": ["linear_attention", "full_attention"]}
+    assert config.layer_types == kinds.get(attention, ["linear_attention"] * 2)
+    assert config.linear_attention == ("elu" if attention == "elu" else "lightning")
+
+
+def test_a_preset_replaces_decays_of_the_file(files):
+    (files / "model.json").write_text(json.dumps(MODEL | {"log_decay": [[-0.1, -0.2]] * 2}))
+    config = _model_config(options(files, decay_preset="retnet"), byte_tokenizer())
+    assert (config.log_decay, config.decay_preset) == (None, "retnet")
+
+
+@pytest.mark.parametrize("preset", ["transnormer", "alibi"])
+def test_a_preset_without_decay_is_refused(files, preset):
+    with pytest.raises(ValueError, match="decay_preset"):
+        _model_config(options(files, decay_preset=preset, attention="softmax"), byte_tokenizer())
+
+
+def test_a_size_beside_a_config_is_refused(files):
+    with pytest.raises(ValueError, match="config and size '45M' describe two models"):
+        options(files, size="45M")
 
 
 def test_resuming_needs_a_run(tmp_path):

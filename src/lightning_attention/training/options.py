@@ -42,7 +42,8 @@ class TrainingOptions:
         tokenizer: "bytes", or the path of a tokenizer.json.
         eos_token: token of the vocabulary that ends a document; None for the tokenizer's own, see `load_tokenizer`.
         size: a name in `models.SIZES`.
-        config: JSON file of `LightningConfig` options, instead of a size.
+        config: JSON file of `LightningConfig` options, instead of a size. The size of the vocabulary and the special
+            tokens are the tokenizer's.
         attention: `linear_attention` of `LightningConfig`; "softmax", for every layer; or its `layer_pattern`. None for
             that of the configuration.
         decay_preset: see `decay.log_decay`; None for the preset of the configuration.
@@ -127,6 +128,8 @@ class TrainingOptions:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length must be at least 2, got {self.sequence_length}")
+        if self.config is not None and self.size != type(self).size:
+            raise ValueError(f"config and size {self.size!r} describe two models: give one of them")
         for name, known in (("sequence_parallel_strategy", STRATEGIES), ("dtype", DTYPES)):
             if getattr(self, name) not in known:
                 names = ", ".join(map(repr, known))

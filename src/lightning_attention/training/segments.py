@@ -64,7 +64,8 @@ def segmented_loss(
         Mean loss in nats per token, a scalar; 0, with zero gradients, if all labels are ignored.
 
     Raises:
-        TypeError: the model is not a `LightningForCausalLM`, or is within DataParallel.
+        TypeError: the model is not a `LightningForCausalLM`, or is within DataParallel; tokens, labels or positions
+            are not integers.
         ValueError: a shape or a length is out of range, or the model's attention is not computed from states.
 
     Example:
@@ -90,6 +91,9 @@ def segmented_loss(
     for name, tensor in (("labels", labels), ("position_ids", position_ids)):
         if tensor is not None and tensor.shape != input_ids.shape:
             raise ValueError(f"{name} must be [B, T] = {list(input_ids.shape)}, got shape {tuple(tensor.shape)}")
+    for name, tensor in (("input_ids", input_ids), ("labels", labels), ("position_ids", position_ids)):
+        if tensor is not None and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+            raise TypeError(f"{name} must be integers, got {tensor.dtype}")
     for name, count in (("segment_length", segment_length), ("truncate_every", truncate_every)):
         if count is not None and count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")

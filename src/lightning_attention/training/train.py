@@ -259,14 +259,25 @@ def _model_config(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) 
         "pad_token_id": tokenizer.pad_token_id,
     }
     if options.decay_preset is not None:
-        changes["decay_preset"] = options.decay_preset
+        changes |= {"decay_preset": options.decay_preset, "log_decay": None}
     defaults: dict[str, Any] = {}
     if options.attention is not None:
+        # In place of all that a file says of it.
+        changes |= {"linear_attention": "lightning", "layer_pattern": None, "layer_types": None, "sliding_window": None}
         changes |= attention_options(options.attention)
         if options.attention in ATTENTIONS and not ATTENTIONS[options.attention].has_decay:
             defaults["max_position_embeddings"] = options.sequence_length
     if options.config is None:
-        return LightningConfig.from_size(options.size, **defaults, **changes)
+        config = LightningConfig.from_size(options.size, **defaults, **changes)
+    else:
+        config = _config_from_file(options, defaults, changes)
+    if options.decay_preset is not None and not config.has_decay:
+        raise ValueError(f"decay_preset goes with lightning attention, which this model has not: {config.layer_types}")
+    return config
+
+
+def _config_from_file(options: TrainingOptions, defaults: dict[str, Any], changes: dict[str, Any]) -> LightningConfig:
+    assert options.config is not None
     try:
         if options.config.exists() and not options.config.is_file():
             raise ValueError("it is not a file")
@@ -279,7 +290,7 @@ def _model_config(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) 
             raise ValueError(f"unknown option {', '.join(unknown)}")
         config = LightningConfig.from_dict(defaults | given | changes)
         if config.output_attentions:
-            raise ValueError("output_attentions must be false: linear attention has no attention weights")
+            raise ValueError("output_attentions must be false: this model computes no attention weights")
         config.check_length(options.sequence_length)
         return config
     except UNUSABLE as error:
