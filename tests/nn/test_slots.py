@@ -97,6 +97,18 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
     ({"of_sequences": ONE + 5}, {}, ValueError, r"slots.of_sequences must be in \[0, num_slots = 5\), got 5"),
     ({"of_sequences": ONE + 5}, {"shape": (1, 1)}, ValueError, r"must be -1 or in \[0, 5\), got 5 to 5"),
     (
+        {"of_sequences": TWO * 0 + 3},
+        {"cu_seqlens": torch.tensor([0, 3, 7])},
+        ValueError,
+        r"a slot is given for several states, in slots.of_sequences and saved: \[3, 3\]",
+    ),
+    (
+        {"saved": ONE, "saved_after": ONE + 1},
+        {},
+        ValueError,
+        r"a slot is given for several states, in slots.of_sequences and saved: \[0, 0\]",
+    ),
+    (
         {"saved": ONE - 1, "saved_after": ONE + 1},
         {},
         ValueError,

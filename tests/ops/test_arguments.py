@@ -192,8 +192,11 @@ def test_a_state_is_updated_once(call):
     function, arguments = CALLS[call]
     batch = {name: value.expand(2, *value.shape[1:]) for name, value in arguments.items() if value is not log_decay}
     batch |= {"log_decay": log_decay, "state": state.expand(2, -1, -1, -1), "state_indices": None}
-    with pytest.raises(ValueError, match=r"^state is updated in place.*must not be expanded"):
+    with pytest.raises(ValueError, match=r"^state is updated in place.*must not share memory"):
         function(**batch)
+    overlapping = torch.zeros(64).as_strided((2, 2, 4, 4), (16, 16, 4, 1))
+    with pytest.raises(ValueError, match=r"^state is updated in place.*strides \(16, 16, 4, 1\)"):
+        function(**batch | {"state": overlapping})
     with pytest.raises(ValueError, match=r"^state_indices must differ.*got \[1, 1\]"):
         function(**batch | {"state": torch.zeros(3, 2, 4, 4), "state_indices": torch.tensor([1, 1])})
     function(**batch | {"state": torch.zeros(3, 2, 4, 4), "state_indices": torch.tensor([-1, -1])})

@@ -214,6 +214,7 @@ class TokenMixer(nn.Module):
         _check_range("slots.of_sequences", slots.of_sequences, len(pool))
         if slots.saved is not None:
             _check_range("slots.saved", slots.saved, len(pool))
+        _check_distinct(slots)
         inputs = {"initial_state": pool[slots.of_sequences].to(state_dtype(q.dtype)), "cu_seqlens": cu_seqlens}
         if slots.saved is None or slots.saved_after is None:
             o, final_state = lightning_attention(q, k, v, self.log_decay, output_final_state=True, **inputs)
@@ -231,3 +232,10 @@ def _check_range(name: str, slots: Tensor, num_slots: int) -> None:
     """Refuse slots outside of the pool, where values are at hand; -1 would be the last slot."""
     if has_values(slots) and (wrong := slots[(slots < 0) | (slots >= num_slots)]).numel():
         raise ValueError(f"{name} must be in [0, num_slots = {num_slots}), got {wrong[0].item()}")
+
+
+def _check_distinct(slots: Slots) -> None:
+    """Refuse a slot that two states would be written to, where values are at hand."""
+    written = slots.of_sequences if slots.saved is None else torch.cat([slots.of_sequences, slots.saved])
+    if has_values(written) and len(written.unique()) < len(written):
+        raise ValueError(f"a slot is given for several states, in slots.of_sequences and saved: {written.tolist()}")

@@ -263,9 +263,14 @@ class Problem(NamedTuple):
 
 def _check_writable(name: str, x: Checked) -> None:
     """Refuse a tensor that is updated in place if several of its elements share memory."""
-    strides = x.strides if isinstance(x, Metadata) else x.stride()
-    if 0 in strides and any(size > 1 and stride == 0 for size, stride in zip(x.shape, strides, strict=True)):
-        raise ValueError(f"{name} is updated in place and must not be expanded, got strides {tuple(strides)}")
+    strides, extent = x.strides if isinstance(x, Metadata) else x.stride(), 1
+    for stride, size in sorted(zip(strides, x.shape, strict=True)):
+        if size > 1 and stride < extent:
+            raise ValueError(
+                f"{name} is updated in place and its elements must not share memory, as of expanded tensors, got "
+                f"shape {tuple(x.shape)} and strides {tuple(strides)}"
+            )
+        extent += max(size - 1, 0) * stride
 
 
 def _check_inputs(q: Checked, k: Checked, v: Checked, log_decay: Checked | None) -> None:
