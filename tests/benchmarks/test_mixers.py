@@ -14,6 +14,7 @@ def runs(folder):
     return json.loads((folder / "mixers.json").read_text())["runs"]
 
 
+@pytest.mark.slow
 def test_an_attention_trains_decodes_and_learns(bench, tmp_path, capsys):
     options = ["--attention", "elu", "--tokens", "64", "--steps", "1", "--seconds", "0"]
     bench("mixers", *SIZES.split(), *options, "--output", tmp_path)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 
+@pytest.mark.slow
 def test_every_way_is_measured_beside_one_process(bench, tmp_path):
     sizes = "--size demo --sharded-size demo --tokens 32 --length 16 --sequence-tokens 24 --steps 1 --device cpu"
     bench("parallel", *sizes.split(), "--processes", 2, "--output", tmp_path)

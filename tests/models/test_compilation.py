@@ -68,7 +68,11 @@ INPUTS = {
 
 
 @pytest.mark.parametrize(("sizes", "segment_length"), INPUTS.values(), ids=INPUTS)
-@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["", "gradient checkpointing"])
+@pytest.mark.parametrize(
+    "is_checkpointed",
+    [False, pytest.param(True, marks=pytest.mark.slow)],
+    ids=["", "gradient checkpointing"],
+)
 def test_loss_and_gradients_equal_eager_with_a_graph_for_all_sizes(sizes, segment_length, is_checkpointed):
     """Two graphs, for the first layer and the others; the forward pass of segments needs two without gradients."""
     eager, compiled = models()

@@ -93,6 +93,7 @@ def test_model_loads_by_its_path(checkpoint, tmp_path, script):
         assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 
+@pytest.mark.slow
 def test_without_trust_the_error_says_what_to_pass(checkpoint):
     result = fresh(HEADER + "AutoModelForCausalLM.from_pretrained(path)", checkpoint, check=False)
     assert result.returncode == 1
@@ -101,6 +102,7 @@ def test_without_trust_the_error_says_what_to_pass(checkpoint):
     assert "Please pass the argument `trust_remote_code=True`" in error
 
 
+@pytest.mark.slow
 def test_without_the_package_the_error_says_what_to_install(checkpoint):
     script = 'import sys; sys.modules["lightning_attention"] = None' + HEADER.replace("assert ours() is None", "")
     result = fresh(script + "AutoConfig.from_pretrained(path, trust_remote_code=True)", checkpoint, check=False)
@@ -183,6 +185,7 @@ class Card:
         Path(path).write_text("")
 
 
+@pytest.mark.slow
 def test_derived_class_saves_its_own_source(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from lightning_attention.models import LightningConfig\n"

@@ -107,7 +107,8 @@ def test_a_long_text_is_read_in_passes(name, monkeypatch):
         close(model(ids).logits, expected)
 
 
-@pytest.mark.parametrize("name", ["llama hybrid", pytest.param("windows", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama hybrid", "windows"])
 @pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning"
 )

@@ -344,6 +344,7 @@ def test_a_changed_option_is_reported(copied, edits, lines):
     assert tokens == [128 * (i + 1) for i in range(12)]
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_resume_leaves_the_run_unchanged(copied):
     """Files are limited to 64 bytes."""
     run = copied / "run"
@@ -417,6 +418,7 @@ def test_a_signal_during_tokenization_leaves_nothing_behind(files):
     assert sorted(files.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_process_within_a_step(files):
     process = start(*arguments(files, steps=9, sequence_length=1024, batch_size=16, segment_length=1))
     assert process.stdout is not None

@@ -98,6 +98,7 @@ def test_losses_do_not_depend_on_how_a_step_is_computed(files, changes):
     assert model.config.decay_preset == changes.get("decay_preset", "transnormer")
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_as_if_undisturbed(files):
     changes: dict[str, Any] = {"steps": 200, "save_every": 20, "eval_every": 50, "log_every": 10}
     quietly: dict[str, Any] = {"stdout": subprocess.DEVNULL, "env": ON_CPU}  # on a CPU equal runs have equal losses
@@ -174,7 +175,7 @@ def test_a_full_disk_is_one_error_line(files):
     ("processes", "changes"),
     [
         pytest.param(2, {"batch_size": 1, "segment_length": 17}, marks=pytest.mark.slow),
-        (2, {"sequence_parallel": 2, "segment_length": 17}),
+        pytest.param(2, {"sequence_parallel": 2, "segment_length": 17}, marks=pytest.mark.slow),
         pytest.param(
             4,
             {"sequence_parallel": 2, "batch_size": 1, "sequence_parallel_strategy": "ring"},
@@ -298,6 +299,7 @@ def test_processes_restarted_after_a_loss_resume_as_if_undisturbed(files):
     assert losses(files / "disturbed") == pytest.approx(losses(files / "undisturbed"), rel=1e-4)
 
 
+@pytest.mark.slow
 @linux_only
 def test_a_lost_process_ends_the_others_with_an_error_line(files):
     process = torchrun(2, *arguments(files, steps=10_000, save_every=20, sequence_parallel=2))
