@@ -51,6 +51,7 @@ def suite(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_every_outcome_is_counted(suite):
     code, found = suite("test")
     assert code == 1

@@ -12,9 +12,12 @@ from torch._dynamo.utils import counters
 from lightning_attention.models import LightningForCausalLM, compile_layers
 from lightning_attention.training import segmented_loss
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings(
+        "ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:The .grad attribute:UserWarning"
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +73,7 @@ INPUTS = {
 @pytest.mark.parametrize(("sizes", "segment_length"), INPUTS.values(), ids=INPUTS)
 @pytest.mark.parametrize(
     "is_checkpointed",
-    [False, pytest.param(True, marks=pytest.mark.slow)],
+    [False, True],
     ids=["", "gradient checkpointing"],
 )
 def test_loss_and_gradients_equal_eager_with_a_graph_for_all_sizes(sizes, segment_length, is_checkpointed):

@@ -84,6 +84,7 @@ def test_a_model_of_softmax_attention_is_one_graph():
     torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("case", INPUTS)
 def test_compiled_equals_eager_without_graph_breaks(model, case, train):
@@ -101,6 +102,7 @@ def test_compiled_equals_eager_without_graph_breaks(model, case, train):
                 torch.testing.assert_close(compiled(ids, **inputs).logits[at], model(ids, **inputs).logits[at])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_padded", [False, True], ids=["no mask", "mask"])
 def test_compiled_decoding_equals_one_call(model, is_padded):
     ids, mask = tokens(2, 30), padded(30) if is_padded else torch.ones(2, 30)

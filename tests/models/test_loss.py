@@ -230,6 +230,7 @@ def test_low_precision_models_have_a_float32_loss(dtype):
     assert weight.grad.dtype == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("skip_logits", [False, True])
 def test_compiled_without_graph_breaks_equals_eager_at_every_length(skip_logits):

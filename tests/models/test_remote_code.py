@@ -84,6 +84,7 @@ assert tokenizer("ab").input_ids == [256, 97, 98]
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_model_loads_by_its_path(checkpoint, tmp_path, script):
     result = fresh(HEADER + script, checkpoint, tmp_path / "again")

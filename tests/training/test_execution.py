@@ -89,6 +89,7 @@ def test_a_gpu_that_cannot_compile_falls_back_and_says_why():
         choose(CUDA, dtype="float32", compile=True)
 
 
+@pytest.mark.slow
 def test_a_missing_compiler_is_one_error_before_the_run_starts(files):
     broken = ON_CPU | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(files / "cache")}
     process = command(*arguments(files, compile=True), env=broken)
@@ -140,6 +141,7 @@ def test_dtype_may_change_when_a_run_resumes(files):
     assert "bfloat16 autocast, eager layers\n" in process.stdout
 
 
+@pytest.mark.slow
 def test_bf16_is_short_for_a_dtype(files):
     given = [argument for argument in arguments(files, steps=5) if not argument.startswith("--dtype")]
     assert command(*given, "--bf16").returncode == 0

@@ -143,6 +143,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     assert_alike(gradients(model, segmented_loss(model, input_ids, segment_length=8)), expected, 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_compiling_changes_no_gradient():
     model, input_ids = make_model(), tokens(2, 24)
