@@ -50,18 +50,43 @@ def error(x: torch.Tensor, y: torch.Tensor) -> float:
 HYBRID = {"layer_pattern": "1:1", "num_key_value_heads": 1}
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_product_rounds_both_factors(device):
+    model = make(device)
+    before = cast(Any, model.model.layers[0]).mlp.vu_proj
+    use_float8(model)
+    after = cast(Any, model.model.layers[0]).mlp.vu_proj
+    assert type(after) is not type(before)
+    x = torch.randn(64, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    output_gradient = torch.randn(64, before.out_features, device=device)
+
+    def product(linear):
+        with torch.autocast(device, torch.bfloat16):
+            y = linear(x)
+        return y.detach(), *torch.autograd.grad(y, (x, linear.weight), output_gradient.to(y.dtype))
+
+    # Each of two factors is rounded by at most 1/16 of itself: 13 % of the product of their absolute values.
+    (y, dx, dw), (y0, dx0, dw0) = product(after), product(before)
+    w = before.weight.detach()
+    for found, expected, left, right in ((y, y0, x, w.t()), (dx, dx0, output_gradient, w)):
+        bound = 0.14 * (left.detach().float().abs() @ right.abs()) + 1e-3
+        assert ((found - expected).abs() <= bound).all()
+        assert 0.01 < error(found, expected) < 0.06
+    assert error(dw, dw0) < 0.01
+
+
 @pytest.mark.parametrize("options", [{}, HYBRID], ids=["linear attention", "hybrid"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_gradients_are_those_of_bfloat16_but_for_rounding(device, options):
+def test_gradients_of_a_model_point_where_those_in_bfloat16_do(device, options):
     model, ids = make(device, **options), tokens(2, 80).to(device)
     expected = gradients(model, ids)
     use_float8(model)
     found = gradients(model, ids)
     assert found.keys() == expected.keys()
-    # Every product rounds both factors to 3 bits of mantissa, by up to 6 %; the first layer has the errors of all.
-    errors = {name: error(found[name], expected[name]) for name in expected}
-    assert max(errors.values()) < 0.4
-    assert min(value for name, value in errors.items() if "layers" in name) > 0.01
+    # Roundings of later layers reach the gradients of earlier ones: 0.90 to 0.96 on CPUs; a wrong product gives 0.
+    for name, gradient in expected.items():
+        assert torch.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0) > 0.8, name
+        assert error(found[name], gradient) > 0.01 or "layers" not in name, name
 
 
 @pytest.mark.parametrize("device", DEVICES)
