@@ -1,9 +1,8 @@
 """Every attention in the same language model: training, decoding, and what it learns from the same text."""
 
-import gc
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,11 +19,11 @@ from lightning_attention.paths import PathLike, to_path
 from lightning_attention.training import TrainingOptions, byte_tokenizer, train
 from lightning_attention.training.folder import METRICS
 
-from .harness import Call, Comparison, captured, release
+from .harness import Call, Comparison, captured
 from .plot import short
 from .report import Column, Document, Record, Table, field, mebibytes, rounded
 from .run import Benchmark
-from .speed import Steps, measure_steps, training_step
+from .speed import Step, Steps, compare_steps, training_step
 
 TRAINING, DECODING, LOSS = KINDS = ("mixers-training", "mixers-decoding", "mixers-loss")
 
@@ -62,23 +61,15 @@ class LossCase:
 def training_benchmark(
     cases: Sequence[StepCase], device: torch.device, dtype: torch.dtype, *, compiled: bool
 ) -> Benchmark:
-    """Measure `tokens_per_second` and `peak_bytes` of training steps.
-
-    The attentions take turns on a CPU; on a GPU, where one model fills the memory, they run one after another.
-    """
+    """Measure `tokens_per_second` and `peak_bytes` of training steps, see `compare_steps`."""
 
     def measure(case: StepCase, bandwidth: float) -> list[Record]:
-        comparison: Comparison[Any] = Comparison(device)
-        takes_turns = device.type == "cpu"
-        for attention in case.attentions:
-            step = partial(_step, case, attention, device, dtype, compiled)
-            comparison.prepare(attention, step if takes_turns else partial(_steps, step, device))
-        times = comparison.times(lambda step: step, seconds=1) if takes_turns else {}
+        makers = {name: partial(_step, case, name, device, dtype, compiled) for name in case.attentions}
+        comparison = compare_steps(makers, device, steps=3)
         tokens = case.batch_size * case.length
 
-        def results(name: str, prepared: Any) -> Record:
-            seconds, peak = (times[name], None) if takes_turns else (prepared.seconds, prepared.peak_bytes)
-            return {"tokens_per_second": rounded(tokens / seconds), "peak_bytes": peak}
+        def results(name: str, prepared: Steps) -> Record:
+            return {"tokens_per_second": rounded(tokens / prepared.seconds), "peak_bytes": prepared.peak_bytes}
 
         sizes = {"size": case.size, "length": case.length, "batch_size": case.batch_size, "compiled": compiled}
         return comparison.records(sizes, results)
@@ -133,7 +124,7 @@ def _model(case: StepCase, attention: str, device: torch.device) -> LightningFor
         return LightningForCausalLM(LightningConfig.from_size(case.size, **options))
 
 
-def _step(case: StepCase, attention: str, device: torch.device, dtype: torch.dtype, compiled: bool) -> Call:
+def _step(case: StepCase, attention: str, device: torch.device, dtype: torch.dtype, compiled: bool) -> Step:
     """Function that trains a model by a step."""
     model = _model(case, attention, device).train()
     if compiled:
@@ -141,16 +132,6 @@ def _step(case: StepCase, attention: str, device: torch.device, dtype: torch.dty
     tokens = torch.randint(model.config.vocab_size, (case.batch_size, case.length), device=device)
     inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False, "skip_logits": True}
     return training_step(model, inputs, device, dtype)
-
-
-def _steps(make_step: Callable[[], Any], device: torch.device) -> Steps:
-    """Time and memory of steps of a model that is then forgotten, with its compiled code."""
-    try:
-        return measure_steps(make_step(), device, steps=3)
-    finally:
-        gc.collect()
-        torch.compiler.reset()
-        release(device)
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """Training steps as `train` makes them, beside a LLaMA of equal size from transformers."""
 
 import gc
+import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,12 +16,13 @@ from lightning_attention.models import LightningConfig, LightningForCausalLM, co
 from lightning_attention.models.mixers import attention_options
 
 from .harness import Comparison, release
-from .report import OURS, Column, Record, Table, field, rounded, times_ours
+from .report import OURS, Column, Record, Table, dtype_name, field, rounded, times_ours
 from .run import Benchmark
 from .scaling import num_parameters
 
 LLAMA = "LLaMA (transformers)"
 FLOAT8 = "float8 products"
+Step = Callable[[], Tensor]  # trains a model, and returns the loss
 # NVIDIA's figures for dense products in bfloat16, in operations per second.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
@@ -95,7 +97,7 @@ def measure(
     """Measure a case.
 
     Returns:
-        Of every model: `seconds` of a step, the mean of `steps` steps that follow each other; `tokens_per_second`;
+        Of every model: `seconds` of a step, see `compare_steps`; `tokens_per_second`;
         `peak_share`, the share of the GPU's peak by 6 operations a parameter and token; `times_ours`; `peak_bytes`,
         with weights, gradients and moments; `first_seconds`, of the first step, with compilation; and `loss`, of the
         first step.
@@ -107,23 +109,18 @@ def measure(
     if fp8:
         models[FLOAT8] = partial(_with_float8, config)
     models[LLAMA] = partial(_llama, config)
-    comparison: Comparison[Steps] = Comparison(device)
     sizes: dict[str, int] = {}
-    for name, create in models.items():
 
-        def run(create: Callable[[], nn.Module] = create, name: str = name) -> Steps:
-            torch.manual_seed(0)
-            with device:
-                model = create().train()
-            sizes[name] = sum(parameter.numel() for parameter in model.parameters())
-            if compiled:
-                _compile(model)
-            return _run(model, case, device, dtype, steps)
+    def make_step(name: str, create: Callable[[], nn.Module]) -> Step:
+        torch.manual_seed(0)
+        with device:
+            model = create().train()
+        sizes[name] = sum(parameter.numel() for parameter in model.parameters())
+        if compiled:
+            _compile(model)
+        return _step(model, case, device, dtype)
 
-        comparison.prepare(name, run)
-        gc.collect()
-        torch.compiler.reset()
-        release(device)
+    comparison = compare_steps({name: partial(make_step, name, models[name]) for name in models}, device, steps)
     times = {name: prepared.seconds for name, prepared in comparison.prepared.items()}
     peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in _name(device)), None)
 
@@ -141,7 +138,14 @@ def measure(
         }
 
     return comparison.records(
-        {"size": case.size, "batch_size": case.batch_size, "length": case.length, "compiled": compiled}, results
+        {
+            "size": case.size,
+            "batch_size": case.batch_size,
+            "length": case.length,
+            "dtype": dtype_name(dtype),
+            "compiled": compiled,
+        },
+        results,
     )
 
 
@@ -174,16 +178,50 @@ def _compile(model: Any) -> None:
             layer.compile()
 
 
-def _run(model: Any, case: SpeedCase, device: torch.device, dtype: torch.dtype, steps: int) -> Steps:
+def _step(model: Any, case: SpeedCase, device: torch.device, dtype: torch.dtype) -> Step:
     tokens = torch.randint(model.config.vocab_size, (case.batch_size, case.length), device=device)
     options = {"skip_logits": True} if isinstance(model, LightningForCausalLM) else {}
     inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False, **options}
-    return measure_steps(training_step(model, inputs, device, dtype), device, steps)
+    return training_step(model, inputs, device, dtype)
 
 
-def training_step(
-    model: nn.Module, inputs: dict[str, Any], device: torch.device, dtype: torch.dtype
-) -> Callable[[], Tensor]:
+def compare_steps(makers: Mapping[str, Callable[[], Step]], device: torch.device, steps: int) -> Comparison[Steps]:
+    """Measure `steps` steps of every model, after two others of it.
+
+    On a GPU, whose memory one model may fill, models run one after another: a time is the mean of steps that follow
+    each other. On a CPU, whose speed varies, models take turns: a time is the median.
+
+    Args:
+        makers: functions that create a model and return its step, by name.
+    """
+    comparison: Comparison[Any] = Comparison(device)
+    if device.type == "cuda":
+        for name, make_step in makers.items():
+            comparison.prepare(name, lambda make_step=make_step: measure_steps(make_step(), device, steps))
+            gc.collect()
+            torch.compiler.reset()
+            release(device)
+        return comparison
+    created: dict[str, Step] = {}
+
+    def first_steps(name: str) -> Steps:
+        created[name] = makers[name]()
+        return measure_steps(created[name], device, steps=1)
+
+    for name in makers:
+        comparison.prepare(name, partial(first_steps, name))
+    seconds: dict[str, list[float]] = {name: [] for name in comparison.prepared}
+    for _ in range(steps):
+        for name, spent in seconds.items():
+            start = time.perf_counter()
+            created[name]()
+            spent.append(time.perf_counter() - start)
+    for name, spent in seconds.items():
+        comparison.prepared[name] = replace(comparison.prepared[name], seconds=statistics.median(spent))
+    return comparison
+
+
+def training_step(model: nn.Module, inputs: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Step:
     """Function that trains a model by a step of AdamW, always on the same inputs, and returns the loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
 
@@ -198,7 +236,7 @@ def training_step(
     return step
 
 
-def measure_steps(step: Callable[[], Tensor], device: torch.device, steps: int) -> Steps:
+def measure_steps(step: Step, device: torch.device, steps: int) -> Steps:
     """Measure `steps` steps after two others."""
     start = time.perf_counter()
     loss = step().item()
