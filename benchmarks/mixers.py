@@ -12,18 +12,18 @@ import torch
 from rich.console import Console
 
 from lightning_attention.files import replacing
-from lightning_attention.models import LightningCache, LightningConfig, LightningForCausalLM, compile_layers
+from lightning_attention.models import LightningCache, LightningForCausalLM, compile_layers
 from lightning_attention.models.cache import KeyValueLayer
 from lightning_attention.models.mixers import attention_options
 from lightning_attention.paths import PathLike, to_path
-from lightning_attention.training import TrainingOptions, byte_tokenizer, train
+from lightning_attention.training import TrainingOptions, train
 from lightning_attention.training.folder import METRICS
 
 from .harness import Call, Comparison, captured
 from .plot import short
 from .report import Column, Document, Record, Table, field, mebibytes, rounded
 from .run import Benchmark
-from .speed import Step, Steps, compare_steps, training_step
+from .speed import Step, Steps, compare_steps, config_of, training_step
 
 TRAINING, DECODING, LOSS = KINDS = ("mixers-training", "mixers-decoding", "mixers-loss")
 
@@ -118,10 +118,8 @@ def loss_benchmark(cases: Sequence[LossCase], device: torch.device) -> Benchmark
 def _model(case: StepCase, attention: str, device: torch.device) -> LightningForCausalLM:
     torch.manual_seed(0)
     options = attention_options(attention) | {"max_position_embeddings": case.length + 1}
-    if case.size == "demo":  # logits of the default vocabulary would take most of its time
-        options["vocab_size"] = len(byte_tokenizer())
     with device:
-        return LightningForCausalLM(LightningConfig.from_size(case.size, **options))
+        return LightningForCausalLM(config_of(case.size, **options))
 
 
 def _step(case: StepCase, attention: str, device: torch.device, dtype: torch.dtype, compiled: bool) -> Step:

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_attention.models import LightningConfig, LightningForCausalLM, compile_layers, use_float8
 from lightning_attention.models.mixers import attention_options
+from lightning_attention.training import byte_tokenizer
 
 from .harness import Comparison, release
 from .report import OURS, Column, Record, Table, dtype_name, field, rounded, times_ours
@@ -78,9 +79,16 @@ def benchmark(
     return Benchmark("speed", cases, measure_case, _title, _TABLE, max(map(_needed_bytes, cases)))
 
 
+def config_of(size: str, **options: Any) -> LightningConfig:
+    """Configuration of a size. "demo" reads bytes: logits of the default vocabulary would take most of its time."""
+    if size == "demo":
+        options["vocab_size"] = len(byte_tokenizer())
+    return LightningConfig.from_size(size, **options)
+
+
 def _needed_bytes(case: SpeedCase) -> int:
     """Least memory: float32 weights, gradients and two moments, and the input of every layer."""
-    config = LightningConfig.from_size(case.size)
+    config = config_of(case.size)
     return 16 * num_parameters(config) + 2 * case.tokens * config.num_hidden_layers * config.hidden_size
 
 
@@ -102,7 +110,7 @@ def measure(
         with weights, gradients and moments; `first_seconds`, of the first step, with compilation; and `loss`, of the
         first step.
     """
-    config = LightningConfig.from_size(case.size)
+    config = config_of(case.size)
     models: dict[str, Callable[[], nn.Module]] = {OURS: lambda: LightningForCausalLM(config)}
     for attention in attentions:
         models[f"{attention} attention"] = partial(_with_attention, case, attention)
@@ -151,7 +159,7 @@ def measure(
 
 def _with_attention(case: SpeedCase, attention: str) -> nn.Module:
     options = attention_options(attention) | {"max_position_embeddings": case.length}
-    return LightningForCausalLM(LightningConfig.from_size(case.size, **options))
+    return LightningForCausalLM(config_of(case.size, **options))
 
 
 def _with_float8(config: LightningConfig) -> nn.Module:
