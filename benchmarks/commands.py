@@ -34,8 +34,10 @@ from .options import (
     size_of,
     write_results,
 )
+from .paper.commands import app as paper
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.add_typer(paper, name="paper")
 
 MAX_GPUS = 100_000  # the cost model of a ring goes through its links one by one
 

@@ -1,6 +1,6 @@
 """The operator, forward and backward, next to other implementations and softmax attention."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,9 +17,17 @@ from .run import Benchmark
 HOST_LENGTH, HOST_CALLS = 1024, 32
 
 
-def benchmark(kind: str, cases: list[OpCase], device: torch.device, *, softmax_up_to: int, seconds: float) -> Benchmark:
-    """Measure with every implementation for the device; `kind` is "table" or "sweep"."""
-    implementations = [found for found in IMPLEMENTATIONS if found.device == device.type]
+def benchmark(
+    kind: str,
+    cases: list[OpCase],
+    device: torch.device,
+    *,
+    softmax_up_to: int,
+    seconds: float,
+    implementations: Sequence[Implementation] = IMPLEMENTATIONS,
+) -> Benchmark:
+    """Measure with every implementation for the device; `kind` is the key of the results."""
+    implementations = [found for found in implementations if found.device == device.type]
     options = {"device": device, "softmax_up_to": softmax_up_to, "seconds": seconds}
     measure_case = partial(measure, implementations=implementations, **options)
     return Benchmark(kind, cases, measure_case, title, TABLE, max(case.needed_bytes for case in cases))

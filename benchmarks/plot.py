@@ -6,15 +6,15 @@ from lightning_attention.paths import PathLike, to_path
 from .report import Document, Value, field, mebibytes
 
 
-def plot_sweep(document: Document, picture: PathLike) -> None:
-    """Draw the sweep of an `op.json`: milliseconds of forward and backward, and their memory beyond the inputs."""
-    first = document["runs"]["sweep"]["results"][0]
+def plot_sweep(document: Document, picture: PathLike, kind: str = "sweep") -> None:
+    """Draw a sweep of the operator: milliseconds of forward and backward, and their memory beyond the inputs."""
+    first = document["runs"][kind]["results"][0]
     shape = f"B {first['batch_size']}, H {first['num_heads']}, D {first['head_dim']}, {first['dtype']}"
     panels: dict[str, Value] = {
         "time (ms)": lambda record: record["forward"]["milliseconds"] + record["backward"]["milliseconds"],
         "peak memory, results and workspace (MiB)": mebibytes("peak_bytes"),
     }
-    _plot(document, "sweep", "sequence length (tokens)", panels, f"forward and backward, {shape}", picture)
+    _plot(document, kind, "sequence length (tokens)", panels, f"forward and backward, {shape}", picture)
 
 
 def plot_model(document: Document, picture: PathLike) -> None:
