@@ -25,6 +25,7 @@ from .options import (
     Size,
     check_belongs,
     check_only,
+    console,
     device_of,
     doubling,
     dtype_of,
@@ -513,6 +514,16 @@ def host(output: Annotated[Path, Option(help="Folder for host.json.")] = OUTPUT,
 
     torch_device = device_of(device)
     write_results("host", measure(torch_device), torch_device, output)
+
+
+@app.command("tables", cls=Command)
+def tables() -> None:
+    """Write docs/benchmarks.md and docs/paper.md from the files in benchmarks/results."""
+    from .pages import PAGES, ROOT, text_of
+
+    for page in PAGES:
+        (ROOT / page).write_text(text_of(page), encoding="utf-8")
+        console().print(f"wrote {page}")
 
 
 @app.command("counters", cls=Command)

@@ -1,18 +1,9 @@
-"""Write docs/benchmarks.md from the files in benchmarks/results.
+"""The page docs/benchmarks.md."""
 
-python benchmarks/tables.py
-"""
+from .pages import Section, both, by_shape, group, measured_implementations, number, shape_of, table, tokens
+from .report import OURS, Record
 
-import json
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "benchmarks.md"
-
-OURS, PORTABLE = "lightning_attention", "its portable kernels"
+PORTABLE = "its portable kernels"
 COLUMNS = {
     PORTABLE: "portable kernels",
     "fla chunk_simple_gla": "fla chunk",
@@ -21,22 +12,10 @@ COLUMNS = {
     "OpenNLPLab lightning_attn": "OpenNLPLab",
     "lightning-1": "Lightning-1",
 }
-# When the code that a run measures last changed what it executes. An older run is left out of the page.
-CHANGED = {"scan": "2026-11-28T10:08", "step": "2026-11-24T11:53", "chunked": "2026-11-27T23:03"}
-
-# Runs with a plot next to their file, and its description.
-PLOTS = {
-    "mixers-training": "Every attention: training steps against the length, and loss",
-    "mixers-decoding": "Every attention: time of a decoded token against the context",
-    "sweep": "Time and memory against the sequence length",
-    "model": "Time per token and size of state or KV cache against the context length",
-    "train": "Tokens per second and memory of a step against the sequence length",
-}
-
 HEADER = """\
 # Benchmarks
 
-<!-- Written by benchmarks/tables.py from benchmarks/results. Edit the script, not this page. -->
+<!-- Written by python -m benchmarks tables from benchmarks/results. Edit benchmarks/tables.py, not this page. -->
 
 Each table names the GPU, the date, the commit and the file that it comes from.
 Implementations of the operator and of a step take turns within one run, and each is checked against float64 before it
@@ -59,66 +38,12 @@ $ python -m benchmarks step     # forward and backward of a model, by kernels
 $ python -m benchmarks counters # counters of Nsight Compute
 $ python -m benchmarks host     # time of the host for a call
 $ python -m benchmarks scaling  # predictions for many GPUs
-$ python benchmarks/tables.py   # writes this page
+$ python -m benchmarks paper    # the tables and figures of the papers
+$ python -m benchmarks tables   # writes this page
 ```
 
 Sizes of models are names. 385M has 385M parameters with a vocabulary of 50,272 and 399M with the 64,000 used here.
 """
-
-Record = dict[str, Any]
-Rows = list[list[str]]
-
-
-def main() -> None:
-    PAGE.write_text(page(), encoding="utf-8")
-
-
-def page() -> str:
-    """The text of docs/benchmarks.md."""
-    sections, outdated, pictures = [HEADER], [], set()
-    for title, run, change, write in SECTIONS:
-        tables = []
-        for file in sorted(RESULTS.glob("*/*.json")):
-            document = json.loads(file.read_text(encoding="utf-8"))
-            for name, found in named_runs(document, file.stem):
-                if name != run:
-                    continue
-                if is_outdated(document, found, change):
-                    outdated.append(f"| {link(file)} | {name} | {found.get('time', 'not kept')[:10]} |")
-                else:
-                    text = f"{source(document, found, file)}\n\n{write(found['results'])}"
-                    if (image := file.with_suffix(".png")) not in pictures and name in PLOTS and image.exists():
-                        pictures.add(image)
-                        text += f"\n\n![{PLOTS[name]}](../{image.relative_to(ROOT).as_posix()})"
-                    tables.append(text)
-        if tables:
-            sections.append("\n\n".join([f"## {title}", *tables]) + "\n")
-    if outdated:
-        sections.append("\n".join([OUTDATED, *sorted(outdated)]) + "\n")
-    return "\n".join(sections)
-
-
-def named_runs(document: Record, stem: str) -> Iterable[tuple[str, Record]]:
-    """Runs of a file by name. A file without runs is one run, named after the file."""
-    return document["runs"].items() if "runs" in document else [(stem, document)]
-
-
-def is_outdated(document: Record, run: Record, change: str) -> bool:
-    """True if the code that the run measured has changed since, or the run does not say when it was."""
-    if "cuda" not in document["machine"]:
-        change = "chunked"
-    return run.get("time", "") < CHANGED[change]
-
-
-def link(file: Path) -> str:
-    return f"[{file.parent.name}/{file.name}](../{file.relative_to(ROOT).as_posix()})"
-
-
-def source(document: Record, run: Record, file: Path) -> str:
-    machine = document["machine"]
-    date = f", {run['time'][:10]}" if "time" in run else ""
-    torch = machine["torch"].partition("+")[0]
-    return f"{machine['device']}{date}, commit `{machine['commit'][:8]}`, torch {torch}, {link(file)}:"
 
 
 def operator(results: list[Record]) -> str:
@@ -309,58 +234,6 @@ def counters(results: list[Record]) -> str:
     return table(header, rows)
 
 
-# Title, name of the run, the code that it measures, and what writes its table.
-SECTIONS: list[tuple[str, str, str, Callable[[Any], str]]] = [
-    ("The operator", "table", "scan", operator),
-    ("The operator against the sequence length", "sweep", "scan", operator),
-    ("Few heads", "segments", "scan", few_heads),
-    ("Many heads", "heads", "scan", many_heads),
-    ("Decoding: the operator", "kernel", "step", decoding_operator),
-    ("Decoding: a model", "model", "step", decoding_model),
-    ("Decoding: the engine", "engine", "scan", engine),
-    ("Training on one long sequence", "train", "scan", training),
-    ("Training steps", "speed", "scan", steps),
-    ("Attentions in the same model: training", "mixers-training", "scan", mixers_training),
-    ("Attentions in the same model: decoding", "mixers-decoding", "scan", mixers_decoding),
-    ("Attentions in the same model: loss", "mixers-loss", "scan", mixers_loss),
-    ("Training steps of several processes", "parallel", "scan", parallel_steps),
-    ("Forward and backward of a model", "step", "scan", model_step),
-    ("Nsight Compute", "counters", "scan", counters),
-]
-
-OUTDATED = """\
-## Left out
-
-These runs are older than the last change of the code that they measure, and are left out until measured again.
-
-| file | run | date |
-|---|---|---|"""
-
-
-def by_shape(results: list[Record]) -> dict[str, dict[str, Record]]:
-    return group(results, shape_of)
-
-
-def group(results: list[Record], key: Callable[[Record], Any]) -> dict[Any, dict[str, Record]]:
-    """Results by key, then by implementation."""
-    found: dict[Any, dict[str, Record]] = {}
-    for x in results:
-        found.setdefault(key(x), {})[x["implementation"]] = x
-    return found
-
-
-def measured_implementations(results: list[Record]) -> list[str]:
-    """Implementations other than ours that some shape has a time for, in the order of the file."""
-    names = (x["implementation"] for x in results if x["implementation"] != OURS and "not_measured" not in x)
-    return list(dict.fromkeys(names))
-
-
-def shape_of(x: Record) -> str:
-    sizes = [str(x[name]) for name in ("batch_size", "length", "num_heads", "head_dim") if name in x]
-    packed = [f"{x['documents']} packed"] if x.get("documents") else []
-    return ", ".join(sizes + packed)
-
-
 def note_of_model(results: list[Record]) -> str:
     return f"Size {results[0]['size']}, one GPU, bf16, random weights.\n\n"
 
@@ -369,29 +242,20 @@ def out_of_memory(x: Record) -> str:
     return "out of memory" if "OutOfMemoryError" in x.get("not_measured", "") else ""
 
 
-def both(x: Record, name: str, factor: float = 1) -> str:
-    """A number of forward and one of backward, or nothing where they were not measured."""
-    passes = [x.get(direction) or {} for direction in ("forward", "backward")]
-    if any(passed.get(name) is None for passed in passes):
-        return ""
-    return " / ".join(number(passed[name] * factor) for passed in passes)
-
-
-def number(x: float | None) -> str:
-    """Three significant digits, or all digits before the point."""
-    if x is None or x == 0 or isinstance(x, int):
-        return "" if x is None else f"{x:,}"
-    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:#.3g}".rstrip(".")
-
-
-def tokens(length: int) -> str:
-    return f"{length >> 20}M" if length >= 1 << 20 else f"{length >> 10}K" if length >= 1 << 10 else str(length)
-
-
-def table(header: list[str], rows: Rows) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-if __name__ == "__main__":
-    main()
+SECTIONS = [
+    Section("The operator", "table", "scan", operator),
+    Section("The operator against the sequence length", "sweep", "scan", operator),
+    Section("Few heads", "segments", "scan", few_heads),
+    Section("Many heads", "heads", "scan", many_heads),
+    Section("Decoding: the operator", "kernel", "step", decoding_operator),
+    Section("Decoding: a model", "model", "step", decoding_model),
+    Section("Decoding: the engine", "engine", "scan", engine),
+    Section("Training on one long sequence", "train", "scan", training),
+    Section("Training steps", "speed", "scan", steps),
+    Section("Attentions in the same model: training", "mixers-training", "scan", mixers_training),
+    Section("Attentions in the same model: decoding", "mixers-decoding", "scan", mixers_decoding),
+    Section("Attentions in the same model: loss", "mixers-loss", "scan", mixers_loss),
+    Section("Training steps of several processes", "parallel", "scan", parallel_steps),
+    Section("Forward and backward of a model", "step", "scan", model_step),
+    Section("Nsight Compute", "counters", "scan", counters),
+]

@@ -11,7 +11,6 @@ import inspect
 import json
 import math
 import re
-import runpy
 import shlex
 import sys
 import textwrap
@@ -26,6 +25,7 @@ import torch.distributed as dist
 import typer
 from tiny_model import save_checkpoint
 
+from benchmarks import pages
 from lightning_attention.cli import main
 from lightning_attention.models import SIZES, LightningConfig, LightningForCausalLM
 
@@ -156,9 +156,9 @@ def test_relative_links_resolve(page: Path) -> None:
             assert anchor in anchors_of(linked), target
 
 
-def test_benchmarks_page_is_what_the_script_writes() -> None:
-    page = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["page"]()
-    assert (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8") == page, "run python benchmarks/tables.py"
+@pytest.mark.parametrize("page", pages.PAGES)
+def test_pages_of_results_are_what_the_command_writes(page: str) -> None:
+    assert (ROOT / page).read_text(encoding="utf-8") == pages.text_of(page), "run python -m benchmarks tables"
 
 
 def test_readme_numbers_are_in_the_results() -> None:
@@ -275,8 +275,10 @@ def check_options(module: str, arguments: list[str]) -> None:
     app = importlib.import_module(module).app
     commands = getattr(typer.main.get_command(app), "commands")  # noqa: B009
     if arguments and arguments[0] != "--version":
-        command = commands[arguments[0]]
-        _, rest, _ = command.make_parser(typer.Context(command)).parse_args(arguments[1:])
+        command, *arguments = commands[arguments[0]], *arguments[1:]
+        if arguments and (subcommands := getattr(command, "commands", None)):
+            command, *arguments = subcommands[arguments[0]], *arguments[1:]
+        _, rest, _ = command.make_parser(typer.Context(command)).parse_args(arguments)
         assert rest == []
 
 

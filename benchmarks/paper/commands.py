@@ -166,6 +166,9 @@ def learn(
     steps: Annotated[int | None, Option(help="Steps. By default 1500 on a GPU, 50 on a CPU.")] = None,
     learning_rate: Annotated[float, Option(help="Highest learning rate.")] = 2e-3,
     seed: Annotated[int, Option(help="Seed of weights and of the order of the text.")] = 0,
+    test_tokens: Annotated[
+        int | None, Option(help="Tokens of test text to read, at most. By default all on a GPU, 65536 on a CPU.")
+    ] = None,
     keep: Annotated[Path | None, Option(help="Folder to keep the runs in, for `length`.")] = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -186,7 +189,7 @@ def learn(
     length = or_default(length, (2048 if table == "exactness" else 1024) if on_gpu else 256)
     batch_size = or_default(batch_size, max((1 << 16 if on_gpu else 1 << 11) // length, 1))
     steps = or_default(steps, 1500 if on_gpu else 50)
-    check_at_least(1, batch_size=batch_size, steps=steps)
+    check_at_least(1, batch_size=batch_size, steps=steps, test_tokens=test_tokens)
     check_at_least(2, length=length)
     recipe = Recipe(
         corpus,
@@ -198,6 +201,7 @@ def learn(
         learning_rate=learning_rate,
         seed=seed,
         dtype=dtype or ("bfloat16" if on_gpu else "float32"),
+        test_tokens=test_tokens or (None if on_gpu else 1 << 16),
     )
     _hide_progress_bars()
     rows = [row for row in TABLES[table] if not model or row.name in model]

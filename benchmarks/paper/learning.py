@@ -52,6 +52,7 @@ class Recipe:
         learning_rate: highest learning rate.
         seed: seed of weights and of the order of the text.
         dtype: "bfloat16" or "float32".
+        test_tokens: tokens of test and of validation text to read, at most; None reads all.
     """
 
     corpus: Path
@@ -63,6 +64,7 @@ class Recipe:
     learning_rate: float
     seed: int
     dtype: str
+    test_tokens: int | None = None
 
     @property
     def trained_tokens(self) -> int:
@@ -192,11 +194,12 @@ def texts(file: Path) -> Iterator[str]:
 def mean_loss(
     model: LightningForCausalLM, recipe: Recipe, split: str, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[float, int]:
-    """Mean loss of a split's tokens in nats, in sequences of the length of training; and the number of its tokens."""
+    """Mean loss of a split's tokens in nats, in sequences of the length of training; and the number of all of them."""
     with tempfile.TemporaryDirectory() as folder:
         # All but the last token are in its training part.
         corpus = Corpus.prepare(folder, Sources.find([recipe.file(split)]), tokenizer, 1e-9)
-        dataset = corpus.training_set(recipe.length)
+        tokens, starts = corpus.train_tokens(), corpus.document_starts()
+        dataset = PackedDataset(tokens, recipe.length, starts, recipe.test_tokens)
         return loss_of(model, dataset, recipe.dtype), corpus.num_train + corpus.num_held_out
 
 

@@ -1,0 +1,125 @@
+"""The page docs/paper.md."""
+
+from ..pages import Section, group, number, table, tokens
+from ..report import Record
+from ..tables import operator
+from .generation import KIND as GENERATION
+from .length import KIND as LENGTH
+from .operator import KIND as OPERATOR
+from .recall import KIND as RECALL
+from .training import KIND as TRAINING
+from .training import SYSTEMS
+
+HEADER = """\
+# The papers, redone
+
+<!-- Written by python -m benchmarks tables from benchmarks/results. Edit benchmarks/paper/page.py, not this page. -->
+
+The experiments of Lightning Attention-2 ([2401.04658](https://arxiv.org/abs/2401.04658)) and of TransNormerLLM
+([2405.17381](https://arxiv.org/abs/2405.17381)), each as a command that one GPU runs in minutes. A table stands here
+once its results are in the repository, with the paper's figures beside ours.
+
+| paper | command | measures |
+|---|---|---|
+| LA-2, Table 1 and Figure 1 | `paper training` | tokens/s of training: Lightning-2, Lightning-1 and a LLaMA |
+| LA-2, Figure 3; TNL, Figure 4 | `paper operator` | time and memory, with FlashAttention-2 and plain PyTorch |
+| LA-2, Table 2 | `paper learn --table exactness` | loss with Lightning-1 and Lightning-2, same seed |
+| TNL, Table 1 | `paper learn --table quality` | perplexity of a word and bits a byte of every attention |
+| TNL, Tables 4 to 9 | `paper learn --table ablations` | loss with another position, decay, gate, norm, activation |
+| TNL, Figure 5 | `paper generation` | new tokens/s in the largest batch, ours and a LLaMA |
+| PI, StreamingLLM | `paper length` | loss by position in documents longer than those of training |
+| MiniMax-01 | `paper recall` | needles that are found in longer haystacks than those of training |
+
+```console
+$ python -m benchmarks paper corpus                                    # text, on Debian 12
+$ python -m benchmarks paper learn --table quality --keep runs
+$ python -m benchmarks paper length --runs runs
+```
+
+**What differs.** The papers trained 0.4B to 15B parameters for weeks on many A100s; these runs take minutes, so
+differences between models count, not their losses. WikiText-103 is replaced by documentation that Debian distributes:
+334 MB of English text, 46 million words, from 26 packages (manuals, dictionaries, a book on Debian, a FAQ on
+anarchism). Its licences are free ones and differ by package; `paper corpus` keeps them beside the text. Blocks of text
+that come again are left out, also between documents, and a document is in the test text by the hash of its text. The
+vocabulary is a BPE of bytes, trained on the same text. A word is what white space separates; its perplexity is
+`exp(nats of the test text / words of the test text)`, which does not depend on the vocabulary. Test documents are read
+in sequences of the length of training, so a token at the start of a sequence is predicted from little.
+"""
+
+
+def learned(results: list[Record]) -> str:
+    """What models have learned from the same text."""
+    first = results[0]
+    note = f"{first['trained_tokens']:,} tokens in sequences of {first['length']}, {first['dtype']}, seed "
+    note += f"{first['seed']}. Loss in nats a token of the test text. The paper's figure is of its own setting.\n\n"
+    header = ["model", "parameters, M", "word perplexity", "bits a byte", "loss", "tokens/s", "GiB", "paper"]
+    rows = []
+    for x in results:
+        if "not_measured" in x:
+            rows.append([x["implementation"], x["not_measured"], *[""] * 6])
+            continue
+        row = [x["implementation"], number(x["parameters"] / 1e6), number(x["word_perplexity"])]
+        row += [number(x["bits_per_byte"]), f"{x['loss']:.4f}", number(x["tokens_per_second"])]
+        row += [number(x["peak_bytes"] / 2**30) if x["peak_bytes"] else ""]
+        rows.append([*row, str(x["published"]) if x["published"] else ""])
+    return note + table(header, rows)
+
+
+def training(results: list[Record]) -> str:
+    """Tokens a second of training steps, beside those of the paper."""
+    note = "Tokens/s and GPU of forward, backward and AdamW; the paper's on A100s in brackets.\n\n"
+    rows = []
+    for (size, length), found in group(results, lambda x: (x["size"], x["length"])).items():
+        rows.append([size, tokens(length), *(_beside(found.get(name, {}), "tokens_per_second") for name in SYSTEMS)])
+    return note + table(["size", "sequence length", *SYSTEMS], rows)
+
+
+def generation(results: list[Record]) -> str:
+    """New tokens a second in the best batch."""
+    first = results[0]
+    note = f"Prompts of {first['prompt']} tokens, {first['new']} new ones, by generate(); the paper's on an A100 in "
+    note += "brackets.\n\n"
+    rows = [
+        [x["implementation"], x["size"], _beside(x, "tokens_per_second"), number(x.get("batch_size"))] for x in results
+    ]
+    return note + table(["model", "size", "new tokens/s", "sequences"], rows)
+
+
+def by_length(results: list[Record]) -> str:
+    """Loss of tokens by their position."""
+    note = f"Mean loss in nats a token of {results[0]['documents']} documents, by position.\n\n"
+    return note + _spread(results, "loss", "positions")
+
+
+def recall(results: list[Record]) -> str:
+    """Share of needles found by length."""
+    first = results[0]
+    note = f"Share of {first['needles']} needles found, by length; trained on {first['length']} tokens, "
+    note += f"{first['steps']} steps of {first['batch_size']} sequences.\n\n"
+    return note + _spread(results, "found", "tokens")
+
+
+def _spread(results: list[Record], key: str, name: str) -> str:
+    """A row per model, and a column per entry at `key`."""
+    measured = [x for x in results if key in x]
+    columns = list(measured[0][key])
+    rows = [[x["implementation"], *(number(x[key][column]) for column in columns)] for x in measured]
+    return table([f"model, {name}", *columns], rows)
+
+
+def _beside(x: Record, key: str) -> str:
+    published = f" ({x['published']:,})" if x.get("published") else ""
+    reason = "out of memory" if "OutOfMemoryError" in x.get("not_measured", "") else "not measured"
+    return number(x[key]) + published if key in x else f"{reason}{published}"
+
+
+SECTIONS = [
+    Section("Speed of training", TRAINING, "scan", training),
+    Section("The operator", OPERATOR, "scan", operator),
+    Section("Lightning-1 and Lightning-2 learn the same", "paper-exactness", "scan", learned),
+    Section("Attentions learn from the same text", "paper-quality", "scan", learned),
+    Section("Ablations", "paper-ablations", "scan", learned),
+    Section("Generation", GENERATION, "scan", generation),
+    Section("Beyond the trained length", LENGTH, "scan", by_length),
+    Section("Needles in a haystack", RECALL, "scan", recall),
+]
