@@ -243,7 +243,7 @@ def recall(
     output: Output = OUTPUT,
     needles: Annotated[int, Option(help="Keys with a value in a sequence.")] = 8,
     length: Annotated[
-        int | None, Option(help="Tokens of a training sequence. By default 512 on a GPU, 64 on a CPU.")
+        int | None, Option(help="Tokens of a training sequence. By default 256 on a GPU, 64 on a CPU.")
     ] = None,
     tested: Annotated[
         list[int] | None,
@@ -263,7 +263,7 @@ def recall(
     torch_device = device_of(device)
     torch_dtype, on_gpu = dtype_of(dtype, torch_device), torch_device.type == "cuda"
     _check_trains(dtype)
-    length = or_default(length, 512 if on_gpu else 64)
+    length = or_default(length, 256 if on_gpu else 64)
     lengths = tuple(sorted(set(tested or doubling(length, 6 if on_gpu else 3))))
     batch_size, steps = or_default(batch_size, 128 if on_gpu else 16), or_default(steps, 3000 if on_gpu else 50)
     check_at_least(1, needles=needles, batch_size=batch_size, steps=steps)
