@@ -156,8 +156,9 @@ def steps(results: list[Record]) -> str:
         rows.append([*row, *(number(found[name].get("times_ours")) if name in found else "" for name in others)])
     columns = ["size", "sequence length", "tokens of a step", "tokens/s", "of the peak, %", "memory, GiB", *others]
     compiled = "compiled" if results[0]["compiled"] else "eager"
-    note = f"Forward, backward and AdamW, layers {compiled}. Memory has weights, gradients and moments.\n"
-    note += "The peak counts 6 operations a parameter and token.\n"
+    note = f"Forward, backward and AdamW in {results[0].get('dtype', 'bfloat16')}, layers {compiled}.\n"
+    if results[0]["peak_bytes"]:
+        note += "Memory has weights, gradients and moments. The peak counts 6 operations a parameter and token.\n"
     note += "The LLaMA has the same width, depth and vocabulary, and transformers' own loss of all logits.\n\n"
     return note + table(columns, rows)
 

@@ -93,7 +93,12 @@ def benchmark(
         recipe: how they are trained.
         device: where.
         keep: folder for the runs, by the names of the models; None keeps none.
+
+    Raises:
+        ValueError: there is no corpus, or the folder holds a run of one of the models.
     """
+    if keep is not None and (found := [path for row in rows if (path := keep / slug(row.name)).exists()]):
+        raise ValueError(f"{found[0]} holds a run already: choose another folder to keep runs in")
     splits = read_splits(recipe.corpus)
 
     def measure(row: PaperModel, bandwidth: float) -> list[Record]:

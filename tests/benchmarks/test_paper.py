@@ -206,8 +206,12 @@ class TestLearning:
         results = {x["implementation"]: x["loss"] for x in runs(tmp_path)["paper-length"]["results"]}
         assert len(results) == 5
         assert all(list(loss) == ["1-79"] and loss["1-79"] > 0 for loss in results.values())
-        with pytest.raises(SystemExit):
-            bench("paper", "length", "--runs", tmp_path / "none", *sizes.split(), *folders)
+        for arguments in (
+            ("length", "--runs", tmp_path / "none", *sizes.split()),
+            ("learn", "--table", "quality", "--device", "cpu", "--keep", tmp_path / "keep"),
+        ):
+            with pytest.raises(SystemExit):
+                bench("paper", *arguments, *folders)
 
 
 def write_corpus(folder):
