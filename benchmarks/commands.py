@@ -19,6 +19,7 @@ from lightning_attention.extras import require
 
 from .options import (
     OUTPUT,
+    Compile,
     Device,
     Dtype,
     Output,
@@ -249,9 +250,7 @@ def speed(
     steps: Annotated[int, Option(help="Steps to measure.")] = 5,
     dtype: Dtype = None,
     device: Device = None,
-    compile: Annotated[
-        bool | None, Option("--compile/--no-compile", help="Compile the layers. By default on a GPU.")
-    ] = None,
+    compile: Compile = None,
 ) -> None:
     """Training steps of models, beside a LLaMA of equal size, at several lengths."""
     from lightning_attention.models.float8 import float8_error
@@ -319,9 +318,7 @@ def mixers(
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
-    compile: Annotated[
-        bool | None, Option("--compile/--no-compile", help="Compile the layers. By default on a GPU.")
-    ] = None,
+    compile: Compile = None,
     seconds: Annotated[
         float | None, Option(help="Approximate time to decode. By default 0.2 on a GPU, 0.5 on a CPU.")
     ] = None,
@@ -393,9 +390,7 @@ def parallel(
     ] = None,
     steps: Annotated[int, Option(help="Steps to measure.")] = 5,
     device: Device = None,
-    compile: Annotated[
-        bool | None, Option("--compile/--no-compile", help="Compile the layers. By default on a GPU.")
-    ] = None,
+    compile: Compile = None,
 ) -> None:
     """Training steps on several GPUs beside one: data parallel, sharded, and sequence parallel."""
     from .parallel import cases, measure

@@ -26,6 +26,7 @@ Dtype = Annotated[
 ]
 Device = Annotated[str | None, Option(help="cpu or cuda. By default cuda if PyTorch sees a GPU.")]
 Size = Annotated[str | None, Option(help="Size of the model, as in train. By default 385M on a GPU, demo on a CPU.")]
+Compile = Annotated[bool | None, Option("--compile/--no-compile", help="Compile the layers. By default on a GPU.")]
 OUTPUT = Path("benchmark")
 
 Value = TypeVar("Value")

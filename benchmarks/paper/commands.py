@@ -10,6 +10,7 @@ from lightning_attention.cli.options import Command, check_at_least, show_help_w
 
 from ..options import (
     OUTPUT,
+    Compile,
     Device,
     Dtype,
     Output,
@@ -66,9 +67,7 @@ def training(
     steps: Annotated[int, Option(help="Steps to measure.")] = 5,
     dtype: Dtype = None,
     device: Device = None,
-    compile: Annotated[
-        bool | None, Option("--compile/--no-compile", help="Compile the layers. By default on a GPU.")
-    ] = None,
+    compile: Compile = None,
 ) -> None:
     """Tokens a second of training (LA-2, Table 1): Lightning-2, Lightning-1 and a LLaMA."""
     from ..speed import SpeedCase, default_tokens
