@@ -1,6 +1,8 @@
 """The page docs/paper.md."""
 
-from ..pages import Section, group, number, table, tokens
+import json
+
+from ..pages import RESULTS, Section, group, number, table, tokens
 from ..report import Record
 from ..tables import operator
 from .generation import KIND as GENERATION
@@ -10,13 +12,17 @@ from .recall import KIND as RECALL
 from .training import KIND as TRAINING
 from .training import SYSTEMS
 
-HEADER = """\
+_MANIFEST = json.loads((RESULTS / "corpus.json").read_text(encoding="utf-8"))
+_MEGABYTES, _MILLION_WORDS = (
+    sum(split[name] for split in _MANIFEST["splits"].values()) / 1e6 for name in ("bytes", "words")
+)
+HEADER = f"""\
 # The papers, redone
 
 <!-- Written by python -m benchmarks tables from benchmarks/results. Edit benchmarks/paper/page.py, not this page. -->
 
 The experiments of Lightning Attention-2 ([2401.04658](https://arxiv.org/abs/2401.04658)) and of TransNormerLLM
-([2405.17381](https://arxiv.org/abs/2405.17381)), each as a command that one GPU runs in minutes. A table stands here
+([2405.17381](https://arxiv.org/abs/2405.17381)), each as a command for one GPU. A table stands here
 once its results are in the repository, with the paper's figures beside ours.
 
 | paper | command | measures |
@@ -36,14 +42,16 @@ $ python -m benchmarks paper learn --table quality --keep runs
 $ python -m benchmarks paper length --runs runs
 ```
 
-**What differs.** The papers trained 0.4B to 15B parameters for weeks on many A100s; these runs take minutes, so
-differences between models count, not their losses. WikiText-103 is replaced by documentation that Debian distributes:
-334 MB of English text, 46 million words, from 26 packages (manuals, dictionaries, a book on Debian, a FAQ on
-anarchism). Its licences are free ones and differ by package; `paper corpus` keeps them beside the text. Blocks of text
-that come again are left out, also between documents, and a document is in the test text by the hash of its text. The
-vocabulary is a BPE of bytes, trained on the same text. A word is what white space separates; its perplexity is
-`exp(nats of the test text / words of the test text)`, which does not depend on the vocabulary. Test documents are read
-in sequences of the length of training, so a token at the start of a sequence is predicted from little.
+**What differs.** The papers trained models of up to 15B parameters on up to 100 billion tokens; these are smaller and
+see less text, so differences between models count, not their losses. WikiText-103 is replaced by documentation that
+Debian distributes: {_MEGABYTES:.0f} MB of English text, {_MILLION_WORDS:.0f} million words, from
+{len(_MANIFEST["packages"])} packages ([versions and sizes](../benchmarks/results/corpus.json)): manuals, dictionaries,
+a book on Debian, a FAQ on anarchism. Its licences are free ones and differ by package; `paper corpus` keeps them beside
+the text. Blocks of text that come again are left out, also between documents, and a document is in the test text by the
+hash of its text. The vocabulary is a BPE of bytes, trained on the same text. A word is what white space separates; its
+perplexity is `exp(nats of the test text / words of the test text)`, which does not depend on the vocabulary. Test
+documents are read in sequences of the length of training, so a token at the start of a sequence is predicted from
+little.
 """
 
 

@@ -15,7 +15,7 @@ import torch
 from benchmarks.cases import OpCase
 from benchmarks.implementations import Calls, Inputs
 from benchmarks.oracles import Oracles
-from benchmarks.paper import corpus, learning, length, recall, training
+from benchmarks.paper import corpus, learning, length, page, recall, training
 from benchmarks.paper.models import ABLATIONS, SIZE, TABLES
 from benchmarks.paper.operator import VANILLA
 from benchmarks.speed import SpeedCase
@@ -140,13 +140,16 @@ class TestTraining:
         bench("paper", "training", *sizes.split(), "--output", tmp_path)
         results = runs(tmp_path)["paper-training"]["results"]
         assert [record["implementation"] for record in results] == list(training.SYSTEMS)
+        assert rows(page.training(results)) == [["demo", "16", *(f"{x['tokens_per_second']:,.0f}" for x in results)]]
         assert all(record["tokens_per_second"] > 0 and record["batch_size"] == 2 for record in results)
 
 
 def test_generation_reports_the_best_batch(bench, tmp_path):
     sizes = "--prompt 4 --new 3 --batch-size 1 --batch-size 4 --device cpu"
     bench("paper", "generation", *sizes.split(), "--output", tmp_path)
-    for record in runs(tmp_path)["paper-generation"]["results"]:
+    results = runs(tmp_path)["paper-generation"]["results"]
+    assert [row[0] for row in rows(page.generation(results))] == ["TNL", "LLaMA"]
+    for record in results:
         rates = record["by_batch_size"]
         assert list(rates) == ["1", "4"]
         assert record["tokens_per_second"] == rates[str(record["batch_size"])] == max(rates.values())
@@ -194,6 +197,7 @@ class TestLearning:
         bench("paper", "learn", "--table", "quality", *sizes.split(), *folders, "--keep", tmp_path / "keep")
         results = runs(tmp_path)["paper-quality"]["results"]
         assert [record["implementation"] for record in results] == [row.name for row in TABLES["quality"]]
+        assert [row[-1] for row in rows(page.learned(results))] == [str(x["published"] or "") for x in results]
         for record in results:
             assert record["trained_tokens"] == 128
             # Nats of the test text, by both of its sizes.
@@ -203,7 +207,9 @@ class TestLearning:
             assert record["loss"] == pytest.approx(record["validation_loss"], rel=0.1)
         sizes = "--device cpu --length 80 --documents 2 --tuning-steps 1 --tuning-tokens 80"
         bench("paper", "length", "--runs", tmp_path / "keep", *sizes.split(), *folders)
-        results = {x["implementation"]: x["loss"] for x in runs(tmp_path)["paper-length"]["results"]}
+        results = runs(tmp_path)["paper-length"]["results"]
+        assert rows(page.by_length(results))[0] == [results[0]["implementation"], f"{results[0]['loss']['1-79']:.2f}"]
+        results = {x["implementation"]: x["loss"] for x in results}
         assert len(results) == 5
         assert all(list(loss) == ["1-79"] and loss["1-79"] > 0 for loss in results.values())
         for arguments in (
@@ -285,6 +291,23 @@ class TestRecall:
         results = runs(tmp_path)["paper-recall"]["results"]
         assert [record["implementation"] for record in results] == list(recall.SYSTEMS)
         assert all(list(record["found"]) == ["16", "32"] for record in results)
+        assert [row[0] for row in rows(page.recall(results))] == list(recall.SYSTEMS)
+
+
+def test_pages_say_what_was_not_measured_and_what_was_published():
+    training_record = {"size": "1B", "length": 94208, "published": None}
+    lost = {"implementation": training.OURS, "not_measured": "OutOfMemoryError: of a GPU"} | training_record
+    found = {"implementation": training.SOFTMAX, "tokens_per_second": 12345.0} | training_record | {"published": 2558}
+    assert rows(page.training([lost, found])) == [["1B", "92K", "out of memory", "not measured", "12,345 (2,558)"]]
+    sizes = {"trained_tokens": 1, "length": 1, "dtype": "float32", "seed": 0, "published": None}
+    (row,) = rows(page.learned([{"implementation": "TNL", "not_measured": "ValueError: no"} | sizes]))
+    assert row[:2] == ["TNL", "ValueError: no"]
+
+
+def rows(text):
+    """Cells of the rows of a table, without its header."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 @pytest.mark.parametrize(
