@@ -130,6 +130,7 @@ def learn(
     options = row.config(recipe.length, **recipe.sizes, vocab_size=recipe.vocab_size)
     config.write_text(json.dumps(options.to_diff_dict()))
     shutil.copytree(recipe.tokens, folder / CORPUS)
+    torch.compiler.reset()  # or code of earlier models counts towards the limit of recompilations
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     checkpoint = train(

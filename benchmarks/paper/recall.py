@@ -101,6 +101,7 @@ def _accuracies(case: RecallCase, system: str, device: torch.device) -> dict[int
     config = LightningConfig(**case.sizes, **SYSTEMS[system], vocab_size=KEYS + VALUES + FILLERS)
     model = LightningForCausalLM(config).to(device)
     if device.type == "cuda":
+        torch.compiler.reset()  # or code of earlier models counts towards the limit of recompilations
         compile_layers(model)
     fit(model, _batches(case), steps=case.steps, learning_rate=case.learning_rate, dtype=case.dtype)
     return {length: accuracy(model, length, case.needles, case.dtype) for length in case.tested}
