@@ -75,7 +75,8 @@ def learned(results: list[Record]) -> str:
 
 def training(results: list[Record]) -> str:
     """Tokens a second of training steps, beside those of the paper."""
-    note = "Tokens/s and GPU of forward, backward and AdamW; the paper's on A100s in brackets.\n\n"
+    note = "Tokens/s of forward, backward and AdamW on a GPU; in brackets the paper's, of each of two A100s of 80 GB.\n"
+    note += "Longer sequences, in training segments: [benchmarks](benchmarks.md#training-on-one-long-sequence).\n\n"
     rows = []
     for (size, length), found in group(results, lambda x: (x["size"], x["length"])).items():
         rows.append([size, tokens(length), *(_beside(found.get(name, {}), "tokens_per_second") for name in SYSTEMS)])
