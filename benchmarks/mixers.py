@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from lightning_attention.files import replacing
-from lightning_attention.models import LightningCache, LightningForCausalLM, compile_layers
+from lightning_attention.models import LightningCache, LightningForCausalLM
 from lightning_attention.models.cache import KeyValueLayer
 from lightning_attention.models.mixers import attention_options
 from lightning_attention.paths import PathLike, to_path
@@ -23,7 +23,7 @@ from .harness import Call, Comparison, captured
 from .plot import short
 from .report import Column, Document, Record, Table, field, mebibytes, rounded
 from .run import Benchmark
-from .speed import Step, Steps, compare_steps, config_of, training_step
+from .speed import Step, Steps, compare_steps, config_of, random_step
 
 TRAINING, DECODING, LOSS = KINDS = ("mixers-training", "mixers-decoding", "mixers-loss")
 
@@ -123,13 +123,8 @@ def _model(case: StepCase, attention: str, device: torch.device) -> LightningFor
 
 
 def _step(case: StepCase, attention: str, device: torch.device, dtype: torch.dtype, compiled: bool) -> Step:
-    """Function that trains a model by a step."""
     model = _model(case, attention, device).train()
-    if compiled:
-        compile_layers(model)
-    tokens = torch.randint(model.config.vocab_size, (case.batch_size, case.length), device=device)
-    inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False, "skip_logits": True}
-    return training_step(model, inputs, device, dtype)
+    return random_step(model, case.batch_size, case.length, device, dtype, compiled=compiled)
 
 
 @torch.no_grad()

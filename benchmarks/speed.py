@@ -124,9 +124,7 @@ def measure(
         with device:
             model = create().train()
         sizes[name] = sum(parameter.numel() for parameter in model.parameters())
-        if compiled:
-            _compile(model)
-        return _step(model, case, device, dtype)
+        return random_step(model, case.batch_size, case.length, device, dtype, compiled=compiled)
 
     comparison = compare_steps({name: partial(make_step, name, models[name]) for name in models}, device, steps)
     times = {name: prepared.seconds for name, prepared in comparison.prepared.items()}
@@ -178,23 +176,24 @@ def _llama(config: LightningConfig) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**options))
 
 
-def _compile(model: Any) -> None:
-    if isinstance(model, LightningForCausalLM):
+def random_step(
+    model: Any, batch_size: int, length: int, device: torch.device, dtype: torch.dtype, *, compiled: bool
+) -> Step:
+    """Function that trains a model by a step on random tokens; compiles its layers, if asked to."""
+    is_ours = isinstance(model, LightningForCausalLM)
+    if compiled and is_ours:
         compile_layers(model)
-    else:
+    elif compiled:
         for layer in model.model.layers:
             layer.compile()
-
-
-def _step(model: Any, case: SpeedCase, device: torch.device, dtype: torch.dtype) -> Step:
-    tokens = torch.randint(model.config.vocab_size, (case.batch_size, case.length), device=device)
-    options = {"skip_logits": True} if isinstance(model, LightningForCausalLM) else {}
+    tokens = torch.randint(model.config.vocab_size, (batch_size, length), device=device)
+    options = {"skip_logits": True} if is_ours else {}
     inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False, **options}
     return training_step(model, inputs, device, dtype)
 
 
 def compare_steps(makers: Mapping[str, Callable[[], Step]], device: torch.device, steps: int) -> Comparison[Steps]:
-    """Measure `steps` steps of every model, after two others of it.
+    """Measure `steps` steps of every model, after others that warm it up.
 
     On a GPU, whose memory one model may fill, models run one after another: a time is the mean of steps that follow
     each other. On a CPU, whose speed varies, models take turns: a time is the median.

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from lightning_attention.models import LightningForCausalLM, compile_layers
+from lightning_attention.models import LightningForCausalLM
 
 from ..report import Column, Record, Table, field, rounded
 from ..run import Benchmark
-from ..speed import SpeedCase, Step, Steps, compare_steps, config_of, training_step
+from ..speed import SpeedCase, Step, Steps, compare_steps, config_of, random_step
 from .models import LLAMA
 
 KIND = "paper-training"
@@ -68,11 +68,7 @@ def _make_step(case: SpeedCase, system: str, device: torch.device, dtype: torch.
     torch.manual_seed(0)
     with device:
         model = LightningForCausalLM(config_of(case.size, **SYSTEMS[system])).train()
-    if compiled:
-        compile_layers(model)
-    tokens = torch.randint(model.config.vocab_size, (case.batch_size, case.length), device=device)
-    inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False, "skip_logits": True}
-    return training_step(model, inputs, device, dtype)
+    return random_step(model, case.batch_size, case.length, device, dtype, compiled=compiled)
 
 
 def _title(case: SpeedCase, bandwidth: float) -> str:
