@@ -246,9 +246,7 @@ def recall(
     ] = None,
     tested: Annotated[
         list[int] | None,
-        Option(
-            help="Tokens of a tested sequence; repeat for more. By default doubling from that of training, 6 times."
-        ),
+        Option(help="Tokens of a tested sequence; repeat for more. By default doubling from that of training."),
     ] = None,
     batch_size: Annotated[int | None, Option(help="Sequences of a step. By default 128 on a GPU, 16 on a CPU.")] = None,
     steps: Annotated[int | None, Option(help="Steps. By default 3000 on a GPU, 50 on a CPU.")] = None,

@@ -1,7 +1,7 @@
 """A text corpus that anyone can get: documentation in Debian's packages, cleaned, without repetitions.
 
 `apt-get download` fetches the packages of the release that runs, as any user; nothing is installed. Texts keep the
-licences of their packages, whose copyright files are copied.
+licences of their packages, whose copyright files are copied; a package may share that of another, which is then named.
 """
 
 import gzip
@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -57,7 +58,7 @@ SPLITS = {"test": 0.01, "validation": 0.01, "train": 0.98}
 LEAST_CHARACTERS, MOST_CHARACTERS = 500, 1 << 20  # of a document; longer ones are cut
 LONG = 80  # characters of a block that may come once; a shorter one may come REPEATS times
 REPEATS = 20
-# Share of these among the words of English prose, about a third, and of references of interfaces, less than a tenth.
+# A document is English prose if these are a share LEAST_COMMON of its words.
 COMMON_WORDS = set(
     re.findall(
         r"\w+",
@@ -96,7 +97,7 @@ class Package:
         name: its name.
         version: its version.
         sha256: hash of its file.
-        copyright: its copyright file.
+        copyright: text of its copyright file, or a line that names the package whose file it shares.
         documents: path of every document in the package, and its blocks: paragraphs, items, lines of code.
     """
 
@@ -135,8 +136,10 @@ def build(output: Path, packages: Sequence[str], echo: Callable[[str], None]) ->
 
     Raises:
         OSError: apt-get is missing or fails, or a file cannot be written.
-        ValueError: the packages hold no such text.
+        ValueError: a name is not that of a package, or the packages hold no such text.
     """
+    if wrong := [name for name in packages if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", name)]:
+        raise ValueError(f"{wrong[0]!r} is not the name of a Debian package")
     with writable_folder(output), tempfile.TemporaryDirectory() as folder:
         files = download(packages, Path(folder))
         seen: Counter[int] = Counter()
@@ -188,7 +191,7 @@ def download(packages: Sequence[str], folder: Path) -> list[Path]:
         raise OSError("the corpus is made of Debian's packages: apt-get and dpkg-deb are needed")
     done = subprocess.run(["apt-get", "download", *packages], cwd=folder, capture_output=True, text=True)
     if done.returncode != 0:
-        raise OSError(f"apt-get download failed: {done.stderr.strip()}")
+        raise OSError(f"apt-get download failed: {' '.join(done.stderr.split())}")
     return [next(folder.glob(f"{name}_*.deb")) for name in packages]
 
 
@@ -206,22 +209,24 @@ def read_package(file: Path) -> Package:
             kind = Path(path.name.removesuffix(".gz").removesuffix(".dz")).suffix.lower()
             if path.is_symlink() or not path.is_file() or SKIPPED_NAMES.match(path.name):
                 continue
-            if (text := _read(path) if kind in PAGES | PLAIN else None) is not None:
+            if (text := read_text(path) if kind in PAGES | PLAIN else None) is not None:
                 blocks = page_blocks(text) if kind in PAGES else plain_blocks(text)
                 documents.append((str(path.relative_to(root)), blocks))
-        licence = root / "usr/share/doc" / name / "copyright"
-        # A package that shares the folder of another names it by a link that leads out of the package.
-        copyright = licence.read_text(errors="replace") if licence.is_file() else "in the package's source\n"
+        about = root / "usr/share/doc" / name
+        if (about / "copyright").is_file():
+            copyright = (about / "copyright").read_text(errors="replace")
+        else:  # a link to the folder of another package
+            copyright = f"the copyright file of {about.readlink().name}\n"
     return Package(name, version, hashlib.sha256(file.read_bytes()).hexdigest(), copyright, documents)
 
 
-def _read(path: Path) -> str | None:
+def read_text(path: Path) -> str | None:
     """Text of a file; None if it is not text, or damaged. Bytes that are not UTF-8 become U+FFFD."""
     content = path.read_bytes()
     try:
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
-    except (OSError, EOFError):
+    except (OSError, EOFError, zlib.error):
         return None
     return None if b"\0" in content else content.decode("utf-8-sig", errors="replace")
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_attention.models import LightningCache, LightningForCausalLM
+from lightning_attention.models import LightningCache, LightningConfig, LightningForCausalLM
 from lightning_attention.models.checkpoint import last_checkpoint, load_model
 from lightning_attention.training import Corpus, load_tokenizer
 from lightning_attention.training.batches import pack_sequences, shuffled_epochs
@@ -126,7 +126,7 @@ def whole_losses(model: LightningForCausalLM, ids: Tensor, dtype: str) -> Tensor
 @torch.no_grad()
 def streaming_losses(model: LightningForCausalLM, ids: Tensor, dtype: str) -> Tensor:
     """Mean losses as of `whole_losses`, with keys and values of as many tokens as the model was trained on."""
-    cache = LightningCache(model.config.num_hidden_layers, sinks=SINKS, window=trained_length(model) - SINKS)
+    cache = LightningCache(model.config.num_hidden_layers, sinks=SINKS, window=trained_length(model.config) - SINKS)
     losses = []
     for t in range(ids.shape[1] - 1):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -135,9 +135,9 @@ def streaming_losses(model: LightningForCausalLM, ids: Tensor, dtype: str) -> Te
     return torch.stack(losses)
 
 
-def trained_length(model: LightningForCausalLM) -> int:
+def trained_length(config: LightningConfig) -> int:
     """Tokens of a sequence that a model of the table of quality was trained on."""
-    length = model.config.max_position_embeddings
+    length = config.max_position_embeddings
     assert length is not None
     return length
 
@@ -145,7 +145,8 @@ def trained_length(model: LightningForCausalLM) -> int:
 def _interpolated(case: LengthCase, device: torch.device) -> LightningForCausalLM:
     """The softmax model with positions scaled to the length it was trained for, and trained some steps more."""
     checkpoint = case.checkpoint(LLAMA)
-    options: dict[str, Any] = {"rope_type": "linear", "factor": case.length / trained_length(load_model(checkpoint))}
+    trained = trained_length(LightningConfig.from_pretrained(checkpoint))
+    options: dict[str, Any] = {"rope_type": "linear", "factor": case.length / trained}
     model: Any = LightningForCausalLM.from_pretrained(
         checkpoint, rope_parameters=options, max_position_embeddings=case.length, dtype=torch.float32
     )

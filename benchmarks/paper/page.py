@@ -46,12 +46,12 @@ $ python -m benchmarks paper length --runs runs
 see less text, so differences between models count, not their losses. WikiText-103 is replaced by documentation that
 Debian distributes: {_MEGABYTES:.0f} MB of English text, {_MILLION_WORDS:.0f} million words, from
 {len(_MANIFEST["packages"])} packages ([versions and sizes](../benchmarks/results/corpus.json)): manuals, dictionaries,
-a book on Debian, a FAQ on anarchism. Its licences are free ones and differ by package; `paper corpus` keeps them beside
-the text. Blocks of text that come again are left out, also between documents, and a document is in the test text by the
-hash of its text. The vocabulary is a BPE of bytes, trained on the same text. A word is what white space separates; its
-perplexity is `exp(nats of the test text / words of the test text)`, which does not depend on the vocabulary. Test
-documents are read in sequences of the length of training, so a token at the start of a sequence is predicted from
-little.
+a book on Debian, a FAQ on anarchism. Its licences are free ones and differ by package; `paper corpus` keeps their
+copyright files beside the text. Blocks of text that come again are left out, also between documents, and a document is
+in the test text by the hash of its text. The vocabulary is a BPE of bytes, trained on the same text. A word is what
+white space separates; its perplexity is `exp(nats of the test text / words of the test text)`, which does not depend on
+the vocabulary. Test documents are read in sequences of the length of training, so a token at the start of a sequence is
+predicted from little.
 """
 
 

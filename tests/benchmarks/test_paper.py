@@ -1,5 +1,6 @@
 """The papers' experiments measure what they claim. No test here is about speed."""
 
+import gzip
 import json
 import math
 import shutil
@@ -44,13 +45,14 @@ class TestCorpus:
         assert corpus.plain_blocks("a\nb\r\n\r\n  c\n \n\n\nd\n") == ["a\nb", "  c", "d"]
 
     def test_long_blocks_come_once_and_short_ones_some_times(self):
-        filler = [f"{PROSE} It is number {i} of all of them." for i in range(5)]
-        documents = [(str(i), ["Note", PROSE * 2, *filler, f"{PROSE * 4} {i}"]) for i in range(corpus.REPEATS + 1)]
+        own = [f"{PROSE * 6} {i}" for i in range(corpus.REPEATS + 1)]
+        documents = [(str(i), ["Note", PROSE * 2, text]) for i, text in enumerate(own)]
+        documents.append(("again", documents[0][1]))
         package = corpus.Package("p", "1", "", "", documents)
-        texts = list(corpus.distinct_texts(package, Counter()))
-        # All but the first have lost what came before, but not what is new in them, nor the short line.
-        assert [source for source, _ in texts][:2] == ["p/0", "p/1"] or len(texts) == 1
-        assert texts[0][1].startswith("Note\n" + PROSE * 2)
+        first, *middle = [f"Note\n{text}" for text in own[: corpus.REPEATS]]
+        first = first.replace("\n", f"\n{PROSE * 2}\n")
+        expected = [(f"p/{i}", text) for i, text in enumerate([first, *middle, own[-1]])]
+        assert list(corpus.distinct_texts(package, Counter())) == expected
 
     def test_documents_of_other_languages_and_of_code_are_left_out(self):
         assert corpus.is_prose(PROSE)
@@ -72,6 +74,17 @@ class TestCorpus:
         assert "".join(pieces) == "\n".join(blocks)
         assert all(len(piece) <= 3000 for piece in pieces)
         assert all(piece.endswith("\n") for piece in pieces[:-1])
+
+    def test_damaged_and_binary_files_are_left_out(self, tmp_path):
+        for name, content, text in (
+            ("a.txt", b"\xef\xbb\xbfone \xff", "one \ufffd"),
+            ("b.gz", gzip.compress(b"two"), "two"),
+            ("cut.gz", gzip.compress(b"three" * 100)[:-12], None),
+            ("wrong.gz", gzip.compress(b"four" * 100)[:12] + b"\xff" * 40, None),
+            ("binary", b"a\0b", None),
+        ):
+            (tmp_path / name).write_bytes(content)
+            assert corpus.read_text(tmp_path / name) == text, name
 
     @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="makes a package with dpkg-deb")
     def test_packages_become_a_corpus(self, tmp_path, monkeypatch):
@@ -320,11 +333,14 @@ def rows(text):
         (["recall", "--needles", "65", "--length", "300"], "--needles must be at most 64"),
         (["recall", "--needles", "8", "--length", "20"], "--length must be at least 32"),
         (["training", "--size", "2B"], "--size must be one of"),
+        (["corpus", "--package", "-o=x"], "'-o=x' is not the name of a Debian package"),
+        (["corpus", "--package", "novel=1.2"], "'novel=1.2' is not the name of a Debian package"),
         (["generation", "--new", "0"], "--new must be at least 1"),
     ],
 )
 def test_options_are_checked(bench, tmp_path, capsys, arguments, message):
+    device = [] if arguments[0] == "corpus" else ["--device", "cpu"]
     with pytest.raises(SystemExit):
-        bench("paper", *arguments, "--device", "cpu", "--output", tmp_path / "out")
+        bench("paper", *arguments, *device, "--output", tmp_path / "out")
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
