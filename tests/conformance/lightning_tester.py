@@ -3,6 +3,7 @@
 import unittest
 from unittest.mock import patch
 
+import torch
 from transformers.models.auto import modeling_auto
 
 from lightning_attention import models
@@ -71,8 +72,8 @@ class LightningModelTest(CausalLMModelTest, unittest.TestCase):
         for i, layer in enumerate(past_key_values.layers):
             if isinstance(layer, KeyValueLayer):
                 kept = layer.key_values
-                assert 0 < kept.longest <= seq_length  # without padding
-                assert len(kept.lengths) == batch_size
+                padding = 0 if past_key_values.padding is None else past_key_values.padding[:, 0]
+                assert torch.equal(kept.lengths.cpu(), torch.full((batch_size,), seq_length) - padding)
                 assert kept.keys.shape[2:] == (
                     config.num_attention_heads,
                     config.hidden_size // config.num_attention_heads,
