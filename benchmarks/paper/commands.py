@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from typer import Option
 
 from lightning_attention.cli.options import Command, check_at_least, show_help_without_command
 
 from ..options import (
+    DTYPES,
     OUTPUT,
     Compile,
     Device,
@@ -183,8 +185,7 @@ def learn(
         if name not in names:
             raise ValueError(f"--model must be one of {', '.join(names)}, got {name!r}")
     torch_device = device_of(device)
-    torch_dtype, on_gpu = dtype_of(dtype, torch_device), torch_device.type == "cuda"
-    _check_trains(dtype)
+    dtype, on_gpu = _training_dtype(dtype, torch_device), torch_device.type == "cuda"
     length = or_default(length, (2048 if table == "exactness" else 1024) if on_gpu else 256)
     batch_size = or_default(batch_size, max((1 << 16 if on_gpu else 1 << 11) // length, 1))
     steps = or_default(steps, 1500 if on_gpu else 50)
@@ -199,13 +200,13 @@ def learn(
         steps=steps,
         learning_rate=learning_rate,
         seed=seed,
-        dtype=dtype or ("bfloat16" if on_gpu else "float32"),
+        dtype=dtype,
         test_tokens=test_tokens or (None if on_gpu else 1 << 16),
     )
     _hide_progress_bars()
     rows = [row for row in TABLES[table] if not model or row.name in model]
     measured = benchmark(f"paper-{table}", rows, recipe, torch_device, keep=keep)
-    run_benchmarks("paper", [measured], None, torch_device, torch_dtype, output)
+    run_benchmarks("paper", [measured], None, torch_device, DTYPES[dtype], output)
 
 
 @app.command("length", cls=Command)
@@ -226,15 +227,13 @@ def length(
     from .length import LengthCase, benchmark
 
     torch_device = device_of(device)
-    torch_dtype, on_gpu = dtype_of(dtype, torch_device), torch_device.type == "cuda"
-    _check_trains(dtype)
+    dtype, on_gpu = _training_dtype(dtype, torch_device), torch_device.type == "cuda"
     length = or_default(length, 1 << 14 if on_gpu else 1 << 10)
     check_at_least(1, documents=documents, tuning_steps=tuning_steps, tuning_tokens=tuning_tokens)
     check_at_least(2, length=length)
-    dtype = dtype or ("bfloat16" if on_gpu else "float32")
     _hide_progress_bars()
     case = LengthCase(runs, corpus, length, documents, tuning_steps, tuning_tokens, dtype)
-    run_benchmarks("paper", [benchmark(case, torch_device)], None, torch_device, torch_dtype, output)
+    run_benchmarks("paper", [benchmark(case, torch_device)], None, torch_device, DTYPES[dtype], output)
 
 
 @app.command("recall", cls=Command)
@@ -258,8 +257,7 @@ def recall(
     from .recall import KEYS, RecallCase, benchmark
 
     torch_device = device_of(device)
-    torch_dtype, on_gpu = dtype_of(dtype, torch_device), torch_device.type == "cuda"
-    _check_trains(dtype)
+    dtype, on_gpu = _training_dtype(dtype, torch_device), torch_device.type == "cuda"
     length = or_default(length, 256 if on_gpu else 64)
     lengths = tuple(sorted(set(tested or doubling(length, 6 if on_gpu else 3))))
     batch_size, steps = or_default(batch_size, 128 if on_gpu else 16), or_default(steps, 3000 if on_gpu else 50)
@@ -276,9 +274,9 @@ def recall(
         batch_size,
         steps,
         learning_rate,
-        dtype or ("bfloat16" if on_gpu else "float32"),
+        dtype,
     )
-    run_benchmarks("paper", [benchmark(case, torch_device)], None, torch_device, torch_dtype, output)
+    run_benchmarks("paper", [benchmark(case, torch_device)], None, torch_device, DTYPES[dtype], output)
 
 
 def _hide_progress_bars() -> None:
@@ -288,6 +286,8 @@ def _hide_progress_bars() -> None:
     disable_progress_bar()
 
 
-def _check_trains(dtype: str | None) -> None:
-    if dtype not in (None, "float32", "bfloat16"):
-        raise ValueError(f"--dtype must be float32 or bfloat16 to train, got {dtype!r}")
+def _training_dtype(name: str | None, device: torch.device) -> str:
+    name = name or ("bfloat16" if device.type == "cuda" else "float32")
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype must be float32 or bfloat16 to train, got {name!r}")
+    return name
