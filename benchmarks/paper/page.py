@@ -60,15 +60,18 @@ def learned(results: list[Record]) -> str:
     first = results[0]
     note = f"{first['trained_tokens']:,} tokens in sequences of {first['length']}, {first['dtype']}, seed "
     note += f"{first['seed']}. Loss in nats a token of the test text. The paper's figure is of its own setting.\n\n"
-    header = ["model", "parameters, M", "word perplexity", "bits a byte", "loss", "tokens/s", "GiB", "paper"]
+    timed = any("tokens_per_second" in x for x in results)
+    header = ["model", "parameters, M", "word perplexity", "bits a byte", "loss"]
+    header += ["tokens/s", "GiB"] * timed + ["paper"]
     rows = []
     for x in results:
         if "not_measured" in x:
-            rows.append([x["implementation"], x["not_measured"], *[""] * 6])
+            rows.append([x["implementation"], x["not_measured"], *[""] * (len(header) - 2)])
             continue
         row = [x["implementation"], number(x["parameters"] / 1e6), number(x["word_perplexity"])]
-        row += [number(x["bits_per_byte"]), f"{x['loss']:.4f}", number(x["tokens_per_second"])]
-        row += [number(x["peak_bytes"] / 2**30) if x["peak_bytes"] else ""]
+        row += [number(x["bits_per_byte"]), f"{x['loss']:.4f}"]
+        if timed:
+            row += [number(x["tokens_per_second"]), number(x["peak_bytes"] / 2**30) if x["peak_bytes"] else ""]
         rows.append([*row, str(x["published"]) if x["published"] else ""])
     return note + table(header, rows)
 
