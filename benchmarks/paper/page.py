@@ -2,9 +2,8 @@
 
 import json
 
-from ..pages import RESULTS, Section, group, number, table, tokens
-from ..report import Record
-from ..tables import operator
+from ..pages import RESULTS, Section, both, group, number, table, tokens
+from ..report import OURS, Record
 from .generation import KIND as GENERATION
 from .length import KIND as LENGTH
 from .operator import KIND as OPERATOR
@@ -86,11 +85,31 @@ def training(results: list[Record]) -> str:
     return note + table(["size", "sequence length", *SYSTEMS], rows)
 
 
+# The names of implementations in the papers' figures.
+FIGURE = {OURS: "Lightning-2", "lightning-1": "Lightning-1", "SDPA flash": "FlashAttention-2"}
+
+
+def operator(results: list[Record]) -> str:
+    """Time and memory of forward and backward against the length."""
+    first = results[0]
+    sizes = f"{first['batch_size']} sequences, {first['num_heads']} heads of {first['head_dim']}, {first['dtype']}"
+    note = f"Milliseconds of forward / backward, and GiB of both beyond the inputs; {sizes}.\n\n"
+    names = list(dict.fromkeys(x["implementation"] for x in results))
+    titles = [FIGURE.get(name, name) for name in names]
+    rows = []
+    for length, found in sorted(group(results, lambda x: x["length"]).items()):
+        memory = [found[name].get("peak_bytes") for name in names]
+        row = [tokens(length), *(both(found[name], "milliseconds") or _missing(found[name]) for name in names)]
+        rows.append(row + [number(None if size is None else size / 2**30) for size in memory])
+    header = ["sequence length", *(f"{title}, ms" for title in titles), *(f"{title}, GiB" for title in titles)]
+    return note + table(header, rows)
+
+
 def generation(results: list[Record]) -> str:
     """New tokens a second in the best batch."""
     first = results[0]
     note = f"Prompts of {first['prompt']} tokens, {first['new']} new ones, by generate(); the paper's on an A100 in "
-    note += "brackets.\n\n"
+    note += "brackets. The LLaMA is this library's, with its cache of keys and values.\n\n"
     rows = [
         [x["implementation"], x["size"], _beside(x, "tokens_per_second"), number(x.get("batch_size"))] for x in results
     ]
@@ -121,8 +140,11 @@ def _spread(results: list[Record], key: str, name: str) -> str:
 
 def _beside(x: Record, key: str) -> str:
     published = f" ({x['published']:,})" if x.get("published") else ""
-    reason = "out of memory" if "OutOfMemoryError" in x.get("not_measured", "") else "not measured"
-    return number(x[key]) + published if key in x else f"{reason}{published}"
+    return (number(x[key]) if key in x else _missing(x)) + published
+
+
+def _missing(x: Record) -> str:
+    return "out of memory" if "OutOfMemoryError" in x.get("not_measured", "") else "not measured"
 
 
 SECTIONS = [

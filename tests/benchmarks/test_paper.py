@@ -16,6 +16,7 @@ import torch
 from benchmarks.cases import OpCase
 from benchmarks.implementations import Calls, Inputs
 from benchmarks.oracles import Oracles
+from benchmarks.pages import number
 from benchmarks.paper import corpus, learning, length, page, recall, training
 from benchmarks.paper.models import ABLATIONS, SIZE, TABLES
 from benchmarks.paper.operator import VANILLA
@@ -136,6 +137,10 @@ class TestOperator:
         assert [(x["length"], "not_measured" in x) for x in results] == [
             (64, False), (64, True), (64, True), (32, False), (32, False), (32, False)
         ]  # fmt: skip
+        short, long = rows(page.operator(results))
+        milliseconds = [results[3][direction]["milliseconds"] for direction in ("forward", "backward")]
+        assert short[:2] == ["32", " / ".join(map(number, milliseconds))]
+        assert [long[0], *long[2:4], *long[5:]] == ["64", "not measured", "not measured", "", ""]
 
 
 class TestTraining:
