@@ -174,7 +174,7 @@ def learn(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """What models learn from the same text (TNL, Table 1): perplexity of a word, bits a byte; of quality also speed."""
+    """What models learn from the same text (TNL, Table 1): perplexity of a word, bits of a byte, tokens a second."""
     from .learning import Recipe, benchmark
     from .models import SIZE, TABLES
 
@@ -205,7 +205,7 @@ def learn(
     )
     _hide_progress_bars()
     rows = [row for row in TABLES[table] if not model or row.name in model]
-    measured = benchmark(f"paper-{table}", rows, recipe, torch_device, speed=table == "quality", keep=keep)
+    measured = benchmark(f"paper-{table}", rows, recipe, torch_device, keep=keep)
     run_benchmarks("paper", [measured], None, torch_device, DTYPES[dtype], output)
 
 

@@ -83,7 +83,7 @@ class Recipe:
 
 
 def benchmark(
-    kind: str, rows: Sequence[PaperModel], recipe: Recipe, device: torch.device, *, speed: bool, keep: Path | None
+    kind: str, rows: Sequence[PaperModel], recipe: Recipe, device: torch.device, *, keep: Path | None
 ) -> Benchmark:
     """Train models by a recipe, and measure what they have learned.
 
@@ -92,7 +92,6 @@ def benchmark(
         rows: the models.
         recipe: how they are trained.
         device: where.
-        speed: also report speed and memory. Without, several models may be trained on a GPU at a time.
         keep: folder for the runs, by the names of the models; None keeps none.
 
     Raises:
@@ -106,7 +105,7 @@ def benchmark(
         comparison: Comparison[Record] = Comparison(device)
         with tempfile.TemporaryDirectory() as temporary:
             folder = (keep or Path(temporary)) / slug(row.name)
-            comparison.prepare(row.name, lambda: learn(row, recipe, device, folder, splits, speed=speed))
+            comparison.prepare(row.name, lambda: learn(row, recipe, device, folder, splits))
         sizes = {"published": row.published, "length": recipe.length, "trained_tokens": recipe.trained_tokens}
         return comparison.records(sizes | {"seed": recipe.seed, "dtype": recipe.dtype}, lambda name, record: record)
 
@@ -115,21 +114,14 @@ def benchmark(
         Column("word perplexity", 17, field("word_perplexity"), ".4g"),
         Column("bits a byte", 13, field("bits_per_byte"), ".4g"),
         Column("loss", 9, field("loss"), ".5g"),
+        Column("tokens/s", 11, field("tokens_per_second"), ".4g"),
+        Column("GiB", 8, field("peak_bytes", scale=2**-30), ".3g"),
     ]
-    if speed:
-        columns.append(Column("tokens/s", 11, field("tokens_per_second"), ".4g"))
-        columns.append(Column("GiB", 8, field("peak_bytes", scale=2**-30), ".3g"))
     return Benchmark(kind, rows, measure, lambda row, _: row.name, Table({"": columns}))
 
 
 def learn(
-    row: PaperModel,
-    recipe: Recipe,
-    device: torch.device,
-    folder: Path,
-    splits: dict[str, dict[str, int]],
-    *,
-    speed: bool,
+    row: PaperModel, recipe: Recipe, device: torch.device, folder: Path, splits: dict[str, dict[str, int]]
 ) -> Record:
     """Train a model in a folder, and evaluate it on the test text."""
     tokenizer = prepare(recipe)
@@ -160,11 +152,8 @@ def learn(
         ),
         console=Console(quiet=True),
     )
-    costs: Record = {}
-    if speed:
-        speeds = [x["tokens_per_second"] for x in read_metrics(folder / "metrics.jsonl") if "tokens_per_second" in x]
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-        costs = {"tokens_per_second": rounded(median(speeds)), "peak_bytes": peak}
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    speeds = [x["tokens_per_second"] for x in read_metrics(folder / "metrics.jsonl") if "tokens_per_second" in x]
     model = load_model(checkpoint).to(device).eval()
     losses = {split: mean_loss(model, recipe, split, tokenizer) for split in ("validation", "test")}
     (validation, _), (loss, num_tokens) = losses["validation"], losses["test"]
@@ -175,7 +164,8 @@ def learn(
         "bits_per_byte": rounded(nats / math.log(2) / splits["test"]["bytes"]),
         "loss": round(loss, 5),
         "validation_loss": round(validation, 5),
-        **costs,
+        "tokens_per_second": rounded(median(speeds)),
+        "peak_bytes": peak,
     }
 
 
