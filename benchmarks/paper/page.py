@@ -8,6 +8,7 @@ from .generation import KIND as GENERATION
 from .length import KIND as LENGTH
 from .operator import KIND as OPERATOR
 from .recall import KIND as RECALL
+from .recall import guessed
 from .training import KIND as TRAINING
 from .training import SYSTEMS
 
@@ -59,18 +60,15 @@ def learned(results: list[Record]) -> str:
     first = results[0]
     note = f"{first['trained_tokens']:,} tokens in sequences of {first['length']}, {first['dtype']}, seed "
     note += f"{first['seed']}. Loss in nats a token of the test text. The paper's figure is of its own setting.\n\n"
-    timed = any("tokens_per_second" in x for x in results)
-    header = ["model", "parameters, M", "word perplexity", "bits a byte", "loss"]
-    header += ["tokens/s", "GiB"] * timed + ["paper"]
+    header = ["model", "parameters, M", "word perplexity", "bits a byte", "loss", "tokens/s", "GiB", "paper"]
     rows = []
     for x in results:
         if "not_measured" in x:
             rows.append([x["implementation"], x["not_measured"], *[""] * (len(header) - 2)])
             continue
         row = [x["implementation"], number(x["parameters"] / 1e6), number(x["word_perplexity"])]
-        row += [number(x["bits_per_byte"]), f"{x['loss']:.4f}"]
-        if timed:
-            row += [number(x["tokens_per_second"]), number(x["peak_bytes"] / 2**30) if x["peak_bytes"] else ""]
+        row += [number(x["bits_per_byte"]), f"{x['loss']:.4f}", number(x["tokens_per_second"])]
+        row += [number(x["peak_bytes"] / 2**30) if x["peak_bytes"] else ""]
         rows.append([*row, str(x["published"]) if x["published"] else ""])
     return note + table(header, rows)
 
@@ -109,7 +107,8 @@ def generation(results: list[Record]) -> str:
     """New tokens a second in the best batch."""
     first = results[0]
     note = f"Prompts of {first['prompt']} tokens, {first['new']} new ones, by generate(); the paper's on an A100 in "
-    note += "brackets. The LLaMA is this library's, with its cache of keys and values.\n\n"
+    note += "brackets.\nThe best of the batch sizes that were tried and fit. "
+    note += "The LLaMA is this library's, with its cache of keys and values.\n\n"
     rows = [
         [x["implementation"], x["size"], _beside(x, "tokens_per_second"), number(x.get("batch_size"))] for x in results
     ]
@@ -126,7 +125,8 @@ def recall(results: list[Record]) -> str:
     """Share of needles found by length."""
     first = results[0]
     note = f"Share of {first['needles']} needles found, by length; trained on {first['length']} tokens, "
-    note += f"{first['steps']} steps of {first['batch_size']} sequences.\n\n"
+    note += f"{first['steps']} steps of {first['batch_size']} sequences. "
+    note += f"A model that only guesses among the values that are left finds {guessed(first['needles']):.2f}.\n\n"
     return note + _spread(results, "found", "tokens")
 
 

@@ -91,6 +91,11 @@ def haystacks(batch_size: int, length: int, needles: int, generator: torch.Gener
     return {"input_ids": ids, "labels": labels}
 
 
+def guessed(needles: int) -> float:
+    """Share that is found without the keys: all are asked for once, so each answer is one of the values left."""
+    return sum(1 / left for left in range(1, needles + 1)) / needles
+
+
 def _distinct(rows: int, size: int, count: int, generator: torch.Generator) -> Tensor:
     """`count` distinct numbers below `size` in every row."""
     return torch.rand(rows, size, generator=generator).argsort(dim=1)[:, :count]

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import random
 import shutil
 import subprocess
 from collections import Counter
@@ -297,6 +298,13 @@ class TestRecall:
 
         found = recall.accuracy(Lookup(), 64, 4, "float32")  # pyright: ignore[reportArgumentType]
         assert found == 1 - shift
+
+    def test_guesses_among_the_values_left_are_counted(self):
+        generator, right = random.Random(0), 0
+        for _ in range(4000):
+            values = generator.sample(range(recall.VALUES), 5)
+            right += sum(generator.choice(values[i:]) == values[i] for i in range(5))
+        assert right / 20_000 == pytest.approx(recall.guessed(5), abs=0.02)
 
     def test_too_short_sequences_are_refused(self):
         with pytest.raises(ValueError, match="8 needles and their questions need 32 tokens, got 31"):
