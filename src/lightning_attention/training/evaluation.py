@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import default_collate
 from transformers import PreTrainedModel
@@ -65,19 +66,19 @@ def evaluate(
         raise ValueError(f"num_symbols must be between 1 and the {len(unigram)} tokens of unigram, got {num_symbols}")
     was_training = model.training
     model.eval()
-    log_unigram = unigram.to(torch.float32)[:num_symbols].log_softmax(dim=0)
+    log_unigram = unigram.to(model.device, torch.float32)[:num_symbols].log_softmax(dim=0)
     loss = unigram_loss = count = 0.0
     try:
         for start in range(0, len(dataset), batch_size):
             sequences = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-            batch = default_collate(sequences)
-            inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids")}
-            outputs = model(**inputs, use_cache=False, output_hidden_states=False, return_dict=True)
-            logits = outputs.logits[:, :-1].float().cpu()
-            targets = batch["labels"][:, 1:]
+            batch = {name: x.to(model.device) for name, x in default_collate(sequences).items()}
+            ids, position_ids, targets = batch["input_ids"], batch["position_ids"], batch["labels"][:, 1:]
+            options = {"use_cache": False, "output_hidden_states": False, "return_dict": True}
+            logits = model(input_ids=ids, position_ids=position_ids, **options).logits[:, :-1]
             counted = (targets >= 0) & (targets < num_symbols)
             targets = targets[counted]
-            loss -= logits[counted].log_softmax(dim=-1).gather(1, targets[:, None]).sum().item()
+            losses = F.cross_entropy(logits[counted].float(), targets, reduction="none")
+            loss += losses.sum().item()
             unigram_loss -= log_unigram[targets].sum().item()
             count += len(targets)
     finally:
