@@ -4,6 +4,7 @@ import gc
 import random
 import re
 from collections import defaultdict
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,28 @@ def test_a_cached_prefix_is_not_read_again(monkeypatch):
     conversation = prompt + completion.tokens + [9, 10]
     assert engine.run([conversation], GREEDY)[0].tokens == generated(conversation, GREEDY)
     assert sum(counts) == 3
+
+
+def test_no_prefix_is_kept_that_other_weights_have_read():
+    """Weights change in place between requests, and while one runs; nothing else tells the engine."""
+    model, prompt = deepcopy(MODEL), tokens(35).tolist()
+    engine = Engine(model, prefix_slots=8, prefix_block=10)
+    engine.run([prompt], GREEDY)
+    options = SamplingOptions(max_new_tokens=40, temperature=0)
+    running = engine.submit(prompt, options, stop_token_ids=())
+    engine.step()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) * 0.05
+    optimizer.step()
+    while engine.has_work:
+        ended = [output for output in engine.step() if output.finish_reason is not None]
+    assert ended[0].request == running
+    assert len(engine.prefixes) == 0
+    assert engine.pool.num_free == engine.pool.num_slots
+    for _ in range(2):
+        assert engine.run([prompt], GREEDY)[0].tokens == generated(prompt, GREEDY, model)
+    assert len(engine.prefixes) > 0
 
 
 def test_a_step_reads_at_most_prefill_tokens(monkeypatch):

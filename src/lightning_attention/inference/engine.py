@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, chain
 from threading import Lock, RLock
 
 import torch
@@ -27,6 +27,7 @@ class Engine:
     packed, at most `prefill_tokens` tokens: a prompt of any length is read in constant memory. Greedy answers equal
     those of transformers' `generate()`. With `prefix_slots`, the states after every `prefix_block` tokens of a prompt,
     and after finished requests, are kept in a prefix cache, and a prompt with a cached prefix is read from there on.
+    The cache is emptied when an optimizer or `load_state_dict` changes weights of the model.
 
     One thread steps; any thread submits and cancels. An exception ends the requests whose states it may have damaged
     as failed and is logged; the other requests go on. An exception other than `Exception`, such as KeyboardInterrupt,
@@ -75,6 +76,8 @@ class Engine:
         self.model = model.eval()
         self.pool = StatePool(model.config, self.max_requests + prefix_slots, device=model.device, dtype=dtype)
         self.prefixes = PrefixCache(prefix_slots)
+        self._weights = [x for x in chain(model.parameters(), model.buffers()) if not x.is_inference()]
+        self._weights_version = self._current_version()
         self._decoder = Decoder(model, self.pool, self.max_requests)
         self._next_id = 0
         self._waiting: OrderedDict[int, Request] = OrderedDict()
@@ -220,12 +223,25 @@ class Engine:
             cancelled, self._cancelled = self._cancelled, []
         for request in cancelled:
             self._end(request, FinishReason.CANCELLED)
+        self._forget_states_of_old_weights()
         self._decode()
         self._admit()
         self._prefill()
         with self._lock:
             outputs, self._outputs = self._outputs, []
         return outputs
+
+    def _forget_states_of_old_weights(self) -> None:
+        """Empty the prefix cache if weights have changed, and keep no states of requests that run."""
+        if (version := self._current_version()) != self._weights_version:
+            self._weights_version = version
+            self._free(self.prefixes.make_room(self.prefixes.capacity))
+            for request in self._running.values():
+                request.is_kept = False
+
+    def _current_version(self) -> int:
+        """A number that grows with every change of weights in place."""
+        return sum(x._version for x in self._weights)
 
     def _decode(self) -> None:
         """Generate a token for every request whose prompt has been read."""
@@ -287,7 +303,7 @@ class Engine:
                 continue
             stop = min(request.prompt_length, request.num_read + left)
             next_block = (request.num_read // self.prefix_block + 1) * self.prefix_block
-            saved_at = list(range(next_block, stop + 1, self.prefix_block))[-room:] if room else []
+            saved_at = list(range(next_block, stop + 1, self.prefix_block))[-room:] if room and request.is_kept else []
             chunks.append(PromptChunk(request, stop, saved_at))
             left, room = left - (stop - request.num_read), room - len(saved_at)
             if left == 0:
@@ -377,7 +393,7 @@ class Engine:
             self._waiting.pop(request.id, None)
             self._running.pop(request.id, None)
         if request.slot >= 0:
-            is_kept = reason in (FinishReason.STOP, FinishReason.LENGTH)
+            is_kept = request.is_kept and reason in (FinishReason.STOP, FinishReason.LENGTH)
             self._free(
                 self.prefixes.put(request.history, request.num_read, request.slot) if is_kept else [request.slot]
             )

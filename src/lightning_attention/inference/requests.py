@@ -27,6 +27,7 @@ class Request:
         id: number in outputs.
         slot: slot of the state; -1 while the request waits.
         num_read: tokens that the state in the slot has read.
+        is_kept: its states may go to the prefix cache.
     """
 
     history: History
@@ -40,6 +41,7 @@ class Request:
     id: int = -1
     slot: int = -1
     num_read: int = 0
+    is_kept: bool = True
     is_cancelled: bool = False
 
     def __post_init__(self) -> None:
