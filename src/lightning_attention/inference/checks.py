@@ -30,7 +30,7 @@ def check_model(model: object) -> None:
     if model.config.has_softmax:
         raise ValueError(
             "the engine keeps a state of constant size for each request, and softmax attention has none: use "
-            "model.generate()"
+            "model.generate(), or --prompt on the command line"
         )
 
 
