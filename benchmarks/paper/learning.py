@@ -78,6 +78,9 @@ class Recipe:
     def tokens(self) -> Path:
         return self.corpus / f"tokens-{self.vocab_size}-seed-{self.seed}"
 
+    def tokens_of(self, split: str) -> Path:
+        return self.corpus / f"tokens-{self.vocab_size}-{split}"
+
     def file(self, split: str) -> Path:
         return self.corpus / f"{split}.jsonl"
 
@@ -146,6 +149,7 @@ def learn(
             held_out=HELD_OUT,
             log_every=max(recipe.steps // 100, 1),
             eval_every=recipe.steps,
+            eval_tokens=recipe.length,
             save_every=recipe.steps,
             dtype=recipe.dtype,
             seed=recipe.seed,
@@ -201,12 +205,11 @@ def mean_loss(
     model: LightningForCausalLM, recipe: Recipe, split: str, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[float, int]:
     """Mean loss of a split's tokens in nats, in sequences of the length of training; and the number of all of them."""
-    with tempfile.TemporaryDirectory() as folder:
-        # All but the last token are in its training part.
-        corpus = Corpus.prepare(folder, Sources.find([recipe.file(split)]), tokenizer, 1e-9)
-        tokens, starts = corpus.train_tokens(), corpus.document_starts()
-        dataset = PackedDataset(tokens, recipe.length, starts, recipe.test_tokens)
-        return loss_of(model, dataset, recipe.dtype), corpus.num_train + corpus.num_held_out
+    # All but the last token are in its training part.
+    corpus = Corpus.prepare(recipe.tokens_of(split), Sources.find([recipe.file(split)]), tokenizer, 1e-9)
+    tokens, starts = corpus.train_tokens(), corpus.document_starts()
+    dataset = PackedDataset(tokens, recipe.length, starts, recipe.test_tokens)
+    return loss_of(model, dataset, recipe.dtype), corpus.num_train + corpus.num_held_out
 
 
 @torch.no_grad()
