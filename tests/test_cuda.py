@@ -1,6 +1,8 @@
 """Models, training and serving on a GPU, against results on the CPU."""
 
 import json
+import multiprocessing
+import time
 from collections import defaultdict
 
 import numpy as np
@@ -12,7 +14,7 @@ from tiny_model import make_config, tokens
 
 from lightning_attention import lightning_attention_commit, lightning_attention_step, lightning_attention_verify
 from lightning_attention.inference import Engine, SamplingOptions, load, stream
-from lightning_attention.models import LightningCache, LightningForCausalLM
+from lightning_attention.models import LightningCache, LightningConfig, LightningForCausalLM
 from lightning_attention.ops.chunked import CHUNK_SIZE
 from lightning_attention.training import TrainingOptions, train
 from lightning_attention.training.corpus import PackedDataset
@@ -187,3 +189,38 @@ def test_training_lowers_the_loss_and_the_model_generates_text(tmp_path, compile
     model, tokenizer = load(tmp_path / "run", bf16=True)
     assert model.device.type == "cuda"
     assert len("".join(stream(model, tokenizer, "3 times", SamplingOptions(max_new_tokens=20, seed=0)))) > 0
+
+
+def test_two_processes_train_on_one_gpu():
+    """The GPU switches between them in the middle of kernels."""
+    context = multiprocessing.get_context("spawn")
+    ready = context.Barrier(2, timeout=300)
+    shapes = [(32, 2048, 8), (128, 256, 4)]
+    processes = [context.Process(target=_train_for_seconds, args=(10, ready, *shape)) for shape in shapes]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(400)
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def _train_for_seconds(seconds, ready, batch_size, length, heads):
+    sizes = {"num_hidden_layers": 8, "hidden_size": 64 * heads, "num_attention_heads": heads, "intermediate_size": 1408}
+    model = LightningForCausalLM(LightningConfig(**sizes, vocab_size=32768)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    ids = torch.randint(32768, (batch_size, length), device="cuda")
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    ready.wait()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert step().isfinite()

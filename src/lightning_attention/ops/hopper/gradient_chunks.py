@@ -28,10 +28,11 @@ class Copies:
     """Copies of R in shared memory: one for a single warpgroup; for two, which read each other's half, two in turn.
 
     A warpgroup overwrites the copy that nobody reads: whoever has seen copy r - 1 has read copy r - 2.
+    The barriers `published` are those of two warpgroups, None for one.
     """
 
     R_s: Shared
-    published: Shared
+    published: Shared | constexpr
     D: constexpr
 
     @jit
@@ -39,12 +40,12 @@ class Copies:
         self.R_s.index(r % 2 * 2 + g if self.D == 128 else 0).store(b_R.to(self.R_s.dtype))
         fence_async_shared()
         if self.D == 128:
-            mbarrier.arrive(self.published.index(r % 2))
+            mbarrier.arrive(self.published.index(r % 2))  # pyright: ignore[reportAttributeAccessIssue]
 
     @jit
     def wait(self, r):
         if self.D == 128:
-            mbarrier.wait(self.published.index(r % 2), r // 2 & 1)
+            mbarrier.wait(self.published.index(r % 2), r // 2 & 1)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @jit

@@ -57,7 +57,7 @@ class GradientArgs:
     dv: Value
     out_s: Shared
     R_s: Shared
-    published: Shared
+    published: Shared | constexpr
     states: States
     log_decay: Value
     scale: Value
@@ -116,9 +116,11 @@ def gradient_kernel(
     R_s = gl.allocate_shared_memory(dtype, [GROUPS * GROUPS, D, BV], TILE)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    published = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    for b in gl.static_range(2):
-        mbarrier.init(published.index(b), count=2)
+    published = None
+    if GROUPS == 2:
+        published = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+        for b in gl.static_range(2):
+            mbarrier.init(published.index(b), count=2)
     pipeline = Pipeline(ready, empty)
     pipeline.init(GROUPS)
 

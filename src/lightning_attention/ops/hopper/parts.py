@@ -151,7 +151,11 @@ def count_chunks(lo, hi):
 
 @aggregate
 class Pipeline:
-    """Barriers of the stages that chunks take turns in: loaded (`ready`), and read by all warpgroups (`empty`)."""
+    """Barriers of the stages that chunks take turns in: loaded (`ready`), and read by all warpgroups (`empty`).
+
+    A kernel may only have barriers that it uses to its end. The compiler gives the memory of others to descriptors,
+    which were then corrupted when two processes shared a GPU.
+    """
 
     ready: Shared
     empty: Shared
