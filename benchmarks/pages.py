@@ -105,7 +105,8 @@ def source(document: Document, run: Record, file: Path) -> str:
     machine = document["machine"]
     date = f", {run['time'][:10]}" if "time" in run else ""
     torch = machine["torch"].partition("+")[0]
-    return f"{machine['device']}{date}, commit `{machine['commit'][:8]}`, torch {torch}, {link(file)}:"
+    commit = run.get("commit", machine["commit"])  # runs of several commits may have been merged into a file
+    return f"{machine['device']}{date}, commit `{commit[:8]}`, torch {torch}, {link(file)}:"
 
 
 def by_shape(results: list[Record]) -> dict[str, dict[str, Record]]:
