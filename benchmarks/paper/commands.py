@@ -254,7 +254,7 @@ def recall(
     device: Device = None,
 ) -> None:
     """Needles in a haystack (share found, by length): lightning attention, the hybrid 7:1 and softmax attention."""
-    from .recall import KEYS, RecallCase, benchmark
+    from .recall import KEYS, QUESTIONS, RecallCase, benchmark
 
     torch_device = device_of(device)
     dtype, on_gpu = _training_dtype(dtype, torch_device), torch_device.type == "cuda"
@@ -262,7 +262,7 @@ def recall(
     lengths = tuple(sorted(set(tested or doubling(length, 6 if on_gpu else 3))))
     batch_size, steps = or_default(batch_size, 128 if on_gpu else 16), or_default(steps, 3000 if on_gpu else 50)
     check_at_least(1, needles=needles, batch_size=batch_size, steps=steps)
-    check_at_least(4 * needles, length=length, tested=lengths)
+    check_at_least(2 * needles * (1 + QUESTIONS), length=length, tested=lengths)
     if needles > KEYS:
         raise ValueError(f"--needles must be at most {KEYS}, got {needles}")
     sizes = {"num_hidden_layers": 8, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512}

@@ -8,7 +8,6 @@ from .generation import KIND as GENERATION
 from .length import KIND as LENGTH
 from .operator import KIND as OPERATOR
 from .recall import KIND as RECALL
-from .recall import guessed
 from .training import KIND as TRAINING
 from .training import SYSTEMS
 
@@ -133,7 +132,7 @@ def recall(results: list[Record]) -> str:
     first = results[0]
     note = f"Share of {first['needles']} needles found, by length; trained on {first['length']} tokens, "
     note += f"{first['steps']} steps of {first['batch_size']} sequences. "
-    note += f"A model that only guesses among the values that are left finds {guessed(first['needles']):.2f}.\n\n"
+    note += f"A model that only guesses among the values in the sequence finds {1 / first['needles']:.2f}.\n\n"
     return note + _spread(results, "found", "tokens")
 
 

@@ -1,4 +1,7 @@
-"""Needles in a haystack: keys and values among random tokens, asked for at the end of the sequence."""
+"""Needles in a haystack: keys and values among random tokens, asked for at the end of the sequence.
+
+A model that does not match keys answers with one of the values in the sequence, and finds one needle of all.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "TNL with softmax alone": {"layer_pattern": "0:1"},
 }
 KEYS, VALUES, FILLERS = 64, 64, 128  # tokens of each kind, in this order
+QUESTIONS = 2  # for each needle of a training sequence that has all
 TESTED = 64  # sequences of a length
 
 
@@ -31,7 +35,7 @@ class RecallCase:
 
     Attributes:
         sizes: options of `LightningConfig` that say how large the models are.
-        needles: pairs of a key and its value in a sequence; all are asked for.
+        needles: pairs of a key and its value in a sequence, in training at most.
         length: tokens of a training sequence, with the questions.
         tested: lengths to test.
         batch_size: sequences of a step.
@@ -68,32 +72,31 @@ def benchmark(case: RecallCase, device: torch.device) -> Benchmark:
     return Benchmark(KIND, list(SYSTEMS), measure, lambda system, _: system, Table({"found at": columns}))
 
 
-def haystacks(batch_size: int, length: int, needles: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random sequences: needles at random places among fillers, and at the end all keys again, each with its value.
+def haystacks(
+    batch_size: int, length: int, needles: int, questions: Tensor, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Random sequences: needles at random places among fillers, and at the end keys again, each with its value.
+
+    Args:
+        questions: `[B, Q]`, numbers of the needles whose keys are at the end, in this order.
 
     Returns:
         `input_ids` `[B, T]`, and `labels`, the values at the end alone.
     """
-    questions = 2 * needles
-    places = (length - questions) // 2  # a needle begins at an even index
+    asked = 2 * questions.shape[1]
+    places = (length - asked) // 2  # a needle begins at an even index
     if places < needles:
-        raise ValueError(f"{needles} needles and their questions need {2 * questions} tokens, got {length}")
+        raise ValueError(f"{needles} needles and their questions need {2 * needles + asked} tokens, got {length}")
     ids = KEYS + VALUES + torch.randint(FILLERS, (batch_size, length), generator=generator)
     keys = _distinct(batch_size, KEYS, needles, generator)
     values = KEYS + torch.randint(VALUES, (batch_size, needles), generator=generator)
     starts = 2 * _distinct(batch_size, places, needles, generator)
-    order = _distinct(batch_size, needles, needles, generator)
     ids.scatter_(1, starts, keys).scatter_(1, starts + 1, values)
-    ids[:, length - questions :: 2] = keys.gather(1, order)
-    ids[:, length - questions + 1 :: 2] = values.gather(1, order)
+    ids[:, length - asked :: 2] = keys.gather(1, questions)
+    ids[:, length - asked + 1 :: 2] = values.gather(1, questions)
     labels = torch.full_like(ids, IGNORED)
-    labels[:, length - questions + 1 :: 2] = values.gather(1, order)
+    labels[:, length - asked + 1 :: 2] = values.gather(1, questions)
     return {"input_ids": ids, "labels": labels}
-
-
-def guessed(needles: int) -> float:
-    """Share that is found without the keys: all are asked for once, so each answer is one of the values left."""
-    return sum(1 / left for left in range(1, needles + 1)) / needles
 
 
 def _distinct(rows: int, size: int, count: int, generator: torch.Generator) -> Tensor:
@@ -113,9 +116,15 @@ def _accuracies(case: RecallCase, system: str, device: torch.device) -> dict[int
 
 
 def _batches(case: RecallCase) -> Iterator[dict[str, Tensor]]:
+    """Batches of one needle up to all: with all from the start no model learns more than which values there are.
+
+    Needles are asked for at random, and twice on average, so that no answer follows from those before.
+    """
     generator = torch.Generator().manual_seed(1)
     while True:
-        yield haystacks(case.batch_size, case.length, case.needles, generator)
+        needles = int(torch.randint(1, case.needles + 1, (), generator=generator))
+        questions = torch.randint(needles, (case.batch_size, QUESTIONS * case.needles), generator=generator)
+        yield haystacks(case.batch_size, case.length, needles, questions, generator)
 
 
 @torch.no_grad()
@@ -124,7 +133,8 @@ def accuracy(model: LightningForCausalLM, length: int, needles: int, dtype: str)
     generator = torch.Generator().manual_seed(2)
     found = 0
     for _ in range(TESTED):
-        batch = {name: x.to(model.device) for name, x in haystacks(1, length, needles, generator).items()}
+        questions = _distinct(1, needles, needles, generator)
+        batch = {name: x.to(model.device) for name, x in haystacks(1, length, needles, questions, generator).items()}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             logits = model(batch["input_ids"], use_cache=False, logits_to_keep=2 * needles).logits
         # Logits of a key's position predict its value.
