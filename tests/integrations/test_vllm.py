@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lightning_attention.integrations import vllm as plugin
 from lightning_attention.models import LightningConfig, LightningForCausalLM
@@ -124,12 +125,36 @@ def test_tokens_are_those_of_generate(tmp_path, case):
     assert (found.cached > 500) != is_speculative
 
 
-def test_bfloat16_gives_the_tokens_of_generate_but_for_rounding(tmp_path):
-    model = make_model(tmp_path).bfloat16()
+def assert_first_tokens_are_those_of(model: LightningForCausalLM, folder: Path) -> None:
+    """Later tokens may differ by rounding."""
     prompts = make_prompts([33, 129])
-    (answers,) = served(tmp_path, [prompts], [NEW] * len(prompts), dtype="bfloat16").rounds
-    firsts = [answer[0] == generated(model, prompt, 1)[0] for answer, prompt in zip(answers, prompts, strict=True)]
-    assert all(firsts)
+    (answers,) = served(folder, [prompts], [NEW] * len(prompts), dtype="bfloat16").rounds
+    assert [answer[0] for answer in answers] == [generated(model, prompt, 1)[0] for prompt in prompts]
+
+
+def test_bfloat16_gives_the_tokens_of_generate_but_for_rounding(tmp_path):
+    assert_first_tokens_are_those_of(make_model(tmp_path).bfloat16(), tmp_path)
+
+
+def test_quantised_weights_are_read(tmp_path):
+    """Weights of the linear layers in int8, with a scale for each output, as compressed-tensors has them."""
+    model = make_model(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name in [name for name in weights if name.endswith("_proj.weight")]:
+        scale = weights[name].abs().amax(dim=1, keepdim=True) / 127
+        weights[f"{name}_scale"], weights[name] = scale, (weights[name] / scale).round().to(torch.int8)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    numbers = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": numbers | {"strategy": "channel", "dynamic": False},
+        "input_activations": numbers | {"strategy": "token", "dynamic": True},
+    }
+    scheme = {"quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed"}
+    scheme |= {"ignore": ["lm_head"], "config_groups": {"group_0": group}}
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": scheme}))
+    assert_first_tokens_are_those_of(model, tmp_path)
 
 
 def test_many_requests_that_share_beginnings_and_evict_prefixes(tmp_path):
