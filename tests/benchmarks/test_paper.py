@@ -350,7 +350,7 @@ def rows(text):
         (["learn", "--table", "quality", "--model", "GPT"], "--model must be one of TNL (lightning), "),
         (["learn", "--table", "quality", "--dtype", "float16"], "--dtype must be float32 or bfloat16 to train"),
         (["learn", "--table", "quality", "--corpus", "none"], "there is no corpus in none: make one with"),
-        (["recall", "--needles", "65", "--length", "300"], "--needles must be at most 64"),
+        (["recall", "--needles", "65", "--length", "400"], "--needles must be at most 64"),
         (["recall", "--needles", "8", "--length", "20"], "--length must be at least 48"),
         (["training", "--size", "2B"], "--size must be one of"),
         (["corpus", "--package", "-o=x"], "'-o=x' is not the name of a Debian package"),
