@@ -1,5 +1,7 @@
 """Machine code and resources of every variant of the Hopper kernels, compiled without a GPU."""
 
+import re
+
 import pytest
 
 triton = pytest.importorskip("triton", "3.6")
@@ -36,26 +38,42 @@ def is_slow(name: str) -> bool:
     scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * is_slow(name)) for name in VARIANTS]
 )
 def compiled(request):
-    """Name of a variant, its bytes of shared memory, and its instructions."""
+    """Name of a variant, its bytes of shared memory, its instructions, and the code that LLVM gets."""
     found = VARIANTS[request.param].compile()
-    return request.param, found.metadata.shared, machine_code(found)[1]
+    return request.param, found.metadata.shared, machine_code(found)[1], found.asm["llir"]
 
 
 @pytest.mark.skipif(triton.__version__ not in HASHES, reason=f"hashes are of Triton {', '.join(HASHES)} only")
 def test_machine_code_is_unchanged(compiled):
     """See machine_code.py for how to change hashes on purpose."""
-    name, shared_memory, code = compiled
+    name, shared_memory, code, _ = compiled
     assert hash_of(shared_memory, code) == HASHES[triton.__version__][name]
 
 
 def test_kernels_fit_a_multiprocessor(compiled):
-    name, shared_memory, _ = compiled
+    name, shared_memory, *_ = compiled
     assert (shared_memory + 1024) * config.programs_per_multiprocessor(VARIANTS[name].value_dim) <= SHARED_MEMORY
+
+
+def test_descriptors_and_barriers_share_no_memory(compiled):
+    """Though a barrier may have been used for the last time: descriptors that lay on one were corrupted."""
+    *_, code = compiled
+    barriers = offsets(code, "mbarrier.init")
+    descriptors = offsets(code, "tensormap.replace.tile.global_address")
+    assert barriers
+    assert descriptors
+    assert not [(x, y) for x in descriptors for y in barriers if x - 8 < y < x + 128]
+
+
+def offsets(code: str, instruction: str) -> set[int]:
+    """Offsets in shared memory of what an instruction writes."""
+    lines = [line for line in code.splitlines() if instruction in line]
+    return {int(x[1] or 0) for line in lines for x in re.finditer(r"@global_smem(?:, i(?:32|64) (\d+)\))?", line)}
 
 
 def test_overlap_of_kernels(compiled):
     """Kernels wait for the kernel launched before only if they use its results or overlap it."""
-    name, _, code = compiled
+    name, _, code, _ = compiled
     variant = VARIANTS[name]
     is_scan = variant.kernel is kernels.scan_kernel
     is_gradient = variant.kernel is gradients.gradient_kernel
@@ -67,7 +85,7 @@ def test_overlap_of_kernels(compiled):
 
 def test_the_loop_over_chunks_loads_by_tma_and_spills_and_waits_little(compiled):
     """TMA loads tiles; products rarely wait, and few registers are spilled."""
-    name, _, code = compiled
+    name, _, code, _ = compiled
     variant = VARIANTS[name]
     assert "UTMALDG.4D" in code
     num_stores = {kernels.scan_kernel: 1, gradients.gradient_kernel: 2, states.interval_state_kernel: 0}[variant.kernel]
