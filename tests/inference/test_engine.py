@@ -181,7 +181,8 @@ def test_a_cached_prefix_is_not_read_again(monkeypatch):
     assert sum(counts) == 3
 
 
-def test_no_prefix_is_kept_that_other_weights_have_read():
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_no_prefix_is_kept_that_other_weights_have_read(fused):
     """Weights change in place between requests, and while one runs; nothing else tells the engine."""
     model, prompt = deepcopy(MODEL), tokens(35).tolist()
     engine = Engine(model, prefix_slots=8, prefix_block=10)
@@ -189,7 +190,7 @@ def test_no_prefix_is_kept_that_other_weights_have_read():
     options = SamplingOptions(max_new_tokens=40, temperature=0)
     running = engine.submit(prompt, options, stop_token_ids=())
     engine.step()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=fused)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) * 0.05
     optimizer.step()

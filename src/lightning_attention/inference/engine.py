@@ -7,6 +7,7 @@ from itertools import accumulate, chain
 from threading import Lock, RLock
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..models import LightningForCausalLM
 from ..nn import Slots
@@ -19,6 +20,16 @@ from .requests import IsFinished, OnError, PromptChunk, Request
 from .sampling import Sampler, SamplingOptions, check_options, choose_each, warn_of_ignored_options
 from .sampling import stop_token_ids as default_stop_token_ids
 
+_optimizer_steps = 0  # of all optimizers: a fused one does not count its changes as PyTorch's versions do
+
+
+def _count_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
 
 class Engine:
     """Serve many requests on a model by continuous batching.
@@ -27,7 +38,7 @@ class Engine:
     packed, at most `prefill_tokens` tokens: a prompt of any length is read in constant memory. Greedy answers equal
     those of transformers' `generate()`. With `prefix_slots`, the states after every `prefix_block` tokens of a prompt,
     and after finished requests, are kept in a prefix cache, and a prompt with a cached prefix is read from there on.
-    The cache is emptied when an optimizer or `load_state_dict` changes weights of the model.
+    The cache is emptied when an optimizer or `load_state_dict` changes weights of the model in place.
 
     One thread steps; any thread submits and cancels. An exception ends the requests whose states it may have damaged
     as failed and is logged; the other requests go on. An exception other than `Exception`, such as KeyboardInterrupt,
@@ -241,7 +252,7 @@ class Engine:
 
     def _current_version(self) -> int:
         """A number that grows with every change of weights in place."""
-        return sum(x._version for x in self._weights)
+        return sum(x._version for x in self._weights) + _optimizer_steps
 
     def _decode(self) -> None:
         """Generate a token for every request whose prompt has been read."""
