@@ -119,9 +119,8 @@ class LightningMixer(GatedLightningAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Any, state: Any, slots: Any) -> tuple[Tensor, None]:
         """The sum over the halves of LRPE's channels, each with states of its own."""
-        positions = v.new_empty(0, dtype=torch.int64)  # the operator reads none
         halves = zip(self.states, q[0].chunk(len(self.states), -1), k[0].chunk(len(self.states), -1), strict=True)
-        first, *others = [states(q, k, v[0], positions) for states, q, k in halves]
+        first, *others = [states(q, k, v[0]) for states, q, k in halves]
         for other in others:
             first = first + other
         return first[None], None

@@ -76,9 +76,9 @@ class States(MambaBase, nn.Module):
     def get_attn_backend(self) -> type[Backend]:
         return Backend
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention `[T, H, D]` of the tokens of a step, which vLLM has sorted: decoded ones first, then prompts."""
-        o = torch.empty_like(v)
+        o, positions = torch.empty_like(v), v.new_empty(0, dtype=torch.int64)  # positions are not read
         # vLLM's own operator, at which it divides compiled graphs: it calls `_forward`.
         torch.ops.vllm.linear_attention(torch.stack([q, k, v]), o, positions, self.prefix)
         return o
