@@ -116,9 +116,9 @@ def _accuracies(case: RecallCase, system: str, device: torch.device) -> dict[int
 
 
 def _batches(case: RecallCase) -> Iterator[dict[str, Tensor]]:
-    """Batches of one needle up to all: with all from the start no model learns more than which values there are.
+    """Batches of one needle up to all: few are easier to learn from.
 
-    Needles are asked for at random, and twice on average, so that no answer follows from those before.
+    Needles are asked for at random, at least twice on average, so that no answer follows from those before.
     """
     generator = torch.Generator().manual_seed(1)
     while True:

@@ -77,8 +77,7 @@ def evaluate(
             logits = model(input_ids=ids, position_ids=position_ids, **options).logits[:, :-1]
             counted = (targets >= 0) & (targets < num_symbols)
             targets = targets[counted]
-            losses = F.cross_entropy(logits[counted].float(), targets, reduction="none")
-            loss += losses.sum().item()
+            loss += F.cross_entropy(logits[counted].float(), targets, reduction="sum").item()
             unigram_loss -= log_unigram[targets].sum().item()
             count += len(targets)
     finally:
