@@ -6,7 +6,7 @@ require("models", "transformers", "safetensors", "tokenizers")
 
 from .engine import Engine  # noqa: E402
 from .generate import encode, load, stream  # noqa: E402
-from .outputs import Completion, FinishReason, Output  # noqa: E402
+from .outputs import Completion, FinishReason, Output, TokenLogprobs  # noqa: E402
 from .pool import PoolExhaustedError, StatePool  # noqa: E402
 from .sampling import SamplingOptions  # noqa: E402
 
@@ -18,6 +18,7 @@ __all__ = [
     "PoolExhaustedError",
     "SamplingOptions",
     "StatePool",
+    "TokenLogprobs",
     "encode",
     "load",
     "stream",

@@ -13,7 +13,8 @@ from ..models import LightningForCausalLM
 from ..nn import Slots
 from .checks import check_callback, check_model, pool_dtype_for, token_ids, whole_number
 from .decoder import Decoder
-from .outputs import Completion, FinishReason, Output
+from .logprobs import logprobs_by_request
+from .outputs import Completion, FinishReason, Output, TokenLogprobs
 from .pool import StatePool
 from .prefixes import History, PrefixCache
 from .requests import IsFinished, OnError, PromptChunk, Request
@@ -99,6 +100,16 @@ class Engine:
         self._step_lock = Lock()
 
     @property
+    def num_waiting(self) -> int:
+        """Number of requests without a slot."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Number of requests with a slot."""
+        return len(self._running)
+
+    @property
     def has_work(self) -> bool:
         """True if requests wait or run, or a step has outputs to return."""
         return bool(self._waiting or self._running or self._outputs)
@@ -111,6 +122,7 @@ class Engine:
         stop_token_ids: Iterable[int] | None = None,
         is_finished: IsFinished | None = None,
         on_error: OnError | None = None,
+        logprobs: int | None = None,
     ) -> int:
         """Submit a request; it starts with the next step.
 
@@ -121,6 +133,8 @@ class Engine:
                 or else of its configuration.
             is_finished: called after each token with all new tokens, a view without a copy; true ends the request.
             on_error: called with the exception if the request fails.
+            logprobs: outputs have the log-probability of the new token, and of this many most likely tokens; None for
+                no log-probabilities.
 
         Returns:
             The number of the request in outputs.
@@ -130,7 +144,7 @@ class Engine:
             ValueError: the prompt is empty, a token is not in the vocabulary, or the prompt and the new tokens exceed
                 the positions of the model, see `LightningConfig.max_position_embeddings`.
         """
-        return self._enqueue(self._request(prompt, options, stop_token_ids, is_finished, on_error))
+        return self._enqueue(self._request(prompt, options, stop_token_ids, is_finished, on_error, logprobs))
 
     def cancel(self, request: int) -> bool:
         """Cancel a request; the next step returns its end. False if the request has ended or does not exist."""
@@ -196,11 +210,14 @@ class Engine:
         stop_token_ids: Iterable[int] | None = None,
         is_finished: IsFinished | None = None,
         on_error: OnError | None = None,
+        logprobs: int | None = None,
     ) -> Request:
         options = SamplingOptions() if options is None else options
         check_options(options)
         check_callback("is_finished", is_finished)
         check_callback("on_error", on_error)
+        if logprobs is not None:
+            logprobs = whole_number("logprobs", logprobs, at_least=0)
         vocab_size = self.model.config.vocab_size
         tokens = token_ids("prompt", prompt, vocab_size)
         if not tokens:
@@ -212,7 +229,7 @@ class Engine:
             stop = frozenset(token_ids("stop_token_ids", stop_token_ids, vocab_size))
         sampler = Sampler(options, tokens, vocab_size, self.model.device)
         history = History(self.prefix_block, tokens)
-        return Request(history, len(tokens), options, sampler, stop, is_finished, on_error)
+        return Request(history, len(tokens), options, sampler, stop, is_finished, on_error, logprobs)
 
     def _enqueue(self, request: Request) -> int:
         with self._lock:
@@ -371,6 +388,7 @@ class Engine:
     def _choose(self, logits: torch.Tensor, requests: list[Request], in_flight: list[Request]) -> None:
         """Choose the next token of each request and end finished ones; an error of a callback ends its request."""
         tokens = choose_each(logits, [request.sampler for request in requests])
+        logprobs = logprobs_by_request(logits, tokens, requests)
         for token, request in zip(tokens, requests, strict=True):
             request.history.extend([] if token is None else [token])
         interruption: BaseException | None = None
@@ -381,10 +399,10 @@ class Engine:
             except BaseException as error:
                 reason, failure = FinishReason.FAILED, error
             if reason is not None:
-                self._end(request, reason, token)
+                self._end(request, reason, token, logprobs.get(request.id))
             else:
                 with self._lock:
-                    self._outputs.append(Output(request.id, token, None))
+                    self._outputs.append(Output(request.id, token, None, logprobs.get(request.id)))
             in_flight.remove(request)
             if failure is not None:
                 request.report(failure)
@@ -393,14 +411,20 @@ class Engine:
         if interruption is not None:
             raise interruption
 
-    def _end(self, request: Request, reason: FinishReason, token: int | None = None) -> None:
+    def _end(
+        self,
+        request: Request,
+        reason: FinishReason,
+        token: int | None = None,
+        logprobs: TokenLogprobs | None = None,
+    ) -> None:
         """End a request unless it has ended; keep the state of a finished one in the prefix cache."""
         with self._lock:
             if request.id not in self._waiting and request.id not in self._running:
                 return
             if request.is_cancelled and reason is not FinishReason.FAILED:
                 reason = FinishReason.CANCELLED
-            self._outputs.append(Output(request.id, token, reason))
+            self._outputs.append(Output(request.id, token, reason, logprobs))
             self._waiting.pop(request.id, None)
             self._running.pop(request.id, None)
         if request.slot >= 0:

@@ -13,12 +13,23 @@ class FinishReason(StrEnum):
     FAILED = "failed"  # an exception, which is logged
 
 
+class TokenLogprobs(NamedTuple):
+    """Log-probability of a new token, and those of the most likely tokens by id, most likely first."""
+
+    chosen: float
+    top: dict[int, float]
+
+
 class Output(NamedTuple):
-    """Result of a step for a request: a new token, its end, or both."""
+    """Result of a step for a request: a new token, its end, or both.
+
+    `logprobs` belongs to the token, if the request asked for log-probabilities.
+    """
 
     request: int
     token: int | None
     finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None
 
 
 class Completion(NamedTuple):

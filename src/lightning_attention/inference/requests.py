@@ -23,6 +23,7 @@ class Request:
         prompt_length: tokens of the prompt.
         is_finished: callback, see `Engine.submit`.
         on_error: callback, see `Engine.submit`.
+        logprobs: see `Engine.submit`.
         new_tokens: view of the new tokens.
         id: number in outputs.
         slot: slot of the state; -1 while the request waits.
@@ -37,6 +38,7 @@ class Request:
     stop_token_ids: frozenset[int]
     is_finished: IsFinished | None
     on_error: OnError | None
+    logprobs: int | None = None
     new_tokens: NewTokens = field(init=False)
     id: int = -1
     slot: int = -1

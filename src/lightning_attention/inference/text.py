@@ -83,6 +83,7 @@ class GeneratedText:
 
     Attributes:
         num_tokens: number of tokens added.
+        length: number of characters, without an incomplete one at the end.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()):
@@ -92,7 +93,9 @@ class GeneratedText:
         self._search = _Search([text for text in stop if text not in with_names])
         self._search_with_names = _Search(with_names)
         self._texts: list[str] = []
-        self._length = 0
+        self.length = 0
+        self._taken = 0  # characters that `take` has returned
+        self._untaken = ""
         self._end: int | None = None  # position of the first stop text
         self.num_tokens = 0
 
@@ -103,10 +106,24 @@ class GeneratedText:
             self._append(text, text)
         if self._search_with_names.texts and token in self._detokenizer.special:
             rest = self._detokenizer.rest()
-            self._found(self._search_with_names.add(rest, self._length))
-            name, end = self._detokenizer.special[token], self._length + len(rest)
+            self._found(self._search_with_names.add(rest, self.length))
+            name, end = self._detokenizer.special[token], self.length + len(rest)
             self._found(self._search_with_names.add(name, end, is_special=True))
         return self._end is not None
+
+    def take(self) -> str:
+        """Return the text since the last call, up to where a stop text may begin."""
+        starts = [self.length, self._search.open_start(), self._search_with_names.open_start(), self._end]
+        count = max(0, min(start for start in starts if start is not None) - self._taken)
+        text, self._untaken = self._untaken[:count], self._untaken[count:]
+        self._taken += count
+        return text
+
+    def take_rest(self) -> str:
+        """Return the text that `take` has held back, after `finish`."""
+        end = self.length if self._end is None else self._end
+        text, self._untaken = self._untaken[: max(0, end - self._taken)], ""
+        return text
 
     def finish(self) -> tuple[str, bool]:
         """End the tokens; return the text, and True if a stop text ended it."""
@@ -117,9 +134,10 @@ class GeneratedText:
 
     def _append(self, text: str, searched: str) -> None:
         for search in (self._search, self._search_with_names):
-            self._found(search.add(searched, self._length))
+            self._found(search.add(searched, self.length))
         self._texts.append(text)
-        self._length += len(text)
+        self._untaken += text
+        self.length += len(text)
 
     def _found(self, start: int | None) -> None:
         if start is not None:
@@ -135,6 +153,13 @@ class _Search:
         self._tail = ""
         self._starts: list[int] = []  # positions of the characters of the tail in the generated text
         self._searched = 0  # characters of the generated text so far
+
+    def open_start(self) -> int | None:
+        """Position from which the text may be the beginning of a stop text."""
+        for i in range(len(self._tail)):
+            if any(text.startswith(self._tail[i:]) for text in self.texts):
+                return self._starts[i]
+        return None
 
     def add(self, text: str, start: int, *, is_special: bool = False) -> int | None:
         """Search on; return the position of the first stop text, if one is complete.

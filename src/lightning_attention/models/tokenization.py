@@ -81,6 +81,13 @@ def special_tokens(tokenizer: PreTrainedTokenizerFast) -> set[str]:
     return special | set(tokenizer.all_special_tokens)
 
 
+def byte_characters() -> list[tuple[int, str]]:
+    """Every byte with its printable character in byte-level tokenizers such as GPT-2's."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [*((byte, chr(byte)) for byte in printable), *((byte, chr(256 + i)) for i, byte in enumerate(others))]
+
+
 _TEXT_BACKENDS: WeakKeyDictionary[PreTrainedTokenizerFast, tuple[Any, Tokenizer]] = WeakKeyDictionary()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ..models.tokenization import begin_with_bos, special_tokens
+from ..models.tokenization import begin_with_bos, byte_characters, special_tokens
 from ..paths import PathLike, to_path
 
 INPUTS = ["input_ids", "attention_mask"]
@@ -26,18 +26,26 @@ ENDS = (
     "<|im_end|>",
     "<|eot_id|>",
 )
+# ChatML. Its turns end with `<|im_end|>`, which need not be a special token.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 PADS = (PAD, "<pad>", "[PAD]", "<|padding|>")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Tokenizer of UTF-8 bytes: a token id is the byte; 256 is BOS, 257 is EOS, 258 is padding.
 
+    Its chat template is ChatML, with `<|im_start|>` and `<|im_end|>` as text.
+
     Example:
         >>> from lightning_attention.training import byte_tokenizer
         >>> byte_tokenizer()("hi").input_ids
         [256, 104, 105]
     """
-    tokenizer = Tokenizer(models.BPE(vocab={character: byte for byte, character in _byte_characters()}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={character: byte for byte, character in byte_characters()}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     wrapped = _with_special_tokens(tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
@@ -136,12 +144,6 @@ def _with_special_tokens(tokenizer: Tokenizer, **tokens: str | None) -> PreTrain
         clean_up_tokenization_spaces=False,
         model_input_names=INPUTS,
         model_max_length=UNLIMITED,
+        chat_template=CHAT_TEMPLATE,
         **tokens,
     )
-
-
-def _byte_characters() -> list[tuple[int, str]]:
-    """Every byte with its printable character in byte-level tokenizers such as GPT-2's."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [*((byte, chr(byte)) for byte in printable), *((byte, chr(256 + i)) for i, byte in enumerate(others))]

@@ -1,0 +1,53 @@
+"""Options of the server."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Options of the server.
+
+    Attributes:
+        model: name of the model for clients.
+        max_requests: choices that are generated at the same time.
+        max_waiting: choices that wait for a slot, at most; further requests are refused.
+        max_tokens: new tokens per choice, at most.
+        prefix_slots: states in the prefix cache.
+        api_key: key that clients must send; None for no check.
+        hosts: accepted host names in requests; None for all.
+        max_body_bytes: size of a request, at most.
+        chat_template: Jinja template instead of the checkpoint's.
+
+    Raises:
+        ValueError: a number is out of range, or a name is empty.
+
+    Example:
+        >>> from lightning_attention.serving import ServerOptions
+        >>> ServerOptions("demo", max_requests=8).max_waiting
+        256
+    """
+
+    model: str
+    max_requests: int = 64
+    max_waiting: int = 256
+    max_tokens: int = 16_384
+    prefix_slots: int = 16
+    api_key: str | None = None
+    hosts: tuple[str, ...] | None = None
+    max_body_bytes: int = 16 << 20
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_requests", 1),
+            ("max_waiting", 0),
+            ("max_tokens", 1),
+            ("prefix_slots", 0),
+            ("max_body_bytes", 1),
+        ):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.model:
+            raise ValueError("model must not be empty")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ValueError("api_key must consist of printable ASCII characters, since it is sent in a header")

@@ -1,0 +1,204 @@
+"""From requests of the API to choices of the engine."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from hashlib import blake2b
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from ..inference import Engine, encode
+from ..models import LightningForCausalLM
+from .chat import ChatPrompts
+from .choices import Choice
+from .errors import ApiError
+from .metrics import Metrics
+from .options import ServerOptions
+from .protocol import CHAT_TOKENS, ChatRequest, CompletionRequest, GenerationRequest
+from .tokens import TokenTexts
+from .worker import Answer, Worker
+
+POLL_SECONDS = 0.05  # between looks at the requests that run, while the server drains
+
+
+class Service:
+    """A model, its engine, and the limits of a server.
+
+    Args:
+        model: see `Engine`.
+        tokenizer: tokenizer of the model.
+        options: options of the server.
+
+    Attributes:
+        in_flight: number of HTTP requests that are being answered.
+        is_draining: the server ends, and refuses new requests.
+    """
+
+    def __init__(self, model: LightningForCausalLM, tokenizer: PreTrainedTokenizerFast, options: ServerOptions):
+        self.tokenizer, self.options = tokenizer, options
+        self.chat = ChatPrompts(tokenizer, options.chat_template)
+        self.texts = TokenTexts(tokenizer)
+        self.engine = engine = Engine(model, max_requests=options.max_requests, prefix_slots=options.prefix_slots)
+        self.metrics = Metrics()
+        self.worker = Worker(engine, self.metrics)
+        self.created = int(time.time())
+        self.in_flight, self.is_draining = 0, False
+        self._preparing = 0  # choices that are being encoded
+        self._encoder = ThreadPoolExecutor(1, "encoder")  # tokenizers need not be safe for several threads
+        for name, documentation, value in (
+            ("requests_running", "Choices with a slot.", lambda: engine.num_running),
+            ("requests_waiting", "Choices that wait for a slot.", lambda: engine.num_waiting + self._preparing),
+            ("free_slots", "Slots that no choice uses.", lambda: engine.max_requests - engine.num_running),
+            ("cached_prefixes", "States in the prefix cache.", lambda: len(engine.prefixes)),
+        ):
+            self.metrics.add_gauge(name, documentation, value)
+
+    def description(self) -> dict[str, Any]:
+        """Description of the model, for `/v1/models`."""
+        pool, config = self.engine.pool, self.engine.model.config
+        return {
+            "id": self.options.model,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "lightning-attention",
+            "parameters": sum(parameter.numel() for parameter in self.engine.model.parameters()),
+            "state_bytes": pool.nbytes // pool.num_slots,
+            "max_length": config.position_limit,
+        }
+
+    def check_model(self, name: str) -> None:
+        """Raise an ApiError unless the model is the one that is served."""
+        if name != self.options.model:
+            raise ApiError(
+                404,
+                f"there is no model {name!r}: this server has {self.options.model!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def complete(self, body: CompletionRequest) -> Answer:
+        """Start a completion.
+
+        Raises:
+            ApiError: the request is not possible, or too many wait.
+        """
+
+        def prompts() -> list[list[int]]:
+            return [encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt]
+
+        return await self._start(body, len(body.prompt), prompts, [])
+
+    async def converse(self, body: ChatRequest) -> Answer:
+        """Start the answer to a conversation.
+
+        Raises:
+            ApiError: as `complete`, or the chat template refuses the messages.
+        """
+        return await self._start(body, 1, lambda: [self.chat.encode(body.messages)], self.chat.stops)
+
+    def echoes(self, body: CompletionRequest) -> list[str]:
+        """Texts of the prompts, one for each choice."""
+        texts = [
+            prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, skip_special_tokens=True)
+            for prompt in body.prompt
+        ]
+        return [str(text) for text in texts for _ in range(body.num_choices)]
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse new requests, wait for the end of those that run, at most some seconds, and stop the engine."""
+        self.is_draining = True
+        deadline = time.monotonic() + seconds
+        while self.in_flight and time.monotonic() < deadline:
+            await asyncio.sleep(POLL_SECONDS)
+        await asyncio.to_thread(self.worker.stop)
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self.worker.stop()
+        self._encoder.shutdown()
+
+    async def _start(
+        self,
+        body: GenerationRequest,
+        num_prompts: int,
+        encode_prompts: Callable[[], list[list[int]]],
+        stops: list[str],
+    ) -> Answer:
+        arrived, count = time.monotonic(), num_prompts * body.num_choices
+        self._check_room(count)
+        max_tokens = self._max_tokens(body)
+        self._preparing += count
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._encoder, lambda: self._submit(body, encode_prompts(), max_tokens, stops, arrived)
+            )
+        except (TypeError, ValueError) as error:
+            param = "messages" if isinstance(body, ChatRequest) else "prompt"
+            raise ApiError(400, str(error), param=param) from error
+        finally:
+            self._preparing -= count
+
+    def _check_room(self, count: int) -> None:
+        room = self.options.max_requests + self.options.max_waiting
+        if count > room:
+            raise ApiError(400, f"a request may ask for at most {room} choices, all prompts together", param="n")
+        if self._preparing + self.worker.num_active + count > room:
+            headers = {"Retry-After": "1"}
+            raise ApiError(429, "too many requests wait: try again later", code="rate_limit_exceeded", headers=headers)
+
+    def _max_tokens(self, body: GenerationRequest) -> int | None:
+        """Number of new tokens that the request asks for."""
+        limit, asked = self.options.max_tokens, body.new_tokens
+        if asked is not None and body.max_tokens is None and not isinstance(body, ChatRequest):
+            return min(asked, limit)  # the default of completions
+        if asked is not None and asked > limit:
+            raise ApiError(400, f"this server generates at most {limit} tokens, got {asked}", param="max_tokens")
+        return asked
+
+    def _submit(
+        self,
+        body: GenerationRequest,
+        prompts: list[list[int]],
+        max_tokens: int | None,
+        stops: list[str],
+        arrived: float,
+    ) -> Answer:
+        """Submit all choices, or none."""
+        positions = self.engine.model.config.position_limit
+        choices: list[Choice] = []
+        for prompt in prompts:
+            left = None if positions is None else positions - len(prompt) + 1
+            new_tokens = min(CHAT_TOKENS, self.options.max_tokens) if max_tokens is None else max_tokens
+            if left is not None and max_tokens is None:
+                new_tokens = min(new_tokens, left)
+            if left is not None and not 0 < new_tokens <= left:
+                param, code = ("messages" if isinstance(body, ChatRequest) else "prompt"), "context_length_exceeded"
+                asked = f"{len(prompt)} tokens of the prompt and {max(new_tokens, 1)} new ones"
+                raise ApiError(400, f"{asked} exceed the {positions} positions of the model", param=param, code=code)
+            options = body.sampling(new_tokens, None)
+            for i in range(body.num_choices):
+                seeded = replace(options, seed=choice_seed(body.seed, i))
+                text_stops = [*body.stop, *stops]
+                choices.append(
+                    Choice(len(choices), prompt, seeded, text_stops, body.num_logprobs, self.tokenizer, arrived)
+                )
+        answer = Answer(self.worker, choices)
+        try:
+            for choice in choices:
+                self.worker.submit(choice, answer)
+        except BaseException:
+            answer.close()
+            raise
+        self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
+        return answer
+
+
+def choice_seed(seed: int | None, index: int) -> int | None:
+    """Seed of a choice of a prompt: that of the request for the first one, and derived from it for the others."""
+    if seed is None or index == 0:
+        return seed
+    digest = blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
