@@ -9,14 +9,14 @@ MODEL_TESTS := tests/models tests/nn tests/inference tests/training tests/cli --
 # Folders of .venv that hold a version of transformers and what it needs, but no torch. Imported before the rest.
 OVERLAY = $(if $(TRANSFORMERS),$(CURDIR)/.venv/transformers-$(TRANSFORMERS))
 
-.PHONY: demo test test-kernels test-slow test-newest test-models test-float8 conformance clients vllm lint environment clean
+.PHONY: demo test test-kernels test-slow test-newest test-models test-float8 conformance clients vllm page lint environment clean
 
 demo: environment
 	$(BIN)/python examples/demo.py
 
 test: export OMP_NUM_THREADS := 1
 test: environment lint
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not kernels'
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not kernels and not browser'
 
 # Kernels without a GPU: compiled for every architecture, and interpreted.
 test-kernels: export OMP_NUM_THREADS := 1
@@ -66,6 +66,10 @@ vllm: .venv-vllm/installed environment
 	.venv-vllm/bin/python -m pytest -n 2 -m vllm tests/integrations
 	$(BIN)/pyright --project tests/integrations
 
+# The chat page in a headless browser: chromium, google-chrome, or the one that CHROMIUM names.
+page: environment .venv/page-installed
+	$(BIN)/python -m pytest -m browser tests/serving
+
 lint: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -95,6 +99,10 @@ environment: .venv/installed
 
 .venv/conformance-installed: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[conformance]'
+	touch $@
+
+.venv/page-installed: .venv/installed requirements-page.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements-page.txt
 	touch $@
 
 .venv-clients/installed: pyproject.toml constraints-clients.txt
