@@ -20,9 +20,10 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 @pytest.fixture(scope="module")
 def browser() -> Iterator["Browser"]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make page")
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    names = (os.environ["CHROMIUM"],) if "CHROMIUM" in os.environ else BROWSERS
+    found = next(filter(None, map(shutil.which, names)), None)
     if not found:
-        pytest.fail(f"no browser: install chromium, or name one in CHROMIUM (looked for {', '.join(BROWSERS)})")
+        pytest.fail(f"no browser: install chromium, or name one in CHROMIUM (looked for {', '.join(names)})")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found)
         yield browser
