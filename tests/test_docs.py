@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 SHELL, PLAIN = ("console", "bash"), ("text",)
 FENCE = re.compile(r"(?:<!-- not run(?P<reason>.*?)-->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
-MODULES = ("", ".ops.decay", ".distributed", ".inference", ".models", ".nn", ".training")
+MODULES = ("", ".ops.decay", ".distributed", ".inference", ".models", ".nn", ".serving", ".training")
 # Command lines by what starts them, and where their options are defined.
 COMMANDS = {
     "lightning-attention": "lightning_attention.cli.app",

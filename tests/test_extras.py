@@ -13,6 +13,7 @@ import pytest
         ("models", "transformers", "models"),
         ("training", "accelerate", "train"),
         ("inference", "transformers", "models"),
+        ("serving", "fastapi", "serve"),
     ],
 )
 def test_a_missing_package_names_the_extra(module, blocked, extra):

@@ -405,3 +405,38 @@ def test_large_steps_are_graphs_on_hopper_too(monkeypatch):
     monkeypatch.setattr(BACKENDS["hopper"], "unsupported_reasons", lambda problem: [])
     decoder = Decoder(MODEL, StatePool(make_config(), 4), max_batch_size=1 << 16)
     assert decoder._supports_cuda_graphs(torch.empty(4, 16, 128, 128, device="meta"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [GREEDY, SamplingOptions(6, temperature=0.5, top_k=3, top_p=0.8, repetition_penalty=1.5, seed=3)],
+    ids=["greedy", "sampled"],
+)
+def test_logprobs_are_those_of_the_model(options):
+    """Neither other requests nor the options for the choice change them."""
+    engine, given = Engine(MODEL, prefill_tokens=7), prompts(6)
+    counts = [None, 0, 3, 1, None, VOCAB + 5]
+    requests = [engine.submit(x, options, logprobs=count) for x, count in zip(given, counts, strict=True)]
+    found: dict[int, list] = {request: [] for request in requests}
+    while engine.has_work:
+        for output in engine.step():
+            found[output.request].append(output)
+    for request, prompt, count in zip(requests, given, counts, strict=True):
+        new_tokens = [output.token for output in found[request]]
+        if count is None:
+            assert all(output.logprobs is None for output in found[request])
+            continue
+        with torch.no_grad():
+            logits = MODEL(torch.tensor([prompt + new_tokens])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)
+        for i, output in enumerate(found[request]):
+            assert output.logprobs.chosen == pytest.approx(expected[i, output.token].item(), abs=1e-5)
+            top = expected[i].topk(min(count, VOCAB))
+            assert list(output.logprobs.top) == top.indices.tolist()
+            assert list(output.logprobs.top.values()) == pytest.approx(top.values.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("logprobs", "error"), [(-1, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_a_number_of_logprobs_that_is_none_is_refused(logprobs, error):
+    with pytest.raises(error, match="logprobs must be"):
+        Engine(MODEL).submit([3], logprobs=logprobs)

@@ -160,3 +160,35 @@ def test_a_stop_text_is_found_at_any_position(ids, stop):
     assert not any(x in text for x in stop)
     expected = decoded(tokenizer, ids)
     assert expected.startswith(text) if is_stopped else text == expected
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_text_taken_piece_by_piece_is_the_text_up_to_the_stop_text(tokenizer, data):
+    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=40))
+    text = decoded(tokenizer, ids)
+    starts = st.integers(0, max(0, len(text) - 1))
+    stop = [
+        text[at : at + length] for at, length in data.draw(st.lists(st.tuples(starts, st.integers(1, 4)), max_size=2))
+    ]
+    stop = [x for x in [*stop, "<s>a"] if x]
+    generated, taken = GeneratedText(tokenizer, stop), []
+    for token in ids:
+        is_stopped = generated.add(token)
+        taken.append(generated.take())
+        if is_stopped:
+            break
+    expected, _ = generated.finish()
+    assert expected.startswith("".join(taken))
+    assert "".join(taken) + generated.take_rest() == expected
+
+
+def test_only_what_may_begin_a_stop_text_is_held_back():
+    generated = GeneratedText(byte_tokenizer(), ["<|im_end|>", "two"])
+    taken = []
+    for token in b"a <b> t to <|im_sta tw":
+        generated.add(token)
+        taken.append(generated.take())
+    assert taken[:7] == ["a", " ", "", "<b", ">", " ", ""]
+    assert ("".join(taken), generated.take_rest()) == ("a <b> t to <|im_sta ", "tw")

@@ -30,14 +30,14 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         opened = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise OSError(f"--host {host}: {error.strerror or error}") from error
+        raise OSError(f"host {host}: {error.strerror or error}") from error
     try:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         opened.bind(address)
         opened.listen(2048)
     except OSError as error:
         opened.close()
-        raise OSError(f"--host {host} --port {port}: {error.strerror or error}") from error
+        raise OSError(f"host {host}, port {port}: {error.strerror or error}") from error
     return opened
 
 

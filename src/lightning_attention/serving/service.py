@@ -46,11 +46,10 @@ class Service:
         self.worker = Worker(engine, self.metrics)
         self.created = int(time.time())
         self.in_flight, self.is_draining = 0, False
-        self._preparing = 0  # choices that are being encoded
         self._encoder = ThreadPoolExecutor(1, "encoder")  # tokenizers need not be safe for several threads
         for name, documentation, value in (
             ("requests_running", "Choices with a slot.", lambda: engine.num_running),
-            ("requests_waiting", "Choices that wait for a slot.", lambda: engine.num_waiting + self._preparing),
+            ("requests_waiting", "Choices that wait for a slot.", lambda: self.worker.num_active - engine.num_running),
             ("free_slots", "Slots that no choice uses.", lambda: engine.max_requests - engine.num_running),
             ("cached_prefixes", "States in the prefix cache.", lambda: len(engine.prefixes)),
         ):
@@ -127,25 +126,29 @@ class Service:
         encode_prompts: Callable[[], list[list[int]]],
         stops: list[str],
     ) -> Answer:
-        arrived, count = time.monotonic(), num_prompts * body.num_choices
-        self._check_room(count)
-        max_tokens = self._max_tokens(body)
-        self._preparing += count
+        arrived, max_tokens = time.monotonic(), self._max_tokens(body)
+        count = num_prompts * body.num_choices
+        self._reserve(count)
+
+        def submit() -> Answer:
+            choices: list[Choice] = []
+            try:
+                choices += self._choices(body, encode_prompts(), max_tokens, stops, arrived)
+                return self._submit(choices)
+            finally:
+                self.worker.release(count - sum(choice.request >= 0 for choice in choices))
+
         try:
-            return await asyncio.get_running_loop().run_in_executor(
-                self._encoder, lambda: self._submit(body, encode_prompts(), max_tokens, stops, arrived)
-            )
+            return await asyncio.get_running_loop().run_in_executor(self._encoder, submit)
         except (TypeError, ValueError) as error:
             param = "messages" if isinstance(body, ChatRequest) else "prompt"
             raise ApiError(400, str(error), param=param) from error
-        finally:
-            self._preparing -= count
 
-    def _check_room(self, count: int) -> None:
+    def _reserve(self, count: int) -> None:
         room = self.options.max_requests + self.options.max_waiting
         if count > room:
             raise ApiError(400, f"a request may ask for at most {room} choices, all prompts together", param="n")
-        if self._preparing + self.worker.num_active + count > room:
+        if not self.worker.reserve(count, room):
             headers = {"Retry-After": "1"}
             raise ApiError(429, "too many requests wait: try again later", code="rate_limit_exceeded", headers=headers)
 
@@ -158,15 +161,14 @@ class Service:
             raise ApiError(400, f"this server generates at most {limit} tokens, got {asked}", param="max_tokens")
         return asked
 
-    def _submit(
+    def _choices(
         self,
         body: GenerationRequest,
         prompts: list[list[int]],
         max_tokens: int | None,
         stops: list[str],
         arrived: float,
-    ) -> Answer:
-        """Submit all choices, or none."""
+    ) -> list[Choice]:
         positions = self.engine.model.config.position_limit
         choices: list[Choice] = []
         for prompt in prompts:
@@ -185,6 +187,11 @@ class Service:
                 choices.append(
                     Choice(len(choices), prompt, seeded, text_stops, body.num_logprobs, self.tokenizer, arrived)
                 )
+        self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
+        return choices
+
+    def _submit(self, choices: list[Choice]) -> Answer:
+        """Submit all choices, or none."""
         answer = Answer(self.worker, choices)
         try:
             for choice in choices:
@@ -192,7 +199,6 @@ class Service:
         except BaseException:
             answer.close()
             raise
-        self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
         return answer
 
 

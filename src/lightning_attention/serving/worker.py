@@ -64,16 +64,17 @@ class Worker:
     def __init__(self, engine: Engine, metrics: Metrics):
         self.engine = engine
         self._metrics = metrics
+        self._condition = Condition()  # guards the next three attributes
         self._active: dict[int, tuple[Choice, Answer]] = {}
-        self._condition = Condition()  # guards `_active` and `_is_closed`
+        self._num_reserved = 0
         self._is_closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = Thread(target=self._run, name="engine", daemon=True)
 
     @property
     def num_active(self) -> int:
-        """Number of choices that wait or run."""
-        return len(self._active)
+        """Number of choices that are prepared, wait or run."""
+        return self._num_reserved
 
     def start(self) -> None:
         """Start the thread; the event loop that runs gets the pieces."""
@@ -90,8 +91,21 @@ class Worker:
         if self._thread.is_alive():
             self._thread.join()
 
+    def reserve(self, count: int, limit: int) -> bool:
+        """Reserve places for choices, until they end; False if there would be more than `limit`."""
+        with self._condition:
+            if self._num_reserved + count > limit:
+                return False
+            self._num_reserved += count
+            return True
+
+    def release(self, count: int) -> None:
+        """Free the places of choices that are not submitted."""
+        with self._condition:
+            self._num_reserved -= count
+
     def submit(self, choice: Choice, answer: Answer) -> None:
-        """Submit a choice, from any thread; its pieces go to the answer.
+        """Submit a choice that has a place, from any thread; its pieces go to the answer.
 
         Raises:
             TypeError, ValueError: see `Engine.submit`.
@@ -130,8 +144,9 @@ class Worker:
         for output in outputs:
             with self._condition:
                 found = self._active.get(output.request)
-                if output.finish_reason is not None:
-                    self._active.pop(output.request, None)
+                if found is not None and output.finish_reason is not None:
+                    del self._active[output.request]
+                    self._num_reserved -= 1
             if found is not None:
                 choice, answer = found
                 piece = choice.advance(output)
@@ -143,6 +158,7 @@ class Worker:
         with self._condition:
             failed = list(self._active.values())
             self._active.clear()
+            self._num_reserved -= len(failed)
             for choice, _ in failed:
                 self.engine.cancel(choice.request)
         self._send([(answer, Piece(choice.index, failure="failed")) for choice, answer in failed])

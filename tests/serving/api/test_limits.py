@@ -91,9 +91,9 @@ def test_more_choices_than_fit_are_refused(loaded):
 
 
 def start(live: Live, **options: Any) -> socket.socket:
-    """Start a request that takes minutes; closing the socket is leaving."""
+    """Start a request that takes long; closing the socket is leaving."""
     before, url = live.service.worker.num_active, httpx.URL(live.url)
-    body = json.dumps({"model": NAME, "prompt": "a", "max_tokens": 16_000, **options})
+    body = json.dumps({"model": NAME, "prompt": "a", "temperature": 0, "max_tokens": 16_000, **options})
     lines = f"POST {COMPLETIONS} HTTP/1.1", f"Host: {url.host}", "Content-Type: application/json"
     opened = socket.create_connection((url.host, url.port))
     opened.sendall("\r\n".join([*lines, f"Content-Length: {len(body)}", "", body]).encode())
