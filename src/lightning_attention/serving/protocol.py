@@ -90,13 +90,13 @@ class GenerationRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     model: str
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, lt=1 << 63)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0, lt=1 << 63)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=100)
+    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stop: Annotated[list[str], BeforeValidator(as_stops)] = []
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -158,8 +158,8 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Annotated[list[str | list[int]], BeforeValidator(as_prompts)]
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=20)
-    best_of: int | None = Field(None, ge=1)
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    best_of: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "CompletionRequest":
@@ -192,7 +192,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    name: str | None = Field(None, pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    name: str | None = Field(default=None, pattern=r"^[a-zA-Z0-9_-]{1,64}$")
 
     @model_validator(mode="before")
     @classmethod
@@ -220,9 +220,9 @@ class ChatRequest(GenerationRequest):
     """
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "ChatRequest":

@@ -26,9 +26,9 @@ def chat(live: Live, messages: Any = CONVERSATION, **options: Any) -> Any:
     return live.client.chat.completions.create(model=NAME, messages=messages, **{"temperature": 0, **options})
 
 
-def special_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
+def special_tokenizer(template: str | None = None) -> Any:
     """Tokenizer whose turns begin and end with special tokens."""
-    tokenizer = byte_tokenizer()
+    tokenizer: Any = byte_tokenizer()
     tokenizer.add_tokens([AddedToken(name, special=True) for name in ("<|im_start|>", "<|im_end|>")], True)
     if template is not None:
         tokenizer.chat_template = template

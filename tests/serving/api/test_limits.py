@@ -28,7 +28,7 @@ def test_a_key_is_needed_except_for_open_routes(loaded):
             {"Authorization": "Basic sesame"},
             {"Authorization": "é"},
         ):
-            encoded = {name: value.encode() for name, value in headers.items()}
+            encoded = {name.encode(): value.encode() for name, value in headers.items()}
             for method, path in (
                 ("GET", "/v1/models"),
                 ("GET", "/metrics"),
