@@ -53,7 +53,7 @@ def run(monkeypatch, capsys, folder: Path, *arguments: object, key: str | None =
         (["--checkpoint", "run", "--engine", "tgi"], "--engine must be auto, own or vllm, got tgi"),
         (["--checkpoint", "run", "--engine", "vllm"], "--engine vllm needs vLLM, which is not installed"),
         (["--checkpoint", "run", "--tensor-parallel", "2"], "--tensor-parallel 2 needs vLLM, which is not installed"),
-        (["--checkpoint", "run", "--max-length", "9"], "--max-length needs --engine vllm"),
+        (["--checkpoint", "run", "--max-length", "1"], "--max-length must be at least 2, got 1"),
         (["--checkpoint", "run", "--port", "70000"], "Invalid value for '--port'"),
         (["--checkpoint", "run", "--max-requests", "0"], "--max-requests must be at least 1, got 0"),
         (["--checkpoint", "run", "--max-waiting", "-1"], "--max-waiting must be at least 0, got -1"),

@@ -11,9 +11,8 @@ from typer import Context, Exit, Option
 from .imports import quick_imports
 from .options import check_at_least, given_options, option_names
 
-# Options of one engine only.
+# Options of the own engine only; --tensor-parallel is one of vLLM only.
 OWN = "prefix_slots", "max_waiting", "max_tokens_per_request", "max_body_bytes", "drain_seconds"
-VLLM = "max_length", "tensor_parallel"
 INTERRUPTED = 130
 NO_VLLM = "vLLM, which is not installed"
 
@@ -38,6 +37,7 @@ def serve(
         str, Option(help="own or vllm. auto is vllm where it is installed and the checkpoint is of this library.")
     ] = "auto",
     max_requests: Annotated[int, Option(help="Answers generated at a time; more wait.")] = 64,
+    max_length: Annotated[int | None, Option(help="Tokens of a prompt and its answer, at most.")] = None,
     max_waiting: Annotated[int, Option(help="Answers that wait, at most. Further requests get 429. Own engine.")] = 256,
     max_tokens_per_request: Annotated[int, Option(help="New tokens per answer, at most. Own engine.")] = 16384,
     max_body_bytes: Annotated[int, Option(help="Size of a request, at most. Own engine.")] = 16777216,
@@ -45,7 +45,6 @@ def serve(
     drain_seconds: Annotated[
         float, Option(help="Seconds after SIGTERM or Ctrl-C for requests that run. Own engine.")
     ] = 30.0,
-    max_length: Annotated[int | None, Option(help="Tokens of a prompt and its answer, at most. vLLM.")] = None,
     tensor_parallel: Annotated[int, Option(help="GPUs that share the model. vLLM.")] = 1,
 ) -> None:
     """Serve a model by an OpenAI-compatible API, with a chat page at /."""
@@ -54,7 +53,8 @@ def serve(
         raise ValueError(f"--engine must be auto, own or vllm, got {engine}")
     check_at_least(0, prefix_slots=prefix_slots, max_waiting=max_waiting, drain_seconds=drain_seconds)
     check_at_least(1, max_requests=max_requests, max_tokens_per_request=max_tokens_per_request)
-    check_at_least(1, max_body_bytes=max_body_bytes, max_length=max_length, tensor_parallel=tensor_parallel)
+    check_at_least(1, max_body_bytes=max_body_bytes, tensor_parallel=tensor_parallel)
+    check_at_least(2, max_length=max_length)
     with quick_imports():
         from ..models.checkpoint import last_checkpoint
         from ..serving import vllm
@@ -81,9 +81,8 @@ def _check_engine(context: Context, uses_vllm: bool, has_vllm: bool, tensor_para
     if tensor_parallel > 1 and not uses_vllm:
         raise ValueError(f"--tensor-parallel {tensor_parallel} needs {'--engine vllm' if has_vllm else NO_VLLM}")
     given = given_options(context)
-    if extra := [name for name in (OWN if uses_vllm else VLLM) if name in given and name != "tensor_parallel"]:
-        needs = "needs" if len(extra) == 1 else "need"
-        raise ValueError(f"{option_names(extra)} {needs} --engine {'own' if uses_vllm else 'vllm'}")
+    if extra := [name for name in OWN if uses_vllm and name in given]:
+        raise ValueError(f"{option_names(extra)} {'needs' if len(extra) == 1 else 'need'} --engine own")
 
 
 def _exec_vllm(folder: Path, given: set[str], values: dict[str, Any]) -> None:
@@ -127,6 +126,7 @@ def _serve(folder: Path, values: dict[str, Any]) -> None:
         max_requests=values["max_requests"],
         max_waiting=values["max_waiting"],
         max_tokens=values["max_tokens_per_request"],
+        max_length=values["max_length"],
         prefix_slots=values["prefix_slots"],
         api_key=values["api_key"],
         hosts=("localhost", "127.0.0.1", "::1", host) if _is_local(host) else None,

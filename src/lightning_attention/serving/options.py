@@ -12,6 +12,7 @@ class ServerOptions:
         max_requests: choices that are generated at the same time.
         max_waiting: choices that wait for a slot, at most; further requests are refused.
         max_tokens: new tokens per choice, at most.
+        max_length: tokens of a prompt and its choice, at most; None for the limit of the model alone.
         prefix_slots: states in the prefix cache.
         api_key: key that clients must send; None for no check.
         hosts: accepted host names in requests; None for all.
@@ -31,6 +32,7 @@ class ServerOptions:
     max_requests: int = 64
     max_waiting: int = 256
     max_tokens: int = 16_384
+    max_length: int | None = None
     prefix_slots: int = 16
     api_key: str | None = None
     hosts: tuple[str, ...] | None = None
@@ -42,11 +44,13 @@ class ServerOptions:
             ("max_requests", 1),
             ("max_waiting", 0),
             ("max_tokens", 1),
+            ("max_length", 2),
             ("prefix_slots", 0),
             ("max_body_bytes", 1),
         ):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if not self.model:
             raise ValueError("model must not be empty")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):

@@ -44,8 +44,8 @@ def bind(host: str, port: int) -> socket.socket:
 def serve(app: FastAPI, opened: socket.socket, *, drain_seconds: float = 30.0) -> int | None:
     """Serve an application until a signal ends it.
 
-    The first SIGTERM or SIGINT drains: new requests get status 503, and those that run may end. A second one ends the
-    server at once.
+    The first SIGTERM or SIGINT drains: new requests get status 503, and those that run may end. A second one ends those
+    that run with an error, and a third one the server at once.
 
     Args:
         app: see `create_app`.
@@ -83,8 +83,10 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None = None) -> None:
         """Answer a signal."""
-        if self.signal is not None or self._loop is None:
+        if self._loop is None or self._service.is_hurried:
             self.should_exit = self.force_exit = True
+        elif self.signal is not None:
+            self._service.is_hurried = True
         else:
             self.signal = signal.Signals(sig)
             self._loop.call_soon_threadsafe(self._start_draining)

@@ -35,6 +35,8 @@ class Service:
     Attributes:
         in_flight: number of HTTP requests that are being answered.
         is_draining: the server ends, and refuses new requests.
+        is_hurried: the server ends without waiting for the requests that run.
+        max_length: tokens of a prompt and its choice, at most; None for no limit.
     """
 
     def __init__(self, model: LightningForCausalLM, tokenizer: PreTrainedTokenizerFast, options: ServerOptions):
@@ -42,11 +44,15 @@ class Service:
         self.chat = ChatPrompts(tokenizer, options.chat_template)
         self.texts = TokenTexts(tokenizer)
         self.engine = engine = Engine(model, max_requests=options.max_requests, prefix_slots=options.prefix_slots)
+        positions = model.config.position_limit
+        # The last token of a choice is not read.
+        limits = [options.max_length, None if positions is None else positions + 1]
+        self.max_length = min((limit for limit in limits if limit is not None), default=None)
         self.metrics = Metrics()
         self.worker = Worker(engine, self.metrics)
         self.created = int(time.time())
-        self.in_flight, self.is_draining = 0, False
-        self._encoder = ThreadPoolExecutor(1, "encoder")  # tokenizers need not be safe for several threads
+        self.in_flight, self.is_draining, self.is_hurried = 0, False, False
+        self._encoder = ThreadPoolExecutor(1, "encoder")  # so that long prompts do not hold up the event loop
         for name, documentation, value in (
             ("requests_running", "Choices with a slot.", lambda: engine.num_running),
             ("requests_waiting", "Choices that wait for a slot.", lambda: self.worker.num_active - engine.num_running),
@@ -57,7 +63,7 @@ class Service:
 
     def description(self) -> dict[str, Any]:
         """Description of the model, for `/v1/models`."""
-        pool, config = self.engine.pool, self.engine.model.config
+        pool = self.engine.pool
         return {
             "id": self.options.model,
             "object": "model",
@@ -65,7 +71,7 @@ class Service:
             "owned_by": "lightning-attention",
             "parameters": sum(parameter.numel() for parameter in self.engine.model.parameters()),
             "state_bytes": pool.nbytes // pool.num_slots,
-            "max_length": config.position_limit,
+            "max_length": self.max_length,
         }
 
     def check_model(self, name: str) -> None:
@@ -110,7 +116,7 @@ class Service:
         """Refuse new requests, wait for the end of those that run, at most some seconds, and stop the engine."""
         self.is_draining = True
         deadline = time.monotonic() + seconds
-        while self.in_flight and time.monotonic() < deadline:
+        while self.in_flight and not self.is_hurried and time.monotonic() < deadline:
             await asyncio.sleep(POLL_SECONDS)
         await asyncio.to_thread(self.worker.stop)
 
@@ -169,17 +175,9 @@ class Service:
         stops: list[str],
         arrived: float,
     ) -> list[Choice]:
-        positions = self.engine.model.config.position_limit
         choices: list[Choice] = []
         for prompt in prompts:
-            left = None if positions is None else positions - len(prompt) + 1
-            new_tokens = min(CHAT_TOKENS, self.options.max_tokens) if max_tokens is None else max_tokens
-            if left is not None and max_tokens is None:
-                new_tokens = min(new_tokens, left)
-            if left is not None and not 0 < new_tokens <= left:
-                param, code = ("messages" if isinstance(body, ChatRequest) else "prompt"), "context_length_exceeded"
-                asked = f"{len(prompt)} tokens of the prompt and {max(new_tokens, 1)} new ones"
-                raise ApiError(400, f"{asked} exceed the {positions} positions of the model", param=param, code=code)
+            new_tokens = self._new_tokens(body, len(prompt), max_tokens)
             options = body.sampling(new_tokens, None)
             for i in range(body.num_choices):
                 seeded = replace(options, seed=choice_seed(body.seed, i))
@@ -189,6 +187,25 @@ class Service:
                 )
         self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
         return choices
+
+    def _new_tokens(self, body: GenerationRequest, prompt_length: int, max_tokens: int | None) -> int:
+        """Number of new tokens of a choice; by default as many as fit, up to a number.
+
+        Raises:
+            ApiError: the prompt and the new tokens exceed the longest length.
+        """
+        left = None if self.max_length is None else self.max_length - prompt_length
+        if max_tokens is None:
+            max_tokens = min(CHAT_TOKENS, self.options.max_tokens, *([] if left is None else [max(left, 1)]))
+        if left is not None and max_tokens > left:
+            raise ApiError(
+                400,
+                f"{prompt_length} tokens of the prompt and {max_tokens} new ones exceed the longest length of "
+                f"{self.max_length} tokens",
+                param="messages" if isinstance(body, ChatRequest) else "prompt",
+                code="context_length_exceeded",
+            )
+        return max_tokens
 
     def _submit(self, choices: list[Choice]) -> Answer:
         """Submit all choices, or none."""

@@ -169,7 +169,7 @@ def test_a_failure_within_a_stream_is_an_event(loaded, monkeypatch, caplog):
 
     monkeypatch.setattr(model.lm_head, "forward", fail_later)
     with live_server(model, tokenizer) as live:
-        stream = live.client.completions.create(model=NAME, prompt="a", max_tokens=30, stream=True)
+        stream = live.client.completions.create(model=NAME, prompt="a", temperature=0, max_tokens=30, stream=True)
         with stream, pytest.raises(openai.APIError, match="failed to answer"):
             for _ in stream:
                 pass
@@ -186,12 +186,23 @@ def test_a_failed_step_of_the_engine_ends_all_requests_and_the_next_are_answered
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_a_model_with_few_positions_says_so(loaded):
-    _, tokenizer = loaded
-    config = make_config(vocab_size=259, eos_token_id=257, linear_attention="cosformer", max_position_embeddings=40)
-    with live_server(LightningForCausalLM(config), tokenizer) as live:
-        assert live.http.get("/v1/models").json()["data"][0]["max_length"] == 40
-        error = error_of(live.post(COMPLETIONS, prompt="a" * 30, max_tokens=12))
+@pytest.mark.parametrize("limit", ["model", "option"])
+def test_a_request_beyond_the_longest_length_is_refused(loaded, limit):
+    model, tokenizer = loaded
+    options: dict[str, Any] = {"max_length": 41}
+    if limit == "model":
+        config = make_config(vocab_size=259, eos_token_id=257, linear_attention="cosformer", max_position_embeddings=40)
+        model, options = LightningForCausalLM(config), {}
+    with live_server(model, tokenizer, **options) as live:
+        assert live.http.get("/v1/models").json()["data"][0]["max_length"] == 41
+        error = error_of(live.post(COMPLETIONS, prompt="a" * 30, max_tokens=11))
         assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
         assert live.post(COMPLETIONS, prompt="a" * 30, max_tokens=10).status_code == 200
+        assert error_of(live.post(COMPLETIONS, prompt="a" * 60))["code"] == "context_length_exceeded"
         assert error_of(live.post(CHAT, messages=USER))["code"] == "context_length_exceeded"
+
+
+def test_an_answer_of_chat_takes_what_fits(loaded):
+    with live_server(*loaded, max_length=60) as live:
+        usage = live.post(CHAT, messages=USER, temperature=0).json()["usage"]
+        assert usage["total_tokens"] == 60

@@ -74,12 +74,21 @@ def test_sigterm_lets_requests_end_and_refuses_new_ones(run):
         assert server.stderr.read() == ""
 
 
-def test_ctrl_c_ends_requests_after_the_drain_seconds(run):
-    with process(run, "--drain-seconds", "0.2") as (server, url), httpx.Client(base_url=url, timeout=60) as client:
+@pytest.mark.parametrize(
+    "drain_seconds", ["0.2", pytest.param("60", marks=pytest.mark.slow)], ids=["limit", "second signal"]
+)
+def test_ctrl_c_ends_requests_after_the_drain_seconds_or_a_second_one(run, drain_seconds):
+    with (
+        process(run, "--drain-seconds", drain_seconds) as (server, url),
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
         with client.stream("POST", "/v1/completions", json=body(16_000)) as response:
             lines = response.iter_lines()
             next(lines)
             server.send_signal(signal.SIGINT)
+            if drain_seconds == "60":
+                wait_until(lambda: httpx.get(f"{url}/v1/models").status_code == 503)
+                server.send_signal(signal.SIGINT)
             last = [line for line in lines if line][-1]
         assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the server is about to stop"
         assert server.wait(30) == 130
