@@ -61,6 +61,7 @@ def run(monkeypatch, capsys, folder: Path, *arguments: object, key: str | None =
         (["--checkpoint", "run", "--max-tokens-per-request", "0"], "--max-tokens-per-request must be at least 1"),
         (["--checkpoint", "run", "--drain-seconds", "nan"], "--drain-seconds must be a finite number"),
         (["--checkpoint", "run", "--api-key", "ключ"], "api_key must consist of printable ASCII"),
+        (["--checkpoint", "run", "--served-model-name", "\udcff"], "model must be a name in UTF-8"),
         (["--checkpoint", "run", "--api-key", ""], "--api-key must not be empty"),
         (["--checkpoint", "run", "--chat-template", "none.jinja"], "No such file or directory"),
         (["--checkpoint", "run", "--chat-template", "empty.jinja"], "empty.jinja holds no chat template"),

@@ -341,3 +341,31 @@ def test_model_max_length_is_unlimited(tmp_path):
     for tokenizer in (byte_tokenizer(), load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
         assert len(tokenizer("a" * 5000, truncation=True).input_ids) == 5001
         assert tokenizer.model_max_length == 10**21
+
+
+CHAT = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt"),
+    [("bytes", "<|bos|>" + CHAT), ("lone file", "<s>" + CHAT), ("own template", "[hi]"), ("no template", None)],
+)
+def test_only_tokenizers_that_are_made_here_get_a_chat_template(tmp_path, kind, prompt):
+    if kind == "bytes":
+        tokenizer = load_tokenizer("bytes")
+    elif kind == "lone file":
+        learned(LLAMA).save(str(tmp_path / "tokenizer.json"))
+        tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    else:
+        own = "[{{ messages[0].content }}]" if kind == "own template" else None
+        PreTrainedTokenizerFast(tokenizer_object=learned(), eos_token="</s>", chat_template=own).save_pretrained(
+            tmp_path
+        )
+        tokenizer = load_tokenizer(tmp_path)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    if prompt is None:
+        assert saved.chat_template is None
+    else:
+        conversation = [{"role": "user", "content": "hi"}]
+        assert saved.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True) == prompt

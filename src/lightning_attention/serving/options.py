@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ..models.tokenization import well_formed
+
 
 @dataclass(frozen=True)
 class ServerOptions:
@@ -51,7 +53,7 @@ class ServerOptions:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if not self.model:
-            raise ValueError("model must not be empty")
+        if not self.model or well_formed(self.model) != self.model:
+            raise ValueError(f"model must be a name in UTF-8 that is not empty, got {self.model!r}")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise ValueError("api_key must consist of printable ASCII characters, since it is sent in a header")
