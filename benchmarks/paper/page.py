@@ -77,9 +77,9 @@ def learned(results: list[Record]) -> str:
 def quality(results: list[Record]) -> str:
     """What the models of Table 1 have learned, and where that is not as in the paper."""
     note = "The paper has TNL ahead of the Transformer. Here softmax attention, in all layers or in one of eight, is\n"
-    note += "far ahead of TNL alone, which is far ahead of the linear attentions without decay. Among these the paper has\n"
-    note += "cosFormer first and Performer last by far; here Performer is first. A second run of the LLaMA, same seed,\n"
-    note += "came to 325.6: smaller differences than that mean nothing.\n\n"
+    note += "far ahead of TNL alone, which is far ahead of the linear attentions without decay. Among these the paper\n"
+    note += "has cosFormer first and Performer last by far; here Performer is first. A second run of the LLaMA, same\n"
+    note += "seed, came to 325.6: smaller differences than that mean nothing.\n\n"
     return note + learned(results)
 
 
@@ -128,9 +128,9 @@ def generation(results: list[Record]) -> str:
 def by_length(results: list[Record]) -> str:
     """Loss of tokens by their position."""
     note = f"Mean loss in nats a token of {results[0]['documents']} documents, by position; the models are those of\n"
-    note += f"[the table above](#attentions-learn-from-the-same-text), trained on {TRAINED} tokens a sequence. Position\n"
-    note += "Interpolation is trained on for 200 steps of the longer documents. TNL goes on as it is, at a higher loss than\n"
-    note += "softmax attention with a remedy; softmax attention without one fails.\n\n"
+    note += f"[the table above](#attentions-learn-from-the-same-text), trained on {TRAINED} tokens a sequence.\n"
+    note += "Position Interpolation is trained on for 200 steps of the longer documents. TNL goes on as it is, at a\n"
+    note += "higher loss than softmax attention with a remedy; softmax attention without one fails.\n\n"
     return note + _spread(results, "loss", "positions")
 
 

@@ -7,6 +7,7 @@ from .ops.api import (
     lightning_attention,
     lightning_attention_commit,
     lightning_attention_prefill,
+    lightning_attention_prefill_,
     lightning_attention_step,
     lightning_attention_verify,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "lightning_attention",
     "lightning_attention_commit",
     "lightning_attention_prefill",
+    "lightning_attention_prefill_",
     "lightning_attention_step",
     "lightning_attention_verify",
 ]

@@ -28,7 +28,8 @@ TENSORS = {"q", "k", "v", "o", "do", "dk", "dv", "logits"}
 TENSORS |= {"qkvu", "dq", "du", "dqkvu", "vu", "dvu", "x", "u", "y", "dx", "dy"}
 STATES = {"initial_state", "interval_states", "final_state", "states", "factors", "log_decay", "state"}
 STATES |= {"d_initial_state", "d_final_state", "losses"}
-INTEGERS = {"starts", "cu_seqlens", "state_indices", "state_positions", "parents", "last"}
+INTEGERS = {"starts", "cu_seqlens", "state_positions", "parents", "last"}
+INTEGERS |= {"state_indices", "saved_indices", "final_indices"}
 LONG_INTEGERS = {"labels"}
 FLOATS = {"scale", "eps"}
 
@@ -36,13 +37,15 @@ HASHES = Path(__file__).with_name("hopper_machine_code.json")
 
 # Optional tensors of the Hopper kernels, and those that a launch gives them.
 INITIAL_AND_FINAL = {"initial_state", "final_state", "d_initial_state", "d_final_state"}
-OPTIONAL = {"log_decay", "cu_seqlens", "interval_states", *INITIAL_AND_FINAL}
+SLOTS = {"final_indices", "stride_slot"}
+OPTIONAL = {"log_decay", "cu_seqlens", "interval_states", *INITIAL_AND_FINAL, *SLOTS}
 GIVEN = {
     "no_decay": set(),
     "decay": {"log_decay"},
     "states": {"log_decay", *INITIAL_AND_FINAL},
     "packed": {"log_decay", "cu_seqlens"},
     "everything": {"log_decay", "cu_seqlens", *INITIAL_AND_FINAL},
+    "slots": {"log_decay", "cu_seqlens", *INITIAL_AND_FINAL, *SLOTS},
 }
 # Where the state before a segment comes from: there is one segment, chunks before it are read, or states are summed.
 CUTS = {
@@ -51,6 +54,7 @@ CUTS = {
     "states": ["segments"],
     "packed": ["uncut", "prefix"],
     "everything": ["prefix", "segments"],
+    "slots": ["prefix", "segments"],
 }
 # Arguments of the scan for each output that it computes.
 SCANS = {
@@ -91,10 +95,12 @@ def _variants() -> Iterator[tuple[list[str], Variant]]:
                 for output, options in SCANS.items():
                     if options["REVERSE"] and K == V:  # gradient_kernel computes both
                         continue
+                    if given == "slots" and output != "o":
+                        continue
                     constants = {"K": K, "V": V} | options | {"PREFIX": cut == "prefix", "STAGES": stages}
                     constants |= {} if output in ("o", "dv") else {"final_state": None}
                     yield [output, f"{K}x{V}"], _variant(kernels.scan_kernel, V, given, cut, constants)
-            for D, stages in config.GRADIENT_STAGES.items():
+            for D, stages in config.GRADIENT_STAGES.items() if given != "slots" else ():
                 constants = {"D": D, "PREFIX": cut == "prefix", "STAGES": stages}
                 yield ["dkdv", f"{D}x{D}"], _variant(gradients.gradient_kernel, D, given, cut, constants)
     for given in ("decay", "packed"):
@@ -138,7 +144,9 @@ def signature_of(kernel: Any, dtype: str, constants: dict[str, Any]) -> tuple[di
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
     aligned = [
-        i for i, name in enumerate(signature) if signature[name].startswith("*") or re.match(r"stride_\w+[bth]", name)
+        i
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (kind != "constexpr" and re.match(r"stride_(\w+[bth]|slot)", name))
     ]
     return signature, {(i,): [["tt.divisibility", 16]] for i in aligned}
 

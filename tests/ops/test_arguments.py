@@ -14,6 +14,7 @@ from lightning_attention import (
     lightning_attention,
     lightning_attention_commit,
     lightning_attention_prefill,
+    lightning_attention_prefill_,
     lightning_attention_step,
     lightning_attention_verify,
 )
@@ -26,7 +27,17 @@ DRAFTS = {"state": state, "state_indices": indices, "parents": torch.full((1, 6)
 CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "attention": (lightning_attention, QKV | SEQUENCES),
     "prefill": (lightning_attention_prefill, QKV | SEQUENCES | {"state_positions": torch.tensor([2, 6])}),
-    "step": (lightning_attention_step, QKV | {"state": state, "state_indices": indices}),
+    "prefill_": (
+        lightning_attention_prefill_,
+        QKV
+        | {"state": state, "state_indices": indices, "has_initial_state": torch.tensor([True])}
+        | {"state_positions": torch.tensor([2]), "saved_indices": torch.tensor([[-1]])}
+        | {"cu_seqlens": torch.tensor([0, 6])},
+    ),
+    "step": (
+        lightning_attention_step,
+        QKV | {"state": state, "state_indices": indices, "saved_indices": torch.tensor([[0] + 5 * [-1]])},
+    ),
     "verify": (lightning_attention_verify, QKV | DRAFTS),
     "commit": (
         lightning_attention_commit,
@@ -35,7 +46,15 @@ CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "distributed": (distributed.lightning_attention, QKV | SEQUENCES),
 }
 TENSORS = [(call, name) for call, (_, arguments) in CALLS.items() for name in arguments]
-OPTIONAL = ("log_decay", "initial_state", "cu_seqlens", "state_indices", "parents")
+OPTIONAL = (
+    "log_decay",
+    "initial_state",
+    "cu_seqlens",
+    "state_indices",
+    "saved_indices",
+    "parents",
+    "has_initial_state",
+)
 tensors = pytest.mark.parametrize(("call", "name"), TENSORS, ids=[f"{call}-{name}" for call, name in TENSORS])
 
 
@@ -43,7 +62,7 @@ tensors = pytest.mark.parametrize(("call", "name"), TENSORS, ids=[f"{call}-{name
 @pytest.mark.parametrize("value", [[1.0], 1.0, None, numpy.ones(2), "x"], ids=["list", "float", "None", "numpy", "str"])
 def test_arguments_that_are_not_tensors_are_refused(call, name, value):
     function, arguments = CALLS[call]
-    if value is None and name in OPTIONAL:
+    if value is None and (name in OPTIONAL or (call, name) == ("prefill_", "state_positions")):
         return  # the default
     with pytest.raises(TypeError, match=rf"^{name} must (be|hold) "):
         function(**arguments | {name: value})
@@ -192,6 +211,7 @@ def test_a_state_is_updated_once(call):
     function, arguments = CALLS[call]
     batch = {name: value.expand(2, *value.shape[1:]) for name, value in arguments.items() if value is not log_decay}
     batch |= {"log_decay": log_decay, "state": state.expand(2, -1, -1, -1), "state_indices": None}
+    batch.pop("saved_indices", None)
     with pytest.raises(ValueError, match=r"^state is updated in place.*must not share memory"):
         function(**batch)
     overlapping = torch.zeros(64).as_strided((2, 2, 4, 4), (16, 16, 4, 1))

@@ -38,9 +38,10 @@ def test_steps_pass_opcheck(backend, indices, has_length):
     inputs = make_inputs(Case(T=1), dtype_of(backend)).on(device_of(backend))
     indices = None if indices is None else indices.to(device_of(backend))
     qkv = (x if has_length else x[:, 0] for x in inputs.qkv)
-    torch.library.opcheck(
-        torch.ops.lightning_attention.step.default, (*qkv, inputs.log_decay, inputs.state, indices, 1.0, backend)
-    )
+    arguments = (*qkv, inputs.log_decay, inputs.state, indices, 1.0, backend)
+    torch.library.opcheck(torch.ops.lightning_attention.step.default, arguments)
+    saved = torch.tensor([[0], [-1]] if has_length else [0, -1], device=inputs.state.device)
+    torch.library.opcheck(torch.ops.lightning_attention.step.default, (*arguments, saved))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -19,6 +19,7 @@ CASES = [
     (Case(T=20), []),
     (Case(lengths=(0, 7, 0, 140, 1, 20, 0)), [3, 7, 8, 100, 147, 148, 149, 168]),
     (Case(lengths=(9,), state=False), [4, 9]),
+    (Case(lengths=()), []),
 ]
 
 

@@ -102,6 +102,89 @@ def test_batch_rows_use_only_their_slots(backend, tokens):
     assert torch.equal(pool[others], before[others])
 
 
+# Slots that batch rows read, of 9, and those that receive the states after 4 tokens.
+SAVED = {
+    "its own among them": ([5, 2, 0], [[1, 5, -1, 3], [-1, -1, -1, 4], [0, 6, 7, 8]]),
+    "one for all": ([5, 5, 5], [[1, 0, -1, 3], [-1, -1, -1, 4], [2, 6, 7, 8]]),
+    "padding": ([5, -1, 0], [[1, 5, -1, 3], [-1, -1, -1, -1], [0, 6, 7, 8]]),
+    "none": ([5, 2, 0], [[-1] * 4] * 3),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("slots", SAVED.values(), ids=SAVED)
+@pytest.mark.parametrize("pool_dtype", [None, torch.bfloat16], ids=["float32", "bfloat16 pool"])
+def test_states_after_tokens_are_saved_in_slots(backend, slots, pool_dtype):
+    """Equal to steps of one token on copies of the states; other slots do not change."""
+    inputs = make_inputs(Case(B=3, T=4), dtype_of(backend)).on(device_of(backend))
+    read, saved = (torch.tensor(x, dtype=torch.int32, device=inputs.q.device) for x in slots)
+    pool = torch.randn_like(inputs.state[:1]).expand(9, -1, -1, -1).clone()
+    pool = pool if pool_dtype is None or pool.dtype == torch.float64 else pool.to(pool_dtype)
+    expected_pool, states = pool.clone(), pool[read.clamp_min(0).long()].to(inputs.state.dtype)
+    expected = torch.zeros_like(inputs.v)
+    for t in range(4):
+        q, k, v = (x[:, t] for x in inputs.qkv)
+        expected[:, t] = lightning_attention_step(q, k, v, inputs.log_decay, state=states, backend=backend)
+        is_saved = (saved[:, t] >= 0) & (read >= 0)
+        expected_pool[saved[:, t][is_saved].long()] = states[is_saved].to(pool.dtype)
+    expected[read < 0] = 0
+    options: dict[str, Any] = {"state": pool, "state_indices": read, "saved_indices": saved}
+    o = lightning_attention_step(*inputs.qkv, inputs.log_decay, backend=backend, **options)
+    torch.testing.assert_close(o, expected)
+    torch.testing.assert_close(pool, expected_pool)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_state_after_one_token_is_saved_in_a_slot(backend):
+    inputs = make_inputs(Case(B=2, T=1), dtype_of(backend)).on(device_of(backend))
+    before, expected_state = inputs.state.clone(), inputs.state.flip(0).clone()
+    pool = torch.cat([before, torch.zeros_like(before)])
+    q, k, v = (x[:, 0] for x in inputs.qkv)
+    read, saved = torch.tensor([1, 0], device=q.device), torch.tensor([3, -1], device=q.device)
+    o = lightning_attention_step(q, k, v, state=pool, state_indices=read, saved_indices=saved, backend=backend)
+    expected = lightning_attention_step(q, k, v, state=expected_state, backend=backend)
+    torch.testing.assert_close(o, expected)
+    torch.testing.assert_close(pool[3], expected_state[0])
+    assert torch.equal(pool[:2], before)
+    assert not pool[2].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_states_are_saved_without_indices_of_what_is_read(backend):
+    inputs = make_inputs(Case(B=2, T=3), dtype_of(backend)).on(device_of(backend))
+    state, expected = inputs.state.clone(), inputs.state.clone()
+    saved = torch.tensor([[-1, -1, 0], [-1, -1, 1]], device=state.device)
+    options: dict[str, Any] = {"log_decay": inputs.log_decay, "backend": backend}
+    o = lightning_attention_step(*inputs.qkv, state=state, saved_indices=saved, **options)
+    torch.testing.assert_close(o, lightning_attention_step(*inputs.qkv, state=expected, **options))
+    torch.testing.assert_close(state, expected)
+
+
+WRONG_SLOTS = [
+    ([0, 1], [[2, 2], [3, 4]], ValueError, "saved_indices must differ, since a slot keeps one state"),
+    ([0, 1], [[2, 3], [3, 4]], ValueError, "saved_indices must differ, since a slot keeps one state"),
+    (
+        [0, 1],
+        [[2, 1], [3, 4]],
+        ValueError,
+        "batch row 0 must not hold slot 1, which batch row 1 reads",
+    ),
+    ([0, 1], [[2, 5], [3, 4]], ValueError, r"saved_indices must be -1 or in \[0, 5\), got 2 to 5"),
+    ([0, 1], [[2, -2], [3, 4]], ValueError, r"saved_indices must be -1 or in \[0, 5\), got -2 to 4"),
+    ([0, 1], [2, 3], ValueError, r"saved_indices must be \[B, T\] = \[2, 2\], got shape \(2,\)"),
+    ([0, 1], [[2.0, 1.0], [3.0, 4.0]], TypeError, "saved_indices must be int32 or int64, got torch.float32"),
+]
+
+
+@pytest.mark.parametrize(("read", "saved", "kind", "message"), WRONG_SLOTS, ids=[x[3][:50] for x in WRONG_SLOTS])
+def test_wrong_slots_of_saved_states_are_refused(read, saved, kind, message):
+    x, pool = torch.randn(2, 2, 1, 4), torch.zeros(5, 1, 4, 4)
+    indices: dict[str, Any] = {"state_indices": torch.tensor(read), "saved_indices": torch.tensor(saved)}
+    with pytest.raises(kind, match=message):
+        lightning_attention_step(x, x, x, state=pool, **indices)
+    assert not pool.any()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_strides_of_the_state_do_not_matter(backend, tokens):
@@ -113,6 +196,19 @@ def test_strides_of_the_state_do_not_matter(backend, tokens):
     rounding = 4 * torch.finfo(state.dtype).eps
     assert error(lightning_attention_step(*inputs.qkv, state=expected, **options), o.double()) < rounding
     assert error(state, expected.double()) < rounding
+
+
+def test_states_larger_than_the_caches_of_a_cpu_are_updated_in_parts():
+    inputs = make_inputs(Case(B=9, T=1, H=4, K=256, V=512), torch.float64)
+    q, k, v = (x[:, 0] for x in inputs.qkv)
+    state, expected = inputs.state.clone(), inputs.state.clone()
+    assert state.nbytes > 32 << 20
+    o = lightning_attention_step(q, k, v, inputs.log_decay, state=state, scale=0.5)
+    for row in range(9):
+        one = slice(row, row + 1)
+        of_row = lightning_attention_step(q[one], k[one], v[one], inputs.log_decay, state=expected[one], scale=0.5)
+        torch.testing.assert_close(o[one], of_row)
+    torch.testing.assert_close(state, expected)
 
 
 def test_an_empty_batch_gives_an_empty_output():

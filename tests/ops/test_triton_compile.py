@@ -28,7 +28,8 @@ TENSOR_CORES = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA",
 HEAD_DIMS = (16, 64, 96, 128, 256)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Arguments of a scan without `state_positions`.
-NO_STATES = {"states": None, "state_positions": None}
+NO_SLOTS = {"final_indices": None, "saved_indices": None, "stride_slot": None}
+NO_STATES = {"states": None, "state_positions": None} | NO_SLOTS
 # Bytes of local memory a thread may use: 255 registers are 1020, and spilling a few loop-invariant values costs little.
 SPILLS = {128: 200, 256: 600}
 
@@ -69,11 +70,12 @@ def test_scan_compiles_and_fits(arch, head_dim, dtype, reverse):
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_prefill_compiles_and_fits(arch, dtype):
+@pytest.mark.parametrize("slots", [NO_SLOTS, {}], ids=["states", "slots"])
+def test_prefill_compiles_and_fits(arch, dtype, slots):
     for head_dim in (128, 256):
         tiles = config.scan_tiles(head_dim, head_dim, DTYPES[dtype], "ieee")
         constants = {"K": head_dim, "V": head_dim, "REVERSE": False, "TRANSPOSED_STATES": False, "PRECISION": "ieee"}
-        compiled = compile_kernel(kernels.scan_kernel, arch, dtype, tiles, **constants)
+        compiled = compile_kernel(kernels.scan_kernel, arch, dtype, tiles, **slots, **constants)
         check(compiled, arch, head_dim, products=True)
 
 
@@ -125,7 +127,11 @@ def test_float32_scan_compiles_and_fits(arch, head_dim, precision):
     check(compiled, arch, head_dim, products=precision == "tf32")
 
 
-DECODING = {"step": {"last": None, "parents": None}, "commit": {"o": None}}
+DECODING = {
+    "step": {"last": None, "parents": None, "saved_indices": None},
+    "step to slots": {"last": None, "parents": None},
+    "commit": {"o": None, "saved_indices": None},
+}
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..ops.api import lightning_attention, lightning_attention_prefill, lightning_attention_step
+from ..ops.api import lightning_attention, lightning_attention_prefill_, lightning_attention_step
 from ..ops.autograd import need_gradients
-from ..ops.problem import check_tensors, state_dtype
+from ..ops.problem import check_tensors
 from .gates import gated_norm_linear
 from .norms import make_norm
 from .sizes import check_bool, check_size
@@ -210,22 +210,22 @@ class TokenMixer(nn.Module):
     def _prefill(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, pool: Tensor, slots: Slots
     ) -> Tensor:
-        """Attend from the pool's states, and store the final states and copies in between in the pool."""
+        """Attend from the pool's states, and store the final states and those in between in the pool."""
         _check_range("slots.of_sequences", slots.of_sequences, len(pool))
         if slots.saved is not None:
             _check_range("slots.saved", slots.saved, len(pool))
         _check_distinct(slots)
-        inputs = {"initial_state": pool[slots.of_sequences].to(state_dtype(q.dtype)), "cu_seqlens": cu_seqlens}
-        if slots.saved is None or slots.saved_after is None:
-            o, final_state = lightning_attention(q, k, v, self.log_decay, output_final_state=True, **inputs)
-        else:
-            o, final_state, saved = lightning_attention_prefill(
-                q, k, v, self.log_decay, state_positions=slots.saved_after, **inputs
-            )
-            pool[slots.saved] = saved[0].to(pool.dtype)
-        assert final_state is not None
-        pool[slots.of_sequences] = final_state.to(pool.dtype)
-        return o
+        return lightning_attention_prefill_(
+            q,
+            k,
+            v,
+            self.log_decay,
+            state=pool,
+            state_indices=slots.of_sequences,
+            state_positions=slots.saved_after,
+            saved_indices=None if slots.saved is None else slots.saved[None],
+            cu_seqlens=cu_seqlens,
+        )
 
 
 def _check_range(name: str, slots: Tensor, num_slots: int) -> None:

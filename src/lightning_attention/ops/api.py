@@ -120,11 +120,14 @@ def lightning_attention_step(
     state: Tensor,
     scale: float = 1.0,
     state_indices: Tensor | None = None,
+    saved_indices: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Decoding: the next token, or the next few, of every sequence; updates `state` in place.
 
-    The formula is that of `lightning_attention`. For inference: nothing is kept for a backward pass.
+    The formula is that of `lightning_attention`. For inference: nothing is kept for a backward pass. With
+    `saved_indices` the state after every token goes to a slot of its own, as engines want it that verify drafts and go
+    on from the last one that they accept.
 
     Args:
         q: queries `[B, H, K]` for one token or `[B, T, H, K]` for a few; dtypes as for `lightning_attention`.
@@ -136,6 +139,9 @@ def lightning_attention_step(
         scale: factor on every output.
         state_indices: `[B]` int32 or int64, the slot of `state` that each batch row uses, each slot at most once. A
             batch row with -1 is padding: it changes no state and its output is zero.
+        saved_indices: `[B, T]` int32 or int64 (`[B]` for one token `[B, H, K]`), the slot of `state` that receives the
+            state after each token; -1 is none. The slots differ. The slot that a batch row reads is then not updated,
+            unless it is one of those that the batch row writes; several batch rows may read one slot.
         backend: as for `lightning_attention`.
 
     Returns:
@@ -156,12 +162,12 @@ def lightning_attention_step(
     Source: Lightning Attention-2 (arXiv 2401.04658), equation 4.
     """
     inputs = {"q": q, "k": k, "v": v, "state": state}
-    check_tensors(inputs, {"log_decay": log_decay, "state_indices": state_indices})
+    check_tensors(inputs, {"log_decay": log_decay, "state_indices": state_indices, "saved_indices": saved_indices})
     scale = checked_scale(scale)
     check_backend(backend)
     if autograd.is_needed(q, k, v, log_decay, state):
         _refuse_gradients("lightning_attention_step", inputs, log_decay)
-    return custom_ops.step(q, k, v, log_decay, state, state_indices, scale, backend)
+    return custom_ops.step(q, k, v, log_decay, state, state_indices, scale, backend, saved_indices)
 
 
 def lightning_attention_verify(
@@ -311,6 +317,69 @@ def lightning_attention_prefill(
         check_state_positions(positions, Problem.of_attention(cast).length)
         state_positions = torch.tensor(positions, dtype=torch.int64, device=q.device)
     return PrefillOutput(*custom_ops.prefill(*x, state_positions, scale, backend))
+
+
+def lightning_attention_prefill_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    state: Tensor,
+    state_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    state_positions: Tensor | Sequence[int] | None = None,
+    saved_indices: Tensor | None = None,
+    scale: float = 1.0,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Prefill in a pool of states: `lightning_attention` without gradients, from slots of `state` and to them.
+
+    Each sequence starts from its slot and leaves the state after its last token there, as engines that serve many
+    requests need it.
+
+    Args:
+        q, k, v, log_decay, scale, cu_seqlens, backend: as for `lightning_attention`.
+        state: the pool `[num_slots, H, K, V]` as for `lightning_attention_step`, updated in place.
+        state_indices: `[N]` int32 or int64, the slot of each sequence; the slots differ. None is slots 0 to N - 1, of
+            a pool of N. A sequence with -1 starts from zero, and its state is not kept.
+        has_initial_state: `[N]` bool, False for a sequence that starts from zero and not from what is in its slot.
+            None is all True.
+        state_positions: `[M]` as for `lightning_attention_prefill`: also keep the states after so many tokens.
+        saved_indices: `[B, M]` int32 or int64, the slots for these states, which are none of the sequences' slots; -1
+            keeps none.
+
+    Returns:
+        The output `[B, T, H, V]` in the dtype of q.
+
+    Example:
+        >>> import torch
+        >>> from lightning_attention import lightning_attention_prefill_
+        >>> q, pool = torch.randn(1, 100, 2, 16), torch.zeros(8, 2, 16, 16)
+        >>> cu_seqlens, slots = torch.tensor([0, 70, 100]), torch.tensor([5, 2])
+        >>> lightning_attention_prefill_(q, q, q, state=pool, state_indices=slots, cu_seqlens=cu_seqlens).shape
+        torch.Size([1, 100, 2, 16])
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `lightning_attention_step`.
+    """
+    inputs = {"q": q, "k": k, "v": v, "state": state}
+    optional = {"state_indices": state_indices, "has_initial_state": has_initial_state, "saved_indices": saved_indices}
+    check_tensors(inputs, {"log_decay": log_decay, "cu_seqlens": cu_seqlens, **optional})
+    if (state_positions is None) != (saved_indices is None):
+        raise ValueError("state_positions and saved_indices go together: give both or neither")
+    scale = checked_scale(scale)
+    check_backend(backend)
+    if autograd.is_needed(q, k, v, log_decay, state):
+        _refuse_gradients("lightning_attention_prefill_", inputs, log_decay)
+    if isinstance(state_positions, Tensor):
+        check_tensors({"state_positions": state_positions}, {})
+    elif state_positions is not None:
+        positions = integers("state_positions", state_positions)
+        state_positions = torch.tensor(positions, dtype=torch.int64, device=q.device)
+    slots = state_indices, has_initial_state, state_positions, saved_indices
+    return custom_ops.prefill_(q, k, v, log_decay, state, cu_seqlens, *slots, scale, backend)
 
 
 def _refuse_gradients(function: str, inputs: Mapping[str, Tensor | None], log_decay: Tensor | None) -> None:

@@ -16,10 +16,12 @@ from .problem import (
     PrefillInputs,
     Problem,
     ReadInputs,
+    SlotPrefillInputs,
     WriteInputs,
     check_attention_values,
     check_decoding_values,
     check_prefill_values,
+    check_slot_prefill_values,
     check_update_values,
 )
 
@@ -29,7 +31,7 @@ class Backend(Protocol):
 
     A backend refuses by `unsupported_reasons` what it cannot do; nothing falls back in silence. All functions from
     `forward` on prepare a call from the metadata of its inputs: they return the function that computes. `step` and
-    `commit` update the state in place, `read_state_` its `o`.
+    `commit` update the state in place, as `prefill_` does; `read_state_` updates its `o`.
     """
 
     # True if decoding never waits for the device, so that a CUDA graph can record it.
@@ -53,6 +55,10 @@ class Backend(Protocol):
 
     def prefill(self, x: PrefillInputs[Metadata], scale: float) -> Prepared:
         """Computes `o`, the final state, and the states `[B, M, H, K, V]` after `state_positions` `[M]` tokens."""
+        ...
+
+    def prefill_(self, x: SlotPrefillInputs[Metadata], scale: float) -> Prepared:
+        """Computes `o`, and updates slots of the state."""
         ...
 
     def step(self, x: DecodingInputs[Metadata], scale: float) -> Prepared:
@@ -144,6 +150,7 @@ CHECKS: dict[str, tuple[Callable[..., Problem], Callable[..., None] | None]] = {
     "forward": (Problem.of_attention, check_attention_values),
     "backward": (Problem.of_gradient, None),
     "prefill": (Problem.of_prefill, check_prefill_values),
+    "prefill_": (Problem.of_slot_prefill, check_slot_prefill_values),
     "step": (Problem.of_step, check_update_values),
     "verify": (Problem.of_drafts, check_decoding_values),
     "commit": (Problem.of_accepted_drafts, check_update_values),

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from .prefill import prefill as prefill_by
+from .prefill import prefill_copies
 from .problem import (
     AttentionInputs,
     DecodingInputs,
     GradientInputs,
     PrefillInputs,
     Problem,
+    SlotPrefillInputs,
     sequence_bounds,
     state_dtype,
 )
@@ -37,6 +39,11 @@ CHUNK_SIZE = 64
 # With 8 heads of 64, 4 at once are best and 32 take 1.2 and 1.4 times as long; with 16 heads, 1 to 4 are level.
 TOKENS_AT_ONCE = 32 * CHUNK_SIZE
 
+# Bytes of states that leave the caches of a CPU between two of the passes that a step makes over them, and of those
+# that are worked on at once then. Measured on a CPU core: 64 states of 2 MiB take 32 ms at once, 13 ms two at a time;
+# 64 of 256 KiB take 1.1 ms at once and 1.4 to 1.7 in parts.
+UNCACHED, CACHED = 32 << 20, 4 << 20
+
 # Elements of states whose copies, there and back, take as long as the calls for a run of slots.
 RUN = 24_000
 
@@ -46,6 +53,7 @@ __all__ = [
     "forward",
     "is_slow",
     "prefill",
+    "prefill_",
     "read_state_",
     "step",
     "supports_cuda_graphs",
@@ -68,12 +76,40 @@ def is_slow(problem: Problem) -> bool:
 def forward(x: AttentionInputs[Tensor], scale: float, output_final_state: bool) -> list[Tensor]:
     tiles = _Tiles(x.q, x.v, x.cu_seqlens)
     final_state = tiles.new_states(x.initial_state) if output_final_state else None
-    o = _scan(tiles, x, scale, final_state)
+    o = _scan(tiles, x, scale, x.initial_state, final_state)
     return [o] if final_state is None else [o, final_state]
 
 
 def prefill(x: PrefillInputs[Tensor], scale: float) -> list[Tensor]:
     return prefill_by(forward, x, scale)
+
+
+def prefill_(x: SlotPrefillInputs[Tensor], scale: float) -> list[Tensor]:
+    """One sequence after another reads and writes its slot, in the pool."""
+    is_in_place = x.state.dtype == state_dtype(x.q.dtype) and x.state[:1].is_contiguous()
+    if x.q.shape[0] != 1 or not is_in_place:
+        return prefill_copies(forward, prefill, x, scale)
+    T = x.q.shape[1]
+    bounds = [0, T] if x.cu_seqlens is None else sequence_bounds(x.cu_seqlens, T)
+    num_sequences = len(bounds) - 1
+    slots = range(num_sequences) if x.state_indices is None else x.state_indices.tolist()
+    exists = [True] * num_sequences if x.has_initial_state is None else x.has_initial_state.tolist()
+    exists = [slot >= 0 and has_state for slot, has_state in zip(slots, exists, strict=True)]
+    states = [x.state[slot] if slot >= 0 else torch.empty_like(x.state[0]) for slot in slots]
+    for n, (start, end) in enumerate(pairwise(bounds)):
+        if start == end and not exists[n]:
+            states[n].zero_()
+    positions = [] if x.state_positions is None else x.state_positions.tolist()
+    saved = [] if x.saved_indices is None else x.saved_indices[0].tolist()
+    outputs = []
+    for (start, stop), slot in zip(pairwise([0, *positions, T]), [*saved, -1], strict=True):
+        q, k, v = (y[:, start:stop] for y in (x.q, x.k, x.v))
+        tiles = _Tiles(q, v, None if x.cu_seqlens is None else x.cu_seqlens.clamp(start, stop) - start)
+        initial = [state if exists[n] or bounds[n] < start else None for n, state in enumerate(states)]
+        outputs.append(_scan(tiles, AttentionInputs(q, k, v, x.log_decay, None, None), scale, initial, states))
+        if slot >= 0:
+            x.state[slot] = states[bisect_left(bounds, stop) - 1]
+    return [torch.cat(outputs, dim=1) if positions else outputs[0]]
 
 
 def backward(x: GradientInputs[Tensor], scale: float) -> list[Tensor]:
@@ -114,6 +150,8 @@ def backward(x: GradientInputs[Tensor], scale: float) -> list[Tensor]:
 
 
 def step(x: DecodingInputs[Tensor], scale: float) -> list[Tensor]:
+    if x.saved_indices is not None:
+        return [_step_to_slots(x, x.saved_indices, scale)]
     is_plain = x.state_indices is None and x.state.dtype == state_dtype(x.q.dtype)
     if x.q.dim() == 3:
         if is_plain:
@@ -134,6 +172,10 @@ def step(x: DecodingInputs[Tensor], scale: float) -> list[Tensor]:
 
 def _step_token_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float) -> Tensor:
     """The output `[B, H, V]`; `state` `[B, H, K, V]` is updated in place."""
+    if state.numel() * state.itemsize > UNCACHED and state.device.type == "cpu" and len(state) > 1:
+        at_once = max(1, CACHED // (state[0].numel() * state.itemsize))
+        parts = zip(*(x.split(at_once) for x in (q, k, v, state)), strict=True)
+        return torch.cat([_step_token_(q, k, v, log_decay, state, scale) for q, k, v, state in parts])
     dtype = v.dtype
     if dtype != state.dtype:
         q, k, v = (x.to(state.dtype) for x in (q, k, v))
@@ -144,6 +186,43 @@ def _step_token_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, stat
     else:  # by head, without a copy of the states
         o = torch.cat([torch.bmm(q[:, h].unsqueeze(1), state[:, h]) for h in range(H)], dim=1)
     return _cast(o if scale == 1 else o.mul_(scale), dtype)
+
+
+def _step_to_slots(x: DecodingInputs[Tensor], saved: Tensor, scale: float) -> Tensor:
+    """The output; the state after each token is written to a slot of its own."""
+    if x.q.dim() == 3:
+        tokens = {"q": x.q.unsqueeze(1), "k": x.k.unsqueeze(1), "v": x.v.unsqueeze(1)}
+        return _step_to_slots(x._replace(**tokens), saved.unsqueeze(1), scale).squeeze(1)
+    if x.state.device.type == "cpu" and x.state.dtype == state_dtype(x.q.dtype):
+        return _step_by_rows(x, saved, scale)
+    rows, _, states = _taken(x)
+    if x.state_indices is None:  # `states` may be the pool
+        states = states.clone()
+    q, k, v, saved = (y[rows] for y in (x.q, x.k, x.v, saved))
+    o = torch.zeros_like(x.v, memory_format=torch.contiguous_format)
+    for t in range(q.shape[1]):
+        o[rows, t] = _step_token_(q[:, t], k[:, t], v[:, t], x.log_decay, states, scale)
+        is_kept = saved[:, t] >= 0
+        x.state[saved[:, t][is_kept]] = states[is_kept].to(x.state.dtype)
+    return o
+
+
+def _step_by_rows(x: DecodingInputs[Tensor], saved: Tensor, scale: float) -> Tensor:
+    """As `_step_to_slots`, one batch row after another, whose state stays in the cache, and without copies."""
+    dtype = x.state.dtype
+    q, k, v = x.q.to(dtype).unsqueeze(3), x.k.to(dtype).unsqueeze(4), x.v.to(dtype).unsqueeze(3)
+    decay = torch.exp(finite_log_decay(x.q, x.log_decay))[:, None, None]
+    o, unsaved = torch.zeros_like(v, memory_format=torch.contiguous_format), torch.empty_like(x.state[0])
+    slots = range(len(q)) if x.state_indices is None else x.state_indices.tolist()
+    for row, (slot, written) in enumerate(zip(slots, saved.tolist(), strict=True)):
+        if slot < 0:
+            continue
+        state = x.state[slot]
+        for t, target in enumerate(written):
+            after = x.state[target] if target >= 0 else unsaved
+            state = torch.mul(state, decay, out=after).addcmul_(k[row, t], v[row, t])
+            torch.bmm(q[row, t], state, out=o[row, t])
+    return (o if scale == 1 else o.mul_(scale)).squeeze(3).to(x.v.dtype)
 
 
 def verify(x: DecodingInputs[Tensor], scale: float) -> list[Tensor]:
@@ -231,18 +310,20 @@ def _step_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Ten
     if q.shape[1] == 1:
         return _step_token_(q.squeeze(1), k.squeeze(1), v.squeeze(1), log_decay, state, scale).unsqueeze(1)
     states = state.contiguous()
-    o = _scan(_Tiles(q, v, None), AttentionInputs(q, k, v, log_decay, states, None), scale, states)
+    o = _scan(_Tiles(q, v, None), AttentionInputs(q, k, v, log_decay, None, None), scale, states, states)
     if states is not state:
         state.copy_(states)
     return o
 
 
-def _scan(tiles: "_Tiles", x: AttentionInputs[Tensor], scale: float, final_state: Tensor | None) -> Tensor:
-    """The output; states after the last tokens are written to `final_state`, which may be `x.initial_state`."""
+def _scan(
+    tiles: "_Tiles", x: AttentionInputs[Tensor], scale: float, initial_state: "_States", final_state: "_States"
+) -> Tensor:
+    """The output; states after the last tokens are written to `final_state`, which may be `initial_state`."""
     decay = _Decay(tiles, finite_log_decay(x.q, x.log_decay), scale)
     o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
     for rows in tiles.batch_rows:
-        initial, final = tiles.states_of(rows, x.initial_state), tiles.states_of(rows, final_state)
+        initial, final = tiles.states_of(rows, initial_state), tiles.states_of(rows, final_state)
         S = None  # zero
         for chunk in tiles.chunks:
             qc, kc, vc = (tiles.load(y, rows, chunk) for y in (x.q, x.k, x.v))
@@ -264,7 +345,7 @@ def _scan(tiles: "_Tiles", x: AttentionInputs[Tensor], scale: float, final_state
 
 
 def _states_before_chunks(
-    tiles: "_Tiles", rows: slice, k: Tensor, v: Tensor, decay: "_Decay", initial: "_States"
+    tiles: "_Tiles", rows: slice, k: Tensor, v: Tensor, decay: "_Decay", initial: "_StatesOfRows"
 ) -> list[Tensor | None]:
     """The state before each chunk, of the sequence that goes on in the chunk; None is zero."""
     states, S = [], None
@@ -324,8 +405,10 @@ def batch_rows_at_once(batch_size: int, chunk_size: int, num_heads: int, device_
     return max(1, min(fitting, batch_size))
 
 
-# States `[B H, K, V]` by sequence; None is zero.
-_States = Tensor | Sequence[None]
+# States `[N, H, K, V]`, or by sequence `[H, K, V]`; None is zero.
+_States = Tensor | Sequence[Tensor | None] | None
+# States `[B H, K, V]` of the batch rows that are worked on, by sequence.
+_StatesOfRows = Tensor | Sequence[Tensor | None]
 
 
 class _Tiles:
@@ -370,11 +453,13 @@ class _Tiles:
     def store(self, out: Tensor, rows: slice, chunk: _Chunk, x: Tensor) -> None:
         out[rows, chunk.tokens] = x.unflatten(0, (-1, out.shape[2])).transpose(1, 2)
 
-    def states_of(self, rows: slice, states: Tensor | None) -> _States:
+    def states_of(self, rows: slice, states: _States) -> _StatesOfRows:
         """States of batch rows: views, if `states` is contiguous."""
         N, B, H, K, V = self.state_shape
         if states is None:
             return [None] * N
+        if not isinstance(states, Tensor):
+            return states
         return states.reshape(N, B * H, K, V)[:, rows.start * H : rows.stop * H]
 
     def new_states(self, initial: Tensor | None) -> Tensor:

@@ -13,13 +13,24 @@ from torch import Tensor
 from . import cross_entropy, transforms
 from .backends import CHECKS, check_supported, prepare
 from .calls import Inputs, call
-from .problem import AttentionInputs, DecodingInputs, GradientInputs, PrefillInputs, state_dtype
+from .problem import (
+    AttentionInputs,
+    DecodingInputs,
+    GradientInputs,
+    PrefillInputs,
+    SlotPrefillInputs,
+    state_dtype,
+)
 
 NAMESPACE = "lightning_attention"
 # Arguments that operators share, in the order of `AttentionInputs` and `DecodingInputs`.
 ATTENTION = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens"
 DECODING = "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor state, Tensor? state_indices"
 DECODING_IN_PLACE = DECODING.replace("Tensor state", "Tensor(a!) state")
+SLOT_PREFILL = (
+    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, Tensor? cu_seqlens, Tensor? state_indices, "
+    "Tensor? has_initial_state, Tensor? state_positions, Tensor? saved_indices"
+)
 # Dispatch keys of autocast, one for each type of device; the last is that of devices outside of PyTorch.
 AUTOCAST_KEYS = [f"Autocast{name}" for name in ("CPU", "CUDA", "HPU", "MPS", "MTIA", "XLA", "XPU", "PrivateUse1")]
 
@@ -100,8 +111,14 @@ def _fake_prefill(q, k, v, log_decay, initial_state, cu_seqlens, state_positions
     return _fake_output(v), state, state.new_empty(q.shape[0], state_positions.shape[0], *state.shape[1:])
 
 
-def _fake_step(q, k, v, log_decay, state, state_indices, scale, backend):
-    _check("step", DecodingInputs(q, k, v, log_decay, state, state_indices), backend)
+def _fake_prefill_(q, k, v, *others):
+    *slots, _, backend = others
+    _check("prefill_", SlotPrefillInputs(q, k, v, *slots), backend)
+    return _fake_output(v)
+
+
+def _fake_step(q, k, v, log_decay, state, state_indices, scale, backend, saved_indices=None):
+    _check("step", DecodingInputs(q, k, v, log_decay, state, state_indices, saved_indices=saved_indices), backend)
     return _fake_output(v)
 
 
@@ -152,9 +169,18 @@ def prefill(q, k, v, log_decay, initial_state, cu_seqlens, state_positions, scal
     return tuple(call(prepare, x, "prefill", backend, scale))
 
 
-@_operator(f"({DECODING_IN_PLACE}, float scale, str backend) -> Tensor", _fake_step)
-def step(q, k, v, log_decay, state, state_indices, scale, backend):
-    (o,) = call(prepare, DecodingInputs(q, k, v, log_decay, state, state_indices), "step", backend, scale)
+@_operator(f"({SLOT_PREFILL}, float scale, str backend) -> Tensor", _fake_prefill_)
+def prefill_(q, k, v, log_decay, state, *others):
+    *slots, scale, backend = others
+    (o,) = call(prepare, SlotPrefillInputs(q, k, v, log_decay, state, *slots), "prefill_", backend, scale)
+    _mark_updated(state)
+    return o
+
+
+@_operator(f"({DECODING_IN_PLACE}, float scale, str backend, Tensor? saved_indices=None) -> Tensor", _fake_step)
+def step(q, k, v, log_decay, state, state_indices, scale, backend, saved_indices=None):
+    x = DecodingInputs(q, k, v, log_decay, state, state_indices, saved_indices=saved_indices)
+    (o,) = call(prepare, x, "step", backend, scale)
     _mark_updated(state)
     return o
 
@@ -193,5 +219,6 @@ for _operator_without_gradient, _heads in (
     (verify, (-2,)),
     (commit, ()),
     (prefill, (-2, -3, -3)),
+    (prefill_, (-2,)),
 ):
     transforms.register_vmap(_operator_without_gradient, _heads)

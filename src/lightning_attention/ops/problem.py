@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from numbers import Integral, Real
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -106,6 +106,25 @@ class PrefillInputs(NamedTuple, Generic[X]):
     state_positions: X
 
 
+class SlotPrefillInputs(NamedTuple, Generic[X]):
+    """Inputs of prefill from and to the slots of a pool of states."""
+
+    q: X
+    k: X
+    v: X
+    log_decay: X | None
+    state: X
+    cu_seqlens: X | None
+    state_indices: X | None
+    has_initial_state: X | None
+    state_positions: X | None
+    saved_indices: X | None
+
+    def from_states(self, initial_state: X) -> "AttentionInputs[X]":
+        """Inputs of attention that starts from states outside of the pool."""
+        return AttentionInputs(self.q, self.k, self.v, self.log_decay, initial_state, self.cu_seqlens)
+
+
 class DecodingInputs(NamedTuple, Generic[X]):
     """Inputs of decoding, of one step or of drafts. Drafts are committed without a q."""
 
@@ -117,6 +136,7 @@ class DecodingInputs(NamedTuple, Generic[X]):
     state_indices: X | None
     parents: X | None = None
     last: X | None = None
+    saved_indices: X | None = None
 
 
 class WriteInputs(NamedTuple, Generic[X]):
@@ -193,10 +213,40 @@ class Problem(NamedTuple):
         return problem
 
     @classmethod
+    def of_slot_prefill(cls, x: SlotPrefillInputs[Tensor] | SlotPrefillInputs[Metadata]) -> "Problem":
+        attention: Any = AttentionInputs(x.q, x.k, x.v, x.log_decay, None, x.cu_seqlens)
+        problem = cls.of_attention(attention)
+        num_sequences = problem.num_states
+        _check_writable("state", x.state)
+        if x.state.dim() != 4:
+            raise ValueError(f"state must be [N, H, K, V], got shape {tuple(x.state.shape)}")
+        if x.state_indices is not None:
+            _check_indices("state_indices", x.state_indices, x.q, N=num_sequences)
+            problem = problem._replace(num_states=x.state.shape[0])
+        problem._check_state("state", x.state, x.q, stored=(torch.bfloat16,))
+        if (has_state := x.has_initial_state) is not None:
+            if has_state.dtype != torch.bool:
+                raise TypeError(f"has_initial_state must be torch.bool, got {has_state.dtype}")
+            if tuple(has_state.shape) != (num_sequences,):
+                found = tuple(has_state.shape)
+                raise ValueError(f"has_initial_state must be [N] = [{num_sequences}], got shape {found}")
+            _check_device("has_initial_state", has_state, x.q)
+        if (positions := x.state_positions) is not None and x.saved_indices is not None:
+            if positions.dim() != 1:
+                raise ValueError(f"state_positions must be [M], got shape {tuple(positions.shape)}")
+            _check_indices("state_positions", positions, x.q, M=positions.shape[0])
+            _check_indices("saved_indices", x.saved_indices, x.q, B=x.q.shape[0], M=positions.shape[0])
+        return problem._replace(num_states=num_sequences)
+
+    @classmethod
     def of_step(cls, x: DecodingInputs[Tensor] | DecodingInputs[Metadata]) -> "Problem":
         """Decoding, which updates the state, with q, k, v as `[B, T, H, D]` or `[B, H, D]`."""
         _check_writable("state", x.state)
-        return cls._of_decoding(x)
+        problem = cls._of_decoding(x)
+        if x.saved_indices is not None:
+            sizes = dict(zip("BT", x.q.shape[:-2], strict=False))
+            _check_indices("saved_indices", x.saved_indices, x.q, **sizes)
+        return problem
 
     @classmethod
     def _of_decoding(cls, x: DecodingInputs[Tensor] | DecodingInputs[Metadata]) -> "Problem":
@@ -352,6 +402,26 @@ def check_prefill_values(x: PrefillInputs[Tensor]) -> None:
         check_state_positions(x.state_positions.tolist(), x.q.shape[1])
 
 
+def check_slot_prefill_values(x: SlotPrefillInputs[Tensor]) -> None:
+    """Refuse values out of range, of tensors on the CPU, and slots that two states would be written to."""
+    check_log_decay(x.log_decay)
+    if x.cu_seqlens is not None and x.cu_seqlens.is_cpu:
+        sequence_bounds(x.cu_seqlens, x.q.shape[1])
+    if x.state_positions is not None and x.state_positions.is_cpu:
+        check_state_positions(x.state_positions.tolist(), x.q.shape[1])
+    written = []
+    for name, indices in (("state_indices", x.state_indices), ("saved_indices", x.saved_indices)):
+        if indices is not None:
+            _check_range(name, indices, x.state.shape[0])
+            written += [slot for slot in indices.flatten().tolist() if slot >= 0] if indices.is_cpu else []
+    if x.state_indices is None:
+        written += range(x.state.shape[0])
+    if len(set(written)) < len(written):
+        raise ValueError(
+            f"state_indices and saved_indices must differ, since a slot keeps one state, got {sorted(written)}"
+        )
+
+
 def check_decoding_values(x: DecodingInputs[Tensor]) -> None:
     """Refuse values out of range, of tensors on the CPU."""
     check_log_decay(x.log_decay)
@@ -366,10 +436,31 @@ def check_decoding_values(x: DecodingInputs[Tensor]) -> None:
 def check_update_values(x: DecodingInputs[Tensor]) -> None:
     """Refuse values out of range, of tensors on the CPU, and states that two batch rows would update."""
     check_decoding_values(x)
-    if x.state_indices is not None and x.state_indices.is_cpu:
+    if x.saved_indices is not None:
+        _check_saved_indices(x.saved_indices, x.state_indices, x.state.shape[0])
+    elif x.state_indices is not None and x.state_indices.is_cpu:
         used = [index for index in x.state_indices.tolist() if index >= 0]
         if len(set(used)) < len(used):
             raise ValueError(f"state_indices must differ, since each state is updated once, got {sorted(used)}")
+
+
+def _check_saved_indices(saved: Tensor, read: Tensor | None, num_slots: int) -> None:
+    """Refuse slots `[B]` or `[B, T]` that several states are written to, or that another batch row reads."""
+    _check_range("saved_indices", saved, num_slots)
+    if not saved.is_cpu or not (read is None or read.is_cpu):
+        return
+    slots = list(range(len(saved))) if read is None else read.tolist()
+    by_row = saved.reshape(len(saved), -1).tolist() if saved.numel() else []
+    rows = enumerate(zip(slots, by_row, strict=False))
+    written = [(slot, row) for row, (before, after) in rows if before >= 0 for slot in after if slot >= 0]
+    writers = dict(written)
+    if len(writers) < len(written):
+        raise ValueError(f"saved_indices must differ, since a slot keeps one state, got {saved.tolist()}")
+    for row, slot in enumerate(slots):
+        if (writer := writers.get(slot, row)) != row:
+            raise ValueError(
+                f"saved_indices of batch row {writer} must not hold slot {slot}, which batch row {row} reads"
+            )
 
 
 def check_log_decay(log_decay: Tensor | None) -> None:

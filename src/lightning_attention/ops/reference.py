@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from .prefill import prefill as prefill_by
+from .prefill import prefill_copies
 from .problem import (
     AttentionInputs,
     DecodingInputs,
     GradientInputs,
     PrefillInputs,
     Problem,
+    SlotPrefillInputs,
     sequence_bounds,
     state_dtype,
 )
@@ -26,6 +28,7 @@ __all__ = [
     "forward",
     "is_slow",
     "prefill",
+    "prefill_",
     "quadratic",
     "read_state_",
     "recurrence",
@@ -85,6 +88,10 @@ def prefill(x: PrefillInputs[Tensor], scale: float) -> list[Tensor]:
     return prefill_by(forward, x, scale)
 
 
+def prefill_(x: SlotPrefillInputs[Tensor], scale: float) -> list[Tensor]:
+    return prefill_copies(forward, prefill, x, scale)
+
+
 def backward(x: GradientInputs[Tensor], scale: float) -> list[Tensor]:
     """`dq_t = scale S_t do_t`; with `R_t = λ R_{t+1} + scale q_t do_tᵀ`: `dk_t = R_t v_t`, `dv_t = R_tᵀ k_t`."""
     dq, dk, dv = (torch.empty_like(y, memory_format=torch.contiguous_format) for y in (x.q, x.k, x.v))
@@ -112,9 +119,17 @@ def step(x: DecodingInputs[Tensor], scale: float) -> list[Tensor]:
         (o,) = step(x._replace(q=x.q.unsqueeze(1), k=x.k.unsqueeze(1), v=x.v.unsqueeze(1)), scale)
         return [o.squeeze(1)]
     o = torch.zeros_like(x.v, memory_format=torch.contiguous_format)
+    before = x.state if x.saved_indices is None else x.state.clone()
     for at, of in _slots(x):
-        state = x.state[of].to(state_dtype(x.q.dtype))
-        o[at], x.state[of] = recurrence(x.q[at], x.k[at], x.v[at], x.log_decay, scale, state)
+        state = before[of].to(state_dtype(x.q.dtype))
+        if x.saved_indices is None:
+            o[at], x.state[of] = recurrence(x.q[at], x.k[at], x.v[at], x.log_decay, scale, state)
+            continue
+        for t, slot in enumerate(x.saved_indices[at].flatten().tolist()):
+            token = at, slice(t, t + 1)
+            o[token], state = recurrence(x.q[token], x.k[token], x.v[token], x.log_decay, scale, state)
+            if slot >= 0:
+                x.state[slot] = state[0]
     return [o]
 
 

@@ -61,7 +61,7 @@ def register_vmap(operator: Any, output_heads: tuple[int, ...]) -> None:
     mapped = mapped_over_heads(function, operator, names, output_heads, mapped_state)
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        refuse_tangents(function, dict(zip(names, arguments, strict=True)))  # jvp around vmap
+        refuse_tangents(function, dict(zip(names, arguments, strict=False)))  # jvp around vmap
         return mapped(info, in_dims, *arguments)
 
     torch.library.register_vmap(operator.name(), rule)
@@ -82,7 +82,8 @@ def mapped_over_heads(
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         folded = {}
-        for name, dim, x in zip(names, in_dims, arguments, strict=True):
+        # PyTorch leaves out the last arguments where they are the defaults of the schema.
+        for name, dim, x in zip(names, in_dims, arguments, strict=False):
             if name in HEADS and x is not None:
                 if name == mutated and dim is None:
                     raise NotImplementedError(

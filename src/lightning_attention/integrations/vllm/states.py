@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.short_conv_attn import (
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 from ...nn.attention import Decay
-from ...ops.api import lightning_attention, lightning_attention_step
+from ...ops.api import lightning_attention_prefill_, lightning_attention_step
 
 NOBODY = -1  # slot of our operator that reads and writes nothing
 
@@ -100,42 +100,41 @@ class States(MambaBase, nn.Module):
 
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> Tensor:
         """Read prompts, or the next parts of prompts."""
-        pool, slots = self.kv_cache[0], batch.state_indices_tensor_p
-        initial = torch.where(batch.has_initial_states_p[:, None, None, None], pool[slots], 0.0)
-        options: dict[str, Any] = {"initial_state": initial, "cu_seqlens": batch.query_start_loc_p}
-        o, final_state = lightning_attention(
-            q[None], k[None], v[None], self.decay.log_decay, output_final_state=True, **options
+        o = lightning_attention_prefill_(
+            q[None],
+            k[None],
+            v[None],
+            self.decay.log_decay,
+            state=self.kv_cache[0],
+            state_indices=batch.state_indices_tensor_p,
+            has_initial_state=batch.has_initial_states_p,
+            cu_seqlens=batch.query_start_loc_p,
         )
-        assert final_state is not None
-        pool[slots] = final_state
         return o[0]
 
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, batch: Any) -> None:
         """Read a token of each request. In a CUDA graph there may be more rows than requests."""
         slots = _somebodys(batch.state_indices_tensor_d[:, 0])
-        n = len(slots)
-        output[:n] = self._step(q[:n], k[:n], v[:n], slots)
+        n, options = len(slots), {"state": self.kv_cache[0], "state_indices": slots}
+        output[:n] = lightning_attention_step(q[:n], k[:n], v[:n], self.decay.log_decay, **options)
 
     def _verify(self, q: Tensor, k: Tensor, v: Tensor, output: Tensor, batch: Any) -> None:
         """Read a token of each request and its drafts, and keep the state after each of them in a block of its own.
 
         The state before them is in the block of the last token that was accepted.
         """
-        pool, blocks = self.kv_cache[0], batch.state_indices_tensor_d
-        first, end = batch.query_start_loc_d[:-1].long(), batch.query_start_loc_d[1:]
+        blocks = _somebodys(batch.state_indices_tensor_d)
+        bounds, num_tokens = batch.query_start_loc_d.long(), batch.num_decode_tokens
         before = blocks.gather(1, batch.num_accepted_tokens[:, None].long() - 1)[:, 0]
-        for i in range(blocks.shape[1]):
-            has_token = first + i < end
-            after = torch.where(has_token, blocks[:, i], NULL_BLOCK_ID)
-            pool[after] = pool[before]
-            # Requests with fewer drafts, and rows of no request, write the output of their first token again.
-            rows = torch.where(has_token, first + i, first).clamp_max(len(q) - 1)
-            o = self._step(q[rows], k[rows], v[rows], _somebodys(after))
-            output[rows] = torch.where(has_token[:, None, None], o, output[rows])
-            before = torch.where(has_token, after, before)
-
-    def _step(self, q: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> Tensor:
-        return lightning_attention_step(q, k, v, self.decay.log_decay, state=self.kv_cache[0], state_indices=slots)
+        tokens = bounds[:-1, None] + torch.arange(blocks.shape[1], device=blocks.device)
+        # A request with fewer drafts has other tokens after its last one, whose states and outputs nobody reads.
+        after = torch.where(tokens < bounds[1:, None], blocks, NOBODY)
+        tokens = tokens.clamp_max(len(q) - 1)
+        options = {"state": self.kv_cache[0], "state_indices": before, "saved_indices": after}
+        o = lightning_attention_step(q[tokens], k[tokens], v[tokens], self.decay.log_decay, **options)
+        token = torch.arange(num_tokens, device=blocks.device)
+        request = (torch.searchsorted(bounds, token, right=True) - 1).clamp_max(len(o) - 1)
+        output[:num_tokens] = o[request, (token - bounds[request]).clamp_max(o.shape[1] - 1)]
 
 
 def _somebodys(blocks: Tensor) -> Tensor:

@@ -30,6 +30,12 @@ def program_ids(H, num_segments, V: tl.constexpr, BV: tl.constexpr):
 
 
 @jit
+def load_slot(indices, i):
+    """The slot of sequence i, in 64 bits; without indices, slot i."""
+    return tl.cast(i if indices is None else tl.load(indices + i), tl.int64)
+
+
+@jit
 def load_log_decay(log_decay, i_h):
     """log λ of a head; finite, because -inf times 0 is NaN."""
     return 0.0 if log_decay is None else tl.maximum(tl.load(log_decay + i_h), -1e20)

@@ -1,6 +1,7 @@
 """Forward and backward of sequences as scans over segments: the plans that both families of kernels share."""
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 
@@ -9,6 +10,23 @@ from ..problem import AttentionInputs, GradientInputs, Metadata, PrefillInputs, 
 from . import accumulate
 from .plan import Operand, Planner, planned
 from .segments import Segments, ceil_div
+
+
+class WrittenSlots(NamedTuple):
+    """Slots of a pool that a scan writes states to, in place of tensors with one state after the other.
+
+    Attributes:
+        stride: elements from one slot to the next.
+        final: indices `[N]` of the slots for the states after sequences; None is slots 0 to N - 1.
+        saved: indices `[B, M]` of the slots for the states at positions.
+    """
+
+    stride: int | None = None
+    final: Operand | None = None
+    saved: Operand | None = None
+
+
+NO_SLOTS = WrittenSlots()
 
 
 class Scans(ABC):
@@ -52,8 +70,14 @@ class Scans(ABC):
         """Cut the batch rows."""
 
     @abstractmethod
-    def output(self, final_state: Operand | None) -> Operand:
-        """The output; fills `final_state`."""
+    def output(
+        self,
+        final_state: Operand | None,
+        states: Operand | None = None,
+        state_positions: Operand | None = None,
+        slots: WrittenSlots = NO_SLOTS,
+    ) -> Operand:
+        """The output; fills `final_state`, and `states` after `state_positions` tokens, or slots of them."""
 
     @abstractmethod
     def gradients(

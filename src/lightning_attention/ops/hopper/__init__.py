@@ -34,8 +34,8 @@ def is_slow(problem: Problem) -> bool:
 
 
 def __getattr__(name: str) -> Callable:
-    """Import `forward` and `backward` when they are first called: triton need not be installed."""
-    if name not in ("forward", "backward"):
+    """Import `forward`, `prefill_` and `backward` when they are first called: triton need not be installed."""
+    if name not in ("forward", "prefill_", "backward"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     function = globals()[name] = getattr(import_module(".launch", __name__), name)
     return function

@@ -124,7 +124,7 @@ def gradient_kernel(
     pipeline = Pipeline(ready, empty)
     pipeline.init(GROUPS)
 
-    states = States(d_final_state, interval_states, d_initial_state, segment_length, max_reach)
+    states = States(d_final_state, interval_states, d_initial_state, None, None, segment_length, max_reach)
     args = GradientArgs(
         q_s, k_s, v_s, do_s, pipeline, dk, dv, out_s, R_s, published, states, log_decay, scale, segment, D, PREFIX
     )

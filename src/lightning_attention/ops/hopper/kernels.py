@@ -83,6 +83,7 @@ def scan_kernel(
     interval_states,
     final_state,
     cu_seqlens,
+    final_indices,
     scale,
     B,
     T,
@@ -100,6 +101,7 @@ def scan_kernel(
     stride_vb,
     stride_vt,
     stride_vh,
+    stride_slot,
     K: constexpr,
     V: constexpr,
     REVERSE: constexpr,
@@ -131,7 +133,7 @@ def scan_kernel(
     pipeline = Pipeline(ready, empty)
     pipeline.init(GROUPS)
 
-    states = States(initial_state, interval_states, final_state, segment_length, max_reach)
+    states = States(initial_state, interval_states, final_state, final_indices, stride_slot, segment_length, max_reach)
     args = ScanArgs(
         q_s, k_s, v_s, pipeline, o, o_s, S_s, states, log_decay, scale, segment, K, V, TRANSPOSED_STATES, PREFIX, WAITS
     )
@@ -226,9 +228,17 @@ def _mma_partition(args, g: constexpr):
             c += 1
 
         if states.final is not None:
-            p_S = block.pointers(states.final, sequence.index)
-            if sequence.hi == sequence.end:
-                gl.store(p_S, b_S / state_scale)
+            if states.stride_slot is None:
+                p_S = block.pointers(states.final, sequence.index)
+                if sequence.hi == sequence.end:
+                    gl.store(p_S, b_S / state_scale)
+            else:
+                i_slot = sequence.index.to(gl.int64)
+                if states.final_indices is not None:
+                    i_slot = gl.load(states.final_indices + i_slot).to(gl.int64)
+                p_S = block.at(states.final + i_slot * states.stride_slot, i_h)
+                if (sequence.hi == sequence.end) & (i_slot >= 0):
+                    gl.store(p_S, b_S.to(states.final.dtype.element_ty))
     tma.store_wait(0)
 
 

@@ -5,10 +5,14 @@ from typing import Any
 
 import torch
 
+from ..calls import Prepared
 from ..gpu import scans
-from ..gpu.plan import Operand, strides
+from ..gpu.plan import Operand, planned, strides
+from ..gpu.scans import NO_SLOTS, WrittenSlots
 from ..gpu.segments import Segments, ceil_div, num_multiprocessors
-from ..problem import state_dtype
+from ..gpu.slots import has_contiguous_states, plan_prefill_
+from ..problem import Metadata, SlotPrefillInputs, state_dtype
+from ..triton import launch as portable
 from . import config, gradients, kernels, states
 
 
@@ -99,6 +103,7 @@ class Scans(scans.Scans):
         reverse: bool = False,
         transposed: bool = False,
         overlap_previous: bool = False,
+        slots: WrittenSlots = NO_SLOTS,
     ) -> Operand:
         """The output of a scan, which fills `final_state`.
 
@@ -122,10 +127,12 @@ class Scans(scans.Scans):
             interval_states=interval_states,
             final_state=final_state,
             cu_seqlens=self.x.cu_seqlens,
+            final_indices=slots.final,
             scale=self.scale_of(reverse=reverse),
             **self._sizes,
             max_reach=self.max_reach,
             **strides(q=q, k=k, v=v),
+            stride_slot=slots.stride,
             K=K,
             V=V,
             REVERSE=reverse,
@@ -136,9 +143,16 @@ class Scans(scans.Scans):
         )
         return o
 
-    def output(self, final_state: Operand | None) -> Operand:
+    def output(
+        self,
+        final_state: Operand | None,
+        states: Operand | None = None,
+        state_positions: Operand | None = None,
+        slots: WrittenSlots = NO_SLOTS,
+    ) -> Operand:
+        assert state_positions is None, "the portable kernels store states at positions"
         q, k, v, _, initial_state, _ = self.x
-        return self.scan(q, k, v, initial_state, self._interval_states(), final_state)
+        return self.scan(q, k, v, initial_state, self._interval_states(), final_state, slots=slots)
 
     def gradients(
         self, do: Operand, d_final_state: Operand | None, d_initial_state: Operand | None
@@ -219,6 +233,12 @@ class Scans(scans.Scans):
 
 forward = partial(scans.forward, Scans)
 backward = partial(scans.backward, Scans)
+
+
+def prefill_(x: SlotPrefillInputs[Metadata], scale: float) -> Prepared:
+    if x.state_positions is not None or not has_contiguous_states(x.state):
+        return portable.prefill_(x, scale)
+    return planned(plan_prefill_, x, Scans, scale)
 
 
 @cache

@@ -300,12 +300,15 @@ def state_block(i_h, H, g: constexpr, K: constexpr, V: constexpr, TRANSPOSED: co
 class States:
     """States before and after the scan, and states of segments, summed as far back as `max_reach` tokens.
 
-    States of segments are `[intervals, heads, K, V]`, of the heads of all batch rows that are cut.
+    States of segments are `[intervals, heads, K, V]`, of the heads of all batch rows that are cut. With `stride_slot`,
+    the states after the scan are in slots of a pool.
     """
 
     initial: Value
     interval: Value
     final: Value
+    final_indices: Value
+    stride_slot: Value
     segment_length: Value
     max_reach: Value
 

@@ -32,7 +32,7 @@ def is_slow(problem: Problem) -> bool:
 
 def __getattr__(name: str) -> Callable:
     """Import the other functions of a backend when they are first called: triton need not be installed."""
-    if name in ("forward", "prefill", "backward", "write_state", "read_state_"):
+    if name in ("forward", "prefill", "prefill_", "backward", "write_state", "read_state_"):
         module = ".launch"
     elif name in ("step", "verify", "commit"):
         module = ".decoding"

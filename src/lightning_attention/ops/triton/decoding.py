@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..calls import Prepared, call
 from ..gpu.plan import Operand, Planner, planned, strides
-from ..gpu.primitives import decay_over, jit, load_log_decay, program_ids
+from ..gpu.primitives import decay_over, jit, load_log_decay, load_slot, program_ids
 from ..gpu.segments import ceil_div
 from ..problem import AttentionInputs, DecodingInputs, Metadata
 from .config import MAX_TREE, step_tiles, verify_tiles
@@ -106,7 +106,8 @@ def _plan_verify(planner: Planner, x: DecodingInputs[Operand], scale: float) -> 
 def _readable(planner: Planner, x: DecodingInputs[Operand]) -> DecodingInputs[Operand]:
     """Operands as the kernels read them; the state, which they write, has any strides."""
     q, k, v = Scans.readable(planner, x.q, x.k, x.v)
-    log_decay, *indices = (planner.contiguous(y) for y in (x.log_decay, x.state_indices, x.parents, x.last))
+    others = (x.log_decay, x.state_indices, x.parents, x.last, x.saved_indices)
+    log_decay, *indices = (planner.contiguous(y) for y in others)
     return DecodingInputs(q, k, v, log_decay, x.state, *indices)
 
 
@@ -125,6 +126,7 @@ def step_kernel(
     last,
     parents,
     state_indices,
+    saved_indices,
     scale,
     T,
     H,
@@ -146,9 +148,13 @@ def step_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Token after token: `S ← λ S + k vᵀ`, `o = scale Sᵀ q`. With `last`, only tokens on the path to that draft."""
+    """Token after token: `S ← λ S + k vᵀ`, `o = scale Sᵀ q`.
+
+    With `last`, only tokens on the path to that draft. With `saved_indices`, the state after each token is written to a
+    slot of its own, and not to the one that is read.
+    """
     i_v, i_h, _, i_b = program_ids(H, 1, V, BV)
-    i_n = _slot(state_indices, i_b)
+    i_n = load_slot(state_indices, i_b)
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_k, m_v = o_k < K, o_v < V
     k += i_b * stride_kb + i_h * stride_kh
@@ -168,9 +174,8 @@ def step_kernel(
             if parents is not None:
                 path = _path(parents + i_b * T, tl.minimum(i_last, T - 1))
         b_decay = decay_over(load_log_decay(log_decay, i_h), 1)
-        p_S = state + i_n * stride_sn + i_h * stride_sh
-        p_S += o_k[:, None].to(tl.int64) * stride_sk + o_v[None, :].to(tl.int64) * stride_sv
-        m_S = m_k[:, None] & m_v[None, :]
+        o_S = i_h * stride_sh + o_k[:, None].to(tl.int64) * stride_sk + o_v[None, :].to(tl.int64) * stride_sv
+        p_S, m_S = state + i_n * stride_sn + o_S, m_k[:, None] & m_v[None, :]
         b_S = tl.load(p_S, mask=m_S, other=0.0).to(tl.float32)  # [BK, BV]
         for t in range(T):
             b_k = tl.load(k + o_k, mask=m_k, other=0.0).to(tl.float32)
@@ -191,7 +196,12 @@ def step_kernel(
                 tl.store(o + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
                 q += stride_qt
                 o += H * V
-        tl.store(p_S, b_S.to(state.dtype.element_ty), mask=m_S)
+            if saved_indices is not None:
+                i_saved = tl.load(saved_indices + i_b * T + t).to(tl.int64)
+                p_saved = state + i_saved * stride_sn + o_S
+                tl.store(p_saved, b_S.to(state.dtype.element_ty), mask=m_S & (i_saved >= 0))
+        if saved_indices is None:
+            tl.store(p_S, b_S.to(state.dtype.element_ty), mask=m_S)
 
 
 @jit(do_not_specialize=["scale", "T", "H"])
@@ -228,7 +238,7 @@ def verify_kernel(
 ):
     """`o_i = scale (λ^d_i q_i S + Σ_j λ^(d_i-d_j) (q_i k_j) v_j)` over the path of draft i, whose depth is d_i."""
     i_v, i_h, _, i_b = program_ids(H, 1, V, BV)
-    i_n = _slot(state_indices, i_b)
+    i_n = load_slot(state_indices, i_b)
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     m_c, m_k, m_v = o_c < T, o_k < K, o_v < V
     o += (i_b * T * H + i_h) * V
@@ -254,11 +264,6 @@ def verify_kernel(
         b_o = tl.dot(b_q.to(tl.float32), b_S, input_precision="ieee") * decay_over(b_log_decay, b_depth)[:, None]
         b_o = tl.dot(b_A, b_v.to(tl.float32), b_o, input_precision="ieee") * scale
         tl.store(p_o, b_o.to(o.dtype.element_ty), mask=m_o)
-
-
-@jit
-def _slot(state_indices, i_b):
-    return i_b if state_indices is None else tl.load(state_indices + i_b).to(tl.int64)
 
 
 @jit

@@ -14,6 +14,7 @@ from ..gpu.primitives import (
     interval_bounds,
     jit,
     load_log_decay,
+    load_slot,
     memory_length,
     program_ids,
     sequence_bounds,
@@ -44,6 +45,8 @@ def scan_kernel(
     states,
     state_positions,
     cu_seqlens,
+    final_indices,
+    saved_indices,
     scale,
     T,
     H,
@@ -61,6 +64,7 @@ def scan_kernel(
     stride_vb,
     stride_vt,
     stride_vh,
+    stride_slot,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
@@ -75,7 +79,8 @@ def scan_kernel(
 
     The scan starts from the sum of the interval states among the last `max_reach` tokens. In reverse, time runs
     backwards and the state decays after it is read, not before. A segment may hold any number of packed sequences, and
-    parts of them. Forwards, the states after `state_positions` tokens are stored too.
+    parts of them. Forwards, the states after `state_positions` tokens are stored too. With `stride_slot`, states are
+    stored in slots of a pool.
     """
     num_segments = tl.maximum(1, tl.cdiv(T, segment_length))
     i_v, i_h, i_s, i_b = program_ids(H, num_segments, V, BV)
@@ -158,12 +163,18 @@ def scan_kernel(
                 p_o += C * stride_ot
             lo = stop
             if states is not None:
-                p_S = states + ((i_b * M + m) * H + i_h) * (K * V)
-                store_state(p_S, b_S, o_k, o_v, m < m_last, K, V, TRANSPOSED_STATES)
+                p_S, is_kept = states + ((i_b * M + m) * H + i_h) * (K * V), m < m_last
+                if stride_slot is not None:
+                    i_slot = tl.load(saved_indices + i_b * M + m, mask=is_kept, other=-1).to(tl.int64)
+                    p_S, is_kept = states + i_slot * stride_slot + i_h * (K * V), i_slot >= 0
+                store_state(p_S, b_S, o_k, o_v, is_kept, K, V, TRANSPOSED_STATES)
 
         if final_state is not None:
-            p_S = final_state + (i_n * H + i_h) * (K * V)
-            store_state(p_S, b_S / state_scale, o_k, o_v, hi == end, K, V, TRANSPOSED_STATES)
+            p_S, is_kept = final_state + (i_n * H + i_h) * (K * V), hi == end
+            if stride_slot is not None:
+                i_slot = load_slot(final_indices, i_n)
+                p_S, is_kept = final_state + i_slot * stride_slot + i_h * (K * V), is_kept & (i_slot >= 0)
+            store_state(p_S, b_S / state_scale, o_k, o_v, is_kept, K, V, TRANSPOSED_STATES)
 
 
 @jit(do_not_specialize=["T", "H", "N", "segment_length", "interval", "num_intervals"])

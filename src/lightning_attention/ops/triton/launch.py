@@ -4,11 +4,14 @@ from functools import partial
 
 import torch
 
-from ..calls import Prepared
+from ..calls import Prepared, call
 from ..gpu import scans
 from ..gpu.plan import Operand, Planner, planned, strides
+from ..gpu.scans import NO_SLOTS, WrittenSlots
 from ..gpu.segments import Segments, ceil_div, num_multiprocessors
-from ..problem import AttentionInputs, Metadata, PrefillInputs, ReadInputs, WriteInputs
+from ..gpu.slots import has_contiguous_states, plan_prefill_
+from ..prefill import prefill_copies
+from ..problem import AttentionInputs, Metadata, PrefillInputs, ReadInputs, SlotPrefillInputs, WriteInputs
 from . import config, kernels
 from .config import Tiles
 
@@ -102,6 +105,7 @@ class Scans(scans.Scans):
         transposed: bool = False,
         states: Operand | None = None,
         state_positions: Operand | None = None,
+        slots: WrittenSlots = NO_SLOTS,
     ) -> Operand:
         """The output of a scan, which fills `final_state`, and `states` after `state_positions` tokens each.
 
@@ -127,6 +131,8 @@ class Scans(scans.Scans):
             states=states,
             state_positions=state_positions,
             cu_seqlens=self.x.cu_seqlens,
+            final_indices=slots.final,
+            saved_indices=slots.saved,
             scale=self.scale_of(reverse=reverse),
             T=self.T,
             H=self.H,
@@ -136,6 +142,7 @@ class Scans(scans.Scans):
             interval=self.segments.interval,
             max_reach=self.max_reach,
             **strides(q=q, k=k, v=v),
+            stride_slot=slots.stride,
             **_constants(tiles, K, V),
             REVERSE=reverse,
             TRANSPOSED_STATES=transposed,
@@ -144,12 +151,16 @@ class Scans(scans.Scans):
         return o
 
     def output(
-        self, final_state: Operand | None, states: Operand | None = None, state_positions: Operand | None = None
+        self,
+        final_state: Operand | None,
+        states: Operand | None = None,
+        state_positions: Operand | None = None,
+        slots: WrittenSlots = NO_SLOTS,
     ) -> Operand:
-        """See the base class; fills `states` too."""
         q, k, v, _, initial_state, _ = self.x
         before = self.interval_states(k, v)
-        return self.scan(q, k, v, initial_state, before, final_state, states=states, state_positions=state_positions)
+        parts = {"states": states, "state_positions": state_positions} if state_positions is not None else {}
+        return self.scan(q, k, v, initial_state, before, final_state, slots=slots, **parts)
 
     def gradients(
         self, do: Operand, d_final_state: Operand | None, d_initial_state: Operand | None
@@ -180,10 +191,16 @@ def prefill(x: PrefillInputs[Metadata], scale: float) -> Prepared:
 
 
 def _plan_prefill(planner: Planner, x: PrefillInputs[Operand], scale: float) -> tuple[Operand, ...]:
-    call = Scans(planner, x, scale)
+    scans = Scans(planner, x, scale)
     state_positions = planner.contiguous(x.state_positions)
-    final_state, states = call.empty_states(call.N), call.empty_states(call.B, state_positions.shape[0])
-    return call.output(final_state, states, state_positions), final_state, states
+    final_state, states = scans.empty_states(scans.N), scans.empty_states(scans.B, state_positions.shape[0])
+    return scans.output(final_state, states, state_positions), final_state, states
+
+
+def prefill_(x: SlotPrefillInputs[Metadata], scale: float) -> Prepared:
+    if has_contiguous_states(x.state):
+        return planned(plan_prefill_, x, Scans, scale)
+    return lambda x: prefill_copies(partial(call, forward), partial(call, prefill), x, scale)
 
 
 def write_state(x: WriteInputs[Metadata], reverse: bool) -> Prepared:
