@@ -43,7 +43,8 @@ class ChatPrompts:
         found = tokenizer.chat_template if template is None else template
         self.template = found.get("default") if isinstance(found, dict) else found
         self.stops = [end for end in TURN_ENDS if self.template is not None and end in self.template]
-        self._special = {name: id for name, id in tokenizer.get_vocab().items() if name in special_tokens(tokenizer)}
+        vocabulary = tokenizer.get_vocab()
+        self._special = {name: vocabulary[name] for name in special_tokens(tokenizer) if name in vocabulary}
         names = sorted(map(re.escape, self._special), key=len, reverse=True)
         self._is_special = re.compile("|".join(names) or "(?!)")
         if self.template is not None:

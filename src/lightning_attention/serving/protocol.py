@@ -127,8 +127,13 @@ class GenerationRequest(BaseModel):
 
     @property
     def new_tokens(self) -> int | None:
-        """Number of new tokens that the request asks for."""
+        """Number of new tokens that the request asks for; None for the default."""
         return self.max_tokens
+
+    @property
+    def default_tokens(self) -> int:
+        """Number of new tokens of a request that does not say, at most."""
+        raise NotImplementedError
 
     @property
     def num_logprobs(self) -> int | None:
@@ -170,8 +175,8 @@ class CompletionRequest(GenerationRequest):
         return self
 
     @property
-    def new_tokens(self) -> int | None:
-        return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+    def default_tokens(self) -> int:
+        return COMPLETION_TOKENS
 
     @property
     def num_logprobs(self) -> int | None:
@@ -235,6 +240,10 @@ class ChatRequest(GenerationRequest):
     @property
     def new_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def default_tokens(self) -> int:
+        return CHAT_TOKENS
 
     @property
     def num_logprobs(self) -> int | None:

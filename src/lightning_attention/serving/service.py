@@ -17,7 +17,7 @@ from .choices import Choice
 from .errors import ApiError
 from .metrics import Metrics
 from .options import ServerOptions
-from .protocol import CHAT_TOKENS, ChatRequest, CompletionRequest, GenerationRequest
+from .protocol import ChatRequest, CompletionRequest, GenerationRequest
 from .tokens import TokenTexts
 from .worker import Answer, Worker
 
@@ -132,23 +132,21 @@ class Service:
         encode_prompts: Callable[[], list[list[int]]],
         stops: list[str],
     ) -> Answer:
-        arrived, max_tokens = time.monotonic(), self._max_tokens(body)
-        count = num_prompts * body.num_choices
+        arrived, count = time.monotonic(), num_prompts * body.num_choices
         self._reserve(count)
 
         def submit() -> Answer:
             choices: list[Choice] = []
             try:
-                choices += self._choices(body, encode_prompts(), max_tokens, stops, arrived)
+                choices += self._choices(body, encode_prompts(), stops, arrived)
                 return self._submit(choices)
             finally:
                 self.worker.release(count - sum(choice.request >= 0 for choice in choices))
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, submit)
-        except (TypeError, ValueError) as error:
-            param = "messages" if isinstance(body, ChatRequest) else "prompt"
-            raise ApiError(400, str(error), param=param) from error
+        except ValueError as error:
+            raise ApiError(400, str(error), param=_prompt_field(body)) from error
 
     def _reserve(self, count: int) -> None:
         room = self.options.max_requests + self.options.max_waiting
@@ -158,26 +156,16 @@ class Service:
             headers = {"Retry-After": "1"}
             raise ApiError(429, "too many requests wait: try again later", code="rate_limit_exceeded", headers=headers)
 
-    def _max_tokens(self, body: GenerationRequest) -> int | None:
-        """Number of new tokens that the request asks for."""
-        limit, asked = self.options.max_tokens, body.new_tokens
-        if asked is not None and body.max_tokens is None and not isinstance(body, ChatRequest):
-            return min(asked, limit)  # the default of completions
-        if asked is not None and asked > limit:
-            raise ApiError(400, f"this server generates at most {limit} tokens, got {asked}", param="max_tokens")
-        return asked
-
     def _choices(
         self,
         body: GenerationRequest,
         prompts: list[list[int]],
-        max_tokens: int | None,
         stops: list[str],
         arrived: float,
     ) -> list[Choice]:
         choices: list[Choice] = []
         for prompt in prompts:
-            new_tokens = self._new_tokens(body, len(prompt), max_tokens)
+            new_tokens = self._new_tokens(body, len(prompt))
             options = body.sampling(new_tokens, None)
             for i in range(body.num_choices):
                 seeded = replace(options, seed=choice_seed(body.seed, i))
@@ -188,24 +176,27 @@ class Service:
         self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
         return choices
 
-    def _new_tokens(self, body: GenerationRequest, prompt_length: int, max_tokens: int | None) -> int:
+    def _new_tokens(self, body: GenerationRequest, prompt_length: int) -> int:
         """Number of new tokens of a choice; by default as many as fit, up to a number.
 
         Raises:
-            ApiError: the prompt and the new tokens exceed the longest length.
+            ApiError: the request asks for more than the server generates, or than fit after the prompt.
         """
-        left = None if self.max_length is None else self.max_length - prompt_length
-        if max_tokens is None:
-            max_tokens = min(CHAT_TOKENS, self.options.max_tokens, *([] if left is None else [max(left, 1)]))
-        if left is not None and max_tokens > left:
+        limit, new_tokens = self.options.max_tokens, body.new_tokens
+        if new_tokens is not None and new_tokens > limit:
+            raise ApiError(400, f"this server generates at most {limit} tokens, got {new_tokens}", param="max_tokens")
+        left = limit if self.max_length is None else self.max_length - prompt_length
+        if new_tokens is None:
+            new_tokens = min(body.default_tokens, limit, max(left, 1))
+        if new_tokens > left:
             raise ApiError(
                 400,
-                f"{prompt_length} tokens of the prompt and {max_tokens} new ones exceed the longest length of "
+                f"{prompt_length} tokens of the prompt and {new_tokens} new ones exceed the longest length of "
                 f"{self.max_length} tokens",
-                param="messages" if isinstance(body, ChatRequest) else "prompt",
+                param=_prompt_field(body),
                 code="context_length_exceeded",
             )
-        return max_tokens
+        return new_tokens
 
     def _submit(self, choices: list[Choice]) -> Answer:
         """Submit all choices, or none."""
@@ -217,6 +208,10 @@ class Service:
             answer.close()
             raise
         return answer
+
+
+def _prompt_field(body: GenerationRequest) -> str:
+    return "messages" if isinstance(body, ChatRequest) else "prompt"
 
 
 def choice_seed(seed: int | None, index: int) -> int | None:

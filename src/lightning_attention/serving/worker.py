@@ -64,9 +64,11 @@ class Worker:
     def __init__(self, engine: Engine, metrics: Metrics):
         self.engine = engine
         self._metrics = metrics
-        self._condition = Condition()  # guards the next three attributes
+        self._condition = Condition()  # guards the next five attributes
         self._active: dict[int, tuple[Choice, Answer]] = {}
         self._num_reserved = 0
+        self._num_submitting = 0  # the engine may be faster than `submit`, which takes long for a long prompt
+        self._early: list[Output] = []  # outputs of choices that are not in `_active` yet
         self._is_closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = Thread(target=self._run, name="engine", daemon=True)
@@ -114,11 +116,21 @@ class Worker:
         with self._condition:
             if self._is_closed:
                 raise RuntimeError("the server has stopped")
-            choice.request = self.engine.submit(
+            self._num_submitting += 1
+        request = -1
+        try:
+            request = self.engine.submit(
                 choice.prompt, choice.options, is_finished=choice.is_finished, logprobs=choice.logprobs
             )
-            self._active[choice.request] = choice, answer
-            self._condition.notify()
+        finally:
+            with self._condition:
+                self._num_submitting -= 1
+                if request >= 0:
+                    choice.request = request
+                    self._active[request] = choice, answer
+                if self._is_closed:
+                    self.engine.cancel(request)
+                self._condition.notify()
 
     def cancel(self, choice: Choice) -> None:
         """Cancel a choice, from any thread."""
@@ -129,8 +141,8 @@ class Worker:
     def _run(self) -> None:
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self.engine.has_work or self._is_closed)
-                if self._is_closed and not self.engine.has_work:
+                self._condition.wait_for(lambda: self._has_work() or (self._is_closed and not self._num_submitting))
+                if not self._has_work():
                     return
             try:
                 self._deliver(self.engine.step())
@@ -138,12 +150,19 @@ class Worker:
                 log.error("a step of the engine failed", exc_info=error)
                 self._fail_all()
 
+    def _has_work(self) -> bool:
+        return self.engine.has_work or bool(self._early)
+
     def _deliver(self, outputs: list[Output]) -> None:
         """Give the pieces of a step to the event loop, at once."""
         pieces: list[tuple[Answer, Piece]] = []
+        with self._condition:
+            outputs, self._early = [*self._early, *outputs], []
         for output in outputs:
             with self._condition:
                 found = self._active.get(output.request)
+                if found is None and self._num_submitting:
+                    self._early.append(output)
                 if found is not None and output.finish_reason is not None:
                     del self._active[output.request]
                     self._num_reserved -= 1

@@ -1,13 +1,17 @@
 """Requests that are refused, in the form of OpenAI's errors."""
 
+import json
 from typing import Any
 
 import openai
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from serving.api.live import NAME, Live, error_of, live_server
 from tiny_model import make_config
 
 from lightning_attention.models import LightningForCausalLM
+from lightning_attention.serving.protocol import ABOUT_CALLER, NEUTRAL, ChatRequest, CompletionRequest
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = [{"role": "user", "content": "a"}]
@@ -99,6 +103,27 @@ def test_a_field_of_chat_that_is_not_supported_is_named(live, field, value):
 def test_a_body_that_is_no_json_object_is_refused(live, path, body):
     response = live.http.post(path, content=body, headers={"Content-Type": "application/json"})
     assert error_of(response)["status"] == 400
+
+
+FIELDS = [*CompletionRequest.model_fields, *ChatRequest.model_fields, *NEUTRAL, *ABOUT_CALLER, "model", "wings"]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "type", "a"]), inner)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from([COMPLETIONS, CHAT]), st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3))
+def test_no_body_is_an_error_of_the_server(live, path, fields):
+    body = {"model": NAME, "prompt" if path == COMPLETIONS else "messages": "a" if path == COMPLETIONS else USER}
+    content = json.dumps(body | {"max_tokens": 2} | fields)
+    response = live.http.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code in (200, 400, 404)
+    if response.status_code != 200:
+        error_of(response)
 
 
 def test_a_page_of_another_site_cannot_send_requests_without_asking(live):

@@ -77,6 +77,7 @@ def test_more_choices_than_fit_are_refused(loaded):
     with live_server(*loaded, max_requests=1, max_waiting=2) as live:
         assert error_of(live.post(COMPLETIONS, prompt="a", n=4))["param"] == "n"
         streams = [start(live) for _ in range(3)]
+        wait_until(lambda: live.service.engine.num_running == 1)
         response = live.post(COMPLETIONS, prompt="a")
         assert error_of(response)["status"] == 429
         assert response.headers["retry-after"] == "1"
@@ -138,6 +139,27 @@ def test_metrics_count_tokens_and_requests(loaded):
         "free_slots": 64,
     }
     assert {name: float(values[f"lightning_attention_{name}"]) for name in expected} == expected
+
+
+def test_no_output_is_lost_where_the_engine_is_faster_than_submit(loaded, monkeypatch):
+    with live_server(*loaded) as live:
+        engine, other = live.service.engine, start(live)  # keeps the engine busy
+        submit = engine.submit
+
+        def slow(*arguments: Any, **options: Any) -> int:
+            request = submit(*arguments, **options)
+            time.sleep(0.2)
+            return request
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "submit", slow)
+            answer = live.post(COMPLETIONS, prompt="a", temperature=0, max_tokens=3).json()
+        assert answer == live.post(COMPLETIONS, prompt="a", temperature=0, max_tokens=3).json() | {
+            "id": answer["id"],
+            "created": answer["created"],
+        }
+        other.close()
+        wait_until(live.is_idle)
 
 
 def test_the_thread_of_the_engine_waits_without_a_load(loaded):
