@@ -5,7 +5,7 @@ BIN := .venv/bin
 TRITONS := $(if $(filter Linux,$(shell uname)),3.6.0 3.8.0 3.9.0)
 
 # Tests of what stands on transformers.
-MODEL_TESTS := tests/models tests/nn tests/inference tests/training tests/cli --ignore=tests/cli/test_faults.py
+MODEL_TESTS := tests/models tests/nn tests/inference tests/training tests/serving/api tests/cli --ignore=tests/cli/test_faults.py
 # Folders of .venv that hold a version of transformers and what it needs, but no torch. Imported before the rest.
 OVERLAY = $(if $(TRANSFORMERS),$(CURDIR)/.venv/transformers-$(TRANSFORMERS))
 
