@@ -96,6 +96,7 @@ def _answer_prompts(
     from ..inference import Engine, load
     from ..inference.answers import arriving_lines, check_writable, read_answers, write_answers
     from ..inference.batch import answer_lines, to_json
+    from ..inference.packing import can_pack
 
     # A pipe or device is written without reading or replacing its content.
     is_special = output is not None and output.exists() and not (output.is_file() or output.is_dir())
@@ -109,7 +110,8 @@ def _answer_prompts(
     with _opened(prompts) as lines:
         total = _number_of_lines(lines)
         model, tokenizer = load(checkpoint, bf16=bf16)
-        engine = Engine(model, max_requests=max_requests, prefix_slots=prefix_slots)
+        packs = can_pack(model)
+        engine = Engine(model, max_requests=max_requests, prefix_slots=prefix_slots, pack_weights=packs)
         if kept is not None:
             write_answers(kept, answered)
         written, failed = len(answered), 0

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from ..models import LightningForCausalLM
-from ..nn.sizes import check_integer
+from ..nn.sizes import check_bool, check_integer
 from ..ops.problem import state_dtype
+from .packing import reason_against
 
 LIMIT = 1 << 63  # sizes and token ids have 64 bits
 
@@ -52,6 +53,19 @@ def pool_dtype_for(model_dtype: torch.dtype, given: object = None) -> torch.dtyp
     if not isinstance(dtype, torch.dtype) or dtype not in known:
         raise TypeError(f"pool_dtype must be {' or '.join(map(str, known))} for a {model_dtype} model, got {given!r}")
     return dtype
+
+
+def check_packing(model: LightningForCausalLM, pack_weights: object) -> bool:
+    """Return `pack_weights`.
+
+    Raises:
+        TypeError: it is not a bool.
+        ValueError: it is True, and the weights cannot be packed.
+    """
+    check_bool("pack_weights", pack_weights)
+    if pack_weights and (reason := reason_against(model)):
+        raise ValueError(f"pack_weights must be False for this model: {reason}")
+    return bool(pack_weights)
 
 
 def whole_number(name: str, value: Any, *, at_least: int) -> int:

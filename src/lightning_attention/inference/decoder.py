@@ -11,6 +11,7 @@ from ..models import LightningForCausalLM
 from ..nn import Slots
 from ..ops.backends import BACKENDS, choose_backend
 from ..ops.problem import Problem
+from .packing import PackedWeights
 from .pool import StatePool
 
 
@@ -24,22 +25,32 @@ class Decoder:
         model: in eval mode, on the device of the pool.
         pool: holds the states.
         max_batch_size: sequences of a step, at most.
+        pack_weights: decode with packed copies of the weights, see `PackedWeights`.
     """
 
-    def __init__(self, model: LightningForCausalLM, pool: StatePool, max_batch_size: int):
+    def __init__(
+        self, model: LightningForCausalLM, pool: StatePool, max_batch_size: int, *, pack_weights: bool = False
+    ):
         self.model, self.pool, self.max_batch_size = model, pool, max_batch_size
+        self._packed = PackedWeights(model) if pack_weights else None
         self._graphs: dict[int, _Graph] = {}
         self._uses_graphs = model.device.type == "cuda" and all(map(self._supports_cuda_graphs, pool.states))
 
-    def __call__(self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int]) -> Tensor:
+    def __call__(
+        self, tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int], weights_version: int = 0
+    ) -> Tensor:
         """Advance B sequences by a token; return logits `[B, vocab_size]`, which the next step may overwrite.
 
         Args:
             tokens: next token of each sequence.
             positions: position of each token in its sequence.
             slots: slot of each state.
+            weights_version: changes with the weights.
         """
         inputs = torch.tensor([tokens, positions, slots], device="cpu")
+        if self._packed is not None:
+            with self._packed.in_use(weights_version):
+                return self.step(inputs)
         if not self._uses_graphs:
             return self.step(inputs.to(self.model.device))
         size = min(self.max_batch_size, 1 << (len(tokens) - 1).bit_length())

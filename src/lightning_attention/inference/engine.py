@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..models import LightningForCausalLM
 from ..nn import Slots
-from .checks import check_callback, check_model, pool_dtype_for, token_ids, whole_number
+from .checks import check_callback, check_model, check_packing, pool_dtype_for, token_ids, whole_number
 from .decoder import Decoder
 from .logprobs import logprobs_by_request
 from .outputs import Completion, FinishReason, Output, TokenLogprobs
@@ -53,10 +53,14 @@ class Engine:
         prefix_block: tokens of a prompt between cached states.
         pool_dtype: dtype of the states: float32 (default; float64 for a float64 model), or bfloat16 for half the
             memory.
+        pack_weights: on a CPU, decode with copies of the weights of linear layers that are arranged for it, which take
+            as much memory again. They are made anew when an optimizer or `load_state_dict` changes weights in place;
+            other changes, to `.data` for example, are not noticed.
 
     Raises:
         TypeError: an argument has the wrong type, such as a PEFT model or a `pool_dtype` that operators do not take.
-        ValueError: a size is out of range, or the model shares sequences with other processes.
+        ValueError: a size is out of range, the model shares sequences with other processes, or its weights cannot be
+            packed.
 
     Example:
         >>> from lightning_attention.inference import Engine, SamplingOptions, load
@@ -77,6 +81,7 @@ class Engine:
         prefix_slots: int = 0,
         prefix_block: int = 512,
         pool_dtype: torch.dtype | None = None,
+        pack_weights: bool = False,
     ):
         check_model(model)
         self.max_requests = whole_number("max_requests", max_requests, at_least=1)
@@ -90,7 +95,7 @@ class Engine:
         self.prefixes = PrefixCache(prefix_slots)
         self._weights = [x for x in chain(model.parameters(), model.buffers()) if not x.is_inference()]
         self._weights_version = self._current_version()
-        self._decoder = Decoder(model, self.pool, self.max_requests)
+        self._decoder = Decoder(model, self.pool, self.max_requests, pack_weights=check_packing(model, pack_weights))
         self._next_id = 0
         self._waiting: OrderedDict[int, Request] = OrderedDict()
         self._running: dict[int, Request] = {}  # requests with a slot
@@ -281,6 +286,7 @@ class Engine:
                 [request.history.tokens[-1] for request in decoding],
                 [request.num_read for request in decoding],
                 [request.slot for request in decoding],
+                self._weights_version,
             )
             for request in decoding:
                 request.num_read += 1
