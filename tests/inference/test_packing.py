@@ -1,6 +1,7 @@
 """Decoding with packed weights."""
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -56,7 +57,9 @@ def test_changed_weights_are_packed_again(change):
             weight.grad = weight.detach() - new.detach()
         optimizer.step()
     else:
-        model.model.layers[0].attention.qkvu_proj.weight = other.model.layers[0].attention.qkvu_proj.weight
+        layer: Any = model.model.layers[0]
+        new_layer: Any = other.model.layers[0]
+        layer.attention.qkvu_proj.weight = new_layer.attention.qkvu_proj.weight
     after = [completion.tokens for completion in engine.run(PROMPTS, GREEDY)]
     assert after == answers(model)
     assert after != before
@@ -65,8 +68,8 @@ def test_changed_weights_are_packed_again(change):
 def test_layers_that_are_not_plain_are_called():
     model = make_model(torch.float32)
     calls = []
-    layer = model.model.layers[1].mlp.out_proj
-    hook = layer.register_forward_hook(lambda *_: calls.append(1))
+    layer: Any = model.model.layers[1]
+    hook = layer.mlp.out_proj.register_forward_hook(lambda *_: calls.append(1))
     found = answers(model, pack_weights=True)
     assert len(calls) >= GREEDY.max_new_tokens
     hook.remove()

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from ..inference import Engine, encode
+from ..inference.packing import can_pack
 from ..models import LightningForCausalLM
 from .chat import ChatPrompts
 from .choices import Choice
@@ -43,7 +44,12 @@ class Service:
         self.tokenizer, self.options = tokenizer, options
         self.chat = ChatPrompts(tokenizer, options.chat_template)
         self.texts = TokenTexts(tokenizer)
-        self.engine = engine = Engine(model, max_requests=options.max_requests, prefix_slots=options.prefix_slots)
+        self.engine = engine = Engine(
+            model,
+            max_requests=options.max_requests,
+            prefix_slots=options.prefix_slots,
+            pack_weights=can_pack(model),
+        )
         positions = model.config.position_limit
         # The last token of a choice is not read.
         limits = [options.max_length, None if positions is None else positions + 1]
