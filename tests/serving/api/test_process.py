@@ -46,7 +46,7 @@ def process(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str]
             found = re.fullmatch(
                 r"lightning-attention: the engine of lightning-attention serves run at (http://127.0.0.1:\d+)\n", line
             )
-            assert found is not None, line
+            assert found is not None, line or started.communicate()[1]
             yield started, found[1]
         finally:
             started.kill()
