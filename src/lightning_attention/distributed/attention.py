@@ -12,19 +12,18 @@ from ..ops import autograd
 from ..ops.api import LightningAttentionOutput
 from ..ops.api import lightning_attention as attend
 from ..ops.backends import choose_backend
-from ..ops.chunked import finite_log_decay
 from ..ops.custom_ops import autocast
 from ..ops.problem import (
     AttentionInputs,
     Problem,
     check_backend,
-    check_log_decay,
     check_output_final_state,
     check_tensors,
     checked_scale,
-    sequence_bounds,
 )
+from ..ops.states import finite_log_decay
 from ..ops.transforms import refuse_transforms
+from ..ops.values import check_log_decay, sequence_bounds
 from .agreement import Agreement, device_types, is_member
 from .exchange import STRATEGIES, Exchange
 from .slices import Slice, local_slice

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops.api import LightningAttentionOutput
-from ..ops.problem import sequence_bounds
+from ..ops.values import sequence_bounds
 from .agreement import Agreement
 from .attention import lightning_attention
 

@@ -3,11 +3,10 @@
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, chain
+from itertools import accumulate
 from threading import Lock, RLock
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..models import LightningForCausalLM
 from ..nn import Slots
@@ -20,16 +19,7 @@ from .prefixes import History, PrefixCache
 from .requests import IsFinished, OnError, PromptChunk, Request
 from .sampling import Sampler, SamplingOptions, check_options, choose_each, warn_of_ignored_options
 from .sampling import stop_token_ids as default_stop_token_ids
-
-_optimizer_steps = 0  # of all optimizers: a fused one does not count its changes as PyTorch's versions do
-
-
-def _count_step(*_: object) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
+from .weights import Weights
 
 
 class Engine:
@@ -93,8 +83,8 @@ class Engine:
         self.model = model.eval()
         self.pool = StatePool(model.config, self.max_requests + prefix_slots, device=model.device, dtype=dtype)
         self.prefixes = PrefixCache(prefix_slots)
-        self._weights = [x for x in chain(model.parameters(), model.buffers()) if not x.is_inference()]
-        self._weights_version = self._current_version()
+        self._weights = Weights(model)
+        self._weights_version = self._weights.version
         self._decoder = Decoder(model, self.pool, self.max_requests, pack_weights=check_packing(model, pack_weights))
         self._next_id = 0
         self._waiting: OrderedDict[int, Request] = OrderedDict()
@@ -266,15 +256,11 @@ class Engine:
 
     def _forget_states_of_old_weights(self) -> None:
         """Empty the prefix cache if weights have changed, and keep no states of requests that run."""
-        if (version := self._current_version()) != self._weights_version:
+        if (version := self._weights.version) != self._weights_version:
             self._weights_version = version
             self._free(self.prefixes.make_room(self.prefixes.capacity))
             for request in self._running.values():
                 request.is_kept = False
-
-    def _current_version(self) -> int:
-        """A number that grows with every change of weights in place."""
-        return sum(x._version for x in self._weights) + _optimizer_steps
 
     def _decode(self) -> None:
         """Generate a token for every request whose prompt has been read."""

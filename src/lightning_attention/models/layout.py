@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.problem import sequence_bounds
+from ..ops.values import sequence_bounds
 from .cache import LightningCache, checksum
 
 OTHER_PADDING = (

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..ops.problem import check_log_decay, check_tensors
+from ..ops.problem import check_tensors
 from ..ops.quadratic import quadratic_attention
+from ..ops.values import check_log_decay
 from .activations import ACTIVATIONS
 from .float32 import Float32Module
 from .gates import activated_parts

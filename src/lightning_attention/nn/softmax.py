@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.problem import sequence_bounds
+from ..ops.values import sequence_bounds
 from .key_values import KeyValues
 from .positions import RoPE
 from .sizes import check_size

@@ -12,12 +12,12 @@ from .problem import (
     Problem,
     check_backend,
     check_output_final_state,
-    check_state_positions,
     check_tensors,
     checked_scale,
     integers,
 )
 from .transforms import refuse_tangents
+from .values import check_state_positions
 
 
 class LightningAttentionOutput(NamedTuple):

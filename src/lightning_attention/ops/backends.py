@@ -18,6 +18,8 @@ from .problem import (
     ReadInputs,
     SlotPrefillInputs,
     WriteInputs,
+)
+from .values import (
     check_attention_values,
     check_decoding_values,
     check_prefill_values,

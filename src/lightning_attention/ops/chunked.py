@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import decoding
+from .decoding import commit, verify
 from .prefill import prefill as prefill_by
 from .prefill import prefill_copies
 from .problem import (
@@ -24,10 +26,10 @@ from .problem import (
     PrefillInputs,
     Problem,
     SlotPrefillInputs,
-    sequence_bounds,
     state_dtype,
 )
-from .states import read_state_, write_state
+from .states import cast, finite_log_decay, read_state_, write_state
+from .values import sequence_bounds
 
 # Measured on one core of an AMD EPYC with AVX-512, in float32, in µs a token, forward and backward.
 # T 4096, 4 heads of 64: chunks of 32 take 2.6 and 6.3, of 64 2.3 and 5.5, of 128 2.6 and 6.6, of 256 3.8 and 10.8.
@@ -38,14 +40,6 @@ CHUNK_SIZE = 64
 # 1 at once takes 2.5 and 5.4, 4 take 1.8 and 4.3, 8 take 1.7 and 4.3, 32 take 1.9 and 5.0.
 # With 8 heads of 64, 4 at once are best and 32 take 1.2 and 1.4 times as long; with 16 heads, 1 to 4 are level.
 TOKENS_AT_ONCE = 32 * CHUNK_SIZE
-
-# Bytes of states that leave the caches of a CPU between two of the passes that a step makes over them, and of those
-# that are worked on at once then. Measured on a CPU core: 64 states of 2 MiB take 32 ms at once, 13 ms two at a time;
-# 64 of 256 KiB take 1.1 ms at once and 1.4 to 1.7 in parts.
-UNCACHED, CACHED = 32 << 20, 4 << 20
-
-# Elements of states whose copies, there and back, take as long as the calls for a run of slots.
-RUN = 24_000
 
 __all__ = [
     "backward",
@@ -150,165 +144,11 @@ def backward(x: GradientInputs[Tensor], scale: float) -> list[Tensor]:
 
 
 def step(x: DecodingInputs[Tensor], scale: float) -> list[Tensor]:
-    if x.saved_indices is not None:
-        return [_step_to_slots(x, x.saved_indices, scale)]
-    is_plain = x.state_indices is None and x.state.dtype == state_dtype(x.q.dtype)
-    if x.q.dim() == 3:
-        if is_plain:
-            return [_step_token_(x.q, x.k, x.v, x.log_decay, x.state, scale)]
-        (o,) = step(x._replace(q=x.q.unsqueeze(1), k=x.k.unsqueeze(1), v=x.v.unsqueeze(1)), scale)
-        return [o.squeeze(1)]
-    if is_plain:
-        return [_step_(x.q, x.k, x.v, x.log_decay, x.state, scale)]
-    o = torch.zeros_like(x.v, memory_format=torch.contiguous_format)
-    for rows, run in (runs := _runs(x)):
-        o[rows] = _step_(x.q[rows], x.k[rows], x.v[rows], x.log_decay, x.state[run], scale)
-    if not runs:
-        rows, slots, states = _taken(x)
-        o[rows] = _step_(x.q[rows], x.k[rows], x.v[rows], x.log_decay, states, scale)
-        x.state[slots] = states.to(x.state.dtype)
-    return [o]
+    return decoding.step(_attend_, x, scale)
 
 
-def _step_token_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float) -> Tensor:
-    """The output `[B, H, V]`; `state` `[B, H, K, V]` is updated in place."""
-    if state.numel() * state.itemsize > UNCACHED and state.device.type == "cpu" and len(state) > 1:
-        at_once = max(1, CACHED // (state[0].numel() * state.itemsize))
-        parts = zip(*(x.split(at_once) for x in (q, k, v, state)), strict=True)
-        return torch.cat([_step_token_(q, k, v, log_decay, state, scale) for q, k, v, state in parts])
-    dtype = v.dtype
-    if dtype != state.dtype:
-        q, k, v = (x.to(state.dtype) for x in (q, k, v))
-    _advanced_(state, k, v, log_decay)
-    H, K, V = state.shape[1:]
-    if state.is_contiguous():
-        o = torch.bmm(q.reshape(len(q) * H, 1, K), state.flatten(0, 1)).view(len(q), H, V)
-    else:  # by head, without a copy of the states
-        o = torch.cat([torch.bmm(q[:, h].unsqueeze(1), state[:, h]) for h in range(H)], dim=1)
-    return _cast(o if scale == 1 else o.mul_(scale), dtype)
-
-
-def _step_to_slots(x: DecodingInputs[Tensor], saved: Tensor, scale: float) -> Tensor:
-    """The output; the state after each token is written to a slot of its own."""
-    if x.q.dim() == 3:
-        tokens = {"q": x.q.unsqueeze(1), "k": x.k.unsqueeze(1), "v": x.v.unsqueeze(1)}
-        return _step_to_slots(x._replace(**tokens), saved.unsqueeze(1), scale).squeeze(1)
-    if x.state.device.type == "cpu" and x.state.dtype == state_dtype(x.q.dtype):
-        return _step_by_rows(x, saved, scale)
-    rows, _, states = _taken(x)
-    if x.state_indices is None:  # `states` may be the pool
-        states = states.clone()
-    q, k, v, saved = (y[rows] for y in (x.q, x.k, x.v, saved))
-    o = torch.zeros_like(x.v, memory_format=torch.contiguous_format)
-    for t in range(q.shape[1]):
-        o[rows, t] = _step_token_(q[:, t], k[:, t], v[:, t], x.log_decay, states, scale)
-        is_kept = saved[:, t] >= 0
-        x.state[saved[:, t][is_kept]] = states[is_kept].to(x.state.dtype)
-    return o
-
-
-def _step_by_rows(x: DecodingInputs[Tensor], saved: Tensor, scale: float) -> Tensor:
-    """As `_step_to_slots`, one batch row after another, whose state stays in the cache, and without copies."""
-    dtype = x.state.dtype
-    q, k, v = x.q.to(dtype).unsqueeze(3), x.k.to(dtype).unsqueeze(4), x.v.to(dtype).unsqueeze(3)
-    decay = torch.exp(finite_log_decay(x.q, x.log_decay))[:, None, None]
-    o, unsaved = torch.zeros_like(v, memory_format=torch.contiguous_format), torch.empty_like(x.state[0])
-    slots = range(len(q)) if x.state_indices is None else x.state_indices.tolist()
-    for row, (slot, written) in enumerate(zip(slots, saved.tolist(), strict=True)):
-        if slot < 0:
-            continue
-        state = x.state[slot]
-        for t, target in enumerate(written):
-            after = x.state[target] if target >= 0 else unsaved
-            state = torch.mul(state, decay, out=after).addcmul_(k[row, t], v[row, t])
-            torch.bmm(q[row, t], state, out=o[row, t])
-    return (o if scale == 1 else o.mul_(scale)).squeeze(3).to(x.v.dtype)
-
-
-def verify(x: DecodingInputs[Tensor], scale: float) -> list[Tensor]:
-    """`o_i = scale (λ^d_i q_i S + Σ_j λ^(d_i-d_j) (q_i k_j) v_j)` over the ancestors j of i and itself, at depths d."""
-    rows, _, states = _taken(x)
-    path = _paths(x)[rows]
-    depth = path.sum(dim=2)[:, None]  # [B, 1, T]
-    log_decay = finite_log_decay(x.q, x.log_decay)[:, None]
-    between = torch.exp(log_decay[..., None] * (depth[..., None] - depth[:, :, None]).clamp_min(0)) * path[:, None]
-    q, k, v = (y[rows].transpose(1, 2).to(states.dtype) for y in (x.q, x.k, x.v))
-    read = torch.exp(log_decay * depth)[..., None]
-    o = torch.zeros_like(x.v, memory_format=torch.contiguous_format)
-    o[rows] = (scale * ((q * read) @ states + ((q @ k.mT) * between) @ v)).transpose(1, 2).to(o.dtype)
-    return [o]
-
-
-def commit(x: DecodingInputs[Tensor]) -> list[Tensor]:
-    assert x.last is not None
-    if not x.k.numel():
-        return []
-    rows, slots, states = _taken(x)
-    paths, last = _paths(x)[rows], x.last[rows]
-    accepted = paths[torch.arange(len(last), device=last.device), last.clamp_min(0).long()] & (last >= 0)[:, None]
-    k, v = (y[rows].to(states.dtype) for y in (x.k, x.v))
-    for t in range(k.shape[1]):
-        after = _advanced_(states.clone(), k[:, t], v[:, t], x.log_decay)
-        states = torch.where(accepted[:, t, None, None, None], after, states)
-    x.state[slots] = states.to(x.state.dtype)
-    return []
-
-
-def _taken(x: DecodingInputs[Tensor]) -> tuple[slice | Tensor, slice | Tensor, Tensor]:
-    """Batch rows that are not padding, their slots, and their states in the dtype of the arithmetic."""
-    dtype = state_dtype(x.k.dtype)
-    if x.state_indices is None:
-        return slice(None), slice(None), x.state.to(dtype)
-    rows = (x.state_indices >= 0).nonzero()[:, 0]
-    slots = x.state_indices[rows]
-    return rows, slots, x.state[slots].to(dtype)
-
-
-def _runs(x: DecodingInputs[Tensor]) -> list[tuple[Tensor, slice]]:
-    """Batch rows by runs of consecutive slots, whose states are updated in place; none where copying them is faster.
-
-    Measured on a CPU core with 32 states of 8 heads of 64: copies take 2.6 ms, one run 0.8, runs of 8 1.3, of one 2.0.
-    """
-    if x.state_indices is None or x.state.device.type != "cpu" or x.state.dtype != state_dtype(x.q.dtype):
-        return []
-    order = x.state_indices.argsort()
-    slots = x.state_indices[order].tolist()
-    begin, end = bisect_left(slots, 0), len(slots)
-    bounds = [i for i in range(begin, end) if i == begin or slots[i] != slots[i - 1] + 1]
-    if len(bounds) * RUN > (end - begin) * x.state[0].numel():
-        return []
-    return [(order[i:j], slice(slots[i], slots[i] + j - i)) for i, j in pairwise([*bounds, end])]
-
-
-def _paths(x: DecodingInputs[Tensor]) -> Tensor:
-    """Mask `[B, T, T]`: draft j is an ancestor of draft i, or i itself."""
-    B, T = x.k.shape[:2]
-    paths = torch.eye(T, dtype=torch.bool, device=x.k.device).repeat(B, 1, 1)
-    if x.parents is None:
-        return torch.ones_like(paths).tril()
-    row = torch.arange(B, device=x.k.device)
-    for t in range(T):
-        parent = x.parents[:, t].long()
-        paths[:, t] |= paths[row, parent.clamp_min(0)] & (parent >= 0)[:, None]
-    return paths
-
-
-def _advanced_(states: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
-    """`λ S + k vᵀ` for one token of every batch row, in place; all in the dtype of the states but log_decay."""
-    if log_decay is not None:
-        states.mul_(_cast(log_decay, states.dtype).exp().view(-1, 1, 1))
-    return states.addcmul_(k.unsqueeze(-1), v.unsqueeze(-2))
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype)`, which costs as much as a view even when there is nothing to do."""
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def _step_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float) -> Tensor:
-    """The output; `state` `[B, H, K, V]` is updated in place."""
-    if q.shape[1] == 1:
-        return _step_token_(q.squeeze(1), k.squeeze(1), v.squeeze(1), log_decay, state, scale).unsqueeze(1)
+def _attend_(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float) -> Tensor:
+    """The output of tokens from a state `[B, H, K, V]`, which is updated in place."""
     states = state.contiguous()
     o = _scan(_Tiles(q, v, None), AttentionInputs(q, k, v, log_decay, None, None), scale, states, states)
     if states is not state:
@@ -358,13 +198,6 @@ def _states_before_chunks(
             ks, vs = chunk.within(span, *(tiles.load(y, rows, chunk) for y in (k, v)))
             S = decay.advance(S, decay.write(ks), vs)
     return states
-
-
-def finite_log_decay(q: Tensor, log_decay: Tensor | None) -> Tensor:
-    """log λ `[H]`; finite, since -inf, which is λ = 0, times 0 would be NaN."""
-    dtype = state_dtype(q.dtype)
-    log_decay = q.new_zeros(q.shape[2], dtype=dtype) if log_decay is None else _cast(log_decay, dtype)
-    return log_decay.clamp_min(torch.finfo(dtype).min)
 
 
 class _Span(NamedTuple):
@@ -448,7 +281,7 @@ class _Tiles:
 
     def load(self, x: Tensor, rows: slice, chunk: _Chunk) -> Tensor:
         """`[B H, C, D]`; a view if possible."""
-        return _cast(x[rows, chunk.tokens].transpose(1, 2), self.dtype).flatten(0, 1)
+        return cast(x[rows, chunk.tokens].transpose(1, 2), self.dtype).flatten(0, 1)
 
     def store(self, out: Tensor, rows: slice, chunk: _Chunk, x: Tensor) -> None:
         out[rows, chunk.tokens] = x.unflatten(0, (-1, out.shape[2])).transpose(1, 2)

@@ -17,10 +17,10 @@ from .problem import (
     PrefillInputs,
     Problem,
     SlotPrefillInputs,
-    sequence_bounds,
     state_dtype,
 )
 from .states import read_state_, write_state
+from .values import sequence_bounds
 
 __all__ = [
     "backward",

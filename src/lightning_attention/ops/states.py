@@ -7,7 +7,7 @@ float32 copy of all keys or queries is made.
 import torch
 from torch import Tensor
 
-from .problem import ReadInputs, WriteInputs
+from .problem import ReadInputs, WriteInputs, state_dtype
 
 # Measured on a CPU core, 4 heads of 64: 1024 to 4096 are level, 128 takes 1.5 times as long, 16384 up to 3 times.
 CHUNK_SIZE = 4096
@@ -58,3 +58,15 @@ def _rising(log_decay: Tensor, length: int) -> Tensor:
 def _falling(log_decay: Tensor, length: int) -> Tensor:
     """`λ^(n-1) .. λ^0`: from each token to the state after all tokens."""
     return torch.exp(log_decay * torch.arange(length - 1, -1, -1, device=log_decay.device)[:, None])
+
+
+def finite_log_decay(q: Tensor, log_decay: Tensor | None) -> Tensor:
+    """log λ `[H]`; finite, since -inf, which is λ = 0, times 0 would be NaN."""
+    dtype = state_dtype(q.dtype)
+    log_decay = q.new_zeros(q.shape[2], dtype=dtype) if log_decay is None else cast(log_decay, dtype)
+    return log_decay.clamp_min(torch.finfo(dtype).min)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which costs as much as a view even when there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
