@@ -29,6 +29,10 @@ class TorchRandom:
 TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference
 hypothesis.register_random(TORCH_RANDOM)
 
+# Where the tests of kernels run there may be no server: it needs the extra "serve", and its tests the extra "dev".
+NEEDED_BY_SERVER = "fastapi", "uvicorn", "openai", "httpx", "prometheus_client"
+collect_ignore = [] if all(map(find_spec, NEEDED_BY_SERVER)) else ["serving", "cli/test_serve.py", "test_docs.py"]
+
 HAS_TRITON = find_spec("triton") is not None
 CAN_INTERPRET = INTERPRETED and HAS_TRITON
 
