@@ -28,6 +28,7 @@ TENSORS = {"q", "k", "v", "o", "do", "dk", "dv", "logits"}
 TENSORS |= {"qkvu", "dq", "du", "dqkvu", "vu", "dvu", "x", "u", "y", "dx", "dy"}
 STATES = {"initial_state", "interval_states", "final_state", "states", "factors", "log_decay", "state"}
 STATES |= {"d_initial_state", "d_final_state", "losses"}
+POOL = {"final_state", "states", "state"}
 INTEGERS = {"starts", "cu_seqlens", "state_positions", "parents", "last"}
 INTEGERS |= {"state_indices", "saved_indices", "final_indices"}
 LONG_INTEGERS = {"labels"}
@@ -127,8 +128,11 @@ def recorded_hashes() -> dict[str, dict[str, str]]:
     return json.loads(HASHES.read_text()) if HASHES.exists() else {}
 
 
-def signature_of(kernel: Any, dtype: str, constants: dict[str, Any]) -> tuple[dict[str, str], dict]:
-    """Types of arguments, and attributes of those aligned to 16 bytes. Tensors are given unless they are constants."""
+def signature_of(kernel: Any, dtype: str, constants: dict[str, Any], pool: str = "fp32") -> tuple[dict[str, str], dict]:
+    """Types of arguments, and attributes of those aligned to 16 bytes. Tensors are given unless they are constants.
+
+    States that a scan writes have the dtype of a pool.
+    """
     signature: dict[str, str] = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -136,7 +140,7 @@ def signature_of(kernel: Any, dtype: str, constants: dict[str, Any]) -> tuple[di
         elif name in TENSORS:
             signature[name] = f"*{dtype}"
         elif name in STATES:
-            signature[name] = "*fp32"
+            signature[name] = f"*{pool}" if name in POOL else "*fp32"
         elif name in INTEGERS:
             signature[name] = "*i32"
         elif name in LONG_INTEGERS:

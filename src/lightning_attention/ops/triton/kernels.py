@@ -163,18 +163,18 @@ def scan_kernel(
                 p_o += C * stride_ot
             lo = stop
             if states is not None:
-                p_S, is_kept = states + ((i_b * M + m) * H + i_h) * (K * V), m < m_last
+                p_saved, is_kept = states + ((i_b * M + m) * H + i_h) * (K * V), m < m_last
                 if stride_slot is not None:
                     i_slot = tl.load(saved_indices + i_b * M + m, mask=is_kept, other=-1).to(tl.int64)
-                    p_S, is_kept = states + i_slot * stride_slot + i_h * (K * V), i_slot >= 0
-                store_state(p_S, b_S, o_k, o_v, is_kept, K, V, TRANSPOSED_STATES)
+                    p_saved, is_kept = states + i_slot * stride_slot + i_h * (K * V), i_slot >= 0
+                store_state(p_saved, b_S, o_k, o_v, is_kept, K, V, TRANSPOSED_STATES)
 
         if final_state is not None:
-            p_S, is_kept = final_state + (i_n * H + i_h) * (K * V), hi == end
+            p_final, is_last = final_state + (i_n * H + i_h) * (K * V), hi == end
             if stride_slot is not None:
                 i_slot = load_slot(final_indices, i_n)
-                p_S, is_kept = final_state + i_slot * stride_slot + i_h * (K * V), is_kept & (i_slot >= 0)
-            store_state(p_S, b_S / state_scale, o_k, o_v, is_kept, K, V, TRANSPOSED_STATES)
+                p_final, is_last = final_state + i_slot * stride_slot + i_h * (K * V), is_last & (i_slot >= 0)
+            store_state(p_final, b_S / state_scale, o_k, o_v, is_last, K, V, TRANSPOSED_STATES)
 
 
 @jit(do_not_specialize=["T", "H", "N", "segment_length", "interval", "num_intervals"])
