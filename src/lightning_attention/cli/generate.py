@@ -15,7 +15,7 @@ from .imports import quick_imports
 from .options import given_options, option_names
 
 # Options that have no effect on a single prompt.
-WITH_PROMPTS = "output", "max_requests", "prefix_slots"
+WITH_PROMPTS = "output", "max_requests", "prefix_slots", "chat_template"
 INTERRUPTED = 130
 LINES_FAILED = 1
 
@@ -27,9 +27,10 @@ def generate(
     prompts: Annotated[
         Path | None,
         Option(
-            help="Instead of --prompt, a .jsonl file or pipe, or - for standard input. Each line has a text `prompt` "
-            "and optionally options (max_new_tokens, temperature, ..., and stop: one or more texts that end the "
-            "answer). If a line cannot be answered, its answer has an `error`, and the exit code is 1."
+            help="Instead of --prompt, a .jsonl file or pipe, or - for standard input. Each line has a text `prompt`, "
+            "or `messages` with role and content, and optionally options (max_new_tokens, temperature, ..., and stop: "
+            "one or more texts that end the answer). If a line cannot be answered, its answer has an `error`, and the "
+            "exit code is 1."
         ),
     ] = None,
     output: Annotated[
@@ -41,6 +42,10 @@ def generate(
     ] = None,
     max_requests: Annotated[int, Option(help="With --prompts, prompts answered at a time.")] = 64,
     prefix_slots: Annotated[int, Option(help="With --prompts, states in the prefix cache.")] = 16,
+    chat_template: Annotated[
+        Path | None,
+        Option(help="With --prompts, file with a Jinja template for messages. By default the checkpoint's."),
+    ] = None,
     max_new_tokens: Annotated[int, Option(help="Tokens to generate, at most.")] = 256,
     temperature: Annotated[float, Option(help="0 takes the most likely token.")] = 1.0,
     top_k: Annotated[int, Option(help="Sample from the k most likely tokens; 0 for all.")] = 0,
@@ -68,7 +73,7 @@ def generate(
         if prompts is None:
             _continue_prompt(checkpoint, bf16, prompt, options)
         else:
-            _answer_prompts(checkpoint, bf16, prompts, output, max_requests, prefix_slots, options)
+            _answer_prompts(checkpoint, bf16, prompts, output, max_requests, prefix_slots, chat_template, options)
 
 
 def _continue_prompt(checkpoint: Path, bf16: bool, prompt: str | None, options: Any) -> None:
@@ -91,11 +96,13 @@ def _answer_prompts(
     output: Path | None,
     max_requests: int,
     prefix_slots: int,
+    chat_template: Path | None,
     options: Any,
 ) -> None:
     from ..inference import Engine, load
     from ..inference.answers import arriving_lines, check_writable, read_answers, write_answers
     from ..inference.batch import answer_lines, to_json
+    from ..inference.chat import read_template
     from ..inference.packing import can_pack
 
     # A pipe or device is written without reading or replacing its content.
@@ -107,6 +114,7 @@ def _answer_prompts(
             raise ValueError("--output would overwrite --prompts")
         check_writable(kept)
         answered = read_answers(kept)
+    template = None if chat_template is None else read_template(chat_template)
     with _opened(prompts) as lines:
         total = _number_of_lines(lines)
         model, tokenizer = load(checkpoint, bf16=bf16)
@@ -117,8 +125,8 @@ def _answer_prompts(
         written, failed = len(answered), 0
         left = None if total is None else total - written
         arriving = arriving_lines(lines, can_wait=lambda: not engine.has_work)
-        answers = answer_lines(engine, tokenizer, arriving, options, answered)
-        with _without_engine_log(), _appending(output) as file:
+        answers = answer_lines(engine, tokenizer, arriving, options, answered, chat_template=template)
+        with without_engine_log(), _appending(output) as file:
             for answer in _with_progress(answers, left):
                 file.write(to_json(answer))
                 file.flush()
@@ -197,7 +205,7 @@ def _appending(output: Path | None) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def _without_engine_log() -> Iterator[None]:
+def without_engine_log() -> Iterator[None]:
     """Silence the log of failed requests: the `error` of an answer says the same."""
     logger = logging.getLogger("lightning_attention.inference.requests")
     before, logger.disabled = logger.disabled, True

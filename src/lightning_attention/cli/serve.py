@@ -143,7 +143,7 @@ def _serve(folder: Path, values: dict[str, Any]) -> None:
 
 
 def _read_template(file: Path) -> str:
-    from ..serving.chat import read_template
+    from ..inference.chat import read_template
 
     return read_template(file)
 

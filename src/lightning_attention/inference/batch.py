@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from .chat import ChatPrompts, checked_messages
 from .engine import Engine
 from .generate import encode
 from .outputs import FinishReason
@@ -28,17 +29,21 @@ def answer_lines(
     lines: Iterable[str | bytes | None],
     options: SamplingOptions,
     answered: Mapping[int, Answer] | None = None,
+    *,
+    chat_template: str | None = None,
 ) -> Generator[Answer, None, None]:
     """Answer prompts, and yield each answer when it is complete.
 
     Args:
         engine: without other requests.
         tokenizer: tokenizer of the model.
-        lines: JSON objects with a text `prompt`, as text or UTF-8; they may set options of `SamplingOptions`, and
+        lines: JSON objects with a text `prompt`, or with `messages`, a list of objects with `role` (system, user or
+            assistant) and `content`, as text or UTF-8; they may set options of `SamplingOptions`, and
             `stop`, a text or list of texts that end the answer. Blank lines are skipped. Lines are read when needed;
             None means that the next line has not arrived, while the engine has work.
         options: defaults for the options of a line.
         answered: known answers, by index; their lines are skipped.
+        chat_template: Jinja template for messages, by default that of the tokenizer.
 
     Yields:
         The content of the line, with `index`, its number from 0; `text`, without the prompt and the stop text;
@@ -46,8 +51,10 @@ def answer_lines(
         instead of the last three.
 
     Raises:
-        ValueError: an answer in `answered` does not belong to the line with its index.
+        ValueError: an answer in `answered` does not belong to the line with its index, or the chat template is not
+            valid.
     """
+    chat = ChatPrompts(tokenizer, chat_template)
     running: dict[int, _Line] = {}
     known = dict(answered or {})
     source, index, is_read = iter(lines), -1, False
@@ -64,7 +71,7 @@ def answer_lines(
                 index += 1
                 if not text.strip():
                     continue
-                line = _Line(text, index, tokenizer)
+                line = _Line(text, index, chat)
                 if index in known:
                     line.check_is_answered_by(known.pop(index))
                     continue
@@ -95,8 +102,8 @@ def to_json(answer: Answer) -> bytes:
 class _Line:
     """Line with a prompt, and its answer."""
 
-    def __init__(self, line: str | bytes, index: int, tokenizer: PreTrainedTokenizerFast):
-        self.index, self._tokenizer = index, tokenizer
+    def __init__(self, line: str | bytes, index: int, chat: ChatPrompts):
+        self.index, self._chat = index, chat
         self._given: dict[str, Any] = {}
         self._unreadable: Exception | None = None
         self._failure: BaseException | None = None
@@ -109,23 +116,37 @@ class _Line:
     def submit(self, engine: Engine, options: SamplingOptions) -> int:
         if self._unreadable is not None:
             raise self._unreadable
-        prompt, stop = self._given.get("prompt"), self._given.get("stop", [])
-        if not isinstance(prompt, str):
-            raise ValueError("a line must be a JSON object with a text prompt")
+        stop = self._given.get("stop", [])
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop must be a text or a list of texts, got {stop!r}")
-        for name, text in (("prompt", prompt), *(("stop", text) for text in stop)):
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise ValueError(f"{name} holds a lone surrogate, which is no character")
+        for text in stop:
+            _check_characters("stop", text)
+        prompt, ends = self._prompt()
+        stop = [*stop, *ends]
         options = replace(options, **{name: value for name, value in self._given.items() if name in OPTIONS})
-        self._text = GeneratedText(self._tokenizer, stop)
+        self._text = GeneratedText(self._chat.tokenizer, stop)
         return engine.submit(
-            encode(self._tokenizer, prompt),
+            prompt,
             options,
             is_finished=(lambda tokens: self._text.add(tokens[-1])) if stop else None,
             on_error=self._fail,
         )
+
+    def _prompt(self) -> tuple[list[int], list[str]]:
+        """Token ids of the prompt or conversation, and texts that end the answer."""
+        if "messages" in self._given:
+            if "prompt" in self._given:
+                raise ValueError("a line must have a prompt or messages, not both")
+            messages = checked_messages(self._given["messages"])
+            for message in messages:
+                _check_characters("messages", message["content"])
+            return self._chat.encode(messages), self._chat.stops
+        prompt = self._given.get("prompt")
+        if not isinstance(prompt, str):
+            raise ValueError("a line must be a JSON object with a text prompt")
+        _check_characters("prompt", prompt)
+        return encode(self._chat.tokenizer, prompt), []
 
     def add(self, token: int) -> None:
         self._num_tokens += 1
@@ -152,6 +173,11 @@ class _Line:
 
     def _echo(self) -> Answer:
         return {"index": self.index} | _without_added(self._given)
+
+
+def _check_characters(name: str, text: str) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{name} holds a lone surrogate, which is no character")
 
 
 def _without_added(answer: Answer) -> Answer:

@@ -214,6 +214,11 @@ class Message(BaseModel):
         """Content as one text."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
+    def for_template(self) -> dict[str, str]:
+        """Message as chat templates take it."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self.text} | ({} if self.name is None else {"name": self.name})
+
 
 class ChatRequest(GenerationRequest):
     """Body of `POST /v1/chat/completions`.

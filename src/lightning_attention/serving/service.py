@@ -10,10 +10,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from ..inference import Engine, encode
+from ..inference import ChatPrompts, Engine, encode
 from ..inference.packing import can_pack
 from ..models import LightningForCausalLM
-from .chat import ChatPrompts
 from .choices import Choice
 from .errors import ApiError
 from .metrics import Metrics
@@ -108,7 +107,8 @@ class Service:
         Raises:
             ApiError: as `complete`, or the chat template refuses the messages.
         """
-        return await self._start(body, 1, lambda: [self.chat.encode(body.messages)], self.chat.stops)
+        messages = [message.for_template() for message in body.messages]
+        return await self._start(body, 1, lambda: [self.chat.encode(messages)], self.chat.stops)
 
     def echoes(self, body: CompletionRequest) -> list[str]:
         """Texts of the prompts, one for each choice."""

@@ -2,23 +2,27 @@
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerFast
 
 from ..models.tokenization import encode_texts, special_tokens, well_formed
-from .errors import ApiError
-from .protocol import Message
 
 # Texts that end the turn of an assistant in the templates that write them. They need not be special tokens.
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
-NO_TEMPLATE = (
-    "the checkpoint has no chat template: start the server with --chat-template FILE, or send a prompt to "
-    "/v1/completions"
-)
+ROLES = ("system", "user", "assistant")
+NO_TEMPLATE = "the checkpoint has no chat template: give one by --chat-template FILE, or a prompt without roles"
+
+Message = Mapping[str, str]
+NO_TOKENS: Mapping[int, Sequence[int]] = {}
+
+
+class ConversationError(ValueError):
+    """A conversation that has no prompt."""
 
 
 class ChatPrompts:
@@ -36,6 +40,11 @@ class ChatPrompts:
 
     Raises:
         ValueError: the template is not valid Jinja.
+
+    Example:
+        >>> from lightning_attention.inference import ChatPrompts, load
+        >>> prompts = ChatPrompts(load("run")[1])
+        >>> tokens = prompts.encode([{"role": "user", "content": "Who are you?"}])
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str | None = None):
@@ -48,17 +57,22 @@ class ChatPrompts:
         names = sorted(map(re.escape, self._special), key=len, reverse=True)
         self._is_special = re.compile("|".join(names) or "(?!)")
         if self.template is not None:
-            with suppress(ApiError):
+            with suppress(ConversationError):
                 self._render([{"role": "user", "content": "a"}])
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], tokens: Mapping[int, Sequence[int]] = NO_TOKENS) -> list[int]:
         """Encode a conversation up to where the assistant answers.
 
+        Args:
+            messages: each with `role`, `content` and perhaps `name`; the template says which roles there are.
+            tokens: token ids of contents, by the index of the message: those that were generated, which need not be
+                those that their text is encoded as.
+
         Raises:
-            ApiError: there is no template, or the template refuses the messages.
+            ConversationError: there is no template, or the template refuses the messages.
         """
         if self.template is None:
-            raise ApiError(400, NO_TEMPLATE, param="messages")
+            raise ConversationError(NO_TEMPLATE)
         secret, spelled = secrets.token_hex(8), []
 
         def hide(match: re.Match[str]) -> str:
@@ -66,18 +80,24 @@ class ChatPrompts:
             return f"{secret}{len(spelled) - 1}."
 
         conversation = []
-        for message in messages:
-            text = self._is_special.sub(hide, well_formed(message.text))
-            role = "system" if message.role == "developer" else message.role
-            name = {} if message.name is None else {"name": message.name}
-            conversation.append({"role": role, "content": text, **name})
+        for i, message in enumerate(messages):
+            content = f"{secret}{i};" if i in tokens else self._is_special.sub(hide, well_formed(message["content"]))
+            conversation.append({**message, "content": content})
         prompt = self._render(conversation)
-        if not spelled:
+        if not spelled and not tokens:
             return list(self.tokenizer(prompt, add_special_tokens=False).input_ids)
-        ids, hidden = [], re.compile(rf"{secret}(\d+)\.")
+        ids: list[int] = []
+        # Texts at even places; at odd ones indices of messages with tokens.
+        for place, part in enumerate(re.split(rf"{secret}(\d+);", prompt)):
+            ids += tokens[int(part)] if place % 2 else self._encode(part, secret, spelled)
+        return ids
+
+    def _encode(self, prompt: str, secret: str, spelled: Sequence[str]) -> list[int]:
+        """Encode a part of a prompt, in which names of special tokens in messages are hidden."""
+        ids: list[int] = []
         for text, token in self._parts(prompt):
             if text:
-                text = hidden.sub(lambda match: spelled[int(match[1])], text)
+                text = re.sub(rf"{secret}(\d+)\.", lambda match: spelled[int(match[1])], text)
                 ids += encode_texts(self.tokenizer, [text])[0].ids
             ids += [] if token is None else [token]
         return ids
@@ -91,10 +111,10 @@ class ChatPrompts:
             raise ValueError(f"the chat template is not valid: {error}") from error
         except Exception as error:  # templates raise what they like
             message = f"the chat template cannot render these messages: {' '.join(str(error).split())}"
-            raise ApiError(400, message, param="messages") from error
+            raise ConversationError(message) from error
         assert isinstance(prompt, str)
         if not prompt:
-            raise ApiError(400, "the chat template renders these messages as an empty prompt", param="messages")
+            raise ConversationError("the chat template renders these messages as an empty prompt")
         return prompt
 
     def _parts(self, prompt: str) -> list[tuple[str, int | None]]:
@@ -104,6 +124,24 @@ class ChatPrompts:
             parts.append((prompt[start : match.start()], self._special[match[0]]))
             start = match.end()
         return [*parts, (prompt[start:], None)]
+
+
+def checked_messages(value: Any) -> list[Message]:
+    """Return a list of messages, as JSON has them.
+
+    Raises:
+        ValueError: it is not a list of objects with a known role and a text, or a message has other fields.
+    """
+    if not isinstance(value, list) or not value:
+        raise ValueError("messages must be a list of objects with role and content, not empty")
+    for message in value:
+        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            raise ValueError("a message must be an object with role and content, and nothing else")
+        if message["role"] not in ROLES:
+            raise ValueError(f"the role of a message must be one of {', '.join(ROLES)}, got {message['role']!r}")
+        if not isinstance(message["content"], str):
+            raise ValueError("the content of a message must be a text")
+    return value
 
 
 def read_template(file: Path) -> str:
