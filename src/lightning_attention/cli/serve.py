@@ -56,11 +56,15 @@ def serve(
     check_at_least(1, max_body_bytes=max_body_bytes, tensor_parallel=tensor_parallel)
     check_at_least(2, max_length=max_length)
     with quick_imports():
-        from ..models.checkpoint import last_checkpoint
+        from ..models.checkpoint import ADAPTER_CONFIG, last_checkpoint
         from ..serving import vllm
 
     folder = last_checkpoint(checkpoint)
-    uses_vllm = engine == "vllm" or (engine == "auto" and vllm.is_installed() and vllm.is_ours(folder))
+    has_adapters = (folder / ADAPTER_CONFIG).is_file()
+    if has_adapters and engine == "vllm":
+        raise ValueError(f"--engine vllm needs a plain checkpoint: run lightning-attention merge on {folder}")
+    is_for_vllm = not has_adapters and vllm.is_installed() and vllm.is_ours(folder)
+    uses_vllm = engine == "vllm" or (engine == "auto" and is_for_vllm)
     _check_engine(context, uses_vllm, vllm.is_installed(), tensor_parallel)
     values["served_model_name"] = served_model_name or checkpoint.resolve().name
     if api_key is None and not _is_local(host):

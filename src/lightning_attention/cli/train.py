@@ -63,6 +63,21 @@ def train(
     decay_preset: Annotated[
         str | None, MODEL(help="Name of the decays. By default the preset of the configuration.")
     ] = None,
+    init_from: Annotated[
+        Path | None,
+        MODEL(
+            help="Checkpoint, or output folder of a run, to fine-tune: the run starts from its weights, with its model "
+            "and its tokenizer."
+        ),
+    ] = None,
+    lora_rank: Annotated[
+        int | None,
+        MODEL(help="With --init-from: train LoRA adapters of this rank, by PEFT. By default all weights are trained."),
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, MODEL(help="Adapters are scaled by this over the rank. By default twice the rank.")
+    ] = None,
+    lora_dropout: Annotated[float, MODEL(help="Probability of dropping an input of an adapter.")] = 0.0,
     steps: Annotated[int, RUN(help="Optimizer steps.")] = 1000,
     batch_size: Annotated[int, RUN(help="Sequences per forward pass of a process.")] = 8,
     sequence_parallel: Annotated[int, RUN(help="Number of processes, started by torchrun, that share a sequence.")] = 1,
@@ -113,6 +128,7 @@ def train(
 
         from ..training import Interrupted, TrainingOptions
         from ..training import train as run
+        from ..training.options import OF_THE_MODEL
         from ..training.processes import SharedError, leave_processes, rank
 
     disable_progress_bar()
@@ -129,6 +145,10 @@ def train(
     else:
         if {"size", "config"} <= given:
             raise ValueError("give --size or --config, not both")
+        if init_from is not None and (extra := given.intersection(OF_THE_MODEL)):
+            raise ValueError(
+                f"--init-from takes model and tokenizer from the checkpoint: leave out {option_names(sorted(extra))}"
+            )
         values["data"] = tuple(data or ())
         options = TrainingOptions(**{field.name: values[field.name] for field in fields(TrainingOptions)})
     try:

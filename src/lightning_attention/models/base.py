@@ -71,7 +71,7 @@ class LightningPreTrainedModel(PreTrainedModel):
             self.config.tie_word_embeddings = is_tied
             self._keys_to_ignore_on_save = list(self._tied_weights_keys or ()) if is_tied else None
         super().save_pretrained(save_directory, *args, **kwargs)
-        _share_mode(to_path(save_directory, "save_directory"))
+        share_mode(to_path(save_directory, "save_directory"))
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize as transformers does.
@@ -84,8 +84,8 @@ class LightningPreTrainedModel(PreTrainedModel):
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
 
-def _share_mode(folder: Path) -> None:
+def share_mode(folder: Path) -> None:
     """Give weights the file mode of config.json: safetensors makes them readable by their owner alone."""
     config = folder / CONFIG_NAME
-    for weights in folder.glob("model*.safetensors") if config.is_file() else []:
+    for weights in folder.glob("*model*.safetensors") if config.is_file() else []:
         weights.chmod(stat.S_IMODE(config.stat().st_mode))

@@ -16,6 +16,7 @@ from .configuration import LightningConfig
 from .heads import LightningForCausalLM
 
 PREFIX = "checkpoint-"
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, in checkpoints of LoRA
 # Errors of transformers and safetensors for files that are damaged or of another kind.
 UNUSABLE = (
     OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, SafetensorError,
@@ -35,13 +36,13 @@ def checkpoint_step(checkpoint: PathLike) -> int:
 
 
 def last_checkpoint(folder: PathLike) -> Path:
-    """Find the checkpoint to load: the folder itself if it contains a model, else the last complete one of a run.
+    """Find the checkpoint to load: the folder itself if it contains a model or adapters, else the last one of a run.
 
     Raises:
         ValueError: the folder contains no checkpoint.
     """
     folder = to_path(folder, "folder")
-    if (folder / "config.json").is_file():
+    if any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         return folder
     if found := checkpoints(folder):
         return found[-1]
@@ -51,13 +52,22 @@ def last_checkpoint(folder: PathLike) -> Path:
 def load_model(folder: PathLike, dtype: torch.dtype = torch.float32) -> LightningForCausalLM:
     """Load a model with exactly the weights of a checkpoint, on the CPU.
 
-    Weights are read from safetensors, never from pickles, and no code from the folder is run.
+    Weights are read from safetensors, never from pickles, and no code from the folder is run. LoRA adapters are merged
+    into the weights of their base model in float32, before the weights are rounded to `dtype`.
 
     Raises:
         TypeError: the folder is not a path.
-        ValueError: the folder contains no model of this library, or weights that do not fit its configuration.
+        ValueError: the folder contains no model of this library, or weights that do not fit its configuration; or
+            adapters whose base model is missing, see `adapters.load_adapted`.
+        ImportError: the folder contains adapters, and PEFT is not installed.
     """
     folder = to_path(folder, "folder")
+    if (folder / ADAPTER_CONFIG).is_file():
+        from .adapters import load_merged
+
+        merged = load_merged(folder).to(dtype)
+        merged.config.dtype = dtype
+        return merged
     try:
         model_type = LightningConfig.get_config_dict(folder)[0].get("model_type", LightningConfig.model_type)
         if model_type != LightningConfig.model_type:  # transformers would only warn

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_map
 from transformers import TrainerState
 
 from ..files import flush
+from ..models.adapters import save_adapters, trained_weights
 from ..models.checkpoint import PREFIX, checkpoint_step, checkpoints, load_model
 from .folder import write_checksums
 from .guard import GuardedTrainer
@@ -47,14 +49,15 @@ class CheckpointingTrainer(GuardedTrainer):
 
     Args:
         record: options of the run, kept in each checkpoint.
+        adapters: configuration of the adapters that alone are trained and saved; None for all weights.
         options: see `GuardedTrainer`; to resume, the model holds the weights of the checkpoint.
     """
 
-    def __init__(self, *args: Any, record: dict[str, Any], **options: Any):
+    def __init__(self, *args: Any, record: dict[str, Any], adapters: Any = None, **options: Any):
         use_cache = options["model"].config.use_cache
         super().__init__(*args, **options)
         cast(Any, self.model).config.use_cache = use_cache  # which Trainer has replaced
-        self.record = record
+        self.record, self.adapters = record, adapters
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None  # of the checkpoint that the thread writes
         self._writes: list[Callable[[], Any]] | None = None  # of large files, during a save: the thread's
@@ -132,9 +135,21 @@ class CheckpointingTrainer(GuardedTrainer):
         shutil.rmtree(unfinished)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        weights = self._copied(get_model_state_dict, cast(nn.Module, self.model))
+        weights = self._copied(self._saved_weights, cast(nn.Module, self.model))
         if self.args.should_save:
-            self._later(partial(self._save, output_dir, weights))
+            save = self._save if self.adapters is None else self._save_adapters
+            self._later(partial(save, output_dir, weights))
+
+    def _saved_weights(self, model: nn.Module, options: StateDictOptions) -> dict[str, Any]:
+        """All weights of the model, or its adapters."""
+        if self.adapters is None:
+            return get_model_state_dict(model, options=options)
+        state = get_model_state_dict(model, options=replace(options, ignore_frozen_params=True))
+        return {name: x for name, x in state.items() if name in trained_weights(model)}  # a tied head was not ignored
+
+    def _save_adapters(self, output_dir: str, weights: dict[str, Any]) -> None:
+        save_adapters(Path(output_dir), cast(Any, self.model), self.adapters, weights)
+        cast(Any, self.processing_class).save_pretrained(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         model, optimizer, scheduler = self._unprepared()

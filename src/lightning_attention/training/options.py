@@ -13,8 +13,10 @@ from ..paths import PathLike, to_path, to_paths
 FILE = "run.json"
 AT_LEAST_ONE = (
     "segment_length", "batch_size", "sequence_parallel", "accumulate", "steps", "eval_tokens", "log_every",
-    "eval_every", "save_every",
+    "eval_every", "save_every", "lora_rank",
 )  # fmt: skip
+# Options that a checkpoint determines, see `init_from`.
+OF_THE_MODEL = ("size", "config", "tokenizer", "eos_token", "attention", "decay_preset")
 # Options that may change when a run resumes.
 MAY_CHANGE = {
     "output", "steps", "segment_length", "batch_size", "sequence_parallel", "sequence_parallel_strategy", "fsdp",
@@ -47,6 +49,13 @@ class TrainingOptions:
         attention: `linear_attention` of `LightningConfig`; "softmax", for every layer; or its `layer_pattern`. None for
             that of the configuration.
         decay_preset: see `decay.log_decay`; None for the preset of the configuration.
+        init_from: checkpoint, or output folder of a run for its last checkpoint, whose weights, configuration and
+            tokenizer the run starts from; the options of the model and the tokenizer must then be left out.
+        lora_rank: train LoRA adapters of this rank on the linear layers, and no other weight; needs `init_from` and
+            PEFT. None trains all weights.
+        lora_alpha: scale of the adapters, whose update is multiplied by `lora_alpha / lora_rank`; None is twice the
+            rank.
+        lora_dropout: probability of dropping an input of an adapter.
         sequence_length: tokens per sequence.
         segment_length: tokens per training segment, see `segmented_loss`; None for no segments.
         batch_size: sequences per forward pass of a process; with `sequence_parallel`, of a group of processes.
@@ -90,6 +99,10 @@ class TrainingOptions:
     config: Path | None = None
     attention: str | None = None
     decay_preset: str | None = None
+    init_from: Path | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
     sequence_length: int = 1024
     segment_length: int | None = None
     batch_size: int = 8
@@ -119,6 +132,8 @@ class TrainingOptions:
             paths["tokenizer"] = str(to_path(self.tokenizer, "tokenizer"))
         if self.config is not None:
             paths["config"] = to_path(self.config, "config")
+        if self.init_from is not None:
+            paths["init_from"] = to_path(self.init_from, "init_from")
         for name, path in paths.items():
             object.__setattr__(self, name, path)
         for field in fields(self):
@@ -130,6 +145,7 @@ class TrainingOptions:
             raise ValueError(f"sequence_length must be at least 2, got {self.sequence_length}")
         if self.config is not None and self.size != type(self).size:
             raise ValueError(f"config and size {self.size!r} describe two models: give one of them")
+        self._check_fine_tuning()
         for name, known in (("sequence_parallel_strategy", STRATEGIES), ("dtype", DTYPES)):
             if getattr(self, name) not in known:
                 names = ", ".join(map(repr, known))
@@ -144,9 +160,30 @@ class TrainingOptions:
             ("warmup", 0 <= self.warmup <= 1, "between 0 and 1"),
             ("held_out", 0 < self.held_out < 1, "above 0 and below 1"),
             ("timeout", self.timeout > 0, "above 0"),
+            ("lora_alpha", self.lora_alpha is None or self.lora_alpha > 0, "above 0"),
+            ("lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1"),
         ):
             if not is_right:
                 raise ValueError(f"{name} must be {range_}, got {getattr(self, name)}")
+
+    def _check_fine_tuning(self) -> None:
+        """Check the options of a run that starts from a checkpoint, or trains adapters, against the others."""
+        extra = [name for name in OF_THE_MODEL if getattr(self, name) != getattr(type(self), name)]
+        if self.init_from is not None and extra:
+            raise ValueError(f"init_from takes model and tokenizer from the checkpoint: leave out {', '.join(extra)}")
+        if self.lora_rank is None:
+            for name in ("lora_alpha", "lora_dropout"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(f"{name} needs lora_rank")
+            return
+        if self.init_from is None:
+            raise ValueError("lora_rank needs init_from, the checkpoint of the model that the adapters are for")
+        if self.fp8:
+            raise ValueError("lora_rank does not go with fp8: adapters are trained in bfloat16 or float32")
+        if self.lora_dropout and self.segment_length is not None:
+            raise ValueError(
+                "lora_dropout must be 0 with segment_length: segments are read twice, and would drop other inputs"
+            )
 
     def save(self) -> None:
         """Write `run.json` atomically; create the folder if it does not exist."""

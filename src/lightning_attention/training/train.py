@@ -24,7 +24,7 @@ from transformers import (
 
 from ..distributed.parallel import SequenceParallel
 from ..models import LightningConfig, LightningForCausalLM, compile_layers, use_float8
-from ..models.checkpoint import UNUSABLE, checkpoint_step, checkpoints, last_checkpoint, load_model
+from ..models.checkpoint import UNUSABLE, checkpoint_step, checkpoints, last_checkpoint
 from ..models.mixers import ATTENTIONS, attention_options, check_is_linear
 from ..models.tokenization import vocab_size
 from .arguments import training_arguments
@@ -33,6 +33,7 @@ from .checkpoint import check_checkpoint, read_record
 from .corpus import Corpus, PackedDataset
 from .documents import Sources, standard_library
 from .execution import Execution, choose_execution
+from .finetune import adapters_of, load_base, prepare_adapters, resumed_model, with_base_checkpoint
 from .folder import CORPUS, METRICS, PLOT, RunFolder, last_intact
 from .metrics import MetricsCallback, plot_loss
 from .options import TrainingOptions, resumed_options
@@ -131,12 +132,16 @@ def _open(options: TrainingOptions, resume: bool, console: Console | None) -> It
         resumes = resume or on_first(lambda: is_restarted() and folder.has_run)
         if not resumes:
             on_first(folder.check_free)
+            options = on_first(lambda: with_base_checkpoint(options, may_be_missing=False))
         elif checkpoint := on_first(lambda: last_intact(folder.path, check_checkpoint, console.print)):
             console.print(f"resuming from {checkpoint}")
             data_size = world_size() // options.sequence_parallel
+            options = on_first(lambda: with_base_checkpoint(options, may_be_missing=True))
             options, changes = together(lambda: resumed_options(options, read_record(checkpoint), data_size))
             for change in changes:
                 console.print(change, markup=False)
+        else:
+            options = on_first(lambda: with_base_checkpoint(options, may_be_missing=False))
         execution = together(lambda: choose_execution(options, local_device()))
         check_equal({"dtype": "bfloat16" if execution.bf16 else "float32", "compile": execution.compiled})
         arguments = training_arguments(options, execution)
@@ -147,15 +152,23 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
     """Load or make tokenizer, corpus and model, and the trainer for them."""
     options, folder = run.options, run.folder.path
     tokenizer = together(lambda: _tokenizer(run))
-    config = None if run.checkpoint else together(lambda: _model_config(options, tokenizer))
+    adapters = together(lambda: adapters_of(options, run.checkpoint))
+    config, model = None, None
+    if run.checkpoint is None and options.init_from is None:
+        config = together(lambda: _model_config(options, tokenizer))
+    else:
+        model = together(lambda: _loaded_model(run, tokenizer))
     if not run.has_corpus:
         on_first(lambda: _prepare_corpus(run, tokenizer))
     corpus = together(lambda: Corpus.open(folder / CORPUS))
     training_set, held_out_set = together(lambda: _datasets(corpus, options))
     set_seed(options.seed)
-    model = together(lambda: LightningForCausalLM(config) if config else load_model(cast(Path, run.checkpoint)))
+    if model is None:
+        model = together(lambda: LightningForCausalLM(config))
     together(lambda: _check_attention(options, model.config))
-    num_parameters = model.num_parameters()
+    num_parameters, trained = model.num_parameters(), ""
+    if adapters is not None:
+        trained = together(lambda: prepare_adapters(model, options, adapters, run.checkpoint is not None))
     if run.sequence_parallel is not None:
         model.model.set_sequence_parallel(run.sequence_parallel)
     if options.fp8:
@@ -169,6 +182,7 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
         options.segment_length,
         run.sequence_parallel,
         stop=run.stop,
+        adapters=adapters,
         record=json.loads(options.to_json()) | {"sequences_per_step": run.sequences_per_step},
         model=model,
         args=run.arguments,
@@ -179,7 +193,7 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
     )
     trainer.remove_callback(PrinterCallback)
     run.console.print(
-        f"{num_parameters / 1e6:.1f}M parameters on {run.arguments.world_size} x {run.arguments.device.type}, "
+        f"{num_parameters / 1e6:.1f}M parameters{trained} on {run.arguments.world_size} x {run.arguments.device.type}, "
         f"{corpus.num_train:,} tokens of {corpus.num_documents:,} documents, {tokens_per_step:,} tokens a step"
     )
     run.console.print(run.execution.description, markup=False, highlight=False)
@@ -234,6 +248,12 @@ def _sequence_parallel(options: TrainingOptions) -> SequenceParallel | None:
     return sequence_parallel_group(options.sequence_parallel, options.sequence_parallel_strategy, options.timeout)
 
 
+def _loaded_model(run: _OpenRun, tokenizer: PreTrainedTokenizerFast) -> LightningForCausalLM:
+    if run.checkpoint is not None:
+        return resumed_model(run.checkpoint, run.options)
+    return load_base(run.options, tokenizer)
+
+
 def _tokenizer(run: _OpenRun) -> PreTrainedTokenizerFast:
     if run.checkpoint is not None:
         return load_tokenizer(run.checkpoint)
@@ -241,7 +261,7 @@ def _tokenizer(run: _OpenRun) -> PreTrainedTokenizerFast:
     def report(line: str) -> None:
         run.console.print(line, markup=False, emoji=False, highlight=False)
 
-    return load_tokenizer(run.options.tokenizer, run.options.eos_token, report)
+    return load_tokenizer(run.options.init_from or run.options.tokenizer, run.options.eos_token, report)
 
 
 def _check_attention(options: TrainingOptions, config: LightningConfig) -> None:
