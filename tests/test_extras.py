@@ -23,6 +23,16 @@ def test_a_missing_package_names_the_extra(module, blocked, extra):
     assert f"{blocked} not installed: run pip install 'lightning-attention[{extra}]'" in process.stderr
 
 
+def test_adapters_name_the_extra_of_peft(tmp_path):
+    """Models and runs without adapters do not need it."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    program = "import sys; sys.modules['peft'] = None; import lightning_attention.training as training, "
+    program += f"lightning_attention.inference as inference; inference.load({str(tmp_path)!r})"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert process.returncode == 1
+    assert "peft not installed: run pip install 'lightning-attention[finetune]'" in process.stderr
+
+
 OPERATORS = """
 import torch
 import lightning_attention.nn

@@ -164,7 +164,7 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
     training_set, held_out_set = together(lambda: _datasets(corpus, options))
     set_seed(options.seed)
     if model is None:
-        model = together(lambda: LightningForCausalLM(config))
+        model = together(lambda: LightningForCausalLM(cast(LightningConfig, config)))
     together(lambda: _check_attention(options, model.config))
     num_parameters, trained = model.num_parameters(), ""
     if adapters is not None:

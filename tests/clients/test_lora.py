@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import save_checkpoint
 from torch import Tensor
-from training.runs import losses, options, quiet, torchrun
+from training.runs import losses, options, quiet, torchrun, write_inputs
 
 from lightning_attention.cli import main
 from lightning_attention.inference import Engine, SamplingOptions, load
@@ -18,10 +19,16 @@ from lightning_attention.models import LightningForCausalLM
 from lightning_attention.models.adapters import load_adapted, merge_checkpoint, trained_weights
 from lightning_attention.training import TrainingOptions, train
 
-peft = pytest.importorskip("peft", reason="needs PEFT: pip install 'lightning-attention[finetune]'")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+peft = pytest.importorskip("peft", reason="needs PEFT: make clients")
+pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore::FutureWarning")]
 ADAPTERS = "adapter_model.safetensors"
 PROMPT = torch.tensor([[256, *b"3 times 4"]])
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    write_inputs(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture
@@ -66,6 +73,7 @@ def test_a_resumed_run_has_the_weights_of_an_undisturbed_one(files: Path, base: 
     assert losses(files / "tuned") == found
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # Dynamo hides it, unless warnings are errors
 @pytest.mark.parametrize(
     "changes",
     [
@@ -90,15 +98,18 @@ def test_losses_do_not_depend_on_how_a_step_is_computed(files: Path, base: Path,
 def test_two_processes_train_the_adapters_of_one(files: Path, base: Path, changes: dict) -> None:
     expected = load_file(train(tuned(files, "one"), console=quiet()) / ADAPTERS)
     two = {"batch_size": 1} | changes
-    process = torchrun(2, *arguments_of(tuned(files, "two", **two)))
-    assert process.wait(300) == 0, process.communicate()[0]
+    finish(torchrun(2, *arguments_of(tuned(files, "two", **two))))
     shutil.rmtree(files / "two" / "checkpoint-20")
-    process = torchrun(2, "train", "--resume", f"--output={files / 'two'}")
-    assert process.wait(300) == 0, process.communicate()[0]
+    finish(torchrun(2, "train", "--resume", f"--output={files / 'two'}"))
     found = load_file(files / "two" / "checkpoint-20" / ADAPTERS)
     assert found.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-2, atol=1e-3)
+
+
+def finish(process: Popen[str]) -> None:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
 
 
 def arguments_of(chosen: TrainingOptions) -> list[str]:
