@@ -9,14 +9,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_model import save_checkpoint
+from tiny_model import make_config, save_checkpoint
 from torch import Tensor
 from training.runs import losses, options, quiet, torchrun, write_inputs
 
 from lightning_attention.cli import main
 from lightning_attention.inference import Engine, SamplingOptions, load
 from lightning_attention.models import LightningForCausalLM
-from lightning_attention.models.adapters import load_adapted, merge_checkpoint, trained_weights
+from lightning_attention.models.adapters import (
+    add_adapters,
+    load_adapted,
+    lora_config,
+    merge_checkpoint,
+    trained_weights,
+)
+from lightning_attention.models.checkpoint import checkpoints
+from lightning_attention.models.mixers import ATTENTIONS, attention_options
 from lightning_attention.training import TrainingOptions, train
 
 peft = pytest.importorskip("peft", reason="needs PEFT: make clients")
@@ -55,7 +63,7 @@ def test_only_adapters_are_trained_and_saved(files: Path, base: Path) -> None:
     assert len(weights) == 3 * 4 * 2  # layers, projections, factors
     assert not (checkpoint / "model.safetensors").exists()
     config = json.loads((checkpoint / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == (str(base.resolve()), 2, 4)
+    assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == (str(base), 2, 4)
     adapted, expected = load_adapted(checkpoint), load_file(base / "model.safetensors")
     for name, x in adapted.state_dict().items():
         if (plain := name.replace(".base_layer", "")) in expected:
@@ -119,6 +127,38 @@ def arguments_of(chosen: TrainingOptions) -> list[str]:
     return ["train", *flags, "--no-compile", *(["--fsdp"] if chosen.fsdp else [])]
 
 
+def test_bfloat16_changes_the_losses_a_little(files: Path, base: Path) -> None:
+    train(tuned(files, "plain"), console=quiet())
+    train(tuned(files, "other", dtype="bfloat16"), console=quiet())
+    assert losses(files / "other") == pytest.approx(losses(files / "plain"), rel=0.05)
+
+
+@pytest.mark.parametrize("attention", [*ATTENTIONS, "2:1"])
+def test_every_attention_takes_adapters(attention: str) -> None:
+    model = LightningForCausalLM(make_config(max_position_embeddings=64, **attention_options(attention)))
+    add_adapters(model, lora_config(Path("base"), 2, 4, 0))
+    assert len(trained_weights(model)) == 3 * 4 * 2
+    model(PROMPT % 50, labels=PROMPT % 50).loss.backward()
+    assert all(parameter.grad is not None for parameter in trained_weights(model).values())
+
+
+def test_a_layer_without_a_projection_is_refused() -> None:
+    model = LightningForCausalLM(make_config())
+    model.model.layers[1].mlp = torch.nn.Identity()
+    with pytest.raises(ValueError, match="needs the linear layers vu_proj, which layer 1 does not have"):
+        add_adapters(model, lora_config(Path("base"), 2, 4, 0))
+
+
+def test_a_run_without_its_base_model_keeps_its_checkpoints(files: Path, base: Path) -> None:
+    train(tuned(files), console=quiet())
+    base.rename(files / "moved")
+    with pytest.raises(ValueError, match=r"the base model of .* is missing"):
+        train(TrainingOptions.load(files / "tuned"), resume=True, console=quiet())
+    assert [path.name for path in checkpoints(files / "tuned")] == ["checkpoint-10", "checkpoint-20"]
+    base.symlink_to(files / "moved")
+    train(TrainingOptions.load(files / "tuned"), resume=True, console=quiet())
+
+
 @pytest.fixture
 def checkpoint(files: Path, base: Path) -> Path:
     return train(tuned(files, steps=5), console=quiet())
@@ -173,6 +213,30 @@ def test_a_merged_checkpoint_is_plain(files: Path, checkpoint: Path, monkeypatch
 
 def words(name: str, **options: object) -> list[str]:
     return ["lightning-attention", name, *(f"--{key}={value}" for key, value in options.items())]
+
+
+def test_generate_takes_the_run(files: Path, checkpoint: Path, monkeypatch, capsys) -> None:
+    merge_checkpoint(checkpoint, files / "merged")
+    printed = []
+    for folder in ("tuned", "merged"):
+        options = {"prompt": "3 times", "max-new-tokens": 8, "temperature": 0}
+        monkeypatch.setattr("sys.argv", words("generate", checkpoint=files / folder, **options))
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert not stopped.value.code
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
+def test_vllm_is_told_to_merge(files: Path, checkpoint: Path, monkeypatch, capsys) -> None:
+    capsys.readouterr()
+    monkeypatch.setattr("sys.argv", words("serve", checkpoint=files / "tuned", engine="vllm"))
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (
+        f"lightning-attention: --engine vllm needs a plain checkpoint: run lightning-attention merge on {checkpoint}\n"
+    )
 
 
 def test_a_run_starts_from_merged_adapters(files: Path, checkpoint: Path) -> None:

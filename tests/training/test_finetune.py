@@ -38,7 +38,7 @@ def test_a_run_starts_from_weights_configuration_and_tokenizer(files: Path, base
     expected, its_tokenizer = load(base)
     assert model.config.hidden_size == expected.config.hidden_size
     assert tokenizer.get_vocab() == its_tokenizer.get_vocab()
-    assert json.loads((files / "tuned" / "run.json").read_text())["init_from"] == str(base.resolve())
+    assert json.loads((files / "tuned" / "run.json").read_text())["init_from"] == str(base)
 
 
 def test_it_learns_with_a_schedule_of_its_own(files: Path, base: Path) -> None:

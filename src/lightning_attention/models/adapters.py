@@ -71,11 +71,20 @@ def add_adapters(model: LightningForCausalLM, config: "LoraConfig") -> None:
 def _tuner(model: LightningForCausalLM, config: Any) -> Any:
     from peft import LoraModel  # pyright: ignore[reportMissingImports]  takes a second
 
+    check_projections(model)
+    return LoraModel(model, config, NAME)
+
+
+def check_projections(model: LightningForCausalLM) -> None:
+    """Check that every decoder layer has the linear layers that adapters are for.
+
+    Raises:
+        ValueError: a layer lacks one of them.
+    """
     for index, layer in enumerate(model.model.layers):
         found = {name.rpartition(".")[2] for name, part in layer.named_modules() if isinstance(part, nn.Linear)}
         if missing := sorted(set(PROJECTIONS) - found):
             raise ValueError(f"LoRA needs the linear layers {', '.join(missing)}, which layer {index} does not have")
-    return LoraModel(model, config, NAME)
 
 
 def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -150,8 +159,7 @@ def _load(folder: Path) -> Any:
     base = Path(config.base_model_name_or_path)
     if not base.is_dir():
         raise ValueError(
-            f"the base model of {folder} is missing: there is no folder {base}; put it back, or correct "
-            f"base_model_name_or_path in {ADAPTER_CONFIG}"
+            f"the base model of {folder} is missing: there is no folder {base}; put it back, or a link to it"
         )
     if (base / ADAPTER_CONFIG).is_file():
         raise ValueError(f"the base model of {folder} consists of adapters itself: merge {base} first")

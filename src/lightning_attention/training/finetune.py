@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from ..models import LightningForCausalLM
 from ..models.adapters import (
     add_adapters,
+    check_projections,
     load_adapted,
     lora_config,
     read_adapter_config,
@@ -39,7 +40,7 @@ def with_base_checkpoint(options: TrainingOptions, *, may_be_missing: bool) -> T
     if options.init_from is None:
         return options
     try:
-        base = last_checkpoint(options.init_from).resolve()
+        base = last_checkpoint(options.init_from).absolute()
     except ValueError as error:
         if may_be_missing:
             return options
@@ -53,7 +54,8 @@ def load_base(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -> L
     """Load the model that a run starts from, in float32 on the CPU.
 
     Raises:
-        ValueError: there is no such model, or the tokenizer or the sequence length does not fit it.
+        ValueError: there is no such model, the tokenizer or the sequence length does not fit it, or it lacks a layer
+            that adapters are for.
     """
     assert options.init_from is not None
     model = load_model(options.init_from)
@@ -63,6 +65,8 @@ def load_base(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -> L
             f"{model.config.vocab_size}"
         )
     model.config.check_length(options.sequence_length)
+    if options.lora_rank is not None:
+        check_projections(model)
     return model
 
 

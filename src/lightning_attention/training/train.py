@@ -158,6 +158,7 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
         config = together(lambda: _model_config(options, tokenizer))
     else:
         model = together(lambda: _loaded_model(run, tokenizer))
+    together(lambda: _check_attention(options, cast(LightningConfig, config if model is None else model.config)))
     if not run.has_corpus:
         on_first(lambda: _prepare_corpus(run, tokenizer))
     corpus = together(lambda: Corpus.open(folder / CORPUS))
@@ -165,7 +166,6 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
     set_seed(options.seed)
     if model is None:
         model = together(lambda: LightningForCausalLM(cast(LightningConfig, config)))
-    together(lambda: _check_attention(options, model.config))
     num_parameters, trained = model.num_parameters(), ""
     if adapters is not None:
         trained = together(lambda: prepare_adapters(model, options, adapters, run.checkpoint is not None))
@@ -251,6 +251,7 @@ def _sequence_parallel(options: TrainingOptions) -> SequenceParallel | None:
 def _loaded_model(run: _OpenRun, tokenizer: PreTrainedTokenizerFast) -> LightningForCausalLM:
     if run.checkpoint is not None:
         return resumed_model(run.checkpoint, run.options)
+    run.console.print(f"starting from {run.options.init_from}", markup=False, highlight=False)
     return load_base(run.options, tokenizer)
 
 
