@@ -68,7 +68,13 @@ def check(compiled: Any, arch: int, head_dim: int, *, products: bool) -> None:
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_scan_compiles_and_fits(arch, head_dim, dtype, reverse):
     tiles = config.scan_tiles(head_dim, head_dim, DTYPES[dtype], "ieee")
-    constants = {"K": head_dim, "V": head_dim, "REVERSE": reverse, "TRANSPOSED_STATES": reverse, "PRECISION": "ieee"}
+    constants: dict[str, Any] = {
+        "K": head_dim,
+        "V": head_dim,
+        "REVERSE": reverse,
+        "TRANSPOSED_STATES": reverse,
+        "PRECISION": "ieee",
+    }
     compiled = compile_kernel(kernels.scan_kernel, arch, dtype, tiles, **NO_STATES, **constants)
     check(compiled, arch, head_dim, products=True)
     if head_dim in (64, 128):
@@ -83,7 +89,13 @@ def test_scan_compiles_and_fits(arch, head_dim, dtype, reverse):
 def test_prefill_compiles_and_fits(arch, dtype, slots, pool):
     for head_dim in (128, 256):
         tiles = config.scan_tiles(head_dim, head_dim, DTYPES[dtype], "ieee")
-        constants = {"K": head_dim, "V": head_dim, "REVERSE": False, "TRANSPOSED_STATES": False, "PRECISION": "ieee"}
+        constants: dict[str, Any] = {
+            "K": head_dim,
+            "V": head_dim,
+            "REVERSE": False,
+            "TRANSPOSED_STATES": False,
+            "PRECISION": "ieee",
+        }
         compiled = compile_kernel(kernels.scan_kernel, arch, dtype, tiles, pool=pool, **slots, **constants)
         check(compiled, arch, head_dim, products=True)
 
@@ -92,14 +104,14 @@ def test_prefill_compiles_and_fits(arch, dtype, slots, pool):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_interval_states_compile_and_fit(arch, head_dim):
     tiles = config.interval_tiles(head_dim, head_dim, torch.bfloat16, "ieee")
-    constants = {"K": head_dim, "V": head_dim, "REVERSE": True, "PRECISION": "ieee"}
+    constants: dict[str, Any] = {"K": head_dim, "V": head_dim, "REVERSE": True, "PRECISION": "ieee"}
     compiled = compile_kernel(kernels.interval_state_kernel, arch, "bf16", tiles, **constants)
     check(compiled, arch, head_dim, products=True)
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
 def test_accumulation_compiles_and_loads_ahead(arch):
-    constants = {"SIZE": 128 * 128, "BLOCK": accumulate.BLOCK, "NUM_STAGES": accumulate.NUM_STAGES}
+    constants: dict[str, Any] = {"SIZE": 128 * 128, "BLOCK": accumulate.BLOCK, "NUM_STAGES": accumulate.NUM_STAGES}
     constants |= {"IN_FLOAT32": False, "TRIGGER_DEPENDENTS": False, "OVERLAP_PREVIOUS": False}
     compiled = compile_kernel(accumulate.accumulate_kernel, arch, "bf16", None, accumulate.NUM_WARPS, **constants)
     check(compiled, arch, 128, products=False)
@@ -111,7 +123,7 @@ def test_accumulation_compiles_and_loads_ahead(arch):
 def test_reading_a_state_compiles_and_fits(arch, dtype):
     for head_dim in (128, 256):
         tiles = config.interval_tiles(head_dim, head_dim, DTYPES[dtype], "ieee")
-        constants = {"K": head_dim, "V": head_dim, "REVERSE": False, "ADD": True, "PRECISION": "ieee"}
+        constants: dict[str, Any] = {"K": head_dim, "V": head_dim, "REVERSE": False, "ADD": True, "PRECISION": "ieee"}
         compiled = compile_kernel(kernels.read_kernel, arch, dtype, tiles, **constants)
         check(compiled, arch, head_dim, products=True)
 
@@ -131,7 +143,13 @@ def test_quadratic_attention_compiles_and_fits(arch, dtype):
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_float32_scan_compiles_and_fits(arch, head_dim, precision):
     tiles = config.scan_tiles(head_dim, head_dim, torch.float32, precision)
-    constants = {"K": head_dim, "V": head_dim, "REVERSE": True, "TRANSPOSED_STATES": True, "PRECISION": precision}
+    constants: dict[str, Any] = {
+        "K": head_dim,
+        "V": head_dim,
+        "REVERSE": True,
+        "TRANSPOSED_STATES": True,
+        "PRECISION": precision,
+    }
     compiled = compile_kernel(kernels.scan_kernel, arch, "fp32", tiles, **NO_STATES, **constants)
     check(compiled, arch, head_dim, products=precision == "tf32")
 
@@ -148,7 +166,7 @@ DECODING = {
 def test_decoding_compiles_and_fits(arch, constants):
     for head_dim in (16, 128, 256):
         BK, BV = config.step_tiles(head_dim, head_dim)
-        sizes = {"K": head_dim, "V": head_dim, "BK": BK, "BV": BV, "stride_sv": 1}
+        sizes: dict[str, Any] = {"K": head_dim, "V": head_dim, "BK": BK, "BV": BV, "stride_sv": 1}
         compiled = compile_kernel(decoding.step_kernel, arch, "bf16", None, **constants, **sizes)
         check(compiled, arch, head_dim, products=False)
 
@@ -188,7 +206,13 @@ def test_gradients_of_gates_compile_and_load_16_bytes_a_thread(arch, kernel):
 def test_scan_compiles_for_amd(head_dim):
     """Triton brings a compiler for an MI300; kernels were never run there."""
     tiles = config.scan_tiles(head_dim, head_dim, torch.bfloat16, "ieee")
-    constants = {"K": head_dim, "V": head_dim, "REVERSE": True, "TRANSPOSED_STATES": True, "PRECISION": "ieee"}
+    constants: dict[str, Any] = {
+        "K": head_dim,
+        "V": head_dim,
+        "REVERSE": True,
+        "TRANSPOSED_STATES": True,
+        "PRECISION": "ieee",
+    }
     compiled = compile_kernel(kernels.scan_kernel, "gfx942", "bf16", tiles, **NO_STATES, **constants)
     assert compiled.metadata.shared <= 65_536
     assert "v_mfma" in compiled.asm["amdgcn"]
