@@ -38,6 +38,10 @@ def train(
             "standard library."
         ),
     ] = None,
+    validation: Annotated[
+        list[Path] | None,
+        DATA(help="File or folder, as --data, to evaluate on; then nothing of --data is held out. Repeat for more."),
+    ] = None,
     text_field: Annotated[
         str, DATA(help="Field of a .jsonl line, or column of a .parquet file, with the text.")
     ] = "text",
@@ -49,7 +53,7 @@ def train(
     segment_length: Annotated[
         int | None, RUN(help="Tokens per training segment; gradients stay exact. By default no segments.")
     ] = None,
-    held_out: Annotated[float, DATA(help="Fraction of the tokens kept for evaluation.")] = 0.05,
+    held_out: Annotated[float, DATA(help="Fraction of the tokens kept for evaluation; 0 for none.")] = 0.05,
     eval_tokens: Annotated[int, DATA(help="Held-out tokens to evaluate on, at most.")] = 1 << 18,
     size: Annotated[str, MODEL(help="demo, 45M, 385M, 1B, 3B, 7B or 15B.")] = "demo",
     config: Annotated[Path | None, MODEL(help="JSON file of a model configuration, instead of a size.")] = None,
@@ -129,7 +133,9 @@ def train(
     else:
         if {"size", "config"} <= given:
             raise ValueError("give --size or --config, not both")
-        values["data"] = tuple(data or ())
+        if {"validation", "held_out"} <= given:
+            raise ValueError("give --validation or --held-out, not both")
+        values["data"], values["validation"] = tuple(data or ()), tuple(validation or ())
         options = TrainingOptions(**{field.name: values[field.name] for field in fields(TrainingOptions)})
     try:
         run(options, resume=resume, console=_Console(soft_wrap=True, markup=False, emoji=False))

@@ -40,7 +40,7 @@ def training_arguments(options: TrainingOptions, execution: Execution) -> Traini
         adam_beta2=0.95,
         max_grad_norm=1.0,
         logging_steps=options.log_every,
-        eval_strategy="steps",
+        eval_strategy="steps" if options.evaluates else "no",
         eval_steps=options.eval_every,
         save_strategy="steps",
         save_steps=options.save_every,

@@ -15,6 +15,7 @@ from ..models.checkpoint import checkpoints
 from .options import FILE
 
 LOCK, CORPUS, METRICS, PLOT = ".lock", "corpus", "metrics.jsonl", "loss.png"
+VALIDATION = "validation"  # the corpus of the text to evaluate on
 CHECKSUMS = "checksums.sha256"
 
 
@@ -56,7 +57,7 @@ class RunFolder:
             ValueError: another process has locked the folder.
             OSError: the folder cannot be created, or is not writable.
         """
-        created = [path for path in (self.path / LOCK, self.path / CORPUS) if not path.exists()]
+        created = [path for path in (self.path / name for name in (LOCK, CORPUS, VALIDATION)) if not path.exists()]
         with writable_folder(self.path):
             lock = FileLock(self.path / LOCK, blocking=False)
             try:

@@ -38,6 +38,7 @@ class TrainingOptions:
     Attributes:
         output: folder for checkpoints, tokens, metrics and plot; must not hold a run.
         data: text files and folders, or one of them; empty for Python's standard library.
+        validation: text files and folders, or one of them, to evaluate on; nothing of `data` is held out then.
         text_field: field of a `.jsonl` line, or column of a `.parquet` file, with the text.
         tokenizer: "bytes", or the path of a tokenizer.json.
         eos_token: token of the vocabulary that ends a document; None for the tokenizer's own, see `load_tokenizer`.
@@ -58,7 +59,8 @@ class TrainingOptions:
         learning_rate: highest learning rate, after the warm-up; it decays to a tenth along a cosine.
         warmup: fraction of the steps over which the learning rate rises.
         weight_decay: weight decay of AdamW, on matrices.
-        held_out: fraction of the tokens kept for evaluation.
+        held_out: fraction of the tokens of `data` kept for evaluation, unless there is `validation`; 0 for no
+            evaluation.
         eval_tokens: held-out tokens to evaluate on, at most.
         log_every: steps between logs.
         eval_every: steps between evaluations.
@@ -83,6 +85,7 @@ class TrainingOptions:
 
     output: Path
     data: tuple[Path, ...] = ()
+    validation: tuple[Path, ...] = ()
     text_field: str = "text"
     tokenizer: str = "bytes"
     eos_token: str | None = None
@@ -114,7 +117,8 @@ class TrainingOptions:
     timeout: float = 1800.0
 
     def __post_init__(self) -> None:
-        paths: dict[str, Any] = {"output": to_path(self.output, "output"), "data": to_paths(self.data, "data")}
+        paths: dict[str, Any] = {"output": to_path(self.output, "output")}
+        paths |= {name: to_paths(getattr(self, name), name) for name in ("data", "validation")}
         if self.tokenizer != "bytes":
             paths["tokenizer"] = str(to_path(self.tokenizer, "tokenizer"))
         if self.config is not None:
@@ -142,11 +146,19 @@ class TrainingOptions:
             ("learning_rate", self.learning_rate > 0, "above 0"),
             ("weight_decay", self.weight_decay >= 0, "at least 0"),
             ("warmup", 0 <= self.warmup <= 1, "between 0 and 1"),
-            ("held_out", 0 < self.held_out < 1, "above 0 and below 1"),
+            ("held_out", 0 <= self.held_out < 1, "at least 0 and below 1"),
             ("timeout", self.timeout > 0, "above 0"),
         ):
             if not is_right:
                 raise ValueError(f"{name} must be {range_}, got {getattr(self, name)}")
+
+        if self.validation and self.held_out != type(self).held_out:
+            raise ValueError(f"validation and held_out {self.held_out} name two texts to evaluate on: give one of them")
+
+    @property
+    def evaluates(self) -> bool:
+        """True if the run computes losses of held-out text."""
+        return bool(self.validation) or self.held_out > 0
 
     def save(self) -> None:
         """Write `run.json` atomically; create the folder if it does not exist."""
