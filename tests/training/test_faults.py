@@ -295,7 +295,8 @@ def test_a_run_without_an_intact_checkpoint_is_not_restarted(copied):
     ("name", "value", "message"),
     [
         ("sequence_length", 32, "sequence_length was 64 in this run and cannot become 32"),
-        ("learning_rate", 1.0, "learning_rate was 0.002 in this run and cannot become 1.0"),
+        ("warmup", 0.1, "warmup was 0.05 in this run and cannot become 0.1"),
+        ("steps", 7, "checkpoint-8 is of a later step than steps: give at least 8, got 7"),
         ("seed", 1, "seed was 0 in this run and cannot become 1"),
         ("weight_decay", 0.0, "weight_decay was 0.1 in this run"),
         ("data", ["elsewhere.txt"], "data was"),

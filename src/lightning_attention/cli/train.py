@@ -16,8 +16,6 @@ from .options import given_options, option_names
 
 # Options in the panels of the help.
 DATA, MODEL, RUN = (partial(Option, rich_help_panel=panel) for panel in ("Data", "Model", "Run"))
-# Options that may change on --resume, for other machines.
-MACHINES = "sequence_parallel", "sequence_parallel_strategy", "fsdp", "timeout", "dtype", "fp8", "compile"
 
 
 class _Console(Console):
@@ -77,6 +75,13 @@ def train(
     accumulate: Annotated[int, RUN(help="Batches accumulated per step.")] = 1,
     learning_rate: Annotated[float, RUN(help="Highest learning rate.")] = 2e-3,
     warmup: Annotated[float, RUN(help="Fraction of the steps for warm-up.")] = 0.05,
+    schedule: Annotated[
+        str, RUN(help="Learning rates after the warm-up: cosine, wsd (stable, then decay) or constant.")
+    ] = "cosine",
+    decay_steps: Annotated[
+        float | None, RUN(help="Steps of the decay of wsd, or a fraction of the steps. By default 0.2.")
+    ] = None,
+    min_lr: Annotated[float | None, RUN(help="Lowest learning rate. By default a tenth of the highest.")] = None,
     weight_decay: Annotated[float, RUN(help="Weight decay of AdamW.")] = 0.1,
     log_every: Annotated[int, RUN(help="Steps between logs.")] = 10,
     eval_every: Annotated[int, RUN(help="Steps between evaluations.")] = 200,
@@ -102,8 +107,8 @@ def train(
         bool,
         RUN(
             "--resume",
-            help="Resume the run in --output with its options; those on processes, --dtype, --fp8 and --compile may "
-            "change.",
+            help="Resume the run in --output with its options; --steps, those on learning rates but --warmup, on "
+            "processes, precision, memory and intervals may change.",
         ),
     ] = False,
 ) -> None:
@@ -117,6 +122,7 @@ def train(
 
         from ..training import Interrupted, TrainingOptions
         from ..training import train as run
+        from ..training.options import MAY_CHANGE
         from ..training.processes import SharedError, leave_processes, rank
 
     disable_progress_bar()
@@ -126,10 +132,10 @@ def train(
             raise ValueError("give --dtype or --bf16, not both")
         values["dtype"], given = "bfloat16", given - {"bf16"} | {"dtype"}
     if resume:
-        if extra := given - {"resume", "output", *MACHINES}:
+        if extra := given - {"resume", *MAY_CHANGE}:
             raise ValueError(f"--resume uses the options of the run; leave out {option_names(sorted(extra))}")
         options = TrainingOptions.load(output)
-        options = replace(options, **{name: values[name] for name in MACHINES if name in given})
+        options = replace(options, **{name: values[name] for name in MAY_CHANGE & given - {"output"}})
     else:
         if {"size", "config"} <= given:
             raise ValueError("give --size or --config, not both")

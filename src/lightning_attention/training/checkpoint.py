@@ -28,6 +28,7 @@ from .folder import write_checksums
 from .guard import GuardedTrainer
 from .options import FILE
 from .processes import together
+from .schedule import set_learning_rates
 from .tokenizer import load_tokenizer
 
 UNFINISHED = "unfinished"
@@ -175,9 +176,11 @@ class CheckpointingTrainer(GuardedTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             model, optimizer, scheduler = self._unprepared()
+            highest = [group["initial_lr"] for group in optimizer.param_groups]
             state = torch.load(Path(checkpoint, OPTIMIZER), map_location="cpu", mmap=True, weights_only=True)
             set_optimizer_state_dict(model, optimizer, state, options=GATHERED)
             scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER), weights_only=True))
+            set_learning_rates(optimizer, scheduler, highest)
 
     def _unprepared(self) -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         """Model, optimizer and scheduler without the wrappers of accelerate."""

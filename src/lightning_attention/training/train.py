@@ -49,11 +49,11 @@ from .processes import (
     together,
     world_size,
 )
+from .schedule import learning_rate
 from .signals import Interrupted, StopRequest, stop_requests
 from .text_bytes import bits_per_nat, token_bytes
 from .tokenizer import load_tokenizer
 from .trainer import PackedTrainer
-
 
 NOT_EVALUATED = "no held-out losses: the run trains on all of its text"
 
@@ -137,8 +137,7 @@ def _open(options: TrainingOptions, resume: bool, console: Console | None) -> It
             on_first(folder.check_free)
         elif checkpoint := on_first(lambda: last_intact(folder.path, check_checkpoint, console.print)):
             console.print(f"resuming from {checkpoint}")
-            data_size = world_size() // options.sequence_parallel
-            options, changes = together(lambda: resumed_options(options, read_record(checkpoint), data_size))
+            options, changes = together(lambda: _resumed(options, checkpoint))
             for change in changes:
                 console.print(change, markup=False)
         execution = together(lambda: choose_execution(options, local_device()))
@@ -233,6 +232,18 @@ def _make_steps(run: _OpenRun, trainer: PackedTrainer) -> None:
     if run.stop.answered and step < trainer.state.max_steps:
         command = f"lightning-attention train --resume --output {shlex.quote(str(folder))}"
         raise Interrupted(run.stop.answered, f"after step {step}, which is saved; to resume: {command}")
+
+
+def _resumed(options: TrainingOptions, checkpoint: Path) -> tuple[TrainingOptions, list[str]]:
+    """Options of a run that resumes from a checkpoint, and a line for every change."""
+    step, record = checkpoint_step(checkpoint), read_record(checkpoint)
+    if options.steps < step:
+        raise ValueError(f"{checkpoint} is of a later step than steps: give at least {step}, got {options.steps}")
+    options, changes = resumed_options(options, record, world_size() // options.sequence_parallel)
+    before, now = (learning_rate(x, step) for x in (options.with_schedule_of(record or {}), options))
+    if record and step < options.steps and before != now:
+        changes.append(f"the learning rate after step {step} was {before:.3g}, it is now {now:.3g}")
+    return options, changes
 
 
 class _SaveOptions(TrainerCallback):
