@@ -2,16 +2,20 @@
 
 import io
 import math
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from training.runs import TEXT, options, quiet
 from transformers import PreTrainedTokenizerFast
 
+from lightning_attention.inference import load
 from lightning_attention.models.checkpoint import load_model
 from lightning_attention.models.tokenization import encode_texts
 from lightning_attention.training import Corpus, TrainingOptions, byte_tokenizer, evaluate, load_tokenizer, train
@@ -149,7 +153,7 @@ def test_bits_per_byte_are_those_of_the_predicted_text(files, tokenizer):
     loaded = load_tokenizer(name)
     labels = [item["labels"][1:] for item in map(held_out.__getitem__, range(len(held_out)))]
     ids = [int(x) for item in labels for x in item if x >= 0]
-    size = sum(len(loaded.decode([x], skip_special_tokens=True).encode()) for x in ids)  # the text is ASCII
+    size = sum(len(str(loaded.decode([x], skip_special_tokens=True)).encode()) for x in ids)  # the text is ASCII
     expected = record["eval_loss"] * len(ids) / math.log(2) / size
     assert record["eval_bits_per_byte"] == pytest.approx(expected, rel=1e-6)
     assert f"({expected:.4f} bits/byte)" in text
@@ -165,3 +169,62 @@ def test_bits_per_byte_of_an_unknown_number_of_bytes_are_left_out(files):
     assert not any(
         "bits_per_byte" in name for record in read_metrics(files / "run" / "metrics.jsonl") for name in record
     )
+
+
+# The best checkpoint
+
+OVERFITTING = {"learning_rate": 3e-2, "steps": 24, "eval_every": 2, "save_every": 100, "keep_best": True, "warmup": 0.0}
+
+
+def best_step(run: Path) -> int:
+    return min(evaluations(run), key=lambda record: record["eval_loss"])["step"]
+
+
+def named(run: Path) -> list[str]:
+    return sorted(path.name for path in run.glob("checkpoint-*"))
+
+
+@pytest.fixture
+def other(files: Path) -> Path:
+    """Text that a run on multiplications learns at first, and then no more."""
+    (files / "other.txt").write_text("".join(f"{i} plus {j} is {i + j}\n" for i in range(9) for j in range(4)))
+    return files / "other.txt"
+
+
+def test_the_best_checkpoint_survives_and_loads(files, other):
+    text = printed(options(files, validation=other, **OVERFITTING))
+    run, best = files / "run", best_step(files / "run")
+    assert 2 < best < 24 - 4  # the next two checkpoints would have replaced it
+    assert os.readlink(run / "best") == f"checkpoint-{best}"
+    lowest = min(record["eval_loss"] for record in evaluations(run))
+    assert f"best        {run / 'best'}: checkpoint-{best}, held-out loss {lowest:.4f}\n" in text
+    assert f"checkpoint-{best}" in named(run)
+    assert len(named(run)) <= 3
+    validation = Corpus.open(run / "validation").held_out_set(64, 512)
+    model, _ = load(run / "best")
+    assert evaluate(model, validation, torch.zeros(259), 258).loss == pytest.approx(lowest, rel=1e-4)
+    # A resumed run replaces it by a better one only; without the option it stays.
+    train(replace(TrainingOptions.load(run), steps=28), resume=True, console=quiet())
+    link = os.readlink(run / "best")
+    assert link == f"checkpoint-{best_step(run)}"
+    train(replace(TrainingOptions.load(run), steps=32, keep_best=False, save_every=1), resume=True, console=quiet())
+    assert os.readlink(run / "best") == link
+    assert (run / "best" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("link", ["lost", "of a lost checkpoint", "of a worse one"])
+def test_a_resumed_run_finds_the_best_checkpoint_again(files, other, link):
+    """As a kill or a damaged checkpoint may leave it."""
+    run, changes = files / "run", OVERFITTING | {"steps": 8, "learning_rate": 1e-3}
+    train(options(files, validation=other, **changes), console=quiet())
+    assert os.readlink(run / "best") == "checkpoint-8"
+    (run / "best").unlink()
+    if link != "lost":
+        (run / "best").symlink_to("checkpoint-6" if link == "of a worse one" else "checkpoint-7")
+    train(replace(TrainingOptions.load(run), steps=9, learning_rate=10.0), resume=True, console=quiet())
+    assert os.readlink(run / "best") == "checkpoint-8"
+
+
+def test_the_best_checkpoint_needs_held_out_losses(files):
+    with pytest.raises(ValueError, match="keep_best needs held-out losses: give validation, or a held_out above 0"):
+        options(files, keep_best=True, held_out=0)

@@ -86,6 +86,9 @@ def train(
     log_every: Annotated[int, RUN(help="Steps between logs.")] = 10,
     eval_every: Annotated[int, RUN(help="Steps between evaluations.")] = 200,
     save_every: Annotated[int, RUN(help="Steps between checkpoints.")] = 200,
+    keep_best: Annotated[
+        bool, RUN(help="Keep the checkpoint with the lowest held-out loss too, as the link best in --output.")
+    ] = False,
     dtype: Annotated[
         str,
         RUN(

@@ -1,6 +1,7 @@
 """Atomic checkpoints of training runs."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from transformers import TrainerState
 
 from ..files import flush
 from ..models.checkpoint import PREFIX, checkpoint_step, checkpoints, load_model
+from .best import TRAINER_STATE, best_checkpoint, find_best, link_best
 from .folder import write_checksums
 from .guard import GuardedTrainer
 from .options import FILE
@@ -32,7 +34,7 @@ from .schedule import set_learning_rates
 from .tokenizer import load_tokenizer
 
 UNFINISHED = "unfinished"
-OPTIMIZER, SCHEDULER, TRAINER_STATE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 UNSHARDED = StateDictOptions(full_state_dict=True)
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -48,14 +50,16 @@ class CheckpointingTrainer(GuardedTrainer):
 
     Args:
         record: options of the run, kept in each checkpoint.
+        keep_best: keep the checkpoint with the lowest held-out loss, see `best`.
         options: see `GuardedTrainer`; to resume, the model holds the weights of the checkpoint.
     """
 
-    def __init__(self, *args: Any, record: dict[str, Any], **options: Any):
+    def __init__(self, *args: Any, record: dict[str, Any], keep_best: bool = False, **options: Any):
         use_cache = options["model"].config.use_cache
         super().__init__(*args, **options)
         cast(Any, self.model).config.use_cache = use_cache  # which Trainer has replaced
-        self.record = record
+        self.record, self.keep_best = record, keep_best
+        self._best_step, self._best_loss = -1, math.inf
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None  # of the checkpoint that the thread writes
         self._writes: list[Callable[[], Any]] | None = None  # of large files, during a save: the thread's
@@ -68,6 +72,10 @@ class CheckpointingTrainer(GuardedTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, and return when the last checkpoint is complete."""
+        if self.keep_best and (found := find_best(Path(str(self.args.output_dir)))):
+            checkpoint, self._best_loss = found
+            if self.args.should_save and best_checkpoint(checkpoint.parent) != checkpoint:
+                link_best(checkpoint)
         try:
             result = super().train(*args, **kwargs)
         except BaseException:
@@ -81,6 +89,12 @@ class CheckpointingTrainer(GuardedTrainer):
         if self._written is not None and self._written.done():
             self._finish_saving()
         return super().training_step(*args, **kwargs)
+
+    def _consider(self, held_out_loss: float) -> None:
+        """Save a checkpoint after an evaluation with the lowest loss."""
+        if self.keep_best and held_out_loss < self._best_loss:
+            self._best_step, self._best_loss = self.state.global_step, held_out_loss
+            self.control.should_save = True
 
     def _finish_saving(self) -> None:
         """Wait for the thread.
@@ -113,9 +127,10 @@ class CheckpointingTrainer(GuardedTrainer):
             self._writes = None
         self.accelerator.wait_for_everyone()  # every process has written its random state
         if self.args.should_save:
-            self._written = self._writer.submit(self._write, unfinished, checkpoint, writes)
+            is_best = self._best_step == self.state.global_step
+            self._written = self._writer.submit(self._write, unfinished, checkpoint, writes, is_best)
 
-    def _write(self, unfinished: Path, checkpoint: Path, writes: list[Callable[[], Any]]) -> None:
+    def _write(self, unfinished: Path, checkpoint: Path, writes: list[Callable[[], Any]], is_best: bool) -> None:
         """Write what is large, complete the checkpoint and remove the oldest, in the thread."""
         with _removed_after_error(unfinished, checkpoint):
             for write in writes:
@@ -127,9 +142,12 @@ class CheckpointingTrainer(GuardedTrainer):
                 flush(path)
         os.replace(folder, checkpoint)
         flush(checkpoint.parent)
-        kept = self.args.save_total_limit
+        if is_best:
+            link_best(checkpoint)
+        kept, best = self.args.save_total_limit, best_checkpoint(checkpoint.parent)
         for old in checkpoints(checkpoint.parent)[:-kept] if kept else []:
-            os.replace(old, unfinished / old.name)
+            if old != best:
+                os.replace(old, unfinished / old.name)
         shutil.rmtree(unfinished)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -16,6 +16,7 @@ from .options import FILE
 
 LOCK, CORPUS, METRICS, PLOT = ".lock", "corpus", "metrics.jsonl", "loss.png"
 VALIDATION = "validation"  # the corpus of the text to evaluate on
+BEST = "best"  # link to the checkpoint with the lowest held-out loss
 CHECKSUMS = "checksums.sha256"
 
 
@@ -43,8 +44,8 @@ class RunFolder:
         """
         if self.has_run or checkpoints(self.path):
             raise ValueError(f"{self.path} holds a run already: resume it, or choose another output")
-        for name in ("config.json", METRICS, PLOT):
-            if (self.path / name).exists():
+        for name in ("config.json", METRICS, PLOT, BEST):
+            if os.path.lexists(self.path / name):
                 raise ValueError(f"{self.path} holds {name}, but no run: choose another output")
 
     @contextmanager

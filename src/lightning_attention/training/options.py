@@ -19,7 +19,7 @@ AT_LEAST_ONE = (
 MAY_CHANGE = {
     "output", "steps", "learning_rate", "schedule", "decay_steps", "min_lr", "segment_length", "batch_size",
     "sequence_parallel", "sequence_parallel_strategy", "fsdp", "accumulate", "eval_tokens", "log_every", "eval_every",
-    "save_every", "dtype", "fp8", "compile", "gradient_checkpointing", "timeout",
+    "save_every", "keep_best", "dtype", "fp8", "compile", "gradient_checkpointing", "timeout",
 }  # fmt: skip
 SCHEDULES = ("cosine", "wsd", "constant")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -70,6 +70,7 @@ class TrainingOptions:
         log_every: steps between logs.
         eval_every: steps between evaluations.
         save_every: steps between checkpoints; the last two are kept.
+        keep_best: save and keep the checkpoint with the lowest held-out loss too, as the link `best`.
         dtype: "bfloat16" autocast, or "float32"; "auto" is bfloat16 on a GPU that computes it natively and on a CPU
             with AMX, float32 elsewhere.
         fp8: compute products in float8 and all else as with bfloat16, see `models.use_float8`.
@@ -117,6 +118,7 @@ class TrainingOptions:
     log_every: int = 10
     eval_every: int = 200
     save_every: int = 200
+    keep_best: bool = False
     dtype: str = "auto"
     fp8: bool = False
     compile: bool | None = None
@@ -161,6 +163,8 @@ class TrainingOptions:
                 raise ValueError(f"{name} must be {range_}, got {getattr(self, name)}")
 
         self._check_schedule()
+        if self.keep_best and not self.evaluates:
+            raise ValueError("keep_best needs held-out losses: give validation, or a held_out above 0")
         if self.validation and self.held_out != type(self).held_out:
             raise ValueError(f"validation and held_out {self.held_out} name two texts to evaluate on: give one of them")
 
@@ -202,7 +206,7 @@ class TrainingOptions:
     def with_schedule_of(self, record: dict[str, Any]) -> "TrainingOptions":
         """Copy with the learning rates of a record; what it does not hold is the default."""
         names = "steps", "learning_rate", "warmup", "schedule", "decay_steps", "min_lr"
-        return replace(self, **{name: record.get(name, getattr(type(self), name)) for name in names})
+        return replace(self, keep_best=False, **{name: record.get(name, getattr(type(self), name)) for name in names})
 
     def save(self) -> None:
         """Write `run.json` atomically; create the folder if it does not exist."""

@@ -29,11 +29,12 @@ from ..models.mixers import ATTENTIONS, attention_options, check_is_linear
 from ..models.tokenization import vocab_size
 from .arguments import training_arguments
 from .batches import has_labels
+from .best import best_checkpoint, held_out_loss
 from .checkpoint import check_checkpoint, read_record
 from .corpus import Corpus, PackedDataset
 from .documents import Sources, standard_library
 from .execution import Execution, choose_execution
-from .folder import CORPUS, METRICS, PLOT, VALIDATION, RunFolder, last_intact
+from .folder import BEST, CORPUS, METRICS, PLOT, VALIDATION, RunFolder, last_intact
 from .metrics import MetricsCallback, describe_losses, plot_loss
 from .options import TrainingOptions, resumed_options
 from .processes import (
@@ -177,6 +178,7 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
         lengths,
         stop=run.stop,
         record=json.loads(options.to_json()) | {"sequences_per_step": run.sequences_per_step},
+        keep_best=options.keep_best,
         model=model,
         args=run.arguments,
         train_dataset=training_set,
@@ -213,6 +215,8 @@ def _run(run: _OpenRun, trainer: PackedTrainer, corpus: Corpus) -> Path:
         else:
             plot_loss(folder / METRICS, folder / PLOT, title=NOT_EVALUATED)
     run.console.print(f"checkpoint  {last}\nmetrics     {folder / METRICS}\nloss plot   {folder / PLOT}")
+    if best := best_checkpoint(folder):
+        run.console.print(f"best        {folder / BEST}: {best.name}, held-out loss {held_out_loss(best) or 0:.4f}")
     if rank() == 0 and (losses := describe_losses(folder / METRICS)):
         run.console.print(losses, highlight=False)
     return last

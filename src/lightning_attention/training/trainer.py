@@ -130,6 +130,7 @@ class PackedTrainer(CheckpointingTrainer):
         metrics |= speed_metrics(metric_key_prefix, started, num_samples=len(dataset))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._consider(total / count)
         return metrics
 
     def _counted(self, items: list[dict[str, torch.Tensor]]) -> tuple[int, int]:
