@@ -279,7 +279,16 @@ print(*(name for name in ("torch._dynamo", "transformers", "matplotlib") if name
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--help"], ["--version"], ["train", "--help"], ["generate", "--help"], ["serve", "--help"], ["info"]],
+    [
+        [],
+        ["--help"],
+        ["--version"],
+        ["train", "--help"],
+        ["generate", "--help"],
+        ["serve", "--help"],
+        ["compare", "--help"],
+        ["info"],
+    ],
     ids=lambda arguments: " ".join(arguments) or "no command",
 )
 def test_help_and_info_import_neither_compiler_nor_transformers(arguments):

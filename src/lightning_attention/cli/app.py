@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import generate, info, serve, train
+from . import compare, generate, info, serve, train
 from .options import Command, show_help_without_command
 
 app = typer.Typer(
@@ -15,6 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("train", cls=Command)(train.train)
+app.command("compare", cls=Command)(compare.compare)
 app.command("generate", cls=Command)(generate.generate)
 app.command("serve", cls=Command)(serve.serve)
 app.command("info", cls=Command)(info.info)
