@@ -8,6 +8,8 @@ from typer import Argument, Option
 
 from .imports import quick_imports
 
+WIDTH = 160  # room for the table, also on a narrower terminal
+
 
 def compare(
     runs: Annotated[list[Path], Argument(help="Output folders of runs, two or more.")],
@@ -19,6 +21,7 @@ def compare(
 
     found = read_runs(runs)
     plot_runs(found, output)
-    console = Console(markup=False, emoji=False, highlight=False)
+    width = max(Console().width, WIDTH)
+    console = Console(width=width, soft_wrap=True, markup=False, emoji=False, highlight=False)
     console.print(table_of_runs(found))
-    console.print(f"plot  {output}", soft_wrap=True)
+    console.print(f"plot  {output}")

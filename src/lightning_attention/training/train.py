@@ -215,10 +215,11 @@ def _run(run: _OpenRun, trainer: PackedTrainer, corpus: Corpus) -> Path:
         else:
             plot_loss(folder / METRICS, folder / PLOT, title=NOT_EVALUATED)
     run.console.print(f"checkpoint  {last}\nmetrics     {folder / METRICS}\nloss plot   {folder / PLOT}")
-    if best := best_checkpoint(folder):
-        run.console.print(f"best        {folder / BEST}: {best.name}, held-out loss {held_out_loss(best) or 0:.4f}")
-    if rank() == 0 and (losses := describe_losses(folder / METRICS)):
-        run.console.print(losses, highlight=False)
+    if rank() == 0:
+        if (best := best_checkpoint(folder)) and (loss := held_out_loss(best)) is not None:
+            run.console.print(f"best        {folder / BEST}: {best.name}, held-out loss {loss:.4f}")
+        if losses := describe_losses(folder / METRICS):
+            run.console.print(losses, highlight=False)
     return last
 
 
