@@ -212,7 +212,7 @@ def test_the_best_checkpoint_survives_and_loads(files, other):
     assert (run / "best" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("link", ["lost", "of a lost checkpoint", "of a worse one"])
+@pytest.mark.parametrize("link", ["lost", "of a lost checkpoint", "of a worse one", "of a damaged one"])
 def test_a_resumed_run_finds_the_best_checkpoint_again(files, other, link):
     """As a kill or a damaged checkpoint may leave it."""
     run, changes = files / "run", OVERFITTING | {"steps": 8, "learning_rate": 1e-3}
@@ -220,7 +220,9 @@ def test_a_resumed_run_finds_the_best_checkpoint_again(files, other, link):
     assert os.readlink(run / "best") == "checkpoint-8"
     (run / "best").unlink()
     if link != "lost":
-        (run / "best").symlink_to("checkpoint-6" if link == "of a worse one" else "checkpoint-7")
+        (run / "best").symlink_to("checkpoint-7" if link == "of a lost checkpoint" else "checkpoint-6")
+    if link == "of a damaged one":
+        (run / "checkpoint-6" / "trainer_state.json").write_text("{")
     train(replace(TrainingOptions.load(run), steps=9, learning_rate=10.0), resume=True, console=quiet())
     assert os.readlink(run / "best") == "checkpoint-8"
 

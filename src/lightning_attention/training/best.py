@@ -20,10 +20,13 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 
 def held_out_loss(checkpoint: Path) -> float | None:
-    """Held-out loss of a checkpoint; None if the run was not evaluated after its step."""
-    history = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["log_history"]
+    """Held-out loss of a checkpoint; None if the run was not evaluated after its step, or its file is damaged."""
     step = checkpoint_step(checkpoint)
-    found = [record["eval_loss"] for record in history if record["step"] == step and "eval_loss" in record]
+    try:
+        history = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["log_history"]
+        found = [float(record["eval_loss"]) for record in history if record["step"] == step and "eval_loss" in record]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
     return found[-1] if found else None
 
 
