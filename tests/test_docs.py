@@ -85,6 +85,7 @@ PYTHON_PAGES = sorted({block.page for block in RUN if block.language == "python"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Current folder with the files that the pages name, and the variables of torchrun for one process."""
     save_checkpoint(tmp_path / "run" / "checkpoint-20000")
+    (tmp_path / "run" / "best").symlink_to("checkpoint-20000")
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "book.txt").write_text("Once upon a time there was a fox. " * 200)
     (tmp_path / "more.jsonl.gz").write_bytes(gzip.compress(b'{"text": "There was a dog."}\n' * 100))

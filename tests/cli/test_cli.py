@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -17,6 +18,7 @@ from lightning_attention.cli import main
 from lightning_attention.cli.train import train as train_command
 from lightning_attention.inference import load
 from lightning_attention.training import TrainingOptions
+from lightning_attention.training.options import MAY_CHANGE
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -171,7 +173,9 @@ def test_a_broken_checkpoint_is_one_error_line(monkeypatch, capsys, tmp_path, ch
         (["train", "--decay-preset", "fast"], "decay_preset must be one of"),
         (["train", "--size", "1B", "--config", "x.json"], "give --size or --config, not both"),
         (["train", "--resume"], "no run to resume in run"),
-        (["train", "--resume", "--steps", "9"], "leave out --steps"),
+        (["train", "--resume", "--seed", "9", "--steps", "9"], "leave out --seed"),
+        (["train", "--validation", "a", "--held-out", "0.1"], "give --validation or --held-out, not both"),
+        (["train", "--schedule", "linear"], "schedule must be one of 'cosine', 'wsd', 'constant', got 'linear'"),
         (["generate", "--checkpoint", "x", "--prompt", "a", "--prompts", "b"], "give --prompt or --prompts, not both"),
         (["generate", "--checkpoint", "x", "--output", "b"], "--output needs --prompts"),
         (["generate", "--checkpoint", "x", "--prompt", "a", "--max-requests", "64"], "--max-requests needs --prompts"),
@@ -203,10 +207,47 @@ def test_invalid_input_is_one_error_line_and_writes_no_file(monkeypatch, capsys,
     assert list((tmp_path / "here").iterdir()) == []
 
 
+def test_a_run_is_extended_and_its_best_checkpoint_loads(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("data.txt").write_text("to be or not to be, " * 200)
+    Path("valid.txt").write_text("to be and to be, " * 20)
+    model = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Path("model.json").write_text(json.dumps(model))
+    arguments = ["--data", "data.txt", "--validation", "valid.txt", "--config", "model.json", "--sequence-length", 32]
+    arguments += ["--steps", 4, "--schedule", "wsd", "--eval-every", 2, "--batch-size", 2]
+    code, out, err = run(monkeypatch, capsys, "train", *arguments)
+    assert (code, "validation: 342 tokens of 1 documents" in out) == (0, True), err
+    changes = ["--steps", 8, "--schedule", "constant", "--keep-best", "--batch-size", 1]
+    code, out, err = run(monkeypatch, capsys, "train", "--resume", *changes)
+    assert code == 0, err
+    for line in (
+        "steps 4 is now 8",
+        "schedule wsd is now constant",
+        "accumulate 1 is now 2",
+        "keep_best False is now True",
+    ):
+        assert line in out
+    code, out, err = run(
+        monkeypatch, capsys, "generate", "--checkpoint", "run/best", "--prompt", "to", "--max-new-tokens", 2
+    )
+    assert (code, out.startswith("to")) == (0, True), err
+    code, _, err = run(monkeypatch, capsys, "train", "--resume", "--steps", 3)
+    assert code == 2
+    assert err.splitlines()[-1].endswith("checkpoint-8 is of a later step than steps: give at least 8, got 3")
+
+
+def test_the_options_that_may_change_are_those_of_the_guide():
+    guide = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    table = guide.partition("## Resuming with other options")[2].partition("Any other change is refused")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `--")]
+    named = {name for row in rows for name in re.findall("`--([a-z0-9-]+)`", row)}
+    assert named == {name.replace("_", "-") for name in MAY_CHANGE - {"output"}}
+
+
 def test_train_has_the_defaults_of_training_options():
     command = inspect.signature(train_command).parameters
     for field in fields(TrainingOptions):
-        if field.name not in ("output", "data"):
+        if field.name not in ("output", "data", "validation"):
             assert command[field.name].default == field.default, field.name
 
 
@@ -238,7 +279,16 @@ print(*(name for name in ("torch._dynamo", "transformers", "matplotlib") if name
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--help"], ["--version"], ["train", "--help"], ["generate", "--help"], ["serve", "--help"], ["info"]],
+    [
+        [],
+        ["--help"],
+        ["--version"],
+        ["train", "--help"],
+        ["generate", "--help"],
+        ["serve", "--help"],
+        ["compare", "--help"],
+        ["info"],
+    ],
     ids=lambda arguments: " ".join(arguments) or "no command",
 )
 def test_help_and_info_import_neither_compiler_nor_transformers(arguments):

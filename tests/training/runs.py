@@ -38,7 +38,7 @@ def arguments(files: Path, name: str = "run", **changes: Any) -> list[str]:
     """Command line of the run with `options`."""
     values = {"output": files / name, "data": files / "data.txt"} | vars(options(files, name, **changes))
     values["data"] = files / "data.txt"
-    flags = {key: value for key, value in values.items() if value is not None and not isinstance(value, bool)}
+    flags = {key: value for key, value in values.items() if value not in (None, ()) and not isinstance(value, bool)}
     del flags["size"]
     switches = [f"--{key.replace('_', '-')}" for key, value in values.items() if value is True]
     switches += ["--no-compile"] if values["compile"] is False else []

@@ -117,7 +117,7 @@ def test_gradients_are_clipped_to_norm_one(files):
         ({"weight_decay": -1.0}, "weight_decay must be at least 0, got -1.0"),
         ({"weight_decay": math.nan}, "weight_decay must be finite"),
         ({"warmup": math.nan}, "warmup must be finite"),
-        ({"held_out": 0.0}, "held_out must be above 0 and below 1"),
+        ({"held_out": -0.1}, "held_out must be at least 0 and below 1"),
         ({"seed": -1}, "seed must be at least 0 and below 2"),
         ({"seed": 1 << 32}, "seed must be at least 0 and below 2"),
         ({"steps": 10**30}, "steps must be finite and within"),
@@ -135,7 +135,7 @@ def test_gradients_are_clipped_to_norm_one(files):
         ({"sequence_parallel_strategy": "star"}, "sequence_parallel_strategy must be one of 'all-gather', 'ring'"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"warmup": 2.0}, "warmup must be between 0 and 1"),
-        ({"held_out": 1.5}, "held_out must be above 0 and below 1"),
+        ({"held_out": 1.5}, "held_out must be at least 0 and below 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -295,7 +295,8 @@ def test_a_run_without_an_intact_checkpoint_is_not_restarted(copied):
     ("name", "value", "message"),
     [
         ("sequence_length", 32, "sequence_length was 64 in this run and cannot become 32"),
-        ("learning_rate", 1.0, "learning_rate was 0.002 in this run and cannot become 1.0"),
+        ("warmup", 0.1, "warmup was 0.05 in this run and cannot become 0.1"),
+        ("steps", 7, "checkpoint-8 is of a later step than steps: give at least 8, got 7"),
         ("seed", 1, "seed was 0 in this run and cannot become 1"),
         ("weight_decay", 0.0, "weight_decay was 0.1 in this run"),
         ("data", ["elsewhere.txt"], "data was"),

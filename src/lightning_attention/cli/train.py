@@ -16,8 +16,6 @@ from .options import given_options, option_names
 
 # Options in the panels of the help.
 DATA, MODEL, RUN = (partial(Option, rich_help_panel=panel) for panel in ("Data", "Model", "Run"))
-# Options that may change on --resume, for other machines.
-MACHINES = "sequence_parallel", "sequence_parallel_strategy", "fsdp", "timeout", "dtype", "fp8", "compile"
 
 
 class _Console(Console):
@@ -38,6 +36,10 @@ def train(
             "standard library."
         ),
     ] = None,
+    validation: Annotated[
+        list[Path] | None,
+        DATA(help="File or folder, as --data, to evaluate on; then nothing of --data is held out. Repeat for more."),
+    ] = None,
     text_field: Annotated[
         str, DATA(help="Field of a .jsonl line, or column of a .parquet file, with the text.")
     ] = "text",
@@ -49,7 +51,7 @@ def train(
     segment_length: Annotated[
         int | None, RUN(help="Tokens per training segment; gradients stay exact. By default no segments.")
     ] = None,
-    held_out: Annotated[float, DATA(help="Fraction of the tokens kept for evaluation.")] = 0.05,
+    held_out: Annotated[float, DATA(help="Fraction of the tokens kept for evaluation; 0 for none.")] = 0.05,
     eval_tokens: Annotated[int, DATA(help="Held-out tokens to evaluate on, at most.")] = 1 << 18,
     size: Annotated[str, MODEL(help="demo, 45M, 385M, 1B, 3B, 7B or 15B.")] = "demo",
     config: Annotated[Path | None, MODEL(help="JSON file of a model configuration, instead of a size.")] = None,
@@ -88,10 +90,20 @@ def train(
     accumulate: Annotated[int, RUN(help="Batches accumulated per step.")] = 1,
     learning_rate: Annotated[float, RUN(help="Highest learning rate.")] = 2e-3,
     warmup: Annotated[float, RUN(help="Fraction of the steps for warm-up.")] = 0.05,
+    schedule: Annotated[
+        str, RUN(help="Learning rates after the warm-up: cosine, wsd (stable, then decay) or constant.")
+    ] = "cosine",
+    decay_steps: Annotated[
+        float | None, RUN(help="Steps of the decay of wsd, or a fraction of the steps. By default 0.2.")
+    ] = None,
+    min_lr: Annotated[float | None, RUN(help="Lowest learning rate. By default a tenth of the highest.")] = None,
     weight_decay: Annotated[float, RUN(help="Weight decay of AdamW.")] = 0.1,
     log_every: Annotated[int, RUN(help="Steps between logs.")] = 10,
     eval_every: Annotated[int, RUN(help="Steps between evaluations.")] = 200,
     save_every: Annotated[int, RUN(help="Steps between checkpoints.")] = 200,
+    keep_best: Annotated[
+        bool, RUN(help="Keep the checkpoint with the lowest held-out loss too, as the link best in --output.")
+    ] = False,
     dtype: Annotated[
         str,
         RUN(
@@ -113,8 +125,8 @@ def train(
         bool,
         RUN(
             "--resume",
-            help="Resume the run in --output with its options; those on processes, --dtype, --fp8 and --compile may "
-            "change.",
+            help="Resume the run in --output with its options; --steps, those on learning rates but --warmup, on "
+            "processes, precision, memory and intervals may change.",
         ),
     ] = False,
 ) -> None:
@@ -128,7 +140,7 @@ def train(
 
         from ..training import Interrupted, TrainingOptions
         from ..training import train as run
-        from ..training.options import OF_THE_MODEL
+        from ..training.options import MAY_CHANGE, OF_THE_MODEL
         from ..training.processes import SharedError, leave_processes, rank
 
     disable_progress_bar()
@@ -138,10 +150,10 @@ def train(
             raise ValueError("give --dtype or --bf16, not both")
         values["dtype"], given = "bfloat16", given - {"bf16"} | {"dtype"}
     if resume:
-        if extra := given - {"resume", "output", *MACHINES}:
+        if extra := given - {"resume", *MAY_CHANGE}:
             raise ValueError(f"--resume uses the options of the run; leave out {option_names(sorted(extra))}")
         options = TrainingOptions.load(output)
-        options = replace(options, **{name: values[name] for name in MACHINES if name in given})
+        options = replace(options, **{name: values[name] for name in MAY_CHANGE & given - {"output"}})
     else:
         if {"size", "config"} <= given:
             raise ValueError("give --size or --config, not both")
@@ -149,7 +161,9 @@ def train(
             raise ValueError(
                 f"--init-from takes model and tokenizer from the checkpoint: leave out {option_names(sorted(extra))}"
             )
-        values["data"] = tuple(data or ())
+        if {"validation", "held_out"} <= given:
+            raise ValueError("give --validation or --held-out, not both")
+        values["data"], values["validation"] = tuple(data or ()), tuple(validation or ())
         options = TrainingOptions(**{field.name: values[field.name] for field in fields(TrainingOptions)})
     try:
         run(options, resume=resume, console=_Console(soft_wrap=True, markup=False, emoji=False))

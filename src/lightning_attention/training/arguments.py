@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from .execution import Execution
 from .options import TrainingOptions
+from .schedule import schedule_arguments
 
 # transformers renames gradient_checkpointing within version 5.
 CHECKPOINTING = next(
@@ -31,16 +32,12 @@ def training_arguments(options: TrainingOptions, execution: Execution) -> Traini
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulate,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        warmup_steps=round(options.warmup * options.steps),
         weight_decay=options.weight_decay,
         optim="adamw_torch_fused",
         adam_beta2=0.95,
         max_grad_norm=1.0,
         logging_steps=options.log_every,
-        eval_strategy="steps",
+        eval_strategy="steps" if options.evaluates else "no",
         eval_steps=options.eval_every,
         save_strategy="steps",
         save_steps=options.save_every,
@@ -55,4 +52,5 @@ def training_arguments(options: TrainingOptions, execution: Execution) -> Traini
         report_to="none",
         ddp_find_unused_parameters=False if "RANK" in os.environ else None,
         **checkpointing,
+        **schedule_arguments(options),
     )

@@ -1,6 +1,7 @@
 """Atomic checkpoints of training runs."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -26,14 +27,16 @@ from transformers import TrainerState
 from ..files import flush
 from ..models.adapters import save_adapters, trained_weights
 from ..models.checkpoint import PREFIX, checkpoint_step, checkpoints, load_model
+from .best import TRAINER_STATE, best_checkpoint, find_best, link_best
 from .folder import write_checksums
 from .guard import GuardedTrainer
 from .options import FILE
 from .processes import together
+from .schedule import set_learning_rates
 from .tokenizer import load_tokenizer
 
 UNFINISHED = "unfinished"
-OPTIMIZER, SCHEDULER, TRAINER_STATE = "optimizer.pt", "scheduler.pt", "trainer_state.json"
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 UNSHARDED = StateDictOptions(full_state_dict=True)
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -50,14 +53,18 @@ class CheckpointingTrainer(GuardedTrainer):
     Args:
         record: options of the run, kept in each checkpoint.
         adapters: configuration of the adapters that alone are trained and saved; None for all weights.
+        keep_best: keep the checkpoint with the lowest held-out loss, see `best`.
         options: see `GuardedTrainer`; to resume, the model holds the weights of the checkpoint.
     """
 
-    def __init__(self, *args: Any, record: dict[str, Any], adapters: Any = None, **options: Any):
+    def __init__(
+        self, *args: Any, record: dict[str, Any], adapters: Any = None, keep_best: bool = False, **options: Any
+    ):
         use_cache = options["model"].config.use_cache
         super().__init__(*args, **options)
         cast(Any, self.model).config.use_cache = use_cache  # which Trainer has replaced
-        self.record, self.adapters = record, adapters
+        self.record, self.adapters, self.keep_best = record, adapters, keep_best
+        self._best_step, self._best_loss = -1, math.inf
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._written: Future[None] | None = None  # of the checkpoint that the thread writes
         self._writes: list[Callable[[], Any]] | None = None  # of large files, during a save: the thread's
@@ -70,6 +77,10 @@ class CheckpointingTrainer(GuardedTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train, and return when the last checkpoint is complete."""
+        if self.keep_best and (found := find_best(Path(str(self.args.output_dir)))):
+            checkpoint, self._best_loss = found
+            if self.args.should_save and best_checkpoint(checkpoint.parent) != checkpoint:
+                link_best(checkpoint)
         try:
             result = super().train(*args, **kwargs)
         except BaseException:
@@ -83,6 +94,12 @@ class CheckpointingTrainer(GuardedTrainer):
         if self._written is not None and self._written.done():
             self._finish_saving()
         return super().training_step(*args, **kwargs)
+
+    def _consider(self, held_out_loss: float) -> None:
+        """Save a checkpoint after an evaluation with the lowest loss."""
+        if self.keep_best and held_out_loss < self._best_loss:
+            self._best_step, self._best_loss = self.state.global_step, held_out_loss
+            self.control.should_save = True
 
     def _finish_saving(self) -> None:
         """Wait for the thread.
@@ -115,9 +132,10 @@ class CheckpointingTrainer(GuardedTrainer):
             self._writes = None
         self.accelerator.wait_for_everyone()  # every process has written its random state
         if self.args.should_save:
-            self._written = self._writer.submit(self._write, unfinished, checkpoint, writes)
+            is_best = self._best_step == self.state.global_step
+            self._written = self._writer.submit(self._write, unfinished, checkpoint, writes, is_best)
 
-    def _write(self, unfinished: Path, checkpoint: Path, writes: list[Callable[[], Any]]) -> None:
+    def _write(self, unfinished: Path, checkpoint: Path, writes: list[Callable[[], Any]], is_best: bool) -> None:
         """Write what is large, complete the checkpoint and remove the oldest, in the thread."""
         with _removed_after_error(unfinished, checkpoint):
             for write in writes:
@@ -129,9 +147,12 @@ class CheckpointingTrainer(GuardedTrainer):
                 flush(path)
         os.replace(folder, checkpoint)
         flush(checkpoint.parent)
-        kept = self.args.save_total_limit
+        if is_best:
+            link_best(checkpoint)
+        kept, best = self.args.save_total_limit, best_checkpoint(checkpoint.parent)
         for old in checkpoints(checkpoint.parent)[:-kept] if kept else []:
-            os.replace(old, unfinished / old.name)
+            if old != best:
+                os.replace(old, unfinished / old.name)
         shutil.rmtree(unfinished)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -190,9 +211,11 @@ class CheckpointingTrainer(GuardedTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             model, optimizer, scheduler = self._unprepared()
+            highest = [group["initial_lr"] for group in optimizer.param_groups]
             state = torch.load(Path(checkpoint, OPTIMIZER), map_location="cpu", mmap=True, weights_only=True)
             set_optimizer_state_dict(model, optimizer, state, options=GATHERED)
             scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER), weights_only=True))
+            set_learning_rates(optimizer, scheduler, highest)
 
     def _unprepared(self) -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         """Model, optimizer and scheduler without the wrappers of accelerate."""

@@ -89,7 +89,7 @@ class Corpus:
             folder: created if it does not exist.
             sources: the documents.
             tokenizer: with an EOS token.
-            held_out_fraction: fraction of the tokens to hold out, between 0 and 1.
+            held_out_fraction: fraction of the tokens to hold out, from 0 for none to 1 for all.
             progress: called with the number of bytes of the files that were read so far, and of all.
 
         Raises:
@@ -98,7 +98,7 @@ class Corpus:
             OSError: a file cannot be read or written.
         """
         folder = to_path(folder, "folder")
-        if not 0 < held_out_fraction < 1:
+        if not 0 <= held_out_fraction <= 1:
             raise ValueError(f"held_out_fraction must be between 0 and 1, got {held_out_fraction}")
         if not isinstance(tokenizer.eos_token_id, int):
             raise ValueError("the tokenizer has no end-of-document token")
@@ -314,5 +314,7 @@ def _held_out_start(document_starts: np.ndarray, num_tokens: int, held_out_fract
     """Index of the first held-out token: a document start if that at most doubles the held-out part."""
     start = num_tokens - math.ceil(num_tokens * held_out_fraction)
     earliest = num_tokens - math.ceil(num_tokens * min(2 * held_out_fraction, 1.0))
+    if start in (0, num_tokens):
+        return start
     document = int(document_starts[np.searchsorted(document_starts, start, side="right") - 1])
     return document if document >= max(earliest, 1) else start

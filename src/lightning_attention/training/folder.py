@@ -15,6 +15,8 @@ from ..models.checkpoint import checkpoints
 from .options import FILE
 
 LOCK, CORPUS, METRICS, PLOT = ".lock", "corpus", "metrics.jsonl", "loss.png"
+VALIDATION = "validation"  # the corpus of the text to evaluate on
+BEST = "best"  # link to the checkpoint with the lowest held-out loss
 CHECKSUMS = "checksums.sha256"
 
 
@@ -42,8 +44,8 @@ class RunFolder:
         """
         if self.has_run or checkpoints(self.path):
             raise ValueError(f"{self.path} holds a run already: resume it, or choose another output")
-        for name in ("config.json", METRICS, PLOT):
-            if (self.path / name).exists():
+        for name in ("config.json", METRICS, PLOT, BEST):
+            if os.path.lexists(self.path / name):
                 raise ValueError(f"{self.path} holds {name}, but no run: choose another output")
 
     @contextmanager
@@ -56,7 +58,7 @@ class RunFolder:
             ValueError: another process has locked the folder.
             OSError: the folder cannot be created, or is not writable.
         """
-        created = [path for path in (self.path / LOCK, self.path / CORPUS) if not path.exists()]
+        created = [path for path in (self.path / name for name in (LOCK, CORPUS, VALIDATION)) if not path.exists()]
         with writable_folder(self.path):
             lock = FileLock(self.path / LOCK, blocking=False)
             try:

@@ -17,12 +17,13 @@ AT_LEAST_ONE = (
 )  # fmt: skip
 # Options that a checkpoint determines, see `init_from`.
 OF_THE_MODEL = ("size", "config", "tokenizer", "eos_token", "attention", "decay_preset")
-# Options that may change when a run resumes.
+# Options that may change when a run resumes, in run.json or with --resume; in the table of docs/training.md.
 MAY_CHANGE = {
-    "output", "steps", "segment_length", "batch_size", "sequence_parallel", "sequence_parallel_strategy", "fsdp",
-    "accumulate", "eval_tokens", "log_every", "eval_every", "save_every", "dtype", "fp8", "compile",
-    "gradient_checkpointing", "timeout",
+    "output", "steps", "learning_rate", "schedule", "decay_steps", "min_lr", "segment_length", "batch_size",
+    "sequence_parallel", "sequence_parallel_strategy", "fsdp", "accumulate", "eval_tokens", "log_every", "eval_every",
+    "save_every", "keep_best", "dtype", "fp8", "compile", "gradient_checkpointing", "timeout",
 }  # fmt: skip
+SCHEDULES = ("cosine", "wsd", "constant")
 DTYPES = ("auto", "float32", "bfloat16")
 LIMIT = 1 << 53  # largest number: JSON readers keep integers up to here exactly, as floats
 
@@ -40,6 +41,7 @@ class TrainingOptions:
     Attributes:
         output: folder for checkpoints, tokens, metrics and plot; must not hold a run.
         data: text files and folders, or one of them; empty for Python's standard library.
+        validation: text files and folders, or one of them, to evaluate on; nothing of `data` is held out then.
         text_field: field of a `.jsonl` line, or column of a `.parquet` file, with the text.
         tokenizer: "bytes", or the path of a tokenizer.json.
         eos_token: token of the vocabulary that ends a document; None for the tokenizer's own, see `load_tokenizer`.
@@ -64,14 +66,20 @@ class TrainingOptions:
         fsdp: shard the model over all processes.
         accumulate: batches per step, whose gradients are accumulated.
         steps: optimizer steps.
-        learning_rate: highest learning rate, after the warm-up; it decays to a tenth along a cosine.
+        learning_rate: highest learning rate, after the warm-up.
         warmup: fraction of the steps over which the learning rate rises.
+        schedule: learning rates after the warm-up: "cosine" decays to `min_lr` along a cosine, "wsd" (warm-up, stable,
+            decay) stays and decays to `min_lr` at the end, by 1 minus a square root, "constant" stays.
+        decay_steps: with "wsd", number of steps of the decay, or a fraction of the steps if it is below 1; None is 0.2.
+        min_lr: lowest learning rate; None is a tenth of `learning_rate`. Not for "constant".
         weight_decay: weight decay of AdamW, on matrices.
-        held_out: fraction of the tokens kept for evaluation.
+        held_out: fraction of the tokens of `data` kept for evaluation, unless there is `validation`; 0 for no
+            evaluation.
         eval_tokens: held-out tokens to evaluate on, at most.
         log_every: steps between logs.
         eval_every: steps between evaluations.
         save_every: steps between checkpoints; the last two are kept.
+        keep_best: save and keep the checkpoint with the lowest held-out loss too, as the link `best`.
         dtype: "bfloat16" autocast, or "float32"; "auto" is bfloat16 on a GPU that computes it natively and on a CPU
             with AMX, float32 elsewhere.
         fp8: compute products in float8 and all else as with bfloat16, see `models.use_float8`.
@@ -92,6 +100,7 @@ class TrainingOptions:
 
     output: Path
     data: tuple[Path, ...] = ()
+    validation: tuple[Path, ...] = ()
     text_field: str = "text"
     tokenizer: str = "bytes"
     eos_token: str | None = None
@@ -113,12 +122,16 @@ class TrainingOptions:
     steps: int = 1000
     learning_rate: float = 2e-3
     warmup: float = 0.05
+    schedule: str = "cosine"
+    decay_steps: float | None = None
+    min_lr: float | None = None
     weight_decay: float = 0.1
     held_out: float = 0.05
     eval_tokens: int = 1 << 18
     log_every: int = 10
     eval_every: int = 200
     save_every: int = 200
+    keep_best: bool = False
     dtype: str = "auto"
     fp8: bool = False
     compile: bool | None = None
@@ -127,7 +140,8 @@ class TrainingOptions:
     timeout: float = 1800.0
 
     def __post_init__(self) -> None:
-        paths: dict[str, Any] = {"output": to_path(self.output, "output"), "data": to_paths(self.data, "data")}
+        paths: dict[str, Any] = {"output": to_path(self.output, "output")}
+        paths |= {name: to_paths(getattr(self, name), name) for name in ("data", "validation")}
         if self.tokenizer != "bytes":
             paths["tokenizer"] = str(to_path(self.tokenizer, "tokenizer"))
         if self.config is not None:
@@ -146,7 +160,7 @@ class TrainingOptions:
         if self.config is not None and self.size != type(self).size:
             raise ValueError(f"config and size {self.size!r} describe two models: give one of them")
         self._check_fine_tuning()
-        for name, known in (("sequence_parallel_strategy", STRATEGIES), ("dtype", DTYPES)):
+        for name, known in (("sequence_parallel_strategy", STRATEGIES), ("dtype", DTYPES), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 names = ", ".join(map(repr, known))
                 raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
@@ -158,13 +172,19 @@ class TrainingOptions:
             ("learning_rate", self.learning_rate > 0, "above 0"),
             ("weight_decay", self.weight_decay >= 0, "at least 0"),
             ("warmup", 0 <= self.warmup <= 1, "between 0 and 1"),
-            ("held_out", 0 < self.held_out < 1, "above 0 and below 1"),
+            ("held_out", 0 <= self.held_out < 1, "at least 0 and below 1"),
             ("timeout", self.timeout > 0, "above 0"),
             ("lora_alpha", self.lora_alpha is None or self.lora_alpha > 0, "above 0"),
             ("lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1"),
         ):
             if not is_right:
                 raise ValueError(f"{name} must be {range_}, got {getattr(self, name)}")
+
+        self._check_schedule()
+        if self.keep_best and not self.evaluates:
+            raise ValueError("keep_best needs held-out losses: give validation, or a held_out above 0")
+        if self.validation and self.held_out != type(self).held_out:
+            raise ValueError(f"validation and held_out {self.held_out} name two texts to evaluate on: give one of them")
 
     def _check_fine_tuning(self) -> None:
         """Check the options of a run that starts from a checkpoint, or trains adapters, against the others."""
@@ -184,6 +204,46 @@ class TrainingOptions:
             raise ValueError(
                 "lora_dropout must be 0 with segment_length: segments are read twice, and would drop other inputs"
             )
+
+    def _check_schedule(self) -> None:
+        if self.min_lr is not None:
+            if self.schedule == "constant":
+                raise ValueError("min_lr goes with schedule 'cosine' or 'wsd', not with 'constant'")
+            if not 0 <= self.min_lr <= self.learning_rate:
+                raise ValueError(
+                    f"min_lr must be between 0 and the learning_rate {self.learning_rate}, got {self.min_lr}"
+                )
+        if self.decay_steps is not None:
+            if self.schedule != "wsd":
+                raise ValueError(f"decay_steps goes with schedule 'wsd', not with {self.schedule!r}")
+            if self.decay_steps <= 0 or (self.decay_steps > 1 and self.decay_steps != int(self.decay_steps)):
+                raise ValueError(f"decay_steps must be a number of steps, or a fraction, got {self.decay_steps}")
+        if self.schedule == "wsd" and self.num_warmup_steps + self.num_decay_steps > self.steps:
+            raise ValueError(
+                f"{self.num_warmup_steps} steps of warm-up and {self.num_decay_steps} of decay exceed the "
+                f"{self.steps} steps: lower warmup or decay_steps"
+            )
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Number of steps over which the learning rate rises."""
+        return round(self.warmup * self.steps)
+
+    @property
+    def num_decay_steps(self) -> int:
+        """Number of steps of the decay of the schedule "wsd"."""
+        given = 0.2 if self.decay_steps is None else self.decay_steps
+        return round(given * self.steps) if given < 1 else int(given)
+
+    @property
+    def evaluates(self) -> bool:
+        """True if the run computes losses of held-out text."""
+        return bool(self.validation) or self.held_out > 0
+
+    def with_schedule_of(self, record: dict[str, Any]) -> "TrainingOptions":
+        """Copy with the learning rates of a record; what it does not hold is the default."""
+        names = "steps", "learning_rate", "warmup", "schedule", "decay_steps", "min_lr"
+        return replace(self, keep_best=False, **{name: record.get(name, getattr(type(self), name)) for name in names})
 
     def save(self) -> None:
         """Write `run.json` atomically; create the folder if it does not exist."""
@@ -226,7 +286,8 @@ def resumed_options(
 ) -> tuple[TrainingOptions, list[str]]:
     """Return the options of a run that resumes from a checkpoint, and a line for every changed option.
 
-    A step keeps its number of sequences: `batch_size` and `accumulate` are adapted to the number of processes.
+    A step keeps its number of sequences: `batch_size` and `accumulate` are adapted to the number of processes. The
+    warm-up keeps its number of steps: `warmup` is adapted to the number of steps.
 
     Args:
         options: options in `run.json`, perhaps edited.
@@ -239,12 +300,10 @@ def resumed_options(
     if record is None:
         return options, []
     record = _of_this_version(record)
+    options = _with_warmup_of(options, record)
     for name, (before, now) in _changes(options, record).items():
-        if name not in MAY_CHANGE:
-            raise ValueError(
-                f"{options.output / FILE}: {name} was {before!r} in this run and cannot become {now!r}; "
-                "change it back, or start another run"
-            )
+        if name not in MAY_CHANGE and name != "warmup":
+            raise _cannot_change(options, name, before, now)
     total = record["sequences_per_step"]
     if options.batch_size * data_size * options.accumulate != total:
         each, rest = divmod(total, data_size)
@@ -255,8 +314,22 @@ def resumed_options(
         batch_size = next(size for size in range(min(options.batch_size, each), 0, -1) if each % size == 0)
         options = replace(options, batch_size=batch_size, accumulate=each // batch_size)
     changes = _changes(options, record)
-    changes.pop("output", None)
+    for name in ("output", "warmup"):  # the warm-up keeps its number of steps
+        changes.pop(name, None)
     return options, [f"{name} {before} is now {now}" for name, (before, now) in changes.items()]
+
+
+def _with_warmup_of(options: TrainingOptions, record: dict[str, Any]) -> TrainingOptions:
+    """Options with the number of steps of warm-up in a record.
+
+    Raises:
+        ValueError: another warm-up is given.
+    """
+    before, steps = record.get("warmup", options.warmup), record.get("steps", options.steps)
+    kept = before if options.steps == steps else min(1.0, round(before * steps) / options.steps)
+    if options.warmup not in (before, kept):
+        raise _cannot_change(options, "warmup", before, options.warmup)
+    return replace(options, warmup=kept)
 
 
 def _of_this_version(saved: dict[str, Any]) -> dict[str, Any]:
@@ -265,6 +338,13 @@ def _of_this_version(saved: dict[str, Any]) -> dict[str, Any]:
         saved = saved | {"dtype": "bfloat16" if saved["bf16"] else "float32"}
         del saved["bf16"]
     return saved
+
+
+def _cannot_change(options: TrainingOptions, name: str, before: Any, now: Any) -> ValueError:
+    return ValueError(
+        f"{options.output / FILE}: {name} was {before!r} in this run and cannot become {now!r}; "
+        "change it back, or start another run"
+    )
 
 
 def _changes(options: TrainingOptions, record: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

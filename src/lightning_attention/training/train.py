@@ -29,13 +29,14 @@ from ..models.mixers import ATTENTIONS, attention_options, check_is_linear
 from ..models.tokenization import vocab_size
 from .arguments import training_arguments
 from .batches import has_labels
+from .best import best_checkpoint, held_out_loss
 from .checkpoint import check_checkpoint, read_record
 from .corpus import Corpus, PackedDataset
 from .documents import Sources, standard_library
 from .execution import Execution, choose_execution
 from .finetune import adapters_of, load_base, prepare_adapters, resumed_model, with_base_checkpoint
-from .folder import CORPUS, METRICS, PLOT, RunFolder, last_intact
-from .metrics import MetricsCallback, plot_loss
+from .folder import BEST, CORPUS, METRICS, PLOT, VALIDATION, RunFolder, last_intact
+from .metrics import MetricsCallback, describe_losses, plot_loss
 from .options import TrainingOptions, resumed_options
 from .processes import (
     check_equal,
@@ -50,9 +51,13 @@ from .processes import (
     together,
     world_size,
 )
+from .schedule import learning_rate
 from .signals import Interrupted, StopRequest, stop_requests
+from .text_bytes import bits_per_nat, token_bytes
 from .tokenizer import load_tokenizer
 from .trainer import PackedTrainer
+
+NOT_EVALUATED = "no held-out losses: the run trains on all of its text"
 
 
 def train(options: TrainingOptions, *, resume: bool = False, console: Console | None = None) -> Path:
@@ -135,9 +140,8 @@ def _open(options: TrainingOptions, resume: bool, console: Console | None) -> It
             options = on_first(lambda: with_base_checkpoint(options, may_be_missing=False))
         elif checkpoint := on_first(lambda: last_intact(folder.path, check_checkpoint, console.print)):
             console.print(f"resuming from {checkpoint}")
-            data_size = world_size() // options.sequence_parallel
             options = on_first(lambda: with_base_checkpoint(options, may_be_missing=True))
-            options, changes = together(lambda: resumed_options(options, read_record(checkpoint), data_size))
+            options, changes = together(lambda: _resumed(options, checkpoint))
             for change in changes:
                 console.print(change, markup=False)
         else:
@@ -162,7 +166,8 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
     if not run.has_corpus:
         on_first(lambda: _prepare_corpus(run, tokenizer))
     corpus = together(lambda: Corpus.open(folder / CORPUS))
-    training_set, held_out_set = together(lambda: _datasets(corpus, options))
+    validation = together(lambda: Corpus.open(folder / VALIDATION)) if options.validation else corpus
+    training_set, held_out_set = together(lambda: _datasets(corpus, validation, options))
     set_seed(options.seed)
     if model is None:
         model = together(lambda: LightningForCausalLM(cast(LightningConfig, config)))
@@ -178,24 +183,34 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
     if options.fsdp:
         shard(model, run.arguments.device.type)
     tokens_per_step = run.sequences_per_step * options.sequence_length
+    lengths = token_bytes(tokenizer)
+    factor = None if lengths is None else bits_per_nat(corpus, lengths)
     trainer = PackedTrainer(
         options.segment_length,
         run.sequence_parallel,
+        lengths,
         stop=run.stop,
         adapters=adapters,
         record=json.loads(options.to_json()) | {"sequences_per_step": run.sequences_per_step},
+        keep_best=options.keep_best,
         model=model,
         args=run.arguments,
         train_dataset=training_set,
         eval_dataset=held_out_set,
         processing_class=tokenizer,
-        callbacks=[_SaveOptions(run), MetricsCallback(folder / METRICS, tokens_per_step, run.console)],
+        callbacks=[_SaveOptions(run), MetricsCallback(folder / METRICS, tokens_per_step, run.console, factor)],
     )
     trainer.remove_callback(PrinterCallback)
     run.console.print(
         f"{num_parameters / 1e6:.1f}M parameters{trained} on {run.arguments.world_size} x {run.arguments.device.type}, "
         f"{corpus.num_train:,} tokens of {corpus.num_documents:,} documents, {tokens_per_step:,} tokens a step"
     )
+    if options.validation:
+        run.console.print(f"validation: {validation.num_held_out:,} tokens of {validation.num_documents:,} documents")
+    elif not options.evaluates:
+        run.console.print(NOT_EVALUATED)
+    if lengths is None:
+        run.console.print("no bits per byte: the tokens of this tokenizer are not bytes of the text")
     run.console.print(run.execution.description, markup=False, highlight=False)
     return trainer, corpus
 
@@ -207,9 +222,18 @@ def _run(run: _OpenRun, trainer: PackedTrainer, corpus: Corpus) -> Path:
         _make_steps(run, trainer)
     last = last_checkpoint(folder)
     if rank() == 0:
-        unigram_loss = cast(PackedDataset, trainer.eval_dataset).loss_of(corpus.unigram())
-        plot_loss(folder / METRICS, folder / PLOT, {"token frequencies": unigram_loss})
+        held_out = cast(PackedDataset | None, trainer.eval_dataset)
+        if held_out is not None:
+            baselines = {"token frequencies": held_out.loss_of(corpus.unigram())}
+            plot_loss(folder / METRICS, folder / PLOT, baselines)
+        else:
+            plot_loss(folder / METRICS, folder / PLOT, title=NOT_EVALUATED)
     run.console.print(f"checkpoint  {last}\nmetrics     {folder / METRICS}\nloss plot   {folder / PLOT}")
+    if rank() == 0:
+        if (best := best_checkpoint(folder)) and (loss := held_out_loss(best)) is not None:
+            run.console.print(f"best        {folder / BEST}: {best.name}, held-out loss {loss:.4f}")
+        if losses := describe_losses(folder / METRICS):
+            run.console.print(losses, highlight=False)
     return last
 
 
@@ -227,6 +251,18 @@ def _make_steps(run: _OpenRun, trainer: PackedTrainer) -> None:
     if run.stop.answered and step < trainer.state.max_steps:
         command = f"lightning-attention train --resume --output {shlex.quote(str(folder))}"
         raise Interrupted(run.stop.answered, f"after step {step}, which is saved; to resume: {command}")
+
+
+def _resumed(options: TrainingOptions, checkpoint: Path) -> tuple[TrainingOptions, list[str]]:
+    """Options of a run that resumes from a checkpoint, and a line for every change."""
+    step, record = checkpoint_step(checkpoint), read_record(checkpoint)
+    if options.steps < step:
+        raise ValueError(f"{checkpoint} is of a later step than steps: give at least {step}, got {options.steps}")
+    options, changes = resumed_options(options, record, world_size() // options.sequence_parallel)
+    before, now = (learning_rate(x, step) for x in (options.with_schedule_of(record or {}), options))
+    if record and step < options.steps and before != now:
+        changes.append(f"the learning rate after step {step} was {before:.3g}, it is now {now:.3g}")
+    return options, changes
 
 
 class _SaveOptions(TrainerCallback):
@@ -324,6 +360,24 @@ def _prepare_corpus(run: _OpenRun, tokenizer: PreTrainedTokenizerFast) -> None:
         sources = Sources.find(options.data, options.text_field, options.seed)
     else:
         sources = Sources.find([standard_library()], seed=options.seed, without=("test", "tests"))
+    held_out = None
+    if options.validation:
+        held_out = Sources.find(options.validation, options.text_field, options.seed)
+        known = {file.resolve() for file in sources.files}
+        if both := sum(file.resolve() in known for file in held_out.files):
+            run.console.print(f"the run trains on files that it is validated on: {both:,}", highlight=False)
+    folder, held_out_fraction = run.folder.path, 0.0 if held_out else options.held_out
+    _tokenize(run, tokenizer, folder / CORPUS, sources, held_out_fraction)
+    if held_out:
+        try:
+            _tokenize(run, tokenizer, folder / VALIDATION, held_out, 1.0)
+        except ValueError as error:
+            raise ValueError(f"validation: {error}") from error
+
+
+def _tokenize(
+    run: _OpenRun, tokenizer: PreTrainedTokenizerFast, folder: Path, sources: Sources, held_out_fraction: float
+) -> None:
     columns = TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     progress = Progress(*columns)
     task = progress.add_task("tokenizing", total=None)
@@ -334,21 +388,25 @@ def _prepare_corpus(run: _OpenRun, tokenizer: PreTrainedTokenizerFast) -> None:
                 run.console.print(f"tokenizing goes on after {num_read:,} of {num_bytes:,} bytes", highlight=False)
             progress.update(task, completed=num_read, total=num_bytes)
 
-        corpus = Corpus.prepare(run.folder.path / CORPUS, sources, tokenizer, options.held_out, report)
+        corpus = Corpus.prepare(folder, sources, tokenizer, held_out_fraction, report)
     if skipped := sources.describe_skipped(corpus.skipped_files - sum(sources.skipped.values())):
         run.console.print(skipped, highlight=False)
 
 
-def _datasets(corpus: Corpus, options: TrainingOptions) -> tuple[PackedDataset, PackedDataset]:
-    """Training and held-out sequences."""
-    if corpus.num_held_out < options.sequence_length:
+def _datasets(
+    corpus: Corpus, validation: Corpus, options: TrainingOptions
+) -> tuple[PackedDataset, PackedDataset | None]:
+    """Training and held-out sequences; the latter are None if the run is not evaluated."""
+    if options.evaluates and validation.num_held_out < options.sequence_length:
+        name, remedy = ("validation", "text") if options.validation else ("held-out part", "data, a larger held_out")
         raise ValueError(
-            f"the held-out part has {corpus.num_held_out} tokens, fewer than one sequence of "
-            f"{options.sequence_length}: give more data, a larger held_out, or a shorter sequence_length"
+            f"the {name} has {validation.num_held_out} tokens, fewer than one sequence of "
+            f"{options.sequence_length}: give more {remedy}, or a shorter sequence_length"
         )
-    training = corpus.training_set(options.sequence_length)
-    held_out = corpus.held_out_set(options.sequence_length, options.eval_tokens)
+    training, held_out = corpus.training_set(options.sequence_length), None
+    if options.evaluates:
+        held_out = validation.held_out_set(options.sequence_length, options.eval_tokens)
     for part, dataset in (("training", training), ("held-out", held_out)):
-        if not has_labels(dataset):
+        if dataset is not None and not has_labels(dataset):
             raise ValueError(f"the {part} part has no token to predict: its documents hold one token each")
     return training, held_out

@@ -5,6 +5,7 @@ import time
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import default_collate
@@ -26,6 +27,7 @@ from .corpus import PackedDataset
 from .prefetch import prefetch
 from .processes import sum_over_processes
 from .segments import FOR_LOSS, segmented_loss
+from .text_bytes import num_text_bytes
 
 
 class PackedTrainer(CheckpointingTrainer):
@@ -38,16 +40,23 @@ class PackedTrainer(CheckpointingTrainer):
     Args:
         segment_length: see `segmented_loss`; None reads sequences at once.
         sequence_parallel: the group of processes that shares sequences with this one, if any.
+        token_bytes: bytes of text of each token, see `text_bytes.token_bytes`; None if unknown.
         options: see `CheckpointingTrainer`; both datasets are `PackedDataset`s, and `max_steps` is set.
     """
 
-    def __init__(self, segment_length: int | None, sequence_parallel: SequenceParallel | None, **options: Any):
+    def __init__(
+        self,
+        segment_length: int | None,
+        sequence_parallel: SequenceParallel | None,
+        token_bytes: np.ndarray | None = None,
+        **options: Any,
+    ):
         collate: Any = pack_sequences if segment_length is None else default_collate
         if sequence_parallel is not None:
             collate = partial(join_and_slice, sequence_parallel) if segment_length is None else join_sequences
         super().__init__(**options, data_collator=collate)
         self.args.ignore_data_skip = True  # TrainingBatches skips what was read before the checkpoint
-        self.segment_length = segment_length
+        self.segment_length, self.token_bytes = segment_length, token_bytes
         self.group_size = 1 if sequence_parallel is None else sequence_parallel.size
         sequences = self._share(self.args.train_batch_size).total * self.args.gradient_accumulation_steps
         self.add_callback(_CountTokens(sequences, len(options["train_dataset"]), self._sequence_length))
@@ -95,30 +104,38 @@ class PackedTrainer(CheckpointingTrainer):
         """Compute and log the mean loss over all predicted tokens of the dataset.
 
         Returns:
-            `eval_loss` in nats per token, and the time taken.
+            `eval_loss` in nats per token, `eval_bits_per_byte` if the bytes of tokens are known, and the time taken.
 
         Raises:
             ValueError: the dataset has no token to predict.
         """
         dataset = cast(PackedDataset, self.eval_dataset if eval_dataset is None else eval_dataset)
         started, loss_model = time.time(), self._loss_model(cast(Any, self.model).eval())
-        count, losses = 0, []
+        count, num_bytes, losses = 0, 0, []
         sequences = held_out_batches(dataset, self._share(self.args.eval_batch_size))
-        batches = ((num_labels(items), self.data_collator(items)) for items in sequences)
-        for num_predicted, inputs in prefetch(batches, self.args.device):
-            count += num_predicted
+        batches = ((self._counted(items), self.data_collator(items)) for items in sequences)
+        for counted, inputs in prefetch(batches, self.args.device):
+            count, num_bytes = count + counted[0], num_bytes + counted[1]
             with torch.no_grad(), self.accelerator.autocast():
                 losses.append(loss_model(**inputs, num_items_in_batch=1)["loss"])
-        total, count = sum_over_processes(
-            [math.fsum(torch.stack(losses).tolist()), count / self.group_size], self.args.device
+        total, count, num_bytes = sum_over_processes(
+            [math.fsum(torch.stack(losses).tolist()), count / self.group_size, num_bytes / self.group_size],
+            self.args.device,
         )
         if count == 0:
             raise ValueError("the held-out sequences hold no token to predict")
         metrics = {f"{metric_key_prefix}_loss": total / count}
+        if num_bytes:
+            metrics[f"{metric_key_prefix}_bits_per_byte"] = total / math.log(2) / num_bytes
         metrics |= speed_metrics(metric_key_prefix, started, num_samples=len(dataset))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._consider(total / count)
         return metrics
+
+    def _counted(self, items: list[dict[str, torch.Tensor]]) -> tuple[int, int]:
+        """Numbers of predicted tokens and of their bytes of text, 0 if unknown."""
+        return num_labels(items), 0 if self.token_bytes is None else num_text_bytes(items, self.token_bytes)
 
 
 class _CountTokens(TrainerCallback):
