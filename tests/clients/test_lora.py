@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -26,6 +27,7 @@ from lightning_attention.models.adapters import (
 from lightning_attention.models.checkpoint import checkpoints
 from lightning_attention.models.mixers import ATTENTIONS, attention_options
 from lightning_attention.training import TrainingOptions, train
+from lightning_attention.training.metrics import read_metrics
 
 peft = pytest.importorskip("peft", reason="needs PEFT: make clients")
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -69,6 +71,20 @@ def test_only_adapters_are_trained_and_saved(files: Path, base: Path) -> None:
         if (plain := name.replace(".base_layer", "")) in expected:
             assert torch.equal(x, expected[plain]), name
     assert sum(x.numel() for x in trained_weights(adapted).values()) == sum(x.numel() for x in weights.values())
+
+
+def test_the_best_adapters_on_own_text_are_kept_and_load(files: Path, base: Path) -> None:
+    """Also after a run that goes on for longer, with another schedule."""
+    validation = files / "valid"
+    validation.mkdir()
+    (validation / "a.txt").write_text("".join(f"{i} times {i} is {i * i}. " for i in range(80)))
+    run = tuned(files, validation=(validation,), keep_best=True, eval_every=5, save_every=10, steps=20)
+    train(run, console=quiet())
+    train(replace(run, steps=40, schedule="constant"), resume=True, console=quiet())
+    found = {x["step"]: x["eval_loss"] for x in read_metrics(files / "tuned" / "metrics.jsonl") if "eval_loss" in x}
+    best = files / "tuned" / "best"
+    assert best.resolve().name == f"checkpoint-{min(found, key=lambda step: found[step])}"
+    assert torch.equal(logits(load(best)[0]), logits(load(best.resolve())[0]))
 
 
 def test_a_resumed_run_has_the_weights_of_an_undisturbed_one(files: Path, base: Path) -> None:
