@@ -1,6 +1,7 @@
 """Atomic file replacement: a reader finds the old content or the new, whenever the writer is stopped."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -75,6 +76,19 @@ def writable_folder(folder: PathLike) -> Iterator[Path]:
             with suppress(OSError):
                 path.rmdir()
         raise
+
+
+@contextmanager
+def complete_or_empty(folder: PathLike) -> Iterator[None]:
+    """Create a folder or take an empty one; after an error in the block, remove what was written to it."""
+    folder = to_path(folder, "folder")
+    with writable_folder(folder):
+        try:
+            yield
+        except BaseException:
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            raise
 
 
 def flush(path: PathLike) -> None:

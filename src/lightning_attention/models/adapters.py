@@ -4,9 +4,7 @@ Adapters stay inside the model they are added to, so that its class and its meth
 """
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from ..extras import require
-from ..files import writable_folder
+from ..files import complete_or_empty
 from ..paths import PathLike, to_path
 from .base import share_mode
 from .checkpoint import ADAPTER_CONFIG, UNUSABLE, last_checkpoint, load_model
@@ -210,7 +208,7 @@ def merge_checkpoint(checkpoint: PathLike, output: PathLike) -> Path:
         raise ValueError(f"{folder} has no adapters to merge: it is a plain checkpoint")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists: choose another output")
-    with _complete_or_empty(output):
+    with complete_or_empty(output):
         model = load_merged(folder)
         try:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -220,15 +218,3 @@ def merge_checkpoint(checkpoint: PathLike, output: PathLike) -> Path:
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
     return output
-
-
-@contextmanager
-def _complete_or_empty(output: Path) -> Iterator[None]:
-    """Remove what was written to a folder after an error."""
-    with writable_folder(output):
-        try:
-            yield
-        except BaseException:
-            for path in output.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            raise

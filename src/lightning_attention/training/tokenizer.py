@@ -48,7 +48,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab={character: byte for byte, character in byte_characters()}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    wrapped = _with_special_tokens(tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
+    wrapped = with_special_tokens(tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
     begin_with_bos(wrapped)
     return wrapped
 
@@ -118,7 +118,7 @@ def _read(path: Path, report: Callable[[str], None]) -> PreTrainedTokenizerFast:
         if (file.parent / "tokenizer_config.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent)
         else:
-            tokenizer = _with_special_tokens(backend, bos_token=_token_before_text(backend))
+            tokenizer = with_special_tokens(backend, bos_token=_token_before_text(backend))
     except Exception as error:  # tokenizers raises bare Exceptions
         raise ValueError(f"{file} is not a tokenizer: {error}") from error
     if added := sorted(tokenizer.get_vocab().keys() - backend.get_vocab().keys()):
@@ -137,7 +137,8 @@ def _token_before_text(tokenizer: Tokenizer) -> str | None:
     return processed.tokens[0] if processed.special_tokens_mask[:2] == [1, 0] else None
 
 
-def _with_special_tokens(tokenizer: Tokenizer, **tokens: str | None) -> PreTrainedTokenizerFast:
+def with_special_tokens(tokenizer: Tokenizer, **tokens: str | None) -> PreTrainedTokenizerFast:
+    """Wrap a tokenizer, with special tokens by their kinds and ChatML as its chat template."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         padding_side="left",
