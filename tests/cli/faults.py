@@ -157,7 +157,7 @@ def numbers() -> Iterator[list[str]]:
     yield from _numbers(TRAIN, "--sequence-length", "0", "-1", "1", HUGE)
     yield from _numbers(TRAIN, "--segment-length", "0", "-1")
     yield from _numbers(TRAIN, "--seed", "-1", str(2**32))
-    yield from _numbers(TRAIN, "--held-out", "0", "1", "-1", "2", "1e-300", is_whole=False)
+    yield from _numbers(TRAIN, "--held-out", "1", "-1", "2", "1e-300", is_whole=False)
     yield from _numbers(TRAIN, "--learning-rate", "0", "-1", is_whole=False)
     yield from _numbers(TRAIN, "--warmup", "-0.1", "1.1", is_whole=False)
     yield from _numbers(TRAIN, "--weight-decay", "-1", is_whole=False)
@@ -216,6 +216,21 @@ def words() -> Iterator[list[str]]:
     yield ["train", "--data", "lines.jsonl", "--text-field", "story", "--output", "new"]
     yield [*TRAIN, "--size", "demo"]
     yield [*TRAIN, "--resume"]
+    yield [*TRAIN, "--init-from", "missing"]
+    yield [*TRAIN, "--lora-rank", "2"]
+    yield [*TRAIN, "--validation", "missing"]
+    yield [*TRAIN, "--validation", "data.txt", "--held-out", "0.1"]
+    yield [*TRAIN, "--keep-best", "--held-out", "0"]
+    yield [*TRAIN, "--schedule", "linear"]
+    yield [*TRAIN, "--decay-steps", "2"]
+    yield [*TRAIN, "--min-lr", "10"]
+    yield ["compare"]
+    yield ["compare", "missing"]
+    yield ["merge", "--checkpoint", "missing", "--output", "new"]
+    yield ["tokenizer", "train", "--data", "missing", "--output", "new"]
+    yield ["tokenizer", "nothing"]
+    yield ["chat", "--checkpoint", "missing"]
+    yield ["serve", "--checkpoint", "missing"]
     yield ["train", "--resume", "--output", "new", "--steps", "3"]
     yield ["generate"]
     yield [*GENERATE, "--prompts", "prompts.jsonl"]
