@@ -137,7 +137,7 @@ def finish(process: Popen[str]) -> None:
 
 
 def arguments_of(chosen: TrainingOptions) -> list[str]:
-    values = {name: x for name, x in vars(chosen).items() if x is not None and name not in ("size", "tokenizer")}
+    values = {name: x for name, x in vars(chosen).items() if x not in (None, ()) and name not in ("size", "tokenizer")}
     values["data"] = chosen.data[0]
     flags = [f"--{name.replace('_', '-')}={x}" for name, x in values.items() if not isinstance(x, bool)]
     return ["train", *flags, "--no-compile", *(["--fsdp"] if chosen.fsdp else [])]

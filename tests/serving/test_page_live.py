@@ -62,5 +62,5 @@ def test_missing_chat_template_is_shown(
     with live_server(*model_and_tokenizer) as live:
         page = open_page(f"{live.url}/")
         say(page, "hi")
-        expect(page.locator(".failed p")).to_contain_text("no chat template: start the server with --chat-template")
+        expect(page.locator(".failed p")).to_contain_text("no chat template: give one by --chat-template")
         expect(button(page, "Retry")).to_be_visible()
