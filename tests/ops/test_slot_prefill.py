@@ -200,6 +200,36 @@ def test_wrong_slots_are_refused_before_anything_is_written(change, kind, messag
     assert not pool.any()
 
 
+def test_a_list_of_positions_is_checked_on_every_device():
+    """Values of tensors on an accelerator are not read, but those of a list are at hand."""
+    y, on_meta = x.to("meta"), {name: value.to("meta") for name, value in ARGUMENTS.items()}
+    with pytest.raises(ValueError, match="state_positions must rise from 1 to at most T = 6"):
+        lightning_attention_prefill_(y, y, y, **on_meta, state_positions=[7], saved_indices=one[None].to("meta"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("positions", [[2, 4], torch.tensor([2, 4])], ids=["list", "tensor"])
+def test_compiled_equals_eager(positions):
+    def prefill(q, state, saved):
+        options = {"state_indices": one, "state_positions": positions, "saved_indices": saved}
+        return lightning_attention_prefill_(q, q, q, state=state, **options) + 1
+
+    saved, pools = torch.tensor([[2, 3]]), [torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(0))] * 2
+    pools = [each.clone() for each in pools]
+    compiled = torch.compile(prefill, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, pools[0], saved), prefill(x, pools[1], saved))
+    assert torch.equal(*pools)
+
+
+def test_autocast_casts_q_k_and_v():
+    pools = [torch.zeros(5, 2, 4, 4) for _ in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = lightning_attention_prefill_(x, x, x, state=pools[0], state_indices=one)
+    y = x.bfloat16()
+    assert torch.equal(found, lightning_attention_prefill_(y, y, y, state=pools[1], state_indices=one))
+    assert torch.equal(*pools)
+
+
 def test_gradients_are_refused():
     y = x.clone().requires_grad_()
     with pytest.raises(ValueError, match="lightning_attention_prefill_ keeps no gradient"):

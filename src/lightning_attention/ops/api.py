@@ -377,6 +377,8 @@ def lightning_attention_prefill_(
         check_tensors({"state_positions": state_positions}, {})
     elif state_positions is not None:
         positions = integers("state_positions", state_positions)
+        if q.dim() == 4:  # the operator refuses others
+            check_state_positions(positions, q.shape[1])
         state_positions = torch.tensor(positions, dtype=torch.int64, device=q.device)
     slots = state_indices, has_initial_state, state_positions, saved_indices
     return custom_ops.prefill_(q, k, v, log_decay, state, cu_seqlens, *slots, scale, backend)
