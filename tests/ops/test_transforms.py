@@ -13,6 +13,7 @@ from lightning_attention import (
     lightning_attention,
     lightning_attention_commit,
     lightning_attention_prefill,
+    lightning_attention_prefill_,
     lightning_attention_step,
     lightning_attention_verify,
 )
@@ -162,6 +163,17 @@ def prefill(q, k, v, state):
     return lightning_attention_prefill(q, k, v, LOG_DECAY, initial_state=state, state_positions=[2, 4]).states
 
 
+def prefill_(q, k, v, state):
+    exists = torch.tensor([True] * (len(q) - 1) + [False])
+    return lightning_attention_prefill_(q, k, v, LOG_DECAY, state=state, has_initial_state=exists)
+
+
+def step_to_slots(q, k, v, state):
+    saved = torch.full(q.shape[:2], -1)
+    saved[:, 1] = torch.arange(len(q))
+    return lightning_attention_step(q, k, v, LOG_DECAY, state=state, saved_indices=saved)
+
+
 def step(q, k, v, state):
     return lightning_attention_step(q, k, v, LOG_DECAY, state=state)
 
@@ -179,7 +191,7 @@ def commit(q, k, v, state):
     return state
 
 
-OPERATORS = [attend, prefill, step, step_token, verify, commit]
+OPERATORS = [attend, prefill, prefill_, step, step_to_slots, step_token, verify, commit]
 operators = pytest.mark.parametrize("operator", OPERATORS, ids=[f.__name__ for f in OPERATORS])
 
 
@@ -190,13 +202,15 @@ def test_vmap_of_every_operator_equals_separate_calls(operator):
     expected = torch.stack(each(operator, tuple(x.clone() for x in given)))
     state = given[3].clone()
     torch.testing.assert_close(torch.vmap(operator)(*given[:3], state), expected)
-    if operator in (step, step_token, commit):
+    if operator in (prefill_, step, step_to_slots, step_token, commit):
         updated = given[3].clone()
         each(operator, (*given[:3], updated))
         torch.testing.assert_close(state, updated)
 
 
-@pytest.mark.parametrize("operator", [step, commit], ids=["step", "commit"])
+@pytest.mark.parametrize(
+    "operator", [prefill_, step, step_to_slots, commit], ids=["prefill_", "step", "step_to_slots", "commit"]
+)
 @torch.no_grad()
 def test_vmap_with_a_shared_state_is_refused(operator):
     *mapped, _ = inputs(M)
