@@ -180,10 +180,7 @@ def learn(
 
     if table not in TABLES:
         raise ValueError(f"--table must be one of {', '.join(TABLES)}, got {table!r}")
-    names = [row.name for row in TABLES[table]]
-    for name in model or ():
-        if name not in names:
-            raise ValueError(f"--model must be one of {', '.join(names)}, got {name!r}")
+    names = _chosen(model, [row.name for row in TABLES[table]])
     torch_device = device_of(device)
     dtype, on_gpu = _training_dtype(dtype, torch_device), torch_device.type == "cuda"
     length = or_default(length, (2048 if table == "exactness" else 1024) if on_gpu else 256)
@@ -204,7 +201,7 @@ def learn(
         test_tokens=test_tokens or (None if on_gpu else 1 << 16),
     )
     _hide_progress_bars()
-    rows = [row for row in TABLES[table] if not model or row.name in model]
+    rows = [row for row in TABLES[table] if row.name in names]
     measured = benchmark(f"paper-{table}", rows, recipe, torch_device, keep=keep)
     run_benchmarks("paper", [measured], None, torch_device, DTYPES[dtype], output)
 
@@ -239,6 +236,7 @@ def length(
 @app.command("recall", cls=Command)
 def recall(
     output: Output = OUTPUT,
+    model: Annotated[list[str] | None, Option(help="Model by its name; repeat for more. By default all.")] = None,
     needles: Annotated[int, Option(help="Keys with a value in a sequence.")] = 8,
     length: Annotated[
         int | None, Option(help="Tokens of a training sequence. By default 256 on a GPU, 64 on a CPU.")
@@ -248,19 +246,20 @@ def recall(
         Option(help="Tokens of a tested sequence; repeat for more. By default doubling from that of training."),
     ] = None,
     batch_size: Annotated[int | None, Option(help="Sequences of a step. By default 128 on a GPU, 16 on a CPU.")] = None,
-    steps: Annotated[int | None, Option(help="Steps. By default 3000 on a GPU, 50 on a CPU.")] = None,
+    steps: Annotated[int | None, Option(help="Steps. By default 6000 on a GPU, 50 on a CPU.")] = None,
     learning_rate: Annotated[float, Option(help="Highest learning rate.")] = 1e-3,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
     """Needles in a haystack (share found, by length): lightning attention, the hybrid 7:1 and softmax attention."""
-    from .recall import KEYS, QUESTIONS, RecallCase, benchmark
+    from .recall import KEYS, QUESTIONS, SYSTEMS, RecallCase, benchmark
 
+    names = _chosen(model, list(SYSTEMS))
     torch_device = device_of(device)
     dtype, on_gpu = _training_dtype(dtype, torch_device), torch_device.type == "cuda"
     length = or_default(length, 256 if on_gpu else 64)
     lengths = tuple(sorted(set(tested or doubling(length, 6 if on_gpu else 3))))
-    batch_size, steps = or_default(batch_size, 128 if on_gpu else 16), or_default(steps, 3000 if on_gpu else 50)
+    batch_size, steps = or_default(batch_size, 128 if on_gpu else 16), or_default(steps, 6000 if on_gpu else 50)
     check_at_least(1, needles=needles, batch_size=batch_size, steps=steps)
     check_at_least(2 * needles * (1 + QUESTIONS), length=length, tested=lengths)
     if needles > KEYS:
@@ -276,7 +275,15 @@ def recall(
         learning_rate,
         dtype,
     )
-    run_benchmarks("paper", [benchmark(case, torch_device)], None, torch_device, DTYPES[dtype], output)
+    run_benchmarks("paper", [benchmark(case, names, torch_device)], None, torch_device, DTYPES[dtype], output)
+
+
+def _chosen(models: list[str] | None, names: list[str]) -> list[str]:
+    """The models of a table that are measured, in its order."""
+    for name in models or ():
+        if name not in names:
+            raise ValueError(f"--model must be one of {', '.join(names)}, got {name!r}")
+    return [name for name in names if not models or name in models]
 
 
 def _hide_progress_bars() -> None:

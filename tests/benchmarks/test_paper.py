@@ -337,6 +337,24 @@ def test_pages_say_what_was_not_measured_and_what_was_published():
     assert row[:2] == ["TNL", "ValueError: no"]
 
 
+def test_ablations_are_compared_with_tnl_of_the_same_seed():
+    sizes = {"trained_tokens": 1, "length": 1, "dtype": "float32"}
+    tnl = {"implementation": "TNL", "published": 2.2} | sizes
+    other = {"implementation": "gate: none", "published": 2.3} | sizes
+    results = [tnl | {"seed": 0, "loss": 4.0}, other | {"seed": 0, "loss": 4.5}, tnl | {"seed": 1, "loss": 4.25}]
+    first, second = rows(page.ablations(results))
+    assert first == ["TNL", "4.0000", "", "4.2500", "", "2.200", ""]
+    assert second == ["gate: none", "4.5000", "+0.500", "", "", "2.300", "+0.100"]
+
+
+def test_results_of_other_commits_are_named_once():
+    record = {"size": "1B", "length": 1024, "published": 1000, "commit": "0123456789"}
+    systems = (training.OURS, 4000.0), (training.SOFTMAX, 2000.0)
+    text = page.training([record | {"implementation": name, "tokens_per_second": rate} for name, rate in systems])
+    assert text.count("1B at 1K: commit `01234567`.") == 1
+    assert "Lightning-2 has 4.0 to 4.0 (1B) times the paper's tokens/s." in text
+
+
 def rows(text):
     """Cells of the rows of a table, without its header."""
     lines = [line for line in text.splitlines() if line.startswith("| ")]
@@ -350,7 +368,8 @@ def rows(text):
         (["learn", "--table", "quality", "--model", "GPT"], "--model must be one of TNL (lightning), "),
         (["learn", "--table", "quality", "--dtype", "float16"], "--dtype must be float32 or bfloat16 to train"),
         (["learn", "--table", "quality", "--corpus", "none"], "there is no corpus in none: make one with"),
-        (["recall", "--needles", "65", "--length", "400"], "--needles must be at most 64"),
+        (["recall", "--needles", "33", "--length", "400"], "--needles must be at most 32"),
+        (["recall", "--model", "LLaMA"], "--model must be one of TNL (lightning), TNL with softmax 7:1, "),
         (["recall", "--needles", "8", "--length", "20"], "--length must be at least 48"),
         (["training", "--size", "2B"], "--size must be one of"),
         (["corpus", "--package", "-o=x"], "'-o=x' is not the name of a Debian package"),
