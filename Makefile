@@ -23,14 +23,20 @@ test-kernels: export OMP_NUM_THREADS := 1
 test-kernels: environment $(TRITONS:%=.venv/triton-%/installed)
 	$(BIN)/python -m pytest -n 2 -m 'kernels and not slow'
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m 'triton and not slow'
-	set -e; for version in $(TRITONS); do \
-		PYTHONPATH=.venv/triton-$$version $(BIN)/python -m pytest -n 2 -m 'not slow' tests/ops/test_hopper_compile.py; \
-	done
+	$(call for-tritons,-m 'not slow' -k 'everything or slots or d_states')
 
-# Faults with real processes, many of them: kills, full disks, lost processes of a run.
+# Every variant of the Hopper kernels, or those that $(1) selects, with the other Tritons.
+define for-tritons
+	set -e; for version in $(TRITONS); do \
+		PYTHONPATH=.venv/triton-$$version $(BIN)/python -m pytest -n 2 $(1) tests/ops/test_hopper_compile.py; \
+	done
+endef
+
+# Faults with real processes, many of them: kills, full disks, lost processes of a run. And all variants of kernels.
 test-slow: export OMP_NUM_THREADS := 1
-test-slow: environment
+test-slow: environment $(TRITONS:%=.venv/triton-%/installed)
 	$(BIN)/python -m pytest -n 2 -m slow
+	$(call for-tritons)
 
 # The tests of models with the newest transformers that pip finds and with the oldest that pyproject.toml allows.
 test-newest: environment
