@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from lightning_attention.cli import main
-from lightning_attention.training.comparison import plot_runs, read_runs, table_of_runs
+from lightning_attention.training.comparison import read_runs, table_of_runs
+from lightning_attention.training.plots import plot_runs
 
 
 def write(folder: Path, *records: dict[str, Any]) -> Path:

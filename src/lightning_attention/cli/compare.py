@@ -17,7 +17,8 @@ def compare(
 ) -> None:
     """Plot the losses of training runs over each other, and print their last losses."""
     with quick_imports():
-        from ..training.comparison import plot_runs, read_runs, table_of_runs
+        from ..training.comparison import read_runs, table_of_runs
+        from ..training.plots import plot_runs
 
     found = read_runs(runs)
     plot_runs(found, output)

@@ -6,7 +6,6 @@ from typing import Any
 
 from rich.table import Table
 
-from .. import files
 from ..paths import PathLike, to_path
 from .folder import METRICS
 from .metrics import read_metrics
@@ -54,40 +53,6 @@ def _read(file: PathLike) -> Records:
             before = last
         last = record["seconds"] = before + record["seconds"]
     return records
-
-
-def plot_runs(runs: Mapping[str, Records], picture: PathLike) -> None:
-    """Plot the losses of runs as a PNG: nats per token and bits per byte, against tokens and against time.
-
-    Lines are training losses, lines with dots held-out losses. Bits per byte are left out if no run has them.
-
-    Args:
-        runs: see `read_runs`.
-        picture: the file to write.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    from matplotlib.figure import Figure
-
-    picture = to_path(picture, "picture")
-    units = [unit for unit in UNITS if unit == "nats per token" or any(map(_has_bits, runs.values()))]
-    figure = Figure(figsize=(12, 4.2 * len(units)), layout="constrained")
-    grid = figure.subplots(len(units), 2, squeeze=False)
-    for axes_of_unit, unit in zip(grid, units, strict=True):
-        for axes, against in zip(axes_of_unit, ("tokens", "seconds"), strict=True):
-            for index, (name, records) in enumerate(runs.items()):
-                style: dict[str, Any] = {"color": f"C{index % 10}", "markersize": 3}
-                if points := _points(records, UNITS[unit], against):
-                    axes.plot(*zip(*points, strict=True), label=name, alpha=0.5, **style)
-                if points := _points(records, f"eval_{UNITS[unit]}", against):
-                    axes.plot(*zip(*points, strict=True), label=f"{name}, held out", marker="o", **style)
-            axes.set(xlabel="tokens seen" if against == "tokens" else "seconds of training", ylabel=f"loss ({unit})")
-            axes.grid(alpha=0.3)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend()
-    with files.replacing(picture, "wb") as image:
-        figure.savefig(image, dpi=150, format="png")
 
 
 def table_of_runs(runs: Mapping[str, Records]) -> Table:
