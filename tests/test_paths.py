@@ -57,6 +57,7 @@ def options(output: Any, **changes: Any) -> TrainingOptions:
     return TrainingOptions(output=output, **changes)
 
 
+SILENT = RunLog(Console(quiet=True))
 NOTHING = {"not_measured": "x", "batch_size": 1, "num_heads": 1, "head_dim": 1, "dtype": "float32"}
 DOCUMENT = {"machine": {"device": "d"}, "runs": {"sweep": {"results": [NOTHING]}}}
 
@@ -87,11 +88,7 @@ PATHS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "Corpus": ("folder", "corpus", lambda path: Corpus(path, "", 259, 257, 1, 9, 9, 0, 1).train_tokens()[:].tolist()),
     "Corpus.open": ("folder", "corpus", Corpus.open),
     "Corpus.prepare": ("folder", "new", lambda path: Corpus.prepare(path, Sources.find("data.txt"), byte_tokenizer())),
-    "MetricsCallback": (
-        "file",
-        "metrics.jsonl",
-        lambda path: MetricsCallback(path, Measurements(1), RunLog(Console(quiet=True))).file,
-    ),
+    "MetricsCallback": ("file", "metrics.jsonl", lambda path: MetricsCallback(path, Measurements(1), SILENT).file),
     "read_metrics": ("file", "metrics.jsonl", read_metrics),
     "drop_after": ("file", "metrics.jsonl", lambda path: drop_after(path, 5)),
     "plot_loss, file": ("file", "metrics.jsonl", lambda path: plot_loss(path, "loss.png")),

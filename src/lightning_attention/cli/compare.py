@@ -17,7 +17,7 @@ def compare(
 ) -> None:
     """Plot the losses of training runs over each other, and print their last losses."""
     with quick_imports():
-        from ..training.comparison import read_runs, table_of_runs
+        from ..training.comparison import read_runs, remarks, table_of_runs
         from ..training.plots import plot_runs
 
     found = read_runs(runs)
@@ -25,4 +25,6 @@ def compare(
     width = max(Console().width, WIDTH)
     console = Console(width=width, soft_wrap=True, markup=False, emoji=False, highlight=False)
     console.print(table_of_runs(found))
+    for remark in remarks(runs):
+        console.print(remark)
     console.print(f"plot  {output}")

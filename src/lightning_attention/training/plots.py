@@ -1,6 +1,7 @@
 """Plots of losses, of one run and of several: nats per token and bits per byte, against tokens and time."""
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -13,6 +14,7 @@ from .metrics import Records, read_metrics
 UNITS = {"nats per token": "loss", "bits per byte": "bits_per_byte"}
 SCALES = {"tokens": "tokens read", "seconds": "time of training"}
 COLORS = ("#1f5fa8", "#d95f02", "#1b9e77", "#c2185b", "#7b52ab", "#8c6d1f", "#2aa6c9", "#666666", "#a6761d", "#e6ab02")
+DASHES = "-", "--", ":", "-."
 PANEL = 6.4, 4.2  # inches
 
 
@@ -40,6 +42,7 @@ def plot_loss(
                 place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
                 axes.axhline(value, linestyle="--", linewidth=1, color="0.55")
                 axes.annotate(name, (0.99, value), color="0.4", **place)
+        axes.legend(frameon=False, loc="upper right")
         _finish(axes, unit, "tokens")
     _save(figure, picture, title)
 
@@ -61,25 +64,28 @@ def plot_runs(runs: Mapping[str, Records], picture: PathLike) -> None:
     for axes_of_unit, unit in zip(grid, units, strict=True):
         for axes, scale in zip(axes_of_unit, SCALES, strict=True):
             for index, (name, records) in enumerate(runs.items()):
-                color = COLORS[index % len(COLORS)]
-                _draw(axes, records, unit, scale, (name, f"{name}, held out"), (color, color))
+                color, dashes = COLORS[index % len(COLORS)], DASHES[index // len(COLORS) % len(DASHES)]
+                _draw(axes, records, unit, scale, (name, name), (color, color), dashes)
             _finish(axes, unit, scale)
-    _save(figure, picture, "Losses of training (thin) and of held-out text (dots)")
+    drawn = dict(zip(*reversed(grid[0][0].get_legend_handles_labels()), strict=True))
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=min(len(drawn), 4), frameon=False)
+    _save(figure, picture, "Losses of training (thin lines) and of held-out text (dots)")
 
 
 def units_of(runs: Iterable[Records]) -> list[str]:
     """Units that the losses of runs have; nats per token always."""
-    logged = {name for records in runs for record in records for name, value in record.items() if _is_number(value)}
+    logged = {name for records in runs for record in records for name, value in record.items() if is_number(value)}
     return [unit for unit, name in UNITS.items() if name == "loss" or {name, f"eval_{name}"} & logged]
 
 
 def points(records: Records, name: str, scale: str = "tokens") -> list[tuple[float, float]]:
     """Values of that name that are finite numbers, each with its place on a scale."""
     pairs: list[Any] = [(record.get(scale), record.get(name)) for record in records]
-    return [(x, y) for x, y in pairs if _is_number(x) and _is_number(y)]
+    return [(x, y) for x, y in pairs if is_number(x) and is_number(y)]
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
+    """True for a finite number."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -90,19 +96,22 @@ def _figure(num_rows: int, num_columns: int) -> tuple[Any, Any]:
     return figure, figure.subplots(num_rows, num_columns, squeeze=False)
 
 
-def _draw(axes: Any, records: Records, unit: str, scale: str, labels: Sequence[str], colors: Sequence[str]) -> None:
+def _draw(
+    axes: Any, records: Records, unit: str, scale: str, labels: Sequence[str], colors: Sequence[str], dashes: str = "-"
+) -> None:
     """Draw the training losses and the held-out losses of a run."""
     training, held_out = (points(records, f"{part}{UNITS[unit]}", scale) for part in ("", "eval_"))
-    if training:
-        alone = "." if len(training) == 1 else None
-        axes.plot(*zip(*training, strict=True), label=labels[0], color=colors[0], linewidth=1, alpha=0.6, marker=alone)
-    if held_out:
-        style = {"linewidth": 1.8, "marker": "o", "markersize": 3.5, "zorder": 3}
-        axes.plot(*zip(*held_out, strict=True), label=labels[1], color=colors[1], **style)
+    styles: tuple[dict[str, Any], ...] = (
+        {"linewidth": 1, "alpha": 0.6, "marker": "." if len(training) == 1 else None},
+        {"linewidth": 1.8, "zorder": 3, "marker": "o", "markersize": 3.5},
+    )
+    for found, label, color, style in zip((training, held_out), labels, colors, styles, strict=True):
+        if found:
+            axes.plot(*zip(*found, strict=True), label=_plain(label), color=color, linestyle=dashes, **style)
 
 
 def _finish(axes: Any, unit: str, scale: str) -> None:
-    """Label the axes, and let the legend leave the curves free."""
+    """Label the axes."""
     from matplotlib.ticker import EngFormatter, FuncFormatter
 
     axes.set(xlabel=SCALES[scale], ylabel=f"loss ({unit})")
@@ -111,8 +120,11 @@ def _finish(axes: Any, unit: str, scale: str) -> None:
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, loc="upper right")
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib neither reads as a formula nor hides from legends."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _clock(seconds: float, _position: int | None = None) -> str:
@@ -125,6 +137,7 @@ def _clock(seconds: float, _position: int | None = None) -> str:
 
 def _save(figure: Any, picture: PathLike, title: str | None) -> None:
     if title:
-        figure.suptitle(title.replace("$", r"\$"), fontsize=12, fontweight="bold")
-    with files.replacing(picture, "wb") as image:
+        figure.suptitle(_plain(title), fontsize=12, fontweight="bold")
+    with files.replacing(picture, "wb") as image, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # in a name that the font cannot write
         figure.savefig(image, dpi=150, format="png")

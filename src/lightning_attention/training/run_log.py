@@ -59,7 +59,8 @@ class RunLog:
                 yield
         except BaseException as error:
             with suppress(OSError):
-                self.write(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+                kind = "error: " if isinstance(error, Exception) else ""  # a signal is none
+                self.write(f"{kind}{' '.join(str(error).split()) or type(error).__name__}")
             raise
         finally:
             self.file = None

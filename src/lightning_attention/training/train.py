@@ -83,8 +83,8 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
         The last checkpoint.
 
     Raises:
-        ValueError: an option, a tracker or the data is invalid, the output folder holds a run and `resume` is not set, or
-            another process trains in it.
+        ValueError: an option or the data is invalid, a tracker cannot be used, the output folder holds a run and
+            `resume` is not set, or another process trains in it.
         OSError: a file could not be written, or another process was lost; earlier checkpoints are intact.
         FloatingPointError: the loss, its gradient or a weight is not finite; neither stepped nor saved.
         KeyboardInterrupt: a signal has stopped the run; it is an `Interrupted`, which knows the signal.
@@ -216,7 +216,7 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
         train_dataset=training_set,
         eval_dataset=held_out_set,
         processing_class=tokenizer,
-        callbacks=[measurements, *run.reporters, _SaveOptions(run), metrics],
+        callbacks=[*run.reporters, measurements, _SaveOptions(run), metrics],
     )
     trainer.remove_callback(PrinterCallback)
     devices = f"{run.arguments.world_size} x {run.arguments.device.type}"
