@@ -53,9 +53,10 @@ class Measurements(TrainerCallback, ExportableState):
         self.started = self.marked_time = self.step_ended = time.monotonic()
         self.marked_step = self.step = state.global_step
         if state.global_step:
-            saved: Any = state.stateful_callbacks
-            kept = saved.get(type(self).__name__) if isinstance(saved, dict) else None
-            self.started -= kept["attributes"]["seconds"] if isinstance(kept, dict) else self.seconds_before
+            kept: Any = state.stateful_callbacks
+            name = type(self).__name__
+            self.started -= kept[name]["attributes"]["seconds"] if name in kept else self.seconds_before
+            kept.setdefault(name, self.state())  # transformers only replaces what a checkpoint has
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
         now = time.monotonic()
