@@ -29,7 +29,7 @@ def main(
     write_book(book)
     options = TrainingOptions(
         output,
-        data=book,
+        data=(book,),
         size=size,
         sequence_length=sequence_length,
         segment_length=segment_length,  # activations of one segment are in memory, and a state per boundary
