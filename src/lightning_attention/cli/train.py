@@ -63,7 +63,9 @@ def train(
     ] = None,
     held_out: Annotated[float, DATA(help="Fraction of the tokens kept for evaluation; 0 for none.")] = 0.05,
     eval_tokens: Annotated[int, DATA(help="Held-out tokens to evaluate on, at most.")] = 1 << 18,
-    size: Annotated[str, MODEL(help="demo, 45M, 385M, 1B, 3B, 7B or 15B.")] = "demo",
+    size: Annotated[
+        str, MODEL(help="demo, 45M, 385M, 1B, 3B, 7B or 15B, as the papers name them; with bytes a model is smaller.")
+    ] = "demo",
     config: Annotated[Path | None, MODEL(help="JSON file of a model configuration, instead of a size.")] = None,
     attention: Annotated[
         str | None,

@@ -60,7 +60,7 @@ class RunFolder:
             ValueError: another process has locked the folder.
             OSError: the folder cannot be created, or is not writable.
         """
-        before = self._of_this_run()
+        had_lock = (self.path / LOCK).exists()
         with writable_folder(self.path):
             lock = FileLock(self.path / LOCK, blocking=False)
             try:
@@ -68,6 +68,9 @@ class RunFolder:
             except Timeout:
                 message = f"another process trains in {self.path}: wait for its end, or choose another output"
                 raise ValueError(message) from None
+            before = self._of_this_run()
+            if not had_lock:
+                del before[self.path / LOCK]
             try:
                 for leftover in self.path.glob("*.unfinished"):  # of a run that was killed
                     leftover.unlink()
