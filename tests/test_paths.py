@@ -18,7 +18,10 @@ from lightning_attention.models import LightningForCausalLM
 from lightning_attention.models.checkpoint import checkpoint_step, checkpoints, last_checkpoint, load_model
 from lightning_attention.training import Corpus, TrainingOptions, byte_tokenizer, load_tokenizer
 from lightning_attention.training.documents import Sources
-from lightning_attention.training.metrics import MetricsCallback, drop_after, plot_loss, read_metrics
+from lightning_attention.training.measurements import Measurements
+from lightning_attention.training.metrics import MetricsCallback, drop_after, read_metrics
+from lightning_attention.training.plots import plot_loss
+from lightning_attention.training.run_log import RunLog
 
 
 class Place(os.PathLike):
@@ -54,6 +57,7 @@ def options(output: Any, **changes: Any) -> TrainingOptions:
     return TrainingOptions(output=output, **changes)
 
 
+SILENT = RunLog(Console(quiet=True))
 NOTHING = {"not_measured": "x", "batch_size": 1, "num_heads": 1, "head_dim": 1, "dtype": "float32"}
 DOCUMENT = {"machine": {"device": "d"}, "runs": {"sweep": {"results": [NOTHING]}}}
 
@@ -84,7 +88,7 @@ PATHS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "Corpus": ("folder", "corpus", lambda path: Corpus(path, "", 259, 257, 1, 9, 9, 0, 1).train_tokens()[:].tolist()),
     "Corpus.open": ("folder", "corpus", Corpus.open),
     "Corpus.prepare": ("folder", "new", lambda path: Corpus.prepare(path, Sources.find("data.txt"), byte_tokenizer())),
-    "MetricsCallback": ("file", "metrics.jsonl", lambda path: MetricsCallback(path, 1, Console(quiet=True)).file),
+    "MetricsCallback": ("file", "metrics.jsonl", lambda path: MetricsCallback(path, Measurements(1), SILENT).file),
     "read_metrics": ("file", "metrics.jsonl", read_metrics),
     "drop_after": ("file", "metrics.jsonl", lambda path: drop_after(path, 5)),
     "plot_loss, file": ("file", "metrics.jsonl", lambda path: plot_loss(path, "loss.png")),

@@ -222,6 +222,8 @@ def words() -> Iterator[list[str]]:
     yield [*TRAIN, "--validation", "data.txt", "--held-out", "0.1"]
     yield [*TRAIN, "--keep-best", "--held-out", "0"]
     yield [*TRAIN, "--schedule", "linear"]
+    yield from _with(TRAIN, "--report-to", "", "paper", "all", "comet_ml", "Tensorboard")
+    yield [*TRAIN, "--report-to", "none", "--report-to", "tensorboard"]
     yield [*TRAIN, "--decay-steps", "2"]
     yield [*TRAIN, "--min-lr", "10"]
     yield ["compare"]

@@ -10,7 +10,9 @@ import pytest
 from rich.console import Console
 
 from lightning_attention.cli import main
-from lightning_attention.training.comparison import plot_runs, read_runs, table_of_runs
+from lightning_attention.training import TrainingOptions
+from lightning_attention.training.comparison import read_runs, remarks, table_of_runs
+from lightning_attention.training.plots import plot_loss, plot_runs
 
 
 def write(folder: Path, *records: dict[str, Any]) -> Path:
@@ -41,6 +43,41 @@ def test_the_table_has_the_last_and_the_lowest_losses(runs):
         ["a", "200", "0:00:04", "3.0000", "4.0000", "2.5000", "3.5000", "2.5000", "2"],
         ["b", "400", "0:00:08", "2.0000", "-", "1.7500", "-", "1.5000", "2"],
     ]
+
+
+def test_runs_that_are_odd_have_a_remark(tmp_path, runs):
+    for folder, steps, tokenizer in zip(runs, (2, 1000), ("bytes", "bpe"), strict=True):
+        TrainingOptions(folder, steps=steps).save()
+        (folder / "checkpoint-1").mkdir()
+        (folder / "checkpoint-1" / "tokenizer.json").write_text(tokenizer)
+    assert remarks([*runs, tmp_path]) == [
+        f"{runs[1]} has made 4 of 1,000 steps",
+        "tokenizers differ: bits per byte compare, losses in nats per token do not",
+    ]
+    (runs[1] / "checkpoint-1" / "tokenizer.json").write_text("bytes")
+    assert remarks([runs[1], runs[0]]) == [f"{runs[1]} has made 4 of 1,000 steps"]
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [record(1, loss=2.0)],
+        [record(1, eval_loss=2.0)],
+        [record(1, bits_per_byte=2.0, loss=1.0), {"step": 2, "tokens": None, "seconds": 3.0, "loss": 1.0}],
+        [record(1, loss=1.0), {"step": 2, "tokens": 3, "seconds": "x", "loss": 1.0}, {"loss": 3.0}],
+        [{**record(1, loss=1.0), "eval_loss": "x"}],
+        [record(step, loss=1.0) for step in range(1, 3000)],
+    ],
+    ids=["one point", "held out alone", "no tokens", "no time", "a text as loss", "many"],
+)
+@pytest.mark.filterwarnings("error")
+def test_odd_records_and_names_are_drawn(tmp_path, runs, records):
+    odd = write(tmp_path / "_läuft $x_1$ 日本 [red]", *records)
+    found = read_runs([odd, *runs])
+    plot_runs(found, tmp_path / "odd.png")
+    plot_loss(odd / "metrics.jsonl", tmp_path / "one.png", {"a line": 9.0}, f"{odd.name}: 1M parameters")
+    assert len(lines(table_of_runs(found))) == 4
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("odd.png", "one.png"))
 
 
 def test_the_plot_is_a_picture_also_of_runs_without_bytes(tmp_path, runs):

@@ -41,8 +41,9 @@ from lightning_attention.training import PackedDataset, TrainingOptions, byte_to
 from lightning_attention.training.arguments import training_arguments
 from lightning_attention.training.checkpoint import CheckpointingTrainer
 from lightning_attention.training.execution import Execution
-from lightning_attention.training.metrics import drop_after, plot_loss, read_metrics
-from lightning_attention.training.train import _model_config
+from lightning_attention.training.metrics import drop_after, read_metrics
+from lightning_attention.training.model_config import model_config
+from lightning_attention.training.plots import plot_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -446,7 +447,7 @@ def test_a_process_works_on_one_device(files, monkeypatch):
 )
 def test_the_attention_replaces_that_of_the_file(files, saved, attention):
     (files / "model.json").write_text(json.dumps(MODEL | saved))
-    config = _model_config(options(files, attention=attention), byte_tokenizer())
+    config = model_config(options(files, attention=attention), byte_tokenizer())
     kinds = {"softmax": ["full_attention"] * 2, "1:1": ["linear_attention", "full_attention"]}
     assert config.layer_types == kinds.get(attention, ["linear_attention"] * 2)
     assert config.linear_attention == ("elu" if attention == "elu" else "lightning")
@@ -454,14 +455,14 @@ def test_the_attention_replaces_that_of_the_file(files, saved, attention):
 
 def test_a_preset_replaces_decays_of_the_file(files):
     (files / "model.json").write_text(json.dumps(MODEL | {"log_decay": [[-0.1, -0.2]] * 2}))
-    config = _model_config(options(files, decay_preset="retnet"), byte_tokenizer())
+    config = model_config(options(files, decay_preset="retnet"), byte_tokenizer())
     assert (config.log_decay, config.decay_preset) == (None, "retnet")
 
 
 @pytest.mark.parametrize("preset", ["transnormer", "alibi"])
 def test_a_preset_without_decay_is_refused(files, preset):
     with pytest.raises(ValueError, match="decay_preset"):
-        _model_config(options(files, decay_preset=preset, attention="softmax"), byte_tokenizer())
+        model_config(options(files, decay_preset=preset, attention="softmax"), byte_tokenizer())
 
 
 def test_a_size_beside_a_config_is_refused(files):

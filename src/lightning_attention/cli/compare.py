@@ -17,11 +17,14 @@ def compare(
 ) -> None:
     """Plot the losses of training runs over each other, and print their last losses."""
     with quick_imports():
-        from ..training.comparison import plot_runs, read_runs, table_of_runs
+        from ..training.comparison import read_runs, remarks, table_of_runs
+        from ..training.plots import plot_runs
 
     found = read_runs(runs)
     plot_runs(found, output)
     width = max(Console().width, WIDTH)
     console = Console(width=width, soft_wrap=True, markup=False, emoji=False, highlight=False)
     console.print(table_of_runs(found))
+    for remark in remarks(runs):
+        console.print(remark)
     console.print(f"plot  {output}")

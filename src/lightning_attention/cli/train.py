@@ -1,7 +1,9 @@
 """`lightning-attention train`: train a language model on text files."""
 
+import errno
 import os
 import sys
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,15 @@ DATA, MODEL, RUN = (partial(Option, rich_help_panel=panel) for panel in ("Data",
 
 
 class _Console(Console):
-    """Console whose output is discarded once the reader of standard output has left."""
+    """Console whose output is discarded once the reader of standard output has left, or its terminal is closed."""
+
+    def __exit__(self, *raised: Any) -> None:
+        try:
+            super().__exit__(*raised)
+        except OSError as error:
+            if error.errno != errno.EIO:  # of a terminal that was closed
+                raise
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -53,7 +63,9 @@ def train(
     ] = None,
     held_out: Annotated[float, DATA(help="Fraction of the tokens kept for evaluation; 0 for none.")] = 0.05,
     eval_tokens: Annotated[int, DATA(help="Held-out tokens to evaluate on, at most.")] = 1 << 18,
-    size: Annotated[str, MODEL(help="demo, 45M, 385M, 1B, 3B, 7B or 15B.")] = "demo",
+    size: Annotated[
+        str, MODEL(help="demo, 45M, 385M, 1B, 3B, 7B or 15B, as the papers name them; with bytes a model is smaller.")
+    ] = "demo",
     config: Annotated[Path | None, MODEL(help="JSON file of a model configuration, instead of a size.")] = None,
     attention: Annotated[
         str | None,
@@ -104,6 +116,13 @@ def train(
     keep_best: Annotated[
         bool, RUN(help="Keep the checkpoint with the lowest held-out loss too, as the link best in --output.")
     ] = False,
+    report_to: Annotated[
+        list[str] | None,
+        RUN(
+            help="Tracker to log to: tensorboard, wandb, mlflow, trackio or another that transformers knows. Repeat "
+            "for more. With --resume, none ends it."
+        ),
+    ] = None,
     dtype: Annotated[
         str,
         RUN(
@@ -145,6 +164,7 @@ def train(
 
     disable_progress_bar()
     given = given_options(context)
+    values["report_to"] = tuple(report_to or ())
     if bf16:
         if "dtype" in given:
             raise ValueError("give --dtype or --bf16, not both")
@@ -169,7 +189,8 @@ def train(
         run(options, resume=resume, console=_Console(soft_wrap=True, markup=False, emoji=False))
     except Interrupted as error:
         if rank() == 0:
-            print(f"lightning-attention: {error}", file=sys.stderr)
+            with suppress(OSError):  # the terminal is closed
+                print(f"lightning-attention: {error}", file=sys.stderr, flush=True)
         leave_processes()
         sys.exit(128 + error.signal)
     except (SharedError, FloatingPointError):

@@ -1,6 +1,7 @@
 """transformers' `TrainingArguments` for the options of a run."""
 
 import os
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ def training_arguments(options: TrainingOptions, execution: Execution) -> Traini
         prediction_loss_only=True,
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to="none",  # see `reporting`
+        run_name=f"{options.output.resolve().name}-{datetime.now():%Y-%m-%d-%H-%M-%S}",  # trackers join equal names
         ddp_find_unused_parameters=False if "RANK" in os.environ else None,
         **checkpointing,
         **schedule_arguments(options),

@@ -1,18 +1,22 @@
-"""Losses of several runs, in one plot and one table."""
+"""Losses of several runs in one table; `plots` has the plot."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
 
 from rich.table import Table
 
-from .. import files
+from ..models.checkpoint import checkpoints
 from ..paths import PathLike, to_path
 from .folder import METRICS
-from .metrics import read_metrics
+from .measurements import in_hours
+from .metrics import Records, read_metrics
+from .options import TrainingOptions
+from .plots import is_number, points
 
-Records = list[dict[str, Any]]
-UNITS = {"nats per token": "loss", "bits per byte": "bits_per_byte"}
+TOKENIZER = "tokenizer.json"
+PLACES = "step", "tokens", "seconds"
 
 
 def read_runs(folders: Sequence[PathLike]) -> dict[str, Records]:
@@ -38,15 +42,14 @@ def read_runs(folders: Sequence[PathLike]) -> dict[str, Records]:
     return {name: _read(path / METRICS) for name, path in zip(names, paths, strict=True)}
 
 
-def _read(file: PathLike) -> Records:
-    file = to_path(file, "file")
+def _read(file: Path) -> Records:
     if not file.is_file():
         raise ValueError(f"{file.parent} holds no run with metrics: there is no file {file.name}")
     try:
-        records = [x for x in read_metrics(file) if isinstance(x, dict) and {"step", "tokens", "seconds"} <= set(x)]
+        records = [x for x in read_metrics(file) if isinstance(x, dict) and all(map(is_number, map(x.get, PLACES)))]
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
-    if not any(_points(records, name, "tokens") for name in ("loss", "eval_loss")):
+    if not any(points(records, name) for name in ("loss", "eval_loss")):
         raise ValueError(f"{file} holds no losses")
     before = last = 0.0
     for record in records:
@@ -56,38 +59,20 @@ def _read(file: PathLike) -> Records:
     return records
 
 
-def plot_runs(runs: Mapping[str, Records], picture: PathLike) -> None:
-    """Plot the losses of runs as a PNG: nats per token and bits per byte, against tokens and against time.
-
-    Lines are training losses, lines with dots held-out losses. Bits per byte are left out if no run has them.
-
-    Args:
-        runs: see `read_runs`.
-        picture: the file to write.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    from matplotlib.figure import Figure
-
-    picture = to_path(picture, "picture")
-    units = [unit for unit in UNITS if unit == "nats per token" or any(map(_has_bits, runs.values()))]
-    figure = Figure(figsize=(12, 4.2 * len(units)), layout="constrained")
-    grid = figure.subplots(len(units), 2, squeeze=False)
-    for axes_of_unit, unit in zip(grid, units, strict=True):
-        for axes, against in zip(axes_of_unit, ("tokens", "seconds"), strict=True):
-            for index, (name, records) in enumerate(runs.items()):
-                style: dict[str, Any] = {"color": f"C{index % 10}", "markersize": 3}
-                if points := _points(records, UNITS[unit], against):
-                    axes.plot(*zip(*points, strict=True), label=name, alpha=0.5, **style)
-                if points := _points(records, f"eval_{UNITS[unit]}", against):
-                    axes.plot(*zip(*points, strict=True), label=f"{name}, held out", marker="o", **style)
-            axes.set(xlabel="tokens seen" if against == "tokens" else "seconds of training", ylabel=f"loss ({unit})")
-            axes.grid(alpha=0.3)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend()
-    with files.replacing(picture, "wb") as image:
-        figure.savefig(image, dpi=150, format="png")
+def remarks(folders: Sequence[PathLike]) -> list[str]:
+    """Lines on runs that are not finished, and on losses that do not compare because tokenizers differ."""
+    lines, tokenizers = [], set()
+    for folder in (to_path(folder, "folders") for folder in folders):
+        last = next(reversed(checkpoints(folder)), None)
+        with suppress(ValueError, TypeError, OSError):  # there is no run.json yet, or it is of another version
+            steps = TrainingOptions.load(folder).steps
+            if (made := read_metrics(folder / METRICS)[-1]["step"]) < steps:
+                lines.append(f"{folder} has made {made:,} of {steps:,} steps")
+        with suppress(OSError):
+            tokenizers.add(hashlib.sha256((last or folder).joinpath(TOKENIZER).read_bytes()).digest())
+    if len(tokenizers) > 1:
+        lines.append("tokenizers differ: bits per byte compare, losses in nats per token do not")
+    return lines
 
 
 def table_of_runs(runs: Mapping[str, Records]) -> Table:
@@ -96,12 +81,12 @@ def table_of_runs(runs: Mapping[str, Records]) -> Table:
     for title in ("tokens", "time", "loss", "bits/byte", "held out", "bits/byte", "lowest", "at step"):
         table.add_column(title, justify="right")
     for name, records in runs.items():
-        held_out = [record for record in records if record.get("eval_loss") is not None]
+        held_out = [record for record in records if is_number(record.get("eval_loss"))]
         lowest = min(held_out, key=lambda record: record["eval_loss"], default={})
         table.add_row(
             name,
             f"{records[-1]['tokens']:,}",
-            str(timedelta(seconds=round(records[-1]["seconds"]))),
+            in_hours(records[-1]["seconds"]),
             *(_last(records, loss) for loss in ("loss", "bits_per_byte", "eval_loss", "eval_bits_per_byte")),
             _last([lowest], "eval_loss"),
             str(lowest.get("step", "-")),
@@ -109,14 +94,6 @@ def table_of_runs(runs: Mapping[str, Records]) -> Table:
     return table
 
 
-def _points(records: Records, name: str, against: str) -> list[tuple[float, float]]:
-    return [(record[against], record[name]) for record in records if record.get(name) is not None]
-
-
-def _has_bits(records: Records) -> bool:
-    return any(_points(records, prefix + "bits_per_byte", "tokens") for prefix in ("", "eval_"))
-
-
 def _last(records: Records, name: str) -> str:
-    found = _points(records, name, name)
+    found = points(records, name)
     return f"{found[-1][1]:.4f}" if found else "-"

@@ -15,6 +15,8 @@ from ..models.checkpoint import checkpoints
 from .options import FILE
 
 LOCK, CORPUS, METRICS, PLOT = ".lock", "corpus", "metrics.jsonl", "loss.png"
+LOG = "train.log"
+TRACKED = "runs"  # where TensorBoard's callback writes
 VALIDATION = "validation"  # the corpus of the text to evaluate on
 BEST = "best"  # link to the checkpoint with the lowest held-out loss
 CHECKSUMS = "checksums.sha256"
@@ -58,7 +60,7 @@ class RunFolder:
             ValueError: another process has locked the folder.
             OSError: the folder cannot be created, or is not writable.
         """
-        created = [path for path in (self.path / name for name in (LOCK, CORPUS, VALIDATION)) if not path.exists()]
+        had_lock = (self.path / LOCK).exists()
         with writable_folder(self.path):
             lock = FileLock(self.path / LOCK, blocking=False)
             try:
@@ -66,25 +68,36 @@ class RunFolder:
             except Timeout:
                 message = f"another process trains in {self.path}: wait for its end, or choose another output"
                 raise ValueError(message) from None
+            before = self._of_this_run()
+            if not had_lock:
+                del before[self.path / LOCK]
             try:
                 for leftover in self.path.glob("*.unfinished"):  # of a run that was killed
                     leftover.unlink()
                 yield
             except BaseException:
                 if not self.is_started:
-                    _remove(created)
+                    self._restore(before)
                 raise
             finally:
                 lock.release()
 
+    def _of_this_run(self) -> dict[Path, int]:
+        """Paths that a run creates or appends to before its first step, and their sizes."""
+        paths = [self.path / name for name in (LOCK, CORPUS, VALIDATION, LOG, TRACKED)]
+        return {path: path.stat().st_size for path in (*paths, *self.path.glob(f"{TRACKED}/*")) if path.exists()}
 
-def _remove(paths: list[Path]) -> None:
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
+    def _restore(self, before: dict[Path, int]) -> None:
+        """Remove the paths that were not there before, and what was appended to the log."""
+        for path in self._of_this_run().keys() - before.keys():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
+        if (log := self.path / LOG) in before:
             with suppress(OSError):
-                path.unlink()
+                os.truncate(log, before[log])
 
 
 def write_checksums(folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, cast
 from .. import files
 from ..distributed.exchange import STRATEGIES
 from ..paths import PathLike, to_path, to_paths
+from .reporting import report_names
 
 FILE = "run.json"
 AT_LEAST_ONE = (
@@ -21,7 +22,7 @@ OF_THE_MODEL = ("size", "config", "tokenizer", "eos_token", "attention", "decay_
 MAY_CHANGE = {
     "output", "steps", "learning_rate", "schedule", "decay_steps", "min_lr", "segment_length", "batch_size",
     "sequence_parallel", "sequence_parallel_strategy", "fsdp", "accumulate", "eval_tokens", "log_every", "eval_every",
-    "save_every", "keep_best", "dtype", "fp8", "compile", "gradient_checkpointing", "timeout",
+    "save_every", "keep_best", "report_to", "dtype", "fp8", "compile", "gradient_checkpointing", "timeout",
 }  # fmt: skip
 SCHEDULES = ("cosine", "wsd", "constant")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -80,6 +81,8 @@ class TrainingOptions:
         eval_every: steps between evaluations.
         save_every: steps between checkpoints; the last two are kept.
         keep_best: save and keep the checkpoint with the lowest held-out loss too, as the link `best`.
+        report_to: names of trackers to log to, of those that transformers knows: "tensorboard", "wandb", "mlflow",
+            "trackio" and others.
         dtype: "bfloat16" autocast, or "float32"; "auto" is bfloat16 on a GPU that computes it natively and on a CPU
             with AMX, float32 elsewhere.
         fp8: compute products in float8 and all else as with bfloat16, see `models.use_float8`.
@@ -132,6 +135,7 @@ class TrainingOptions:
     eval_every: int = 200
     save_every: int = 200
     keep_best: bool = False
+    report_to: tuple[str, ...] = ()
     dtype: str = "auto"
     fp8: bool = False
     compile: bool | None = None
@@ -148,8 +152,8 @@ class TrainingOptions:
             paths["config"] = to_path(self.config, "config")
         if self.init_from is not None:
             paths["init_from"] = to_path(self.init_from, "init_from")
-        for name, path in paths.items():
-            object.__setattr__(self, name, path)
+        for name, value in (paths | {"report_to": report_names(self.report_to)}).items():
+            object.__setattr__(self, name, value)
         for field in fields(self):
             _check_type(field.name, field.type, getattr(self, field.name))
         for name in AT_LEAST_ONE:

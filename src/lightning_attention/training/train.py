@@ -24,9 +24,8 @@ from transformers import (
 
 from ..distributed.parallel import SequenceParallel
 from ..models import LightningConfig, LightningForCausalLM, compile_layers, use_float8
-from ..models.checkpoint import UNUSABLE, checkpoint_step, checkpoints, last_checkpoint
-from ..models.mixers import ATTENTIONS, attention_options, check_is_linear
-from ..models.tokenization import vocab_size
+from ..models.checkpoint import checkpoint_step, checkpoints, last_checkpoint
+from ..models.mixers import check_is_linear
 from .arguments import training_arguments
 from .batches import has_labels
 from .best import best_checkpoint, held_out_loss
@@ -35,9 +34,12 @@ from .corpus import Corpus, PackedDataset
 from .documents import Sources, standard_library
 from .execution import Execution, choose_execution
 from .finetune import adapters_of, load_base, prepare_adapters, resumed_model, with_base_checkpoint
-from .folder import BEST, CORPUS, METRICS, PLOT, VALIDATION, RunFolder, last_intact
-from .metrics import MetricsCallback, describe_losses, plot_loss
+from .folder import BEST, CORPUS, LOG, METRICS, PLOT, VALIDATION, RunFolder, last_intact
+from .measurements import Measurements
+from .metrics import MetricsCallback, describe_losses, seconds_logged
+from .model_config import describe_size, explain_size, in_millions, model_config
 from .options import TrainingOptions, resumed_options
+from .plots import plot_loss
 from .processes import (
     check_equal,
     explain_lost_processes,
@@ -51,6 +53,8 @@ from .processes import (
     together,
     world_size,
 )
+from .reporting import reporters
+from .run_log import RunLog
 from .schedule import learning_rate
 from .signals import Interrupted, StopRequest, stop_requests
 from .text_bytes import bits_per_nat, token_bytes
@@ -64,8 +68,8 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
     """Train a language model on text, or resume a run.
 
     Writes to `options.output`: `corpus/` the tokens, `checkpoint-N/` models that `from_pretrained` loads,
-    `metrics.jsonl`, `loss.png`, and after the first step `run.json`; a failure before that leaves nothing behind.
-    Several processes, started by torchrun, share every step.
+    `metrics.jsonl`, `train.log`, `loss.png`, and after the first step `run.json`; a failure before that leaves nothing
+    behind. Several processes, started by torchrun, share every step.
 
     SIGINT, SIGTERM and SIGHUP save a checkpoint after the current step; a second signal ends the process at once.
 
@@ -79,8 +83,8 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
         The last checkpoint.
 
     Raises:
-        ValueError: an option or the data is invalid, the output folder holds a run and `resume` is not set, or
-            another process trains in it.
+        ValueError: an option or the data is invalid, a tracker cannot be used, the output folder holds a run and
+            `resume` is not set, or another process trains in it.
         OSError: a file could not be written, or another process was lost; earlier checkpoints are intact.
         FloatingPointError: the loss, its gradient or a weight is not finite; neither stepped nor saved.
         KeyboardInterrupt: a signal has stopped the run; it is an `Interrupted`, which knows the signal.
@@ -104,6 +108,8 @@ class _OpenRun:
         execution: precision and compilation.
         checkpoint: the checkpoint to resume from.
         has_corpus: True if the run resumes, with the tokens in its folder.
+        log: where to say what the run does; silent on other processes than the first.
+        reporters: callbacks of the trackers that the run reports to.
     """
 
     options: TrainingOptions
@@ -114,7 +120,8 @@ class _OpenRun:
     checkpoint: Path | None
     has_corpus: bool
     stop: StopRequest
-    console: Console
+    log: RunLog
+    reporters: list[TrainerCallback]
 
     @property
     def sequences_per_step(self) -> int:
@@ -126,30 +133,33 @@ class _OpenRun:
 def _open(options: TrainingOptions, resume: bool, console: Console | None) -> Iterator[_OpenRun]:
     """Join the processes, lock the output folder, and choose the checkpoint to resume from."""
     join_processes(options.timeout)
-    console = Console(quiet=True) if rank() > 0 else console or Console(markup=False, emoji=False)
+    log = RunLog(Console(quiet=True) if rank() > 0 else console or Console())
     folder, checkpoint = RunFolder(options.output), None
     with ExitStack() as stack:
         stop = stack.enter_context(stop_requests())
         stack.enter_context(explain_lost_processes())
         check_equal({"resume": resume} | json.loads(options.to_json()))
         sequence_parallel = together(lambda: _sequence_parallel(options))
+        trackers = together(lambda: reporters(options.report_to, log.print))
         on_first(lambda: stack.enter_context(folder.locked()))
         resumes = resume or on_first(lambda: is_restarted() and folder.has_run)
         if not resumes:
             on_first(folder.check_free)
-            options = on_first(lambda: with_base_checkpoint(options, may_be_missing=False))
-        elif checkpoint := on_first(lambda: last_intact(folder.path, check_checkpoint, console.print)):
-            console.print(f"resuming from {checkpoint}")
-            options = on_first(lambda: with_base_checkpoint(options, may_be_missing=True))
+        on_first(lambda: stack.enter_context(log.kept_in(folder.path / LOG)))
+        if resumes:
+            checkpoint = on_first(lambda: last_intact(folder.path, check_checkpoint, log.print))
+        options = on_first(lambda: with_base_checkpoint(options, may_be_missing=checkpoint is not None))
+        if checkpoint is not None:
+            log.print(f"resuming from {checkpoint}")
             options, changes = together(lambda: _resumed(options, checkpoint))
             for change in changes:
-                console.print(change, markup=False)
-        else:
-            options = on_first(lambda: with_base_checkpoint(options, may_be_missing=False))
+                log.print(change)
         execution = together(lambda: choose_execution(options, local_device()))
         check_equal({"dtype": "bfloat16" if execution.bf16 else "float32", "compile": execution.compiled})
         arguments = training_arguments(options, execution)
-        yield _OpenRun(options, arguments, execution, folder, sequence_parallel, checkpoint, resumes, stop, console)
+        yield _OpenRun(
+            options, arguments, execution, folder, sequence_parallel, checkpoint, resumes, stop, log, trackers
+        )
 
 
 def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
@@ -159,7 +169,7 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
     adapters = together(lambda: adapters_of(options, run.checkpoint))
     config, model = None, None
     if run.checkpoint is None and options.init_from is None:
-        config = together(lambda: _model_config(options, tokenizer))
+        config = together(lambda: model_config(options, tokenizer))
     else:
         model = together(lambda: _loaded_model(run, tokenizer))
     together(lambda: _check_attention(options, cast(LightningConfig, config if model is None else model.config)))
@@ -171,7 +181,7 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
     set_seed(options.seed)
     if model is None:
         model = together(lambda: LightningForCausalLM(cast(LightningConfig, config)))
-    num_parameters, trained = model.num_parameters(), ""
+    num_parameters, size, trained = model.num_parameters(), explain_size(model, options), ""
     if adapters is not None:
         trained = together(lambda: prepare_adapters(model, options, adapters, run.checkpoint is not None))
     if run.sequence_parallel is not None:
@@ -185,10 +195,18 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
     tokens_per_step = run.sequences_per_step * options.sequence_length
     lengths = token_bytes(tokenizer)
     factor = None if lengths is None else bits_per_nat(corpus, lengths)
+    measurements = Measurements(
+        tokens_per_step,
+        factor,
+        options.eval_every if options.evaluates else None,
+        seconds_logged(folder / METRICS, checkpoint_step(run.checkpoint)) if run.checkpoint else 0.0,
+    )
+    metrics = MetricsCallback(folder / METRICS, measurements, run.log)
     trainer = PackedTrainer(
         options.segment_length,
         run.sequence_parallel,
         lengths,
+        measurements,
         stop=run.stop,
         adapters=adapters,
         record=json.loads(options.to_json()) | {"sequences_per_step": run.sequences_per_step},
@@ -198,20 +216,27 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
         train_dataset=training_set,
         eval_dataset=held_out_set,
         processing_class=tokenizer,
-        callbacks=[_SaveOptions(run), MetricsCallback(folder / METRICS, tokens_per_step, run.console, factor)],
+        callbacks=[*run.reporters, measurements, _SaveOptions(run), metrics],
     )
     trainer.remove_callback(PrinterCallback)
-    run.console.print(
-        f"{num_parameters / 1e6:.1f}M parameters{trained} on {run.arguments.world_size} x {run.arguments.device.type}, "
+    devices = f"{run.arguments.world_size} x {run.arguments.device.type}"
+    run.log.print(
+        f"{in_millions(num_parameters)} parameters{trained} on {devices}, "
         f"{corpus.num_train:,} tokens of {corpus.num_documents:,} documents, {tokens_per_step:,} tokens a step"
     )
+    run.log.print(size)
+    total, epoch = options.steps * tokens_per_step, len(training_set) * options.sequence_length
+    run.log.print(
+        f"{options.steps:,} steps: {total:,} tokens, {total / epoch:.3g} epochs (passes over the training text)"
+        + (f"; {checkpoint_step(run.checkpoint):,} steps are made" if run.checkpoint else "")
+    )
     if options.validation:
-        run.console.print(f"validation: {validation.num_held_out:,} tokens of {validation.num_documents:,} documents")
+        run.log.print(f"validation: {validation.num_held_out:,} tokens of {validation.num_documents:,} documents")
     elif not options.evaluates:
-        run.console.print(NOT_EVALUATED)
+        run.log.print(NOT_EVALUATED)
     if lengths is None:
-        run.console.print("no bits per byte: the tokens of this tokenizer are not bytes of the text")
-    run.console.print(run.execution.description, markup=False, highlight=False)
+        run.log.print("no bits per byte: the tokens of this tokenizer are not bytes of the text")
+    run.log.print(run.execution.description)
     return trainer, corpus
 
 
@@ -222,18 +247,19 @@ def _run(run: _OpenRun, trainer: PackedTrainer, corpus: Corpus) -> Path:
         _make_steps(run, trainer)
     last = last_checkpoint(folder)
     if rank() == 0:
-        held_out = cast(PackedDataset | None, trainer.eval_dataset)
+        title = f"{folder.resolve().name}: {describe_size(cast(Any, trainer.model), run.options)}"
+        baselines, held_out = {}, cast(PackedDataset | None, trainer.eval_dataset)
         if held_out is not None:
             baselines = {"token frequencies": held_out.loss_of(corpus.unigram())}
-            plot_loss(folder / METRICS, folder / PLOT, baselines)
         else:
-            plot_loss(folder / METRICS, folder / PLOT, title=NOT_EVALUATED)
-    run.console.print(f"checkpoint  {last}\nmetrics     {folder / METRICS}\nloss plot   {folder / PLOT}")
+            title += f"\n{NOT_EVALUATED}"
+        plot_loss(folder / METRICS, folder / PLOT, baselines, title)
+    run.log.print(f"checkpoint  {last}\nmetrics     {folder / METRICS}\nloss plot   {folder / PLOT}")
     if rank() == 0:
         if (best := best_checkpoint(folder)) and (loss := held_out_loss(best)) is not None:
-            run.console.print(f"best        {folder / BEST}: {best.name}, held-out loss {loss:.4f}")
+            run.log.print(f"best        {folder / BEST}: {best.name}, held-out loss {loss:.4f}")
         if losses := describe_losses(folder / METRICS):
-            run.console.print(losses, highlight=False)
+            run.log.print(losses)
     return last
 
 
@@ -247,6 +273,8 @@ def _make_steps(run: _OpenRun, trainer: PackedTrainer) -> None:
         good = checkpoints(folder)
         saved = f"the last good checkpoint is {good[-1]}" if good else "no checkpoint was saved before"
         raise FloatingPointError(f"{error}; {saved}; try a lower learning rate, or check the data") from None
+    finally:
+        cast(MetricsCallback, trainer.pop_callback(MetricsCallback)).stop()
     step = trainer.state.global_step
     if run.stop.answered and step < trainer.state.max_steps:
         command = f"lightning-attention train --resume --output {shlex.quote(str(folder))}"
@@ -287,7 +315,7 @@ def _sequence_parallel(options: TrainingOptions) -> SequenceParallel | None:
 def _loaded_model(run: _OpenRun, tokenizer: PreTrainedTokenizerFast) -> LightningForCausalLM:
     if run.checkpoint is not None:
         return resumed_model(run.checkpoint, run.options)
-    run.console.print(f"starting from {run.options.init_from}", markup=False, highlight=False)
+    run.log.print(f"starting from {run.options.init_from}")
     return load_base(run.options, tokenizer)
 
 
@@ -295,10 +323,7 @@ def _tokenizer(run: _OpenRun) -> PreTrainedTokenizerFast:
     if run.checkpoint is not None:
         return load_tokenizer(run.checkpoint)
 
-    def report(line: str) -> None:
-        run.console.print(line, markup=False, emoji=False, highlight=False)
-
-    return load_tokenizer(run.options.init_from or run.options.tokenizer, run.options.eos_token, report)
+    return load_tokenizer(run.options.init_from or run.options.tokenizer, run.options.eos_token, run.log.print)
 
 
 def _check_attention(options: TrainingOptions, config: LightningConfig) -> None:
@@ -306,52 +331,6 @@ def _check_attention(options: TrainingOptions, config: LightningConfig) -> None:
         check_is_linear(config, "training segments")
     if options.sequence_parallel > 1:
         check_is_linear(config, "processes that share sequences")
-
-
-def _model_config(options: TrainingOptions, tokenizer: PreTrainedTokenizerFast) -> LightningConfig:
-    changes: dict[str, Any] = {
-        "vocab_size": vocab_size(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    if options.decay_preset is not None:
-        changes |= {"decay_preset": options.decay_preset, "log_decay": None}
-    defaults: dict[str, Any] = {}
-    if options.attention is not None:
-        # In place of all that a file says of it.
-        changes |= {"linear_attention": "lightning", "layer_pattern": None, "layer_types": None, "sliding_window": None}
-        changes |= attention_options(options.attention)
-        if options.attention in ATTENTIONS and not ATTENTIONS[options.attention].has_decay:
-            defaults["max_position_embeddings"] = options.sequence_length
-    if options.config is None:
-        config = LightningConfig.from_size(options.size, **defaults, **changes)
-    else:
-        config = _config_from_file(options, defaults, changes)
-    if options.decay_preset is not None and not config.has_decay:
-        raise ValueError(f"decay_preset goes with lightning attention, which this model has not: {config.layer_types}")
-    return config
-
-
-def _config_from_file(options: TrainingOptions, defaults: dict[str, Any], changes: dict[str, Any]) -> LightningConfig:
-    assert options.config is not None
-    try:
-        if options.config.exists() and not options.config.is_file():
-            raise ValueError("it is not a file")
-        given = json.loads(options.config.read_text(encoding="utf-8"))
-        if not isinstance(given, dict):
-            raise ValueError("it is not a JSON object")
-        if given.get("model_type", LightningConfig.model_type) != LightningConfig.model_type:
-            raise ValueError(f"its model_type is {given['model_type']!r}, not {LightningConfig.model_type!r}")
-        if unknown := sorted(set(given) - set(LightningConfig().to_dict())):
-            raise ValueError(f"unknown option {', '.join(unknown)}")
-        config = LightningConfig.from_dict(defaults | given | changes)
-        if config.output_attentions:
-            raise ValueError("output_attentions must be false: this model computes no attention weights")
-        config.check_length(options.sequence_length)
-        return config
-    except UNUSABLE as error:
-        raise ValueError(f"{options.config} is not a model configuration: {error}") from error
 
 
 def _prepare_corpus(run: _OpenRun, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -365,7 +344,7 @@ def _prepare_corpus(run: _OpenRun, tokenizer: PreTrainedTokenizerFast) -> None:
         held_out = Sources.find(options.validation, options.text_field, options.seed)
         known = {file.resolve() for file in sources.files}
         if both := sum(file.resolve() in known for file in held_out.files):
-            run.console.print(f"the run trains on files that it is validated on: {both:,}", highlight=False)
+            run.log.print(f"the run trains on files that it is validated on: {both:,}")
     folder, held_out_fraction = run.folder.path, 0.0 if held_out else options.held_out
     _tokenize(run, tokenizer, folder / CORPUS, sources, held_out_fraction)
     if held_out:
@@ -381,16 +360,16 @@ def _tokenize(
     columns = TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
     progress = Progress(*columns)
     task = progress.add_task("tokenizing", total=None)
-    with Live(progress, console=run.console, transient=True):  # unlike Progress, prints nothing to a file
+    with Live(progress, console=run.log.console, transient=True):  # unlike Progress, prints nothing to a file
 
         def report(num_read: int, num_bytes: int) -> None:
             if num_read and not progress.tasks[0].total:
-                run.console.print(f"tokenizing goes on after {num_read:,} of {num_bytes:,} bytes", highlight=False)
+                run.log.print(f"tokenizing goes on after {num_read:,} of {num_bytes:,} bytes")
             progress.update(task, completed=num_read, total=num_bytes)
 
         corpus = Corpus.prepare(folder, sources, tokenizer, held_out_fraction, report)
     if skipped := sources.describe_skipped(corpus.skipped_files - sum(sources.skipped.values())):
-        run.console.print(skipped, highlight=False)
+        run.log.print(skipped)
 
 
 def _datasets(

@@ -24,6 +24,7 @@ from .batches import (
 )
 from .checkpoint import CheckpointingTrainer
 from .corpus import PackedDataset
+from .measurements import Measurements
 from .prefetch import prefetch
 from .processes import sum_over_processes
 from .segments import FOR_LOSS, segmented_loss
@@ -41,6 +42,7 @@ class PackedTrainer(CheckpointingTrainer):
         segment_length: see `segmented_loss`; None reads sequences at once.
         sequence_parallel: the group of processes that shares sequences with this one, if any.
         token_bytes: bytes of text of each token, see `text_bytes.token_bytes`; None if unknown.
+        measurements: measurements to add to what is logged, if any.
         options: see `CheckpointingTrainer`; both datasets are `PackedDataset`s, and `max_steps` is set.
     """
 
@@ -49,6 +51,7 @@ class PackedTrainer(CheckpointingTrainer):
         segment_length: int | None,
         sequence_parallel: SequenceParallel | None,
         token_bytes: np.ndarray | None = None,
+        measurements: Measurements | None = None,
         **options: Any,
     ):
         collate: Any = pack_sequences if segment_length is None else default_collate
@@ -56,7 +59,7 @@ class PackedTrainer(CheckpointingTrainer):
             collate = partial(join_and_slice, sequence_parallel) if segment_length is None else join_sequences
         super().__init__(**options, data_collator=collate)
         self.args.ignore_data_skip = True  # TrainingBatches skips what was read before the checkpoint
-        self.segment_length, self.token_bytes = segment_length, token_bytes
+        self.segment_length, self.token_bytes, self.measurements = segment_length, token_bytes, measurements
         self.group_size = 1 if sequence_parallel is None else sequence_parallel.size
         sequences = self._share(self.args.train_batch_size).total * self.args.gradient_accumulation_steps
         self.add_callback(_CountTokens(sequences, len(options["train_dataset"]), self._sequence_length))
@@ -97,6 +100,9 @@ class PackedTrainer(CheckpointingTrainer):
         if length is None:
             return partial(model, **FOR_LOSS)
         return lambda **inputs: {"loss": segmented_loss(model, **inputs, segment_length=length)}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs if self.measurements is None else self.measurements.added_to(logs, self.state), start_time)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
