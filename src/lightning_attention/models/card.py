@@ -91,11 +91,15 @@ def named(card: ModelCard, checkpoint: Path, name: str, base_model: str | None =
         base_model: name on the Hub of the model that was fine-tuned, or that adapters are for.
     """
     config, has_adapters = LightningConfig.from_pretrained(checkpoint), (checkpoint / ADAPTER_CONFIG).is_file()
-    local_base = _read(checkpoint / RUN).get("hub_base_model")
+    run = _read(checkpoint / RUN)
+    local_base = run.get("hub_base_model")
     base = base_model or local_base
-    card.text = card.text.replace(f"# {title(config)}\n", f"# {name}\n", 1).replace(
-        usage(None, local_base, has_adapters), usage(name, base, has_adapters)
-    )
+    texts = {f"# {title(config)}\n": f"# {name}\n"}
+    texts[usage(None, local_base, has_adapters)] = usage(name, base, has_adapters)
+    if base_model is not None and run.get("init_from"):
+        texts[_code([_base_name(run["init_from"])])] = _code([base_model])
+    for before, after in texts.items():
+        card.text = card.text.replace(before, after, 1)
     if card.data.eval_results and card.data.model_name == LOCAL_NAME:
         card.data.model_name = name.rpartition("/")[2]
     if base_model is not None:
@@ -176,7 +180,7 @@ def _training_rows(run: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str
     if not run:
         return {}
     corpus, validation = run.get("corpus") or {}, run.get("validation_corpus") or {}
-    size = f": {corpus['train']:,} tokens for training, of {corpus['documents']:,} documents" if corpus else ""
+    size = f": {_count(corpus['documents'], 'document')}, {corpus['train']:,} tokens for training" if corpus else ""
     held_out = f"{corpus['held_out']:,} tokens at the end of the data" if corpus.get("held_out") else ""
     if validation:
         held_out = f"{_names(run, 'validation')}: {validation['held_out']:,} tokens"
@@ -195,7 +199,7 @@ def _losses(run: Mapping[str, Any], state: Mapping[str, Any], is_merged: bool) -
     """Section of the losses that were measured at the step of the checkpoint."""
     lines = []
     if training := _last(state, "loss"):
-        lines.append(f"| training, the last {run.get('log_every', 1)} steps or fewer | {training:.4f} | |")
+        lines.append(f"| training text, mean of at most {run.get('log_every', 1)} steps | {training:.4f} | |")
     if held_out := {metric: value for metric, _, value in _held_out(state)}:
         bits = f"{held_out['bits_per_byte']:.4f}" if "bits_per_byte" in held_out else ""
         count = f", {run['num_evaluated']:,} tokens" if run.get("num_evaluated") else ""
@@ -259,7 +263,11 @@ def _attentions(config: LightningConfig) -> tuple[str, list[str]]:
     names = {LINEAR: config.linear_attention, FULL: "softmax", SLIDING: f"softmax over {config.sliding_window} tokens"}
     counts = Counter(config.layer_types)
     main = config.linear_attention if LINEAR in counts else "softmax"
-    return main, [f"{names[kind]} in {count} layers" for kind, count in counts.items()]
+    return main, [f"{names[kind]} in {_count(count, 'layer')}" for kind, count in counts.items()]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _num_parameters(config: LightningConfig) -> int:

@@ -166,7 +166,7 @@ def _files(folder: Path, name: str, license: str | None, base_model: str | None)
     if ADAPTER_CONFIG in files:
         adapters = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         files[ADAPTER_CONFIG] = _json(adapters | {"base_model_name_or_path": base_model})  # not a path of this machine
-    files[README] = str(_card(folder, name, license, base_model)).encode()
+    files[README] = _card(folder, name, license, base_model).encode()
     return files
 
 
@@ -174,8 +174,8 @@ def _json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _card(folder: Path, name: str, license: str | None, base_model: str | None) -> ModelCard:
-    """The card in a folder, or a new one, for a repository."""
+def _card(folder: Path, name: str, license: str | None, base_model: str | None) -> str:
+    """Text of the card in a folder, or of a new one, for a repository."""
     try:
         has_card = (folder / README).is_file()
         card = ModelCard.load(folder / README) if has_card else model_card(folder)
@@ -184,7 +184,7 @@ def _card(folder: Path, name: str, license: str | None, base_model: str | None) 
         raise ValueError(f"{folder / README} is not a model card: {error}") from error
     if license is not None:
         card.data.license = license
-    return card
+    return str(card) if card.data.to_dict() else card.text  # of a user, without metadata
 
 
 @contextmanager
