@@ -193,5 +193,6 @@ def _explained(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(f"{what}: {reason}") from error
+        causes = [error, error.__cause__] if isinstance(error, RuntimeError) else [error]  # of an upload, says less
+        reasons = [" ".join(str(cause).split()) or type(cause).__name__ for cause in causes if cause is not None]
+        raise OSError(": ".join([what, *reasons])) from error
