@@ -87,7 +87,8 @@ class FakeHub:
         given = json.loads(body)
         name = f"{given.get('organization') or USER}/{given['name']}"
         is_new = name not in self.repositories
-        self.repositories.setdefault(name, Repository(private=given.get("visibility") == "private" or bool(given.get("private"))))
+        is_private = given.get("visibility") == "private" or bool(given.get("private"))  # by version of huggingface_hub
+        self.repositories.setdefault(name, Repository(private=is_private))
         return Answer(200 if is_new else 409, {"url": f"{self.url}/{name}", "error": "" if is_new else "exists"})
 
     def information(self, body: bytes, token: str, name: str) -> Answer:

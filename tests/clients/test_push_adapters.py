@@ -13,6 +13,7 @@ from tiny_model import save_checkpoint
 from training.runs import command, options, quiet, write_inputs
 
 from lightning_attention.models.adapters import merge_checkpoint
+from lightning_attention.models.card import metadata
 from lightning_attention.training import train
 
 pytest.importorskip("peft", reason="needs PEFT: make clients")
@@ -43,8 +44,8 @@ def test_cards_of_adapters_and_of_the_merged_model(files: Path) -> None:
     card, merged = (
         ModelCard.load(folder / "README.md") for folder in (checkpoint, merge_checkpoint(checkpoint, files / "merged"))
     )
-    assert (card.data.library_name, merged.data.library_name) == ("peft", "transformers")
-    assert {"lora", "transformers"} <= set(card.data.tags or ())
+    assert (metadata(card).library_name, metadata(merged).library_name) == ("peft", "transformers")
+    assert {"lora", "transformers"} <= set(metadata(card).tags or ())
     assert "LoRA adapters of rank 2 for `base/checkpoint-3`" in card.text
     assert "`base/checkpoint-3` with LoRA adapters of rank 2, merged into its weights" in merged.text
     losses = [re.findall(r"^\| held-out text.*$", x.text, re.M) for x in (card, merged)]
@@ -63,7 +64,10 @@ def test_pushed_adapters_load_with_their_base_model(files: Path) -> None:
         pushed = hub.repositories["team/adapters"].files
         assert json.loads(pushed["adapter_config.json"])["base_model_name_or_path"] == "team/base"
         card = ModelCard(pushed["README.md"].decode())
-        assert (card.data.base_model, "base_model:adapter:team/base" in (card.data.tags or ())) == ("team/base", True)
+        assert (metadata(card).base_model, "base_model:adapter:team/base" in (metadata(card).tags or ())) == (
+            "team/base",
+            True,
+        )
         assert not any(str(files).encode() in content for content in pushed.values())
         snippet = re.findall(r"^```python\n(.*?)^```$", card.text, re.M | re.S)[0]
         for code in (snippet, LOADED.format(checkpoint=str(files / "tuned" / "checkpoint-5"))):

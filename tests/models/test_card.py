@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from training.runs import TEXT, options, quiet, write_inputs
 
 from lightning_attention.cli import main
 from lightning_attention.models import LightningForCausalLM
-from lightning_attention.models.card import README, model_card, write_card
+from lightning_attention.models.card import README, metadata, model_card, write_card
 from lightning_attention.training import TrainingOptions, train
 from lightning_attention.training.folder import check_checksums
 from lightning_attention.training.metrics import read_metrics
@@ -45,10 +46,10 @@ def test_a_checkpoint_has_a_card_with_its_size_and_losses(files: Path, checkpoin
     assert found["data"].startswith("`data.txt`: 1 document, ")
     assert (found["tokens read"], found["steps"]) == ("2,560", "20 of 2 sequences of 64 tokens")
     assert f"| held-out text, 512 tokens | {held_out['eval_loss']:.4f} |" in card.text
-    metadata = card.data.to_dict()
-    assert (metadata["library_name"], metadata["pipeline_tag"]) == ("transformers", "text-generation")
-    assert (metadata["license"], metadata["tags"][0]) == ("apache-2.0", "lightning-attention")
-    assert [x.metric_value for x in card.data.eval_results or ()] == [
+    found = card.data.to_dict()
+    assert (found["library_name"], found["pipeline_tag"]) == ("transformers", "text-generation")
+    assert (found["license"], found["tags"][0]) == ("apache-2.0", "lightning-attention")
+    assert [x.metric_value for x in metadata(card).eval_results or ()] == [
         round(held_out["eval_loss"], 4),
         round(held_out["eval_bits_per_byte"], 4),
     ]
@@ -101,10 +102,9 @@ ODD_NAMES = {"bars": "a|b`c.txt", "newline": "a\nb.txt", "not UTF-8": "\udcff.tx
 @pytest.mark.parametrize("name", ODD_NAMES.values(), ids=ODD_NAMES)
 def test_odd_names_of_data_leave_the_card_intact(files: Path, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(TEXT)
-    chosen = options(files, steps=1, eval_every=1, save_every=1)
-    checkpoint = train(
-        TrainingOptions(**vars(chosen) | {"output": tmp_path / "run", "data": tmp_path / name}), console=quiet()
-    )
+    (tmp_path / "model.json").write_text((files / "model.json").read_text())
+    run = replace(options(tmp_path, steps=1, eval_every=1, save_every=1), data=(tmp_path / name,))
+    checkpoint = train(run, console=quiet())
     card = ModelCard.load(checkpoint / README)
     assert rows(card)["steps"].startswith("1 of 2")
     assert len(re.findall(r"^\| data \|", card.text, re.M)) == 1

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, constants
 from tiny_model import save_checkpoint
 
 from lightning_attention.cli import main
+from lightning_attention.models.card import metadata
 from lightning_attention.models.hub import push
 from lightning_attention.models.remote_code import MODULE
 
@@ -54,7 +55,7 @@ def test_a_model_is_uploaded_without_the_state_of_its_training(hub: FakeHub, che
     for name in ("model.safetensors", "tokenizer.json"):
         assert files[name] == (checkpoint / name).read_bytes()
     card = ModelCard(files["README.md"].decode())
-    assert (card.data.license, card.text.strip().partition("\n")[0]) == ("mit", "# team/model")
+    assert (metadata(card).license, card.text.strip().partition("\n")[0]) == ("mit", "# team/model")
     assert 'from_pretrained("team/model", trust_remote_code=True)' in card.text
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
 

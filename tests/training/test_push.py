@@ -10,7 +10,6 @@ from fake_hub import WRITER, FakeHub, fake_hub
 from training.runs import arguments, command, error_lines, options, torchrun
 
 from lightning_attention.models.checkpoint import checkpoints
-from lightning_attention.training import TrainingOptions
 
 
 @pytest.fixture
@@ -120,9 +119,3 @@ def test_one_of_several_processes_pushes(files: Path, hub: FakeHub) -> None:
 def test_options_that_contradict_each_other_are_refused(files: Path, changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         options(files, **changes)
-
-
-def test_a_resumed_run_may_be_pushed_elsewhere(files: Path) -> None:
-    options(files).save()
-    changed = TrainingOptions(**vars(TrainingOptions.load(files / "run")) | {"push_to_hub": "team/other"})
-    assert changed.push_to_hub == "team/other"

@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -100,13 +100,19 @@ def named(card: ModelCard, checkpoint: Path, name: str, base_model: str | None =
         texts[_code([_base_name(run["init_from"])])] = _code([base_model])
     for before, after in texts.items():
         card.text = card.text.replace(before, after, 1)
-    if card.data.eval_results and card.data.model_name == LOCAL_NAME:
-        card.data.model_name = name.rpartition("/")[2]
+    data = metadata(card)
+    if data.eval_results and data.model_name == LOCAL_NAME:
+        data.model_name = name.rpartition("/")[2]
     if base_model is not None:
-        card.data.base_model = base_model
+        data.base_model = base_model
         if has_adapters:
-            others = [tag for tag in card.data.tags or () if not tag.startswith("base_model:adapter:")]
-            card.data.tags = [*others, f"base_model:adapter:{base_model}"]
+            others = [tag for tag in data.tags or () if not tag.startswith("base_model:adapter:")]
+            data.tags = [*others, f"base_model:adapter:{base_model}"]
+
+
+def metadata(card: ModelCard) -> ModelCardData:
+    """Metadata of a card, which huggingface_hub types as those of any card."""
+    return cast(ModelCardData, card.data)
 
 
 def title(config: LightningConfig) -> str:

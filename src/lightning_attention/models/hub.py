@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import CONFIG_NAME
 
 from ..paths import PathLike
-from .card import README, model_card, named
+from .card import README, metadata, model_card, named
 from .checkpoint import ADAPTER_CONFIG, last_checkpoint, load_model
 from .configuration import LightningConfig
 from .remote_code import MODULE, SOURCE, with_auto_map
@@ -183,7 +183,7 @@ def _card(folder: Path, name: str, license: str | None, base_model: str | None) 
     except Exception as error:  # of the YAML parser too
         raise ValueError(f"{folder / README} is not a model card: {error}") from error
     if license is not None:
-        card.data.license = license
+        metadata(card).license = license
     return str(card) if card.data.to_dict() else card.text  # of a user, without metadata
 
 

@@ -65,7 +65,9 @@ def usage(name: str | None, base: str | None, has_adapters: bool) -> str:
     install = INSTALL.format(extra="finetune" if has_adapters else "models,cli")
     parts = ["## Use", f"```bash\n{install}\n```", (ADAPTERS if has_adapters else PLAIN).format(name=name or ".")]
     if name is None:
-        return "\n\n".join([*parts[:2], "All of this runs in the folder of this file.", parts[2], ENGINE.format(folder=".")])
+        return "\n\n".join(
+            [*parts[:2], "All of this runs in the folder of this file.", parts[2], ENGINE.format(folder=".")]
+        )
     folder = name.rpartition("/")[2]
     downloads = [f"hf download {name} --local-dir {folder}"]
     if has_adapters:  # which name their base model, found as a folder
