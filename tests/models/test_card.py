@@ -46,9 +46,9 @@ def test_a_checkpoint_has_a_card_with_its_size_and_losses(files: Path, checkpoin
     assert found["data"].startswith("`data.txt`: 1 document, ")
     assert (found["tokens read"], found["steps"]) == ("2,560", "20 of 2 sequences of 64 tokens")
     assert f"| held-out text, 512 tokens | {held_out['eval_loss']:.4f} |" in card.text
-    found = card.data.to_dict()
-    assert (found["library_name"], found["pipeline_tag"]) == ("transformers", "text-generation")
-    assert (found["license"], found["tags"][0]) == ("apache-2.0", "lightning-attention")
+    data = card.data.to_dict()
+    assert (data["library_name"], data["pipeline_tag"]) == ("transformers", "text-generation")
+    assert (data["license"], data["tags"][0]) == ("apache-2.0", "lightning-attention")
     assert [x.metric_value for x in metadata(card).eval_results or ()] == [
         round(held_out["eval_loss"], 4),
         round(held_out["eval_bits_per_byte"], 4),

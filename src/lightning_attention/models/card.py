@@ -132,7 +132,8 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _metadata(run: Mapping[str, Any], state: Mapping[str, Any], adapters: Mapping[str, Any]) -> ModelCardData:
     """Metadata as the Hub reads them, for adapters by the conventions of PEFT."""
-    base, tags = run.get("hub_base_model"), list(TAGS)
+    base: str | None = run.get("hub_base_model")
+    tags: list[str] = [*TAGS]
     if adapters:
         tags += ["lora", "transformers"] + ([f"base_model:adapter:{base}"] if base else [])
     results = [
