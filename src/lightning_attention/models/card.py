@@ -245,7 +245,8 @@ def _names(run: Mapping[str, Any], option: str) -> str:
 
 def _plain_names(paths: Iterable[str]) -> list[str]:
     """Names of files and folders without their parents."""
-    names = list(dict.fromkeys(_printable(Path(path).name or Path(path).resolve().name or "/") for path in paths))
+    found = (Path(path) if Path(path).name not in ("", "..") else Path(path).resolve() for path in paths)
+    names = list(dict.fromkeys(_printable(path.name or "/") for path in found))
     more = [f"{len(names) - SHOWN} more"] if len(names) > SHOWN else []
     return [*names[:SHOWN], *more] or ["Python's standard library"]
 
