@@ -69,6 +69,14 @@ def test_no_path_of_the_machine_is_in_it(files: Path, checkpoint: Path) -> None:
     assert "fine-tuned from `run/checkpoint-20`" in (tuned / README).read_text()
 
 
+def test_text_of_its_own_to_validate_on_is_named(files: Path) -> None:
+    (files / "valid.txt").write_text(TEXT[:4000])
+    run = options(files, "validated", validation=(files / "valid.txt",), steps=10)
+    card = ModelCard.load(train(run, console=quiet()) / README)
+    assert rows(card)["held-out text"].startswith("`valid.txt`: ")
+    assert [result.dataset_name for result in metadata(card).eval_results or ()] == ["valid.txt"] * 2
+
+
 def test_its_snippets_run_in_its_folder(checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
