@@ -73,9 +73,9 @@ def main() -> None:
         table.add_row(f"{length:,}", f"{speed:,.0f}", f"{cache.nbytes():,}")
     console.print(table)
 
-    for prompt in PROMPTS:
+    for seed, prompt in enumerate(PROMPTS):  # with equal seeds texts of different prompts resemble each other
         console.rule(f"a text that begins with {prompt.strip()}")
-        options = SamplingOptions(max_new_tokens=300, temperature=TEMPERATURE, seed=0)
+        options = SamplingOptions(max_new_tokens=300, temperature=TEMPERATURE, seed=seed)
         console.print(prompt + "".join(stream(model, tokenizer, prompt, options)), markup=False, highlight=False)
     console.rule()
     console.print(
