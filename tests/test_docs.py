@@ -259,7 +259,7 @@ def check_command(words: Sequence[str]) -> None:
         for path in (word for word in arguments if "/" in word):
             assert (ROOT / path.partition("::")[0]).exists(), path
     else:
-        assert program in ("export", "pre-commit"), f"{program} is not known here"
+        assert program in ("export", "hf", "pre-commit"), f"{program} is not known here"
 
 
 def check_pip(arguments: list[str]) -> None:

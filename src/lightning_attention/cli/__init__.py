@@ -1,4 +1,4 @@
-"""The command line: `lightning-attention train | compare | generate | serve | info`."""
+"""The command line: `lightning-attention train | push | generate | serve | info, ...`."""
 
 import os
 import sys

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..version import __version__
-from . import chat, compare, generate, info, merge, serve, tokenizer, train
+from . import chat, compare, generate, info, merge, push, serve, tokenizer, train
 from .options import Command, show_help_without_command
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
 )
 app.command("train", cls=Command)(train.train)
 app.command("merge", cls=Command)(merge.merge)
+app.command("push", cls=Command)(push.push)
 app.add_typer(tokenizer.tokenizer, name="tokenizer")
 app.command("compare", cls=Command)(compare.compare)
 app.command("generate", cls=Command)(generate.generate)

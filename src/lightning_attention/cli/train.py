@@ -17,7 +17,9 @@ from .imports import quick_imports
 from .options import given_options, option_names
 
 # Options in the panels of the help.
-DATA, MODEL, RUN = (partial(Option, rich_help_panel=panel) for panel in ("Data", "Model", "Run"))
+DATA, MODEL, RUN, HUB = (
+    partial(Option, rich_help_panel=panel) for panel in ("Data", "Model", "Run", "Hugging Face Hub")
+)
 
 
 class _Console(Console):
@@ -140,12 +142,23 @@ def train(
     gradient_checkpointing: Annotated[bool, RUN("--gradient-checkpointing", help="Recompute activations.")] = False,
     timeout: Annotated[float, RUN(help="Seconds to wait for a process that does not answer.")] = 1800.0,
     seed: Annotated[int, RUN(help="Seed of weights and data order.")] = 0,
+    push_to_hub: Annotated[
+        str | None,
+        HUB(help="Push the last checkpoint to this repository, namespace/name, at the end; created if there is none."),
+    ] = None,
+    hub_private: Annotated[bool, HUB("--hub-private", help="Create it as a private one.")] = False,
+    hub_base_model: Annotated[
+        str | None, HUB(help="Name on the Hub of the model of --init-from; needed to push LoRA adapters.")
+    ] = None,
+    license: Annotated[
+        str | None, HUB(help="License of the model, for its card: an id of the Hub, such as apache-2.0.")
+    ] = None,
     resume: Annotated[
         bool,
         RUN(
             "--resume",
             help="Resume the run in --output with its options; --steps, those on learning rates but --warmup, on "
-            "processes, precision, memory and intervals may change.",
+            "processes, precision, memory, intervals and the Hub may change.",
         ),
     ] = False,
 ) -> None:

@@ -17,6 +17,7 @@ from ..extras import require
 from ..files import complete_or_empty
 from ..paths import PathLike, to_path
 from .base import share_mode
+from .card import write_card
 from .checkpoint import ADAPTER_CONFIG, UNUSABLE, last_checkpoint, load_model
 from .heads import LightningForCausalLM
 from .tokenization import begin_with_bos
@@ -191,7 +192,7 @@ def merge_checkpoint(checkpoint: PathLike, output: PathLike) -> Path:
         output: folder of the new checkpoint; it must be empty or not exist.
 
     Returns:
-        The folder, which `from_pretrained` loads without PEFT.
+        The folder, which `from_pretrained` loads without PEFT; it has a model card.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -217,4 +218,5 @@ def merge_checkpoint(checkpoint: PathLike, output: PathLike) -> Path:
         begin_with_bos(tokenizer)
         model.save_pretrained(output)
         tokenizer.save_pretrained(output)
+        write_card(output, trained=folder)
     return output

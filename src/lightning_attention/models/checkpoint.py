@@ -17,6 +17,7 @@ from .heads import LightningForCausalLM
 
 PREFIX = "checkpoint-"
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, in checkpoints of LoRA
+RUN, TRAINER_STATE = "run.json", "trainer_state.json"  # options and logs of a run, in its checkpoints
 # Errors of transformers and safetensors for files that are damaged or of another kind.
 UNUSABLE = (
     OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, SafetensorError,

@@ -6,10 +6,8 @@ import os
 from pathlib import Path
 
 from ..files import flush
-from ..models.checkpoint import checkpoint_step, checkpoints
+from ..models.checkpoint import TRAINER_STATE, checkpoint_step, checkpoints
 from .folder import BEST
-
-TRAINER_STATE = "trainer_state.json"
 
 
 def best_checkpoint(folder: Path) -> Path | None:

@@ -26,8 +26,9 @@ from transformers import TrainerState
 
 from ..files import flush
 from ..models.adapters import save_adapters, trained_weights
-from ..models.checkpoint import PREFIX, checkpoint_step, checkpoints, load_model
-from .best import TRAINER_STATE, best_checkpoint, find_best, link_best
+from ..models.card import write_card
+from ..models.checkpoint import PREFIX, TRAINER_STATE, checkpoint_step, checkpoints, load_model
+from .best import best_checkpoint, find_best, link_best
 from .folder import write_checksums
 from .guard import GuardedTrainer
 from .options import FILE
@@ -51,7 +52,7 @@ class CheckpointingTrainer(GuardedTrainer):
     tensors by name. Checksums of the files show later damage.
 
     Args:
-        record: options of the run, kept in each checkpoint.
+        record: options of the run, and what its model card says of data and size; kept in each checkpoint.
         adapters: configuration of the adapters that alone are trained and saved; None for all weights.
         keep_best: keep the checkpoint with the lowest held-out loss, see `best`.
         options: see `GuardedTrainer`; to resume, the model holds the weights of the checkpoint.
@@ -142,6 +143,7 @@ class CheckpointingTrainer(GuardedTrainer):
                 write()
             folder = unfinished / checkpoint.name
             (folder / FILE).write_text(json.dumps(self.record, indent=1), encoding="utf-8")
+            write_card(folder)
             write_checksums(folder)
             for path in [*unfinished.rglob("*"), unfinished]:
                 flush(path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..files import writable_folder
+from ..models.card import README
 from ..models.checkpoint import checkpoints
 from .options import FILE
 
@@ -101,8 +102,10 @@ class RunFolder:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the SHA-256 of every file in a folder, in the format of `sha256sum --check`."""
-    lines = [f"{_sha256(path)}  {path.relative_to(folder)}\n" for path in sorted(folder.rglob("*")) if path.is_file()]
+    """Write the SHA-256 of every file in a folder, in the format of `sha256sum --check`; not of the model card, which
+    users may edit."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / README)
+    lines = [f"{_sha256(path)}  {path.relative_to(folder)}\n" for path in files]
     (folder / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
 
 

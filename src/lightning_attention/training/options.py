@@ -8,10 +8,12 @@ from typing import Any, cast
 
 from .. import files
 from ..distributed.exchange import STRATEGIES
+from ..models.checkpoint import RUN as FILE
 from ..paths import PathLike, to_path, to_paths
+from .pushing import OPTIONS as OF_THE_HUB
+from .pushing import check_push
 from .reporting import report_names
 
-FILE = "run.json"
 AT_LEAST_ONE = (
     "segment_length", "batch_size", "sequence_parallel", "accumulate", "steps", "eval_tokens", "log_every",
     "eval_every", "save_every", "lora_rank",
@@ -23,6 +25,7 @@ MAY_CHANGE = {
     "output", "steps", "learning_rate", "schedule", "decay_steps", "min_lr", "segment_length", "batch_size",
     "sequence_parallel", "sequence_parallel_strategy", "fsdp", "accumulate", "eval_tokens", "log_every", "eval_every",
     "save_every", "keep_best", "report_to", "dtype", "fp8", "compile", "gradient_checkpointing", "timeout",
+    *OF_THE_HUB,
 }  # fmt: skip
 SCHEDULES = ("cosine", "wsd", "constant")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -91,6 +94,11 @@ class TrainingOptions:
         gradient_checkpointing: recompute activations in the backward pass.
         seed: seed of weights and data order, below 2^32.
         timeout: seconds to wait for a process that does not answer.
+        push_to_hub: repository on the Hugging Face Hub to push the last checkpoint to, at the end of the run:
+            "namespace/name", or "name" for the user of the token.
+        hub_private: create that repository as a private one.
+        hub_base_model: name on the Hub of the model in `init_from`; needed to push LoRA adapters.
+        license: license of the model, for its card: an id of the Hub such as "apache-2.0".
 
     Raises:
         TypeError: an option has the wrong type.
@@ -142,6 +150,10 @@ class TrainingOptions:
     gradient_checkpointing: bool = False
     seed: int = 0
     timeout: float = 1800.0
+    push_to_hub: str | None = None
+    hub_private: bool = False
+    hub_base_model: str | None = None
+    license: str | None = None
 
     def __post_init__(self) -> None:
         paths: dict[str, Any] = {"output": to_path(self.output, "output")}
@@ -185,6 +197,7 @@ class TrainingOptions:
                 raise ValueError(f"{name} must be {range_}, got {getattr(self, name)}")
 
         self._check_schedule()
+        check_push(self)
         if self.keep_best and not self.evaluates:
             raise ValueError("keep_best needs held-out losses: give validation, or a held_out above 0")
         if self.validation and self.held_out != type(self).held_out:

@@ -53,6 +53,8 @@ from .processes import (
     together,
     world_size,
 )
+from .pushing import create_repository, push_run, repository_of
+from .record import record_of_run
 from .reporting import reporters
 from .run_log import RunLog
 from .schedule import learning_rate
@@ -85,7 +87,8 @@ def train(options: TrainingOptions, *, resume: bool = False, console: Console | 
     Raises:
         ValueError: an option or the data is invalid, a tracker cannot be used, the output folder holds a run and
             `resume` is not set, or another process trains in it.
-        OSError: a file could not be written, or another process was lost; earlier checkpoints are intact.
+        OSError: a file could not be written, or another process was lost; earlier checkpoints are intact. Or the Hub
+            refuses `push_to_hub`, before the first step; a failed upload leaves the complete run.
         FloatingPointError: the loss, its gradient or a weight is not finite; neither stepped nor saved.
         KeyboardInterrupt: a signal has stopped the run; it is an `Interrupted`, which knows the signal.
 
@@ -107,6 +110,7 @@ class _OpenRun:
         sequence_parallel: the processes that share sequences with this one, if any.
         execution: precision and compilation.
         checkpoint: the checkpoint to resume from.
+        repository: on the Hub, to push the last checkpoint to, if any.
         has_corpus: True if the run resumes, with the tokens in its folder.
         log: where to say what the run does; silent on other processes than the first.
         reporters: callbacks of the trackers that the run reports to.
@@ -118,6 +122,7 @@ class _OpenRun:
     folder: RunFolder
     sequence_parallel: SequenceParallel | None
     checkpoint: Path | None
+    repository: str | None
     has_corpus: bool
     stop: StopRequest
     log: RunLog
@@ -156,9 +161,19 @@ def _open(options: TrainingOptions, resume: bool, console: Console | None) -> It
                 log.print(change)
         execution = together(lambda: choose_execution(options, local_device()))
         check_equal({"dtype": "bfloat16" if execution.bf16 else "float32", "compile": execution.compiled})
-        arguments = training_arguments(options, execution)
+        arguments, repository = training_arguments(options, execution), on_first(lambda: repository_of(options))
         yield _OpenRun(
-            options, arguments, execution, folder, sequence_parallel, checkpoint, resumes, stop, log, trackers
+            options,
+            arguments,
+            execution,
+            folder,
+            sequence_parallel,
+            checkpoint,
+            repository,
+            resumes,
+            stop,
+            log,
+            trackers,
         )
 
 
@@ -173,8 +188,7 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
     else:
         model = together(lambda: _loaded_model(run, tokenizer))
     together(lambda: _check_attention(options, cast(LightningConfig, config if model is None else model.config)))
-    if not run.has_corpus:
-        on_first(lambda: _prepare_corpus(run, tokenizer))
+    on_first(lambda: create_repository(options, run.repository) if run.has_corpus else _prepare_corpus(run, tokenizer))
     corpus = together(lambda: Corpus.open(folder / CORPUS))
     validation = together(lambda: Corpus.open(folder / VALIDATION)) if options.validation else corpus
     training_set, held_out_set = together(lambda: _datasets(corpus, validation, options))
@@ -209,7 +223,7 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
         measurements,
         stop=run.stop,
         adapters=adapters,
-        record=json.loads(options.to_json()) | {"sequences_per_step": run.sequences_per_step},
+        record=record_of_run(options, run.sequences_per_step, model, corpus, validation, held_out_set),
         keep_best=options.keep_best,
         model=model,
         args=run.arguments,
@@ -260,6 +274,8 @@ def _run(run: _OpenRun, trainer: PackedTrainer, corpus: Corpus) -> Path:
             run.log.print(f"best        {folder / BEST}: {best.name}, held-out loss {loss:.4f}")
         if losses := describe_losses(folder / METRICS):
             run.log.print(losses)
+    if (repository := run.repository) is not None:
+        run.log.print(f"pushed      {on_first(lambda: push_run(run.options, repository, last))}")
     return last
 
 
@@ -345,6 +361,7 @@ def _prepare_corpus(run: _OpenRun, tokenizer: PreTrainedTokenizerFast) -> None:
         known = {file.resolve() for file in sources.files}
         if both := sum(file.resolve() in known for file in held_out.files):
             run.log.print(f"the run trains on files that it is validated on: {both:,}")
+    create_repository(options, run.repository)
     folder, held_out_fraction = run.folder.path, 0.0 if held_out else options.held_out
     _tokenize(run, tokenizer, folder / CORPUS, sources, held_out_fraction)
     if held_out:
