@@ -26,10 +26,12 @@ ENDS = (
     "<|im_end|>",
     "<|eot_id|>",
 )
-# ChatML. Its turns end with `<|im_end|>`, which need not be a special token.
+# ChatML. Its turns end with `<|im_end|>`, which need not be a special token. Answers are marked, see `conversations`.
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 PADS = (PAD, "<pad>", "[PAD]", "<|padding|>")
@@ -45,12 +47,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         >>> byte_tokenizer()("hi").input_ids
         [256, 104, 105]
     """
+    wrapped = with_special_tokens(bytes_backend(), bos_token=BOS, eos_token=EOS, pad_token=PAD)
+    begin_with_bos(wrapped)
+    return wrapped
+
+
+def bytes_backend() -> Tokenizer:
+    """Tokenizer of UTF-8 bytes without special tokens."""
     tokenizer = Tokenizer(models.BPE(vocab={character: byte for byte, character in byte_characters()}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    wrapped = with_special_tokens(tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
-    begin_with_bos(wrapped)
-    return wrapped
+    return tokenizer
 
 
 def has_byte_ids(tokenizer: PreTrainedTokenizerFast) -> bool:

@@ -10,8 +10,6 @@ from typing import Any, cast
 
 import torch.distributed as dist
 from rich.console import Console
-from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from transformers import (
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -24,15 +22,15 @@ from transformers import (
 
 from ..distributed.parallel import SequenceParallel
 from ..models import LightningConfig, LightningForCausalLM, compile_layers, use_float8
+from ..models.chat import ChatTemplate, read_template
 from ..models.checkpoint import UNUSABLE, checkpoint_step, checkpoints, last_checkpoint
 from ..models.mixers import ATTENTIONS, attention_options, check_is_linear
 from ..models.tokenization import vocab_size
 from .arguments import training_arguments
-from .batches import has_labels
 from .best import best_checkpoint, held_out_loss
 from .checkpoint import check_checkpoint, read_record
 from .corpus import Corpus, PackedDataset
-from .documents import Sources, standard_library
+from .data import NOT_EVALUATED, datasets, describe_corpora, prepare_corpora
 from .execution import Execution, choose_execution
 from .finetune import adapters_of, load_base, prepare_adapters, resumed_model, with_base_checkpoint
 from .folder import BEST, CORPUS, METRICS, PLOT, VALIDATION, RunFolder, last_intact
@@ -54,10 +52,8 @@ from .processes import (
 from .schedule import learning_rate
 from .signals import Interrupted, StopRequest, stop_requests
 from .text_bytes import bits_per_nat, token_bytes
-from .tokenizer import load_tokenizer
+from .tokenizer import CHAT_TEMPLATE, load_tokenizer
 from .trainer import PackedTrainer
-
-NOT_EVALUATED = "no held-out losses: the run trains on all of its text"
 
 
 def train(options: TrainingOptions, *, resume: bool = False, console: Console | None = None) -> Path:
@@ -164,10 +160,12 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
         model = together(lambda: _loaded_model(run, tokenizer))
     together(lambda: _check_attention(options, cast(LightningConfig, config if model is None else model.config)))
     if not run.has_corpus:
-        on_first(lambda: _prepare_corpus(run, tokenizer))
+        on_first(lambda: prepare_corpora(options, folder, tokenizer, run.console))
     corpus = together(lambda: Corpus.open(folder / CORPUS))
     validation = together(lambda: Corpus.open(folder / VALIDATION)) if options.validation else corpus
-    training_set, held_out_set = together(lambda: _datasets(corpus, validation, options))
+    training_set, held_out_set = together(lambda: datasets(corpus, validation, options))
+    if corpus.num_context_ranges or validation.num_context_ranges:
+        tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     set_seed(options.seed)
     if model is None:
         model = together(lambda: LightningForCausalLM(cast(LightningConfig, config)))
@@ -205,10 +203,8 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
         f"{num_parameters / 1e6:.1f}M parameters{trained} on {run.arguments.world_size} x {run.arguments.device.type}, "
         f"{corpus.num_train:,} tokens of {corpus.num_documents:,} documents, {tokens_per_step:,} tokens a step"
     )
-    if options.validation:
-        run.console.print(f"validation: {validation.num_held_out:,} tokens of {validation.num_documents:,} documents")
-    elif not options.evaluates:
-        run.console.print(NOT_EVALUATED)
+    for line in describe_corpora(corpus, validation, options):
+        run.console.print(line)
     if lengths is None:
         run.console.print("no bits per byte: the tokens of this tokenizer are not bytes of the text")
     run.console.print(run.execution.description, markup=False, highlight=False)
@@ -298,7 +294,10 @@ def _tokenizer(run: _OpenRun) -> PreTrainedTokenizerFast:
     def report(line: str) -> None:
         run.console.print(line, markup=False, emoji=False, highlight=False)
 
-    return load_tokenizer(run.options.init_from or run.options.tokenizer, run.options.eos_token, report)
+    tokenizer = load_tokenizer(run.options.init_from or run.options.tokenizer, run.options.eos_token, report)
+    if run.options.chat_template is not None:
+        tokenizer.chat_template = ChatTemplate(tokenizer, read_template(run.options.chat_template)).source
+    return tokenizer
 
 
 def _check_attention(options: TrainingOptions, config: LightningConfig) -> None:
@@ -352,61 +351,3 @@ def _config_from_file(options: TrainingOptions, defaults: dict[str, Any], change
         return config
     except UNUSABLE as error:
         raise ValueError(f"{options.config} is not a model configuration: {error}") from error
-
-
-def _prepare_corpus(run: _OpenRun, tokenizer: PreTrainedTokenizerFast) -> None:
-    options = run.options
-    if options.data:
-        sources = Sources.find(options.data, options.text_field, options.seed)
-    else:
-        sources = Sources.find([standard_library()], seed=options.seed, without=("test", "tests"))
-    held_out = None
-    if options.validation:
-        held_out = Sources.find(options.validation, options.text_field, options.seed)
-        known = {file.resolve() for file in sources.files}
-        if both := sum(file.resolve() in known for file in held_out.files):
-            run.console.print(f"the run trains on files that it is validated on: {both:,}", highlight=False)
-    folder, held_out_fraction = run.folder.path, 0.0 if held_out else options.held_out
-    _tokenize(run, tokenizer, folder / CORPUS, sources, held_out_fraction)
-    if held_out:
-        try:
-            _tokenize(run, tokenizer, folder / VALIDATION, held_out, 1.0)
-        except ValueError as error:
-            raise ValueError(f"validation: {error}") from error
-
-
-def _tokenize(
-    run: _OpenRun, tokenizer: PreTrainedTokenizerFast, folder: Path, sources: Sources, held_out_fraction: float
-) -> None:
-    columns = TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    progress = Progress(*columns)
-    task = progress.add_task("tokenizing", total=None)
-    with Live(progress, console=run.console, transient=True):  # unlike Progress, prints nothing to a file
-
-        def report(num_read: int, num_bytes: int) -> None:
-            if num_read and not progress.tasks[0].total:
-                run.console.print(f"tokenizing goes on after {num_read:,} of {num_bytes:,} bytes", highlight=False)
-            progress.update(task, completed=num_read, total=num_bytes)
-
-        corpus = Corpus.prepare(folder, sources, tokenizer, held_out_fraction, report)
-    if skipped := sources.describe_skipped(corpus.skipped_files - sum(sources.skipped.values())):
-        run.console.print(skipped, highlight=False)
-
-
-def _datasets(
-    corpus: Corpus, validation: Corpus, options: TrainingOptions
-) -> tuple[PackedDataset, PackedDataset | None]:
-    """Training and held-out sequences; the latter are None if the run is not evaluated."""
-    if options.evaluates and validation.num_held_out < options.sequence_length:
-        name, remedy = ("validation", "text") if options.validation else ("held-out part", "data, a larger held_out")
-        raise ValueError(
-            f"the {name} has {validation.num_held_out} tokens, fewer than one sequence of "
-            f"{options.sequence_length}: give more {remedy}, or a shorter sequence_length"
-        )
-    training, held_out = corpus.training_set(options.sequence_length), None
-    if options.evaluates:
-        held_out = validation.held_out_set(options.sequence_length, options.eval_tokens)
-    for part, dataset in (("training", training), ("held-out", held_out)):
-        if dataset is not None and not has_labels(dataset):
-            raise ValueError(f"the {part} part has no token to predict: its documents hold one token each")
-    return training, held_out

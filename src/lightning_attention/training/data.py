@@ -1,0 +1,102 @@
+"""Data of a run: its corpora, and their sequences."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from transformers import PreTrainedTokenizerFast
+
+from .batches import has_labels
+from .corpus import Corpus, PackedDataset
+from .documents import Sources, standard_library
+from .folder import CORPUS, VALIDATION
+from .options import TrainingOptions
+
+NOT_EVALUATED = "no held-out losses: the run trains on all of its text"
+
+
+def prepare_corpora(
+    options: TrainingOptions, folder: Path, tokenizer: PreTrainedTokenizerFast, console: Console
+) -> None:
+    """Tokenize the data of a run, and its validation, into the run's folder.
+
+    Raises:
+        ValueError, OSError, ImportError: see `Sources.find` and `Corpus.prepare`.
+    """
+    if options.data:
+        sources = Sources.find(options.data, options.text_field, options.seed)
+    else:
+        sources = Sources.find([standard_library()], seed=options.seed, without=("test", "tests"))
+    held_out = None
+    if options.validation:
+        held_out = Sources.find(options.validation, options.text_field, options.seed)
+        known = {file.resolve() for file in sources.files}
+        if both := sum(file.resolve() in known for file in held_out.files):
+            console.print(f"the run trains on files that it is validated on: {both:,}", highlight=False)
+    _tokenize(folder / CORPUS, sources, tokenizer, 0.0 if held_out else options.held_out, console)
+    if held_out:
+        try:
+            _tokenize(folder / VALIDATION, held_out, tokenizer, 1.0, console)
+        except ValueError as error:
+            raise ValueError(f"validation: {error}") from error
+
+
+def _tokenize(
+    folder: Path, sources: Sources, tokenizer: PreTrainedTokenizerFast, held_out_fraction: float, console: Console
+) -> None:
+    columns = TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    progress = Progress(*columns)
+    task = progress.add_task("tokenizing", total=None)
+    with Live(progress, console=console, transient=True):  # unlike Progress, prints nothing to a file
+
+        def report(num_read: int, num_bytes: int) -> None:
+            if num_read and not progress.tasks[0].total:
+                console.print(f"tokenizing goes on after {num_read:,} of {num_bytes:,} bytes", highlight=False)
+            progress.update(task, completed=num_read, total=num_bytes)
+
+        corpus = Corpus.prepare(folder, sources, tokenizer, held_out_fraction, report)
+    if skipped := sources.describe_skipped(corpus.skipped_files - sum(sources.skipped.values())):
+        console.print(skipped, highlight=False)
+
+
+def datasets(
+    corpus: Corpus, validation: Corpus, options: TrainingOptions
+) -> tuple[PackedDataset, PackedDataset | None]:
+    """Training and held-out sequences; the latter are None if the run is not evaluated.
+
+    Raises:
+        ValueError: a part is shorter than a sequence, or has no token to predict.
+    """
+    if options.evaluates and validation.num_held_out < options.sequence_length:
+        name, remedy = ("validation", "text") if options.validation else ("held-out part", "data, a larger held_out")
+        raise ValueError(
+            f"the {name} has {validation.num_held_out} tokens, fewer than one sequence of "
+            f"{options.sequence_length}: give more {remedy}, or a shorter sequence_length"
+        )
+    training, held_out = corpus.training_set(options.sequence_length), None
+    if options.evaluates:
+        held_out = validation.held_out_set(options.sequence_length, options.eval_tokens)
+    for part, dataset in (("training", training), ("held-out", held_out)):
+        if dataset is not None and not has_labels(dataset):
+            why = (
+                "no answer of a conversation is in its sequences"
+                if dataset.context.size
+                else "its documents hold one token each"
+            )
+            raise ValueError(f"the {part} part has no token to predict: {why}")
+    return training, held_out
+
+
+def describe_corpora(corpus: Corpus, validation: Corpus, options: TrainingOptions) -> list[str]:
+    """Lines on conversations and on the text to evaluate on."""
+    lines = []
+    if corpus.num_context_ranges:
+        lines.append(
+            f"chat data: loss on {corpus.num_predicted_train:,} of these tokens: answers, and documents that are text"
+        )
+    if options.validation:
+        lines.append(f"validation: {validation.num_held_out:,} tokens of {validation.num_documents:,} documents")
+    elif not options.evaluates:
+        lines.append(NOT_EVALUATED)
+    return lines
