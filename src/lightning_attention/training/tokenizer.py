@@ -1,14 +1,14 @@
-"""Tokenizers for training: bytes, or any tokenizer.json."""
+"""Tokenizers for training: bytes, or those of transformers."""
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ..models.tokenization import begin_with_bos, byte_characters, special_tokens
-from ..paths import PathLike, to_path
+from ..paths import PathLike
+from .tokenizer_files import CONFIG, read_tokenizer, template_beside, tokenizer_file
 
 INPUTS = ["input_ids", "attention_mask"]
 # Larger than lengths in transformers, and unlike its value for an unset length, which lm-eval replaces by 2048.
@@ -79,20 +79,21 @@ def load_tokenizer(
     tokenizer_config.json is the special token that its post-processor puts before a text.
 
     Args:
-        name: "bytes", or the path of a tokenizer.json or of a folder with a saved tokenizer.
+        name: "bytes", the path of a tokenizer.json or of a folder with a saved tokenizer, or a name on the Hugging Face
+            Hub.
         eos_token: token of the vocabulary that ends a document, instead of the tokenizer's own.
         report: called with a line for every special token that was chosen or added.
 
     Raises:
         TypeError: `name` is not a path.
-        ValueError: the file does not exist or is not a tokenizer, or `eos_token` is not in its vocabulary.
+        ValueError: there is no such tokenizer, the file is not a tokenizer, or `eos_token` is not in its vocabulary.
 
     Example:
         >>> from lightning_attention.training import load_tokenizer
         >>> load_tokenizer("bytes").eos_token
         '<|eos|>'
     """
-    tokenizer = byte_tokenizer() if name == "bytes" else _read(to_path(name, "tokenizer"), report)
+    tokenizer = byte_tokenizer() if name == "bytes" else _read(name, report)
     if eos_token is not None:
         vocabulary = tokenizer.get_vocab()
         if eos_token not in vocabulary:
@@ -114,20 +115,19 @@ def load_tokenizer(
     return tokenizer
 
 
-def _read(path: Path, report: Callable[[str], None]) -> PreTrainedTokenizerFast:
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"tokenizer must be 'bytes' or a tokenizer.json, there is no file {path}")
-    try:
-        backend = Tokenizer.from_file(str(file))
-        backend.no_truncation()
-        backend.no_padding()  # or transformers adds its padding token to the vocabulary
-        if (file.parent / "tokenizer_config.json").is_file():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent)
-        else:
-            tokenizer = with_special_tokens(backend, bos_token=_token_before_text(backend))
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise ValueError(f"{file} is not a tokenizer: {error}") from error
+def _read(name: PathLike, report: Callable[[str], None]) -> PreTrainedTokenizerFast:
+    with tokenizer_file(name) as file:
+        try:
+            backend = Tokenizer.from_file(str(file))
+            backend.no_truncation()
+            backend.no_padding()  # or transformers adds its padding token to the vocabulary
+            if (file.parent / CONFIG).is_file():
+                tokenizer = read_tokenizer(file)
+            else:
+                tokenizer = with_special_tokens(backend, bos_token=_token_before_text(backend))
+                tokenizer.chat_template = template_beside(file) or CHAT_TEMPLATE
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise ValueError(f"{file} is not a tokenizer: {error}") from error
     if added := sorted(tokenizer.get_vocab().keys() - backend.get_vocab().keys()):
         report(f"tokens added to the vocabulary of the tokenizer: {', '.join(added)}")
     tokenizer.padding_side, tokenizer.model_input_names = "left", INPUTS
