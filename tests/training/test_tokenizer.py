@@ -329,7 +329,9 @@ def test_invalid_prompts_are_refused(tmp_path):
 
 
 def test_invalid_tokenizer_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"tokenizer must be 'bytes', .*: there is no file nowhere/here/or/there, and no"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer must be 'bytes', .*: there is no file nowhere/here/or/there, and no"
+    ):
         load_tokenizer("nowhere/here/or/there")
     with pytest.raises(ValueError, match=r"there is no file nowhere$"):
         load_tokenizer(Path("nowhere"))

@@ -269,6 +269,7 @@ class PackedDataset(Dataset):
 
     An item holds `input_ids`, `labels` and `position_ids`, `[T]` int64. Positions restart with every document, so that
     attention does not cross document boundaries. The first token of a document and tokens in `context` are not labels.
+    With `context`, sequences without labels are left out.
 
     Args:
         tokens: token ids, memory-mapped or in any array, or `ByteTokens`.
@@ -276,6 +277,9 @@ class PackedDataset(Dataset):
         document_starts: index of the first token of every document, ascending.
         max_tokens: number of tokens to use, at most.
         context: bounds of ranges of tokens without loss, `[N, 2]`, ascending; None for no such tokens.
+
+    Attributes:
+        num_left_out: number of sequences that are left out.
 
     Raises:
         ValueError: T is out of range, there are fewer tokens than one sequence, or `context` is not `[N, 2]`.
@@ -309,9 +313,11 @@ class PackedDataset(Dataset):
             raise ValueError(f"context must be [N, 2], got shape {context.shape}")
         self.tokens = tokens if max_tokens is None else tokens[: max(max_tokens, sequence_length)]
         self.sequence_length, self.document_starts, self.context = sequence_length, document_starts, context
+        self._kept = self._with_labels() if len(context) else range(len(self.tokens) // sequence_length)
+        self.num_left_out = len(self.tokens) // sequence_length - len(self._kept)
 
     def __len__(self) -> int:
-        return len(self.tokens) // self.sequence_length
+        return len(self._kept)
 
     def loss_of(self, log_frequencies: Tensor) -> float:
         """Mean loss in nats per token of the token frequencies `[vocab_size]`, in natural logarithms."""
@@ -321,7 +327,8 @@ class PackedDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        start, stop = index * self.sequence_length, (index + 1) * self.sequence_length
+        start = int(self._kept[index]) * self.sequence_length
+        stop = start + self.sequence_length
         tokens = torch.from_numpy(self.tokens[start:stop].astype(np.int64))
         first, last = np.searchsorted(self.document_starts, [start, stop])
         positions = np.arange(self.sequence_length)
@@ -331,6 +338,18 @@ class PackedDataset(Dataset):
         positions = torch.from_numpy(positions - np.maximum.accumulate(starts))
         is_label = (positions != 0) & torch.from_numpy(_has_loss(self.context, start, stop))
         return {"input_ids": tokens, "labels": tokens.masked_fill(~is_label, IGNORED), "position_ids": positions}
+
+    def _with_labels(self) -> np.ndarray:
+        """Indices of the sequences with labels, ascending."""
+        length, found = self.sequence_length, []
+        size = max(1, COUNTED // length) * length
+        for start in range(0, len(self.tokens) // length * length, size):
+            stop = min(start + size, len(self.tokens) // length * length)
+            is_label = _has_loss(self.context, start, stop)
+            first, last = np.searchsorted(self.document_starts, [start, stop])
+            is_label[self.document_starts[first:last] - start] = False
+            found.append(start // length + np.flatnonzero(is_label.reshape(-1, length)[:, 1:].any(axis=1)))
+        return np.concatenate(found)
 
 
 def _has_loss(context: np.ndarray, start: int, stop: int) -> np.ndarray:

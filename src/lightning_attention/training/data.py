@@ -88,13 +88,17 @@ def datasets(
     return training, held_out
 
 
-def describe_corpora(corpus: Corpus, validation: Corpus, options: TrainingOptions) -> list[str]:
+def describe_corpora(
+    corpus: Corpus, validation: Corpus, training_set: PackedDataset, options: TrainingOptions
+) -> list[str]:
     """Lines on conversations and on the text to evaluate on."""
     lines = []
     if corpus.num_context_ranges:
         lines.append(
             f"chat data: loss on {corpus.num_predicted_train:,} of these tokens: answers, and documents that are text"
         )
+    if training_set.num_left_out:
+        lines.append(f"sequences left out, since no token in them has loss: {training_set.num_left_out:,}")
     if options.validation:
         lines.append(f"validation: {validation.num_held_out:,} tokens of {validation.num_documents:,} documents")
     elif not options.evaluates:

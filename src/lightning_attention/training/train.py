@@ -203,7 +203,7 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
         f"{num_parameters / 1e6:.1f}M parameters{trained} on {run.arguments.world_size} x {run.arguments.device.type}, "
         f"{corpus.num_train:,} tokens of {corpus.num_documents:,} documents, {tokens_per_step:,} tokens a step"
     )
-    for line in describe_corpora(corpus, validation, options):
+    for line in describe_corpora(corpus, validation, training_set, options):
         run.console.print(line)
     if lengths is None:
         run.console.print("no bits per byte: the tokens of this tokenizer are not bytes of the text")
