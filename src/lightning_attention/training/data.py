@@ -79,11 +79,10 @@ def datasets(
         held_out = validation.held_out_set(options.sequence_length, options.eval_tokens)
     for part, dataset in (("training", training), ("held-out", held_out)):
         if dataset is not None and not has_labels(dataset):
-            why = (
-                "no answer of a conversation is in its sequences"
-                if dataset.context.size
-                else "its documents hold one token each"
-            )
+            why = "its documents hold one token each"
+            if dataset.context.size:
+                limit = f", of eval_tokens {options.eval_tokens:,} at most" if dataset is held_out else ""
+                why = f"no answer of a conversation is in its sequences{limit}"
             raise ValueError(f"the {part} part has no token to predict: {why}")
     return training, held_out
 
