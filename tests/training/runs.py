@@ -31,7 +31,8 @@ def options(files: Path, name: str = "run", **changes: Any) -> TrainingOptions:
     defaults: dict[str, Any] = {"steps": 20, "save_every": 10, "eval_every": 10, "log_every": 5, "eval_tokens": 512}
     defaults |= {"sequence_length": 64, "batch_size": 2, "config": files / "model.json"}
     defaults |= {"dtype": "float32", "compile": False}  # not what the machine is fast at
-    return TrainingOptions(files / name, **{"data": (files / "data.txt",)} | defaults | changes)
+    defaults["data"] = (files / "data.txt",)
+    return TrainingOptions(files / name, **defaults | changes)
 
 
 def arguments(files: Path, name: str = "run", **changes: Any) -> list[str]:

@@ -71,10 +71,20 @@ def test_processes_segments_and_accumulation_make_the_same_steps(chat_files):
 def test_questions_that_fill_sequences_leave_the_loss_finite(chat_files):
     lines = [{"messages": turns(f"{i} " * 400, f"{i}")} for i in range(20)]
     write_lines(chat_files / "chat.jsonl", *lines)
-    run = options(chat_files, data=chat_files / "chat.jsonl", steps=4, eval_tokens=1 << 14, log_every=1, eval_every=2)
+    run = options(
+        chat_files,
+        data=chat_files / "chat.jsonl",
+        steps=4,
+        held_out=0.3,
+        eval_tokens=1 << 14,
+        log_every=1,
+        eval_every=2,
+    )
     train(run, console=quiet())
     records = read_metrics(chat_files / "run" / "metrics.jsonl")
-    assert all(0 < record.get("loss", record.get("eval_loss")) < 10 for record in records)
+    found = [float(record[name]) for record in records for name in ("loss", "eval_loss") if name in record]
+    assert len(found) == 6
+    assert all(0 < loss < 10 for loss in found)
 
 
 def test_data_whose_answers_are_in_no_sequence_is_refused(chat_files):
