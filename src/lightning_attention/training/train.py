@@ -295,8 +295,10 @@ def _tokenizer(run: _OpenRun) -> PreTrainedTokenizerFast:
         run.console.print(line, markup=False, emoji=False, highlight=False)
 
     tokenizer = load_tokenizer(run.options.init_from or run.options.tokenizer, run.options.eos_token, report)
-    if run.options.chat_template is not None:
-        tokenizer.chat_template = ChatTemplate(tokenizer, read_template(run.options.chat_template)).source
+    if (file := run.options.chat_template) is not None:
+        if file.exists() and not file.is_file():  # a FIFO would be waited for
+            raise ValueError(f"chat_template: {file} is not a file")
+        tokenizer.chat_template = ChatTemplate(tokenizer, read_template(file)).source
     return tokenizer
 
 
