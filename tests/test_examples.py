@@ -38,4 +38,4 @@ def test_a_bpe_is_made_and_trained_with(tmp_path):
 
 @pytest.mark.parametrize("recipe", ["finetune_chat", "lora", "tokenizer"])
 def test_a_recipe_fits_a_screen(recipe):
-    assert len((EXAMPLES / f"{recipe}.py").read_text().splitlines()) <= 90
+    assert len((EXAMPLES / f"{recipe}.py").read_text().splitlines()) <= 95
