@@ -19,7 +19,7 @@ from lightning_attention.models.adapters import merge_checkpoint
 from lightning_attention.training import TrainingOptions, train
 
 
-def main(output: Path = Path("lora"), base_steps: int = 300, steps: int = 400) -> list[str]:
+def main(output: Path = Path("lora"), base_steps: int = 300, steps: int = 1200) -> list[str]:
     logging.disable_progress_bar()
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
