@@ -52,6 +52,20 @@ BAD_MODELS = {
     "beyond-64-bits": {"hidden_size": 2 * 10**30},
     "huge-mlp": {"intermediate_size": 10**14},
 }
+BAD_CHATS = {
+    "no-answer": [{"role": "user", "content": "a"}],
+    "null": [{"role": "assistant", "content": None}],
+    "parts": [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}],
+    "tool": [{"role": "assistant", "content": "a"}, {"role": "tool", "content": "a"}],
+    "no-role": [{"content": "a"}],
+    "list-role": [{"role": ["assistant"], "content": "a"}],
+    "more-fields": [{"role": "assistant", "content": "a", "weight": 0}],
+    "texts": ["a", "b"],
+    "empty": [],
+    "object": {"role": "assistant", "content": "a"},
+    "text": "a",
+    "number": 3,
+}
 BAD_RUNS = {
     "unknown": {"wings": 2},
     "text-steps": {"steps": "many"},
@@ -76,6 +90,9 @@ def files(folder: Path) -> Path:
     (folder / "bare").mkdir()
     (folder / "model.json").write_text(json.dumps(MODEL))
     (folder / "lines.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    (folder / "bad.jinja").write_text("{% for")
+    for name, messages in BAD_CHATS.items():
+        (folder / f"chat-{name}.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     (folder / "prompts.jsonl").write_text('{"prompt": "a", "max_new_tokens": 2}\n')
     (folder / "gone").symlink_to("nowhere")
     (folder / "loop").symlink_to("loop")
@@ -226,6 +243,9 @@ def words() -> Iterator[list[str]]:
     yield [*TRAIN, "--report-to", "none", "--report-to", "tensorboard"]
     yield [*TRAIN, "--decay-steps", "2"]
     yield [*TRAIN, "--min-lr", "10"]
+    yield from _with(TRAIN, "--chat-template", "", "missing", "folder", "binary.bin", "empty.txt", "bad.jinja", "pipe")
+    yield from _with(TRAIN, "--data", *(f"chat-{name}.jsonl" for name in BAD_CHATS))
+    yield from _with(TRAIN, "--tokenizer", "someone/nowhere", "a b", "../x", "a/b/c")
     yield ["compare"]
     yield ["compare", "missing"]
     yield ["merge", "--checkpoint", "missing", "--output", "new"]

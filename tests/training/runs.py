@@ -31,13 +31,14 @@ def options(files: Path, name: str = "run", **changes: Any) -> TrainingOptions:
     defaults: dict[str, Any] = {"steps": 20, "save_every": 10, "eval_every": 10, "log_every": 5, "eval_tokens": 512}
     defaults |= {"sequence_length": 64, "batch_size": 2, "config": files / "model.json"}
     defaults |= {"dtype": "float32", "compile": False}  # not what the machine is fast at
-    return TrainingOptions(files / name, (files / "data.txt",), **defaults | changes)
+    defaults["data"] = (files / "data.txt",)
+    return TrainingOptions(files / name, **defaults | changes)
 
 
 def arguments(files: Path, name: str = "run", **changes: Any) -> list[str]:
     """Command line of the run with `options`."""
-    values = {"output": files / name, "data": files / "data.txt"} | vars(options(files, name, **changes))
-    values["data"] = files / "data.txt"
+    values = {"output": files / name} | vars(options(files, name, **changes))
+    values["data"] = changes.get("data", files / "data.txt")
     flags = {key: value for key, value in values.items() if value not in (None, ()) and not isinstance(value, bool)}
     del flags["size"]
     switches = [f"--{key.replace('_', '-')}" for key, value in values.items() if value is True]

@@ -171,7 +171,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "description an object": (overwrite("corpus.json", lambda x: b"{}"), "corpus.json is damaged: restore it"),
     "description nested": (overwrite("corpus.json", lambda x: b"[" * 100_000), "corpus.json is damaged: restore it"),
     "description edited": (overwrite("corpus.json", edited), "corpus.json is damaged: restore it"),
-    "format 1": (older, r"corpus.json is of another version of this library \(format 1, not 3\): use that version"),
+    "format 1": (older, r"corpus.json is of another version of this library \(format 1, not 4\): use that version"),
 }
 
 

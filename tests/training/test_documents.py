@@ -82,7 +82,7 @@ def test_a_parquet_row_is_a_document(tmp_path, text_type):
     column = column.dictionary_encode() if text_type == "dictionary" else column
     parquet.write_table(pyarrow.table({"id": range(1000), "body": column}), tmp_path / "a.PARQUET", row_group_size=300)
     assert texts(tmp_path, text_field="body") == rows
-    with pytest.raises(ValueError, match=r"a.PARQUET has no column 'text', but 'id', 'body'$"):
+    with pytest.raises(ValueError, match=r"a.PARQUET has no column 'text' or 'messages', but 'id', 'body'$"):
         Sources.find(tmp_path)
     for field in ("id", "empty"):
         table = pyarrow.table({"id": [1, 2], "empty": ["a", None]})

@@ -126,7 +126,8 @@ def tokenized(documents: Iterable[Iterator[str]], tokenizer: PreTrainedTokenizer
     tokens, bounds, size = [], [], 0
     special = encoding.special_bytes(tokenizer)
     placed = ((Place(0, number), document) for number, document in enumerate(documents, start=1))
-    for stored, starts, files, place in encoding.tokenize(placed, tokenizer):
+    for stored, starts, files, place, context in encoding.tokenize(placed, tokenizer):
+        assert not context
         assert files == [0] * len(starts)
         if place is not None:
             assert place.file == 0

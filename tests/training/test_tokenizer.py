@@ -329,8 +329,15 @@ def test_invalid_prompts_are_refused(tmp_path):
 
 
 def test_invalid_tokenizer_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"tokenizer must be 'bytes' or a tokenizer.json, there is no file nowhere"):
-        load_tokenizer("nowhere")
+    with pytest.raises(
+        ValueError, match=r"tokenizer must be 'bytes', .*: there is no file nowhere/here/or/there, and no"
+    ):
+        load_tokenizer("nowhere/here/or/there")
+    with pytest.raises(ValueError, match=r"there is no file nowhere$"):
+        load_tokenizer(Path("nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"there is no file .*empty/tokenizer.json$"):
+        load_tokenizer(tmp_path / "empty")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))

@@ -23,7 +23,9 @@ def train(
     data: Annotated[list[Path], Option(help="File or folder, as for train. Repeat for more.")],
     output: Annotated[Path, Option(help="Folder for the tokenizer; it must be empty or not exist.")],
     vocab_size: Annotated[int, Option(help="Number of tokens.")] = 32768,
-    text_field: Annotated[str, Option(help="Field of a .jsonl line, or column of a .parquet file.")] = "text",
+    text_field: Annotated[
+        str | None, Option(help="Field of a .jsonl line, or column of a .parquet file. By default text, or messages.")
+    ] = None,
     max_bytes: Annotated[int, Option(help="Bytes of text to read, at most.")] = 1 << 30,
     seed: Annotated[int, Option(help="Seed of the order of the files.")] = 0,
 ) -> None:

@@ -44,8 +44,8 @@ def train(
     data: Annotated[
         list[Path] | None,
         DATA(
-            help="File or folder: text, code, .jsonl, .parquet, also .gz or .zst. Repeat for more. By default Python's "
-            "standard library."
+            help="File or folder: text, code, .jsonl, .parquet, also .gz or .zst; conversations are lines with "
+            "messages. Repeat for more. By default Python's standard library."
         ),
     ] = None,
     validation: Annotated[
@@ -53,9 +53,22 @@ def train(
         DATA(help="File or folder, as --data, to evaluate on; then nothing of --data is held out. Repeat for more."),
     ] = None,
     text_field: Annotated[
-        str, DATA(help="Field of a .jsonl line, or column of a .parquet file, with the text.")
-    ] = "text",
-    tokenizer: Annotated[str, DATA(help="'bytes', or the path of a tokenizer.json.")] = "bytes",
+        str | None,
+        DATA(
+            help="Field of a .jsonl line, or column of a .parquet file, with the text or the messages. By default "
+            "text, or messages."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str, DATA(help="'bytes', a tokenizer.json or its folder, or a name on the Hugging Face Hub.")
+    ] = "bytes",
+    chat_template: Annotated[
+        Path | None,
+        DATA(
+            help="File with a Jinja template for conversations, saved with the tokenizer. By default the tokenizer's, "
+            "or ChatML."
+        ),
+    ] = None,
     eos_token: Annotated[
         str | None, DATA(help="Token of the vocabulary that ends a document. By default the tokenizer's own.")
     ] = None,

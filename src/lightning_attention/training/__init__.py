@@ -2,7 +2,7 @@
 
 from ..extras import require
 
-require("train", "transformers", "safetensors", "accelerate", "tokenizers", "matplotlib", "numpy", "filelock")
+require("train", "transformers", "safetensors", "accelerate", "tokenizers", "jinja2", "matplotlib", "numpy", "filelock")
 
 from .corpus import Corpus, PackedDataset  # noqa: E402
 from .evaluation import Evaluation, evaluate  # noqa: E402

@@ -28,7 +28,8 @@ def train_bpe(
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on documents, with the tokens `<|bos|>`, `<|eos|>`, `<|pad|>` and those of ChatML.
 
-    Every text has tokens, since all bytes do. Words are split as in GPT-2.
+    Every text has tokens, since all bytes do. Words are split as in GPT-2. Of conversations, contents of messages are
+    read.
 
     Args:
         sources: the documents, read in their order.

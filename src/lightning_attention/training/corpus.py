@@ -19,11 +19,13 @@ from ..models.heads import IGNORED
 from ..models.tokenization import bos_ids, vocab_size
 from ..paths import PathLike, to_path
 from .blocks import REMEDY, verify
+from .conversations import chat_template
 from .documents import Sources
 from .encoding import special_bytes
-from .writer import OFFSET, corpus_writer, hashed
+from .writer import CONTEXT, DOCUMENTS, OFFSET, RANGE, TOKENS, corpus_writer, hashed, read_ranges
 
-FORMAT = 3
+FORMAT = 4
+READ = 2, 3, 4  # formats that are read; 3 has no context, and 2 two or four bytes a token
 COUNTED = 1 << 22  # tokens counted at a time
 
 
@@ -31,9 +33,10 @@ COUNTED = 1 << 22  # tokens counted at a time
 class Corpus:
     """Tokenized corpus in a folder: a training part, followed by a held-out part.
 
-    A document is `[bos] text eos`, with BOS if the tokenizer has one. The folder holds `tokens.bin`, one, two or four
-    bytes a token; `documents.bin`, the start of every document as int64; and `corpus.json`, which is written last. The
-    `.bin` files are little-endian.
+    A document is `[bos] text eos`, with BOS if the tokenizer has one, or a conversation as the chat template renders
+    it. The folder holds `tokens.bin`, one, two or four bytes a token; `documents.bin`, the start of every document as
+    int64; with conversations `context.bin`, bounds of ranges of tokens without loss as pairs of int64; and
+    `corpus.json`, which is written last. The `.bin` files are little-endian.
 
     Attributes:
         folder: `str` or `os.PathLike`, kept as a `Path`.
@@ -47,6 +50,7 @@ class Corpus:
         token_bytes: bytes of a token in `tokens.bin`.
         special_ids: token ids for which the last byte values stand in `tokens.bin`: with (256, 257), a byte of 254 is
             token 256, and 255 is 257. These values do not occur in UTF-8.
+        num_context_ranges: number of ranges of tokens without loss: what is between the answers of conversations.
 
     Example:
         >>> from lightning_attention.training import Corpus, byte_tokenizer
@@ -66,6 +70,7 @@ class Corpus:
     skipped_files: int
     token_bytes: int = 2
     special_ids: tuple[int, ...] = ()
+    num_context_ranges: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", to_path(self.folder, "folder"))
@@ -93,8 +98,8 @@ class Corpus:
             progress: called with the number of bytes of the files that were read so far, and of all.
 
         Raises:
-            ValueError: the documents hold no text or are damaged, the fraction is out of range, or the tokenizer has no
-                EOS token.
+            ValueError: the documents hold no text or are damaged, the chat template cannot render a conversation, the
+                fraction is out of range, or the tokenizer has no EOS token.
             OSError: a file cannot be read or written.
         """
         folder = to_path(folder, "folder")
@@ -124,6 +129,7 @@ class Corpus:
                 skipped_files=sum(sources.skipped.values()) + len(writer.excluded),
                 token_bytes=writer.token_bytes,
                 special_ids=special_bytes(tokenizer),
+                num_context_ranges=writer.num_context_ranges,
             )
             about = {name: value for name, value in asdict(corpus).items() if name != "folder"}
             content: dict[str, Any] = {"format": FORMAT, "corpus": about, "checksums": writer.finish()}
@@ -151,7 +157,7 @@ class Corpus:
             raise ValueError(f"{file} is damaged: {REMEDY}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{file} is damaged: {REMEDY}")
-        if (found := content.get("format", "fingerprint" in content)) not in (2, FORMAT, False):
+        if (found := content.get("format", "fingerprint" in content)) not in (*READ, False):
             raise ValueError(
                 f"{file} is of another version of this library (format {int(found)}, not {FORMAT}): use that version, "
                 "or start a new run, which tokenizes its data again"
@@ -176,11 +182,27 @@ class Corpus:
 
     def document_starts(self) -> np.ndarray:
         """Index of the first token of every document, over both parts: `[num_documents]` int64, memory-mapped."""
-        return np.memmap(self.folder / "documents.bin", OFFSET, "r")
+        return np.memmap(self.folder / DOCUMENTS, OFFSET, "r")
+
+    def context(self) -> np.ndarray:
+        """Bounds of ranges of tokens without loss, ascending, over both parts: `[N, 2]` int64, memory-mapped."""
+        return read_ranges(self.folder / CONTEXT) if self.num_context_ranges else np.empty((0, 2), OFFSET)
+
+    def has_loss(self, start: int, stop: int) -> np.ndarray:
+        """Which tokens of the training part from `start` to `stop` have loss, by their place: `[stop - start]` bool."""
+        return _has_loss(self.context(), start, stop)
+
+    @property
+    def num_predicted_train(self) -> int:
+        """Number of tokens with loss in the training part."""
+        context = self.context()
+        last = np.searchsorted(context[:, 0], self.num_train)
+        starts, stops = np.minimum(context[:last], self.num_train).sum(axis=0)
+        return self.num_train - int(stops - starts)
 
     def training_set(self, sequence_length: int) -> "PackedDataset":
         """Training part as packed sequences, see `PackedDataset`."""
-        return PackedDataset(self.train_tokens(), sequence_length, self.document_starts())
+        return PackedDataset(self.train_tokens(), sequence_length, self.document_starts(), context=self.context())
 
     def held_out_set(self, sequence_length: int, max_tokens: int | None = None) -> "PackedDataset":
         """Held-out part as packed sequences, see `PackedDataset`."""
@@ -188,24 +210,32 @@ class Corpus:
         starts = self.document_starts()
         first, last = np.searchsorted(starts, [self.num_train, self.num_train + limit])
         starts = starts[first:last] - self.num_train
-        return PackedDataset(self.held_out_tokens(), sequence_length, starts, max_tokens)
+        context = self.context()
+        first = np.searchsorted(context[:, 1], self.num_train, side="right")
+        last = np.searchsorted(context[:, 0], self.num_train + limit)
+        context = context[first:last] - self.num_train
+        return PackedDataset(self.held_out_tokens(), sequence_length, starts, max_tokens, context)
 
     def unigram(self) -> Tensor:
-        """Natural logarithms of token frequencies in the training part, `[vocab_size]`, with add-one smoothing."""
-        counts = 1 + _counts(self.train_tokens(), self.vocab_size)
+        """Natural logarithms of token frequencies in the training part, `[vocab_size]`, with add-one smoothing.
+
+        Tokens without loss are not counted.
+        """
+        counts = 1 + _counts(self.train_tokens(), self.vocab_size, self.context())
         return torch.from_numpy(counts / counts.sum()).log()
 
     def _tokens(self, part: slice) -> "np.ndarray | ByteTokens":
-        stored = np.memmap(self.folder / "tokens.bin", f"<u{self.token_bytes}", "r")[part]
+        stored = np.memmap(self.folder / TOKENS, f"<u{self.token_bytes}", "r")[part]
         return ByteTokens(stored, self.special_ids) if self.special_ids else stored
 
     def _sizes(self) -> dict[Path, int]:
         """Expected size of each file in bytes."""
         num_tokens = self.num_train + self.num_held_out
-        return {
-            self.folder / "tokens.bin": num_tokens * self.token_bytes,
-            self.folder / "documents.bin": self.num_documents * OFFSET.itemsize,
+        sizes = {
+            self.folder / TOKENS: num_tokens * self.token_bytes,
+            self.folder / DOCUMENTS: self.num_documents * OFFSET.itemsize,
         }
+        return sizes | ({self.folder / CONTEXT: self.num_context_ranges * RANGE} if self.num_context_ranges else {})
 
 
 class ByteTokens:
@@ -238,17 +268,22 @@ class PackedDataset(Dataset):
     """Documents packed into sequences of `sequence_length` tokens; a document may span several sequences.
 
     An item holds `input_ids`, `labels` and `position_ids`, `[T]` int64. Positions restart with every document, so that
-    attention does not cross document boundaries; the first token of a document is not a label.
+    attention does not cross document boundaries. The first token of a document and tokens in `context` are not labels.
+    With `context`, sequences without labels are left out.
 
     Args:
         tokens: token ids, memory-mapped or in any array, or `ByteTokens`.
         sequence_length: T, at least 2.
         document_starts: index of the first token of every document, ascending.
         max_tokens: number of tokens to use, at most.
+        context: bounds of ranges of tokens without loss, `[N, 2]`, ascending; None for no such tokens.
+
+    Attributes:
+        num_left_out: number of sequences that are left out.
 
     Raises:
-        ValueError: T is out of range, or there are fewer tokens than one sequence.
-        TypeError: `document_starts` is not an array of int64.
+        ValueError: T is out of range, there are fewer tokens than one sequence, or `context` is not `[N, 2]`.
+        TypeError: `document_starts` or `context` is not an array of int64.
 
     Example:
         >>> import numpy as np
@@ -264,28 +299,36 @@ class PackedDataset(Dataset):
         sequence_length: int,
         document_starts: np.ndarray,
         max_tokens: int | None = None,
+        context: np.ndarray | None = None,
     ):
+        context = np.empty((0, 2), OFFSET) if context is None else context
         if sequence_length < 2:
             raise ValueError(f"sequence_length must be at least 2, got {sequence_length}")
         if len(tokens) < sequence_length:
             raise ValueError(f"there are {len(tokens)} tokens, fewer than one sequence of {sequence_length}")
-        if getattr(document_starts, "dtype", None) != OFFSET:
-            raise TypeError(f"document_starts must be a NumPy array of int64, got {type(document_starts).__name__}")
+        for name, array in (("document_starts", document_starts), ("context", context)):
+            if getattr(array, "dtype", None) != OFFSET:
+                raise TypeError(f"{name} must be a NumPy array of int64, got {type(array).__name__}")
+        if context.ndim != 2 or context.shape[1] != 2:
+            raise ValueError(f"context must be [N, 2], got shape {context.shape}")
         self.tokens = tokens if max_tokens is None else tokens[: max(max_tokens, sequence_length)]
-        self.sequence_length, self.document_starts = sequence_length, document_starts
+        self.sequence_length, self.document_starts, self.context = sequence_length, document_starts, context
+        self._kept = self._with_labels() if len(context) else range(len(self.tokens) // sequence_length)
+        self.num_left_out = len(self.tokens) // sequence_length - len(self._kept)
 
     def __len__(self) -> int:
-        return len(self.tokens) // self.sequence_length
+        return len(self._kept)
 
     def loss_of(self, log_frequencies: Tensor) -> float:
         """Mean loss in nats per token of the token frequencies `[vocab_size]`, in natural logarithms."""
-        counts = _counts(self.tokens, len(log_frequencies))
-        return -(torch.from_numpy(counts) * log_frequencies).sum().item() / len(self.tokens)
+        counts = _counts(self.tokens, len(log_frequencies), self.context)
+        return -(torch.from_numpy(counts) * log_frequencies).sum().item() / counts.sum().item()
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        start, stop = index * self.sequence_length, (index + 1) * self.sequence_length
+        start = int(self._kept[index]) * self.sequence_length
+        stop = start + self.sequence_length
         tokens = torch.from_numpy(self.tokens[start:stop].astype(np.int64))
         first, last = np.searchsorted(self.document_starts, [start, stop])
         positions = np.arange(self.sequence_length)
@@ -293,20 +336,47 @@ class PackedDataset(Dataset):
         bounds = self.document_starts[first:last] - start
         starts[bounds] = bounds
         positions = torch.from_numpy(positions - np.maximum.accumulate(starts))
-        return {"input_ids": tokens, "labels": tokens.masked_fill(positions == 0, IGNORED), "position_ids": positions}
+        is_label = (positions != 0) & torch.from_numpy(_has_loss(self.context, start, stop))
+        return {"input_ids": tokens, "labels": tokens.masked_fill(~is_label, IGNORED), "position_ids": positions}
+
+    def _with_labels(self) -> np.ndarray:
+        """Indices of the sequences with labels, ascending."""
+        length, found = self.sequence_length, []
+        size = max(1, COUNTED // length) * length
+        for start in range(0, len(self.tokens) // length * length, size):
+            stop = min(start + size, len(self.tokens) // length * length)
+            is_label = _has_loss(self.context, start, stop)
+            first, last = np.searchsorted(self.document_starts, [start, stop])
+            is_label[self.document_starts[first:last] - start] = False
+            found.append(start // length + np.flatnonzero(is_label.reshape(-1, length)[:, 1:].any(axis=1)))
+        return np.concatenate(found)
 
 
-def _counts(tokens: np.ndarray | ByteTokens, vocab_size: int) -> np.ndarray:
-    """Count each token id: `[vocab_size]` int64."""
+def _has_loss(context: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Which tokens from `start` to `stop` are in no range of `context`: `[stop - start]` bool."""
+    first = np.searchsorted(context[:, 1], start, side="right")
+    last = np.searchsorted(context[:, 0], stop)
+    # A range adds one from its start on, and takes it away from its stop on.
+    bounds = np.clip(context[first:last] - start, 0, stop - start)
+    changes = np.zeros(stop - start + 1, np.int64)
+    np.add.at(changes, bounds[:, 0], 1)
+    np.add.at(changes, bounds[:, 1], -1)
+    return changes.cumsum()[:-1] == 0
+
+
+def _counts(tokens: np.ndarray | ByteTokens, vocab_size: int, context: np.ndarray) -> np.ndarray:
+    """Count each token id, without tokens in `context`: `[vocab_size]` int64."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, len(tokens), COUNTED):
-        counts += np.bincount(tokens[start : start + COUNTED], minlength=vocab_size)
+        block = tokens[start : start + COUNTED]
+        counts += np.bincount(block[_has_loss(context, start, start + len(block))], minlength=vocab_size)
     return counts
 
 
 def _fingerprint(sources: Sources, tokenizer: PreTrainedTokenizerFast, held_out_fraction: float) -> str:
     vocabulary = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     frame = [bos_ids(tokenizer), tokenizer.eos_token_id, sorted(tokenizer.all_special_tokens)]
+    frame += [chat_template(tokenizer), tokenizer.special_tokens_map]
     return hashed([FORMAT, sources.describe(), sources.text_field, vocabulary, frame, held_out_fraction])
 
 

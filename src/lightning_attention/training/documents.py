@@ -23,13 +23,14 @@ class Sources:
 
     Attributes:
         files: `str` or `os.PathLike`, kept as `Path`s; see `formats.documents`.
-        text_field: field of a JSON line, or column of a parquet file, with the text.
+        text_field: field of a JSON line, or column of a parquet file, with the text or the messages; None for `text`,
+            or `messages`.
         skipped: number of skipped files and folders by reason.
         optional: files to skip if they turn out not to be text; any other such file is an error.
     """
 
     files: tuple[Path, ...]
-    text_field: str = "text"
+    text_field: str | None = None
     skipped: Mapping[str, int] = field(default_factory=dict)
     optional: frozenset[Path] = frozenset()
 
@@ -40,7 +41,7 @@ class Sources:
     def find(
         cls,
         paths: PathLike | Iterable[PathLike],
-        text_field: str = "text",
+        text_field: str | None = None,
         seed: int = 0,
         without: Collection[str] = (),
     ) -> "Sources":
@@ -83,16 +84,16 @@ class Sources:
         return _summary(Counter(self.skipped) + Counter({NOT_TEXT: num_excluded}))
 
     def documents(self) -> Iterator[Iterator[str]]:
-        """Read all documents, each as an iterator of consecutive parts of its text.
+        """Read all documents, each as an iterator of consecutive parts of its text, or of contents of its messages.
 
         Raises:
             ValueError, ImportError: as `formats.documents`.
         """
-        return (document for _, document in self.documents_from(Place(0, 0)))
+        return (iter(document) for _, document in self.documents_from(Place(0, 0)))
 
     def documents_from(
         self, start: "Place", excluded: Collection[int] = (), count: formats.Count = bool
-    ) -> Iterator[tuple["Place", Iterator[str]]]:
+    ) -> Iterator[tuple["Place", formats.Document]]:
         """Read documents from a place on, each with the place after it.
 
         Args:
@@ -131,7 +132,7 @@ def standard_library() -> Path:
 class _Search:
     """Search for text files; each is found once."""
 
-    def __init__(self, text_field: str, excluded: Collection[str]):
+    def __init__(self, text_field: str | None, excluded: Collection[str]):
         self.text_field, self.excluded = text_field, excluded
         self.files: list[Path] = []
         self.optional: dict[tuple[int, int], Path] = {}  # files in folders, by device and inode

@@ -2,26 +2,29 @@
 
 import os
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, pairwise
-from typing import NamedTuple, cast
+from itertools import chain, groupby, pairwise
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
-from ..models.tokenization import bos_ids, encode_texts, vocab_size
+from ..models.tokenization import bos_ids, encode_texts, special_tokens, vocab_size
+from .conversations import ChatDocument, Conversations
 from .documents import Place
+from .formats import Document
 from .tokenizer import has_byte_ids
 
 BYTES_BATCH = 1 << 18  # bytes of text returned at a time by the byte tokenizer
 BATCH = max(1 << 21, (os.cpu_count() or 1) << 18)  # characters tokenized at a time by other tokenizers, on all cores
 WINDOW = 1 << 18  # characters of a window; most documents are shorter, and one window
 OVERLAP = 1 << 12  # characters that consecutive windows of a document share
+UNUSED_BYTES = 11  # the last values of a byte, which do not occur in UTF-8
 
-
-Documents = Iterable[tuple[Place, Iterator[str]]]
+Documents = Iterable[tuple[Place, Document]]
+Texts = Iterable[tuple[Place, Iterator[str]]]
 
 
 class Tokens(NamedTuple):
@@ -32,39 +35,108 @@ class Tokens(NamedTuple):
         starts: indices at which a document begins.
         files: index of the source file of each of these documents.
         place: place in the sources after these tokens; None within a document.
+        context: bounds of ranges of tokens that have no loss: what is between the answers of conversations.
     """
 
     stored: np.ndarray
     starts: list[int]
     files: list[int]
     place: Place | None
+    context: Sequence[tuple[int, int]] = ()
 
 
 def special_bytes(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """Token ids for which the last byte values stand in `Tokens.stored`, if all others stand for themselves.
 
-    They are the ids of BOS and EOS, if text is encoded as UTF-8, where 254 and 255 do not occur; empty otherwise.
+    They are the ids of special tokens but padding, BOS and EOS last, if text is encoded as UTF-8, where 245 to 255 do
+    not occur; empty otherwise.
     """
-    return (*bos_ids(tokenizer), cast(int, tokenizer.eos_token_id)) if has_byte_ids(tokenizer) else ()
+    if not has_byte_ids(tokenizer):
+        return ()
+    frame = (*bos_ids(tokenizer), cast(int, tokenizer.eos_token_id))
+    vocabulary = tokenizer.get_vocab()
+    special = {vocabulary[name] for name in special_tokens(tokenizer) if name in vocabulary}
+    others = sorted(special - {*frame, cast(int | None, tokenizer.pad_token_id)})
+    return (*others, *frame) if len(others) + len(frame) <= UNUSED_BYTES else ()
 
 
 def stored_dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype:
     """Type of `Tokens.stored`: the smallest for the token ids, or uint8 with `special_bytes`."""
     largest = vocab_size(tokenizer) - 1
-    return np.dtype(np.uint8) if has_byte_ids(tokenizer) else np.min_scalar_type(largest).newbyteorder("<")
+    return np.dtype(np.uint8) if special_bytes(tokenizer) else np.min_scalar_type(largest).newbyteorder("<")
 
 
 def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
-    """Tokenize documents as `[bos] text eos`; documents without text are left out.
+    """Tokenize texts as `[bos] text eos`, and conversations as their chat template renders them.
+
+    Texts without content are left out.
 
     Args:
-        documents: the place after each document, and its text as an iterator of consecutive parts.
+        documents: the place after each document, and the document: a text as an iterator of consecutive parts, or a
+            conversation.
         tokenizer: with an EOS token.
+
+    Raises:
+        ValueError: a conversation cannot be rendered, see `Conversations`, or the tokenizer cannot encode a text.
     """
-    return (_encode_bytes if has_byte_ids(tokenizer) else _encode)(documents, tokenizer)
+    encode = _encode_bytes if special_bytes(tokenizer) else _encode
+    conversations: Conversations | None = None
+    for is_chat, group in groupby(documents, key=lambda document: isinstance(document[1], ChatDocument)):
+        if is_chat:
+            conversations = conversations or Conversations(tokenizer)
+            yield from _encode_conversations(cast(Any, group), conversations)
+        else:
+            yield from encode(cast(Any, group), tokenizer)
 
 
-def _encode_bytes(documents: Documents, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
+def _encode_conversations(
+    documents: Iterable[tuple[Place, ChatDocument]], conversations: Conversations
+) -> Iterator[Tokens]:
+    to_stored = _Stored(conversations.tokenizer)
+    for batch in _chat_batches(documents):
+        lists, starts, files, size, context = [], [], [], 0, []
+        encoded = conversations.encode([document for _, document in batch])
+        for (place, document), parts in zip(batch, encoded, strict=True):
+            starts.append(size)
+            files.append(place.file)
+            for ids, is_answer in parts:
+                if not is_answer and ids:
+                    context.append((size, size + len(ids)))
+                lists.append(to_stored(ids, document.where))
+                size += len(ids)
+        yield Tokens(np.concatenate(lists), starts, files, batch[-1][0], context)
+
+
+def _chat_batches(documents: Iterable[tuple[Place, ChatDocument]]) -> Iterator[list[tuple[Place, ChatDocument]]]:
+    batch, size = [], 0
+    for place, document in documents:
+        batch.append((place, document))
+        size += sum(map(len, document))
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class _Stored:
+    """Conversion of token ids to `Tokens.stored`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.tokenizer, self.dtype = tokenizer, stored_dtype(tokenizer)
+        special = special_bytes(tokenizer)
+        self.bytes = {token: 256 - len(special) + i for i, token in enumerate(special)}
+
+    def __call__(self, ids: list[int], where: str) -> np.ndarray:
+        if self.bytes:
+            ids = [self.bytes.get(token, token) for token in ids]
+            if ids and (largest := max(ids)) > 255:
+                name = self.tokenizer.convert_ids_to_tokens(largest)
+                raise ValueError(f"{where}: the chat template writes {name}, the padding token")
+        return np.array(ids, self.dtype)
+
+
+def _encode_bytes(documents: Texts, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
     begin = b"\xfe" * len(bos_ids(tokenizer))
     batch, starts, files, size = [], [], [], 0
     finished = None
@@ -96,7 +168,7 @@ def _framed(document: Iterator[str], begin: bytes, end: bytes) -> Iterator[bytes
         yield end
 
 
-def _encode(documents: Documents, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
+def _encode(documents: Texts, tokenizer: PreTrainedTokenizerFast) -> Iterator[Tokens]:
     """Tokenize documents by the library of the tokenizer.
 
     A document of more than `WINDOW` characters is tokenized in overlapping windows, which are joined where they have
@@ -146,7 +218,7 @@ def _encode_batch(tokenizer: PreTrainedTokenizerFast, batch: list[_Window]) -> l
     return [(window, next(encodings[not window.is_document])) for window in batch]
 
 
-def _batches(documents: Documents) -> Iterator[list[_Window]]:
+def _batches(documents: Texts) -> Iterator[list[_Window]]:
     batch, size = [], 0
     for place, document in documents:
         for window in _windows(document, place):

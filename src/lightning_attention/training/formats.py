@@ -12,29 +12,32 @@ from typing import IO, Any
 
 from ..extras import require
 from ..models.tokenization import well_formed
+from .conversations import ChatDocument
 
 BLOCK = 1 << 16  # bytes read or decompressed at a time, so that a text file need not fit in memory
 ROWS = 256  # rows of a parquet file read at a time
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "compression.zstd"}
 LINES = ".jsonl", ".ndjson"
-
+TEXT, MESSAGES = FIELDS = "text", "messages"  # of a line or row, unless another is named
 
 Count = Callable[[int], object]  # takes a number of bytes that were read
+Document = Iterator[str] | ChatDocument  # consecutive parts of a text, or a conversation
 
 
-def documents(file: Path, text_field: str, count: Count = bool) -> Iterator[Iterator[str]]:
-    """Read the documents of a file, each as an iterator of consecutive parts of its text.
+def documents(file: Path, text_field: str | None, count: Count = bool) -> Iterator[Document]:
+    """Read the documents of a file: texts, each an iterator of its consecutive parts, or conversations.
 
     A `.jsonl` or `.ndjson` file holds one document per line, a `.parquet` file one per row; any other file is one
     document. JSON lines end in LF, CRLF or CR. Line ends in text are kept, a byte order mark is not.
 
     Args:
         file: the file.
-        text_field: field of a JSON line, or column of a parquet file, with the text.
+        text_field: field of a JSON line, or column of a parquet file, with the text or the messages; None for `text`,
+            or `messages` of a conversation.
         count: called with the number of bytes of the file that were read, as they are read.
 
     Raises:
-        ValueError: the file is not UTF-8, is damaged, or a line or row has no text in `text_field`.
+        ValueError: the file is not UTF-8, is damaged, or a line or row has no text or conversation in `text_field`.
         ImportError: a package for the format is missing.
     """
     suffix, _ = _suffixes(file)
@@ -46,7 +49,7 @@ def documents(file: Path, text_field: str, count: Count = bool) -> Iterator[Iter
         yield _parts(file, count)
 
 
-def may_be_text(file: Path, text_field: str) -> bool:
+def may_be_text(file: Path, text_field: str | None) -> bool:
     """True for a parquet file, and for a file whose first 64 KiB, decompressed, are UTF-8 text without NUL.
 
     Raises:
@@ -91,7 +94,7 @@ def _parts(file: Path, count: Count = bool) -> Iterator[str]:
             block = following
 
 
-def _lines(file: Path, text_field: str, count: Count) -> Iterator[Iterator[str]]:
+def _lines(file: Path, text_field: str | None, count: Count) -> Iterator[Document]:
     # Python limits the digits of an int, and numbers are not needed.
     decode = json.JSONDecoder(parse_int=float).decode
     with (
@@ -104,34 +107,65 @@ def _lines(file: Path, text_field: str, count: Count) -> Iterator[Iterator[str]]
                 raise NotUtf8Error(file)
             if line.isspace():
                 continue
+            where = f"{file}, line {number}"
             try:
-                text = decode(line)[text_field]
-            except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-                text = None
-            if not isinstance(text, str):
-                raise ValueError(f"{file}, line {number}: not a JSON object with a text in {text_field!r}")
-            yield iter([well_formed(text)])
+                content = decode(line)
+            except (ValueError, RecursionError):
+                content = None
+            document = _document(content, text_field, where)
+            if document is None:
+                raise ValueError(
+                    f"{where}: not a JSON object with a text in {text_field or TEXT!r}{_or_messages(text_field)}"
+                )
+            yield document
 
 
-def _rows(file: Path, text_field: str, count: Count) -> Iterator[Iterator[str]]:
+def _document(content: Any, text_field: str | None, where: str) -> Document | None:
+    """Document of a line or row; None if it holds none."""
+    if not isinstance(content, dict):
+        return None
+    names = [text_field] if text_field else [name for name in FIELDS if content.get(name) is not None]
+    if len(names) > 1:
+        raise ValueError(f"{where}: there are both {TEXT!r} and {MESSAGES!r}: choose by text_field")
+    found = content.get(names[0]) if names else None
+    if isinstance(found, str) and (text_field or names == [TEXT]):
+        return iter([well_formed(found)])
+    if found is None or names == [TEXT] or (text_field and not isinstance(found, list)):
+        return None
+    if content.get("tools"):
+        raise ValueError(f"{where}: conversations with tools are not supported")
+    return ChatDocument.checked(found, where)
+
+
+def _or_messages(text_field: str | None) -> str:
+    return "" if text_field else f" or a conversation in {MESSAGES!r}"
+
+
+def _rows(file: Path, text_field: str | None, count: Count) -> Iterator[Document]:
     number, size = 0, file.stat().st_size
     with _parquet(file, text_field) as table:
-        for batch in table.iter_batches(batch_size=ROWS, columns=[text_field]):
-            for text in batch.column(0).to_pylist():
+        known = {text_field} if text_field else {*FIELDS}
+        names = [name for name in table.schema_arrow.names if name in known | {"tools"}]
+        for batch in table.iter_batches(batch_size=ROWS, columns=names):
+            for row in batch.to_pylist():
                 number += 1
-                if not isinstance(text, str):
-                    raise ValueError(f"{file}, row {number}: no text in {text_field!r}")
-                yield iter([text])
+                where = f"{file}, row {number}"
+                document = _document(row, text_field, where)
+                if document is None:
+                    raise ValueError(f"{where}: no text in {text_field or TEXT!r}{_or_messages(text_field)}")
+                yield document
             count(size * batch.num_rows // table.metadata.num_rows)
 
 
 @contextmanager
-def _parquet(file: Path, text_field: str) -> Iterator[Any]:
+def _parquet(file: Path, text_field: str | None) -> Iterator[Any]:
     with _named_errors(file):
         require("data", "pyarrow")
         with import_module("pyarrow.parquet").ParquetFile(file) as table:
-            if text_field not in (names := table.schema_arrow.names):
-                raise ValueError(f"{file} has no column {text_field!r}, but {', '.join(map(repr, names))}")
+            known, names = [text_field] if text_field else FIELDS, table.schema_arrow.names
+            if not set(known) & {*names}:
+                found = ", ".join(map(repr, names))
+                raise ValueError(f"{file} has no column {' or '.join(map(repr, known))}, but {found}")
             yield table
 
 

@@ -46,8 +46,10 @@ class TrainingOptions:
         output: folder for checkpoints, tokens, metrics and plot; must not hold a run.
         data: text files and folders, or one of them; empty for Python's standard library.
         validation: text files and folders, or one of them, to evaluate on; nothing of `data` is held out then.
-        text_field: field of a `.jsonl` line, or column of a `.parquet` file, with the text.
-        tokenizer: "bytes", or the path of a tokenizer.json.
+        text_field: field of a `.jsonl` line, or column of a `.parquet` file, with the text, or with the messages of a
+            conversation; None for `text`, or `messages`.
+        tokenizer: "bytes", the path of a tokenizer.json or of its folder, or a name on the Hugging Face Hub.
+        chat_template: Jinja file that renders conversations, instead of the template of the tokenizer.
         eos_token: token of the vocabulary that ends a document; None for the tokenizer's own, see `load_tokenizer`.
         size: a name in `models.SIZES`.
         config: JSON file of `LightningConfig` options, instead of a size. The size of the vocabulary and the special
@@ -112,8 +114,9 @@ class TrainingOptions:
     output: Path
     data: tuple[Path, ...] = ()
     validation: tuple[Path, ...] = ()
-    text_field: str = "text"
+    text_field: str | None = None
     tokenizer: str = "bytes"
+    chat_template: Path | None = None
     eos_token: str | None = None
     size: str = "demo"
     config: Path | None = None
@@ -158,12 +161,11 @@ class TrainingOptions:
     def __post_init__(self) -> None:
         paths: dict[str, Any] = {"output": to_path(self.output, "output")}
         paths |= {name: to_paths(getattr(self, name), name) for name in ("data", "validation")}
-        if self.tokenizer != "bytes":
+        if not isinstance(self.tokenizer, str):  # a name on the hub is no path
             paths["tokenizer"] = str(to_path(self.tokenizer, "tokenizer"))
-        if self.config is not None:
-            paths["config"] = to_path(self.config, "config")
-        if self.init_from is not None:
-            paths["init_from"] = to_path(self.init_from, "init_from")
+        for name in ("config", "init_from", "chat_template"):
+            if getattr(self, name) is not None:
+                paths[name] = to_path(getattr(self, name), name)
         for name, value in (paths | {"report_to": report_names(self.report_to)}).items():
             object.__setattr__(self, name, value)
         for field in fields(self):

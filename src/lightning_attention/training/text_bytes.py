@@ -65,11 +65,12 @@ def bits_per_nat(corpus: Corpus, lengths: np.ndarray) -> float | None:
     num_blocks = -(-len(tokens) // BLOCK)
     for block in np.unique(np.linspace(0, num_blocks - 1, min(num_blocks, BLOCKS)).astype(np.int64)):
         begin = int(block) * BLOCK
-        counted = lengths[tokens[begin : min(begin + BLOCK, len(tokens))]]
-        first, last = np.searchsorted(starts, [begin, begin + len(counted)])
-        not_predicted = starts[first:last] - begin
-        num_bytes += int(counted.sum() - counted[not_predicted].sum())
-        num_tokens += len(counted) - len(not_predicted)
+        end = min(begin + BLOCK, len(tokens))
+        is_predicted = corpus.has_loss(begin, end)
+        first, last = np.searchsorted(starts, [begin, end])
+        is_predicted[starts[first:last] - begin] = False
+        num_bytes += int(lengths[tokens[begin:end]][is_predicted].sum())
+        num_tokens += int(is_predicted.sum())
     return num_tokens / num_bytes / math.log(2) if num_bytes else None
 
 

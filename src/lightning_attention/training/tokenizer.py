@@ -1,14 +1,14 @@
-"""Tokenizers for training: bytes, or any tokenizer.json."""
+"""Tokenizers for training: bytes, or those of transformers."""
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ..models.tokenization import begin_with_bos, byte_characters, special_tokens
-from ..paths import PathLike, to_path
+from ..paths import PathLike
+from .tokenizer_files import CONFIG, read_tokenizer, template_beside, tokenizer_file
 
 INPUTS = ["input_ids", "attention_mask"]
 # Larger than lengths in transformers, and unlike its value for an unset length, which lm-eval replaces by 2048.
@@ -26,10 +26,12 @@ ENDS = (
     "<|im_end|>",
     "<|eot_id|>",
 )
-# ChatML. Its turns end with `<|im_end|>`, which need not be a special token.
+# ChatML. Its turns end with `<|im_end|>`, which need not be a special token. Answers are marked, see `conversations`.
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 PADS = (PAD, "<pad>", "[PAD]", "<|padding|>")
@@ -45,12 +47,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         >>> byte_tokenizer()("hi").input_ids
         [256, 104, 105]
     """
+    wrapped = with_special_tokens(bytes_backend(), bos_token=BOS, eos_token=EOS, pad_token=PAD)
+    begin_with_bos(wrapped)
+    return wrapped
+
+
+def bytes_backend() -> Tokenizer:
+    """Tokenizer of UTF-8 bytes without special tokens."""
     tokenizer = Tokenizer(models.BPE(vocab={character: byte for byte, character in byte_characters()}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    wrapped = with_special_tokens(tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
-    begin_with_bos(wrapped)
-    return wrapped
+    return tokenizer
 
 
 def has_byte_ids(tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -72,20 +79,21 @@ def load_tokenizer(
     tokenizer_config.json is the special token that its post-processor puts before a text.
 
     Args:
-        name: "bytes", or the path of a tokenizer.json or of a folder with a saved tokenizer.
+        name: "bytes", the path of a tokenizer.json or of a folder with a saved tokenizer, or a name on the Hugging Face
+            Hub.
         eos_token: token of the vocabulary that ends a document, instead of the tokenizer's own.
         report: called with a line for every special token that was chosen or added.
 
     Raises:
         TypeError: `name` is not a path.
-        ValueError: the file does not exist or is not a tokenizer, or `eos_token` is not in its vocabulary.
+        ValueError: there is no such tokenizer, the file is not a tokenizer, or `eos_token` is not in its vocabulary.
 
     Example:
         >>> from lightning_attention.training import load_tokenizer
         >>> load_tokenizer("bytes").eos_token
         '<|eos|>'
     """
-    tokenizer = byte_tokenizer() if name == "bytes" else _read(to_path(name, "tokenizer"), report)
+    tokenizer = byte_tokenizer() if name == "bytes" else _read(name, report)
     if eos_token is not None:
         vocabulary = tokenizer.get_vocab()
         if eos_token not in vocabulary:
@@ -107,20 +115,19 @@ def load_tokenizer(
     return tokenizer
 
 
-def _read(path: Path, report: Callable[[str], None]) -> PreTrainedTokenizerFast:
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise ValueError(f"tokenizer must be 'bytes' or a tokenizer.json, there is no file {path}")
-    try:
-        backend = Tokenizer.from_file(str(file))
-        backend.no_truncation()
-        backend.no_padding()  # or transformers adds its padding token to the vocabulary
-        if (file.parent / "tokenizer_config.json").is_file():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent)
-        else:
-            tokenizer = with_special_tokens(backend, bos_token=_token_before_text(backend))
-    except Exception as error:  # tokenizers raises bare Exceptions
-        raise ValueError(f"{file} is not a tokenizer: {error}") from error
+def _read(name: PathLike, report: Callable[[str], None]) -> PreTrainedTokenizerFast:
+    with tokenizer_file(name) as file:
+        try:
+            backend = Tokenizer.from_file(str(file))
+            backend.no_truncation()
+            backend.no_padding()  # or transformers adds its padding token to the vocabulary
+            if (file.parent / CONFIG).is_file():
+                tokenizer = read_tokenizer(file)
+            else:
+                tokenizer = with_special_tokens(backend, bos_token=_token_before_text(backend))
+                tokenizer.chat_template = template_beside(file) or CHAT_TEMPLATE
+        except Exception as error:  # tokenizers raises bare Exceptions
+            raise ValueError(f"{file} is not a tokenizer: {error}") from error
     if added := sorted(tokenizer.get_vocab().keys() - backend.get_vocab().keys()):
         report(f"tokens added to the vocabulary of the tokenizer: {', '.join(added)}")
     tokenizer.padding_side, tokenizer.model_input_names = "left", INPUTS

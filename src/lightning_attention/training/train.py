@@ -10,8 +10,6 @@ from typing import Any, cast
 
 import torch.distributed as dist
 from rich.console import Console
-from rich.live import Live
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from transformers import (
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -24,14 +22,14 @@ from transformers import (
 
 from ..distributed.parallel import SequenceParallel
 from ..models import LightningConfig, LightningForCausalLM, compile_layers, use_float8
+from ..models.chat import ChatTemplate, read_template
 from ..models.checkpoint import checkpoint_step, checkpoints, last_checkpoint
 from ..models.mixers import check_is_linear
 from .arguments import training_arguments
-from .batches import has_labels
 from .best import best_checkpoint, held_out_loss
 from .checkpoint import check_checkpoint, read_record
 from .corpus import Corpus, PackedDataset
-from .documents import Sources, standard_library
+from .data import NOT_EVALUATED, datasets, describe_corpora, find_sources, prepare_corpora
 from .execution import Execution, choose_execution
 from .finetune import adapters_of, load_base, prepare_adapters, resumed_model, with_base_checkpoint
 from .folder import BEST, CORPUS, LOG, METRICS, PLOT, VALIDATION, RunFolder, last_intact
@@ -60,10 +58,8 @@ from .run_log import RunLog
 from .schedule import learning_rate
 from .signals import Interrupted, StopRequest, stop_requests
 from .text_bytes import bits_per_nat, token_bytes
-from .tokenizer import load_tokenizer
+from .tokenizer import CHAT_TEMPLATE, load_tokenizer
 from .trainer import PackedTrainer
-
-NOT_EVALUATED = "no held-out losses: the run trains on all of its text"
 
 
 def train(options: TrainingOptions, *, resume: bool = False, console: Console | None = None) -> Path:
@@ -188,10 +184,12 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
     else:
         model = together(lambda: _loaded_model(run, tokenizer))
     together(lambda: _check_attention(options, cast(LightningConfig, config if model is None else model.config)))
-    on_first(lambda: create_repository(options, run.repository) if run.has_corpus else _prepare_corpus(run, tokenizer))
+    on_first(lambda: _prepare(run, tokenizer))
     corpus = together(lambda: Corpus.open(folder / CORPUS))
     validation = together(lambda: Corpus.open(folder / VALIDATION)) if options.validation else corpus
-    training_set, held_out_set = together(lambda: _datasets(corpus, validation, options))
+    training_set, held_out_set = together(lambda: datasets(corpus, validation, options))
+    if corpus.num_context_ranges or validation.num_context_ranges:
+        tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE
     set_seed(options.seed)
     if model is None:
         model = together(lambda: LightningForCausalLM(cast(LightningConfig, config)))
@@ -244,10 +242,8 @@ def _build(run: _OpenRun) -> tuple[PackedTrainer, Corpus]:
         f"{options.steps:,} steps: {total:,} tokens, {total / epoch:.3g} epochs (passes over the training text)"
         + (f"; {checkpoint_step(run.checkpoint):,} steps are made" if run.checkpoint else "")
     )
-    if options.validation:
-        run.log.print(f"validation: {validation.num_held_out:,} tokens of {validation.num_documents:,} documents")
-    elif not options.evaluates:
-        run.log.print(NOT_EVALUATED)
+    for line in describe_corpora(corpus, validation, training_set, options):
+        run.log.print(line)
     if lengths is None:
         run.log.print("no bits per byte: the tokens of this tokenizer are not bytes of the text")
     run.log.print(run.execution.description)
@@ -335,11 +331,24 @@ def _loaded_model(run: _OpenRun, tokenizer: PreTrainedTokenizerFast) -> Lightnin
     return load_base(run.options, tokenizer)
 
 
+def _prepare(run: _OpenRun, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Find and tokenize the data, unless the run has done that; create the repository once the data is found."""
+    sources = None if run.has_corpus else find_sources(run.options, run.log)
+    create_repository(run.options, run.repository)
+    if sources is not None:
+        prepare_corpora(sources, run.folder.path, tokenizer, run.options.held_out, run.log)
+
+
 def _tokenizer(run: _OpenRun) -> PreTrainedTokenizerFast:
     if run.checkpoint is not None:
         return load_tokenizer(run.checkpoint)
 
-    return load_tokenizer(run.options.init_from or run.options.tokenizer, run.options.eos_token, run.log.print)
+    tokenizer = load_tokenizer(run.options.init_from or run.options.tokenizer, run.options.eos_token, run.log.print)
+    if (file := run.options.chat_template) is not None:
+        if file.exists() and not file.is_file():  # a FIFO would be waited for
+            raise ValueError(f"chat_template: {file} is not a file")
+        tokenizer.chat_template = ChatTemplate(tokenizer, read_template(file)).source
+    return tokenizer
 
 
 def _check_attention(options: TrainingOptions, config: LightningConfig) -> None:
@@ -347,62 +356,3 @@ def _check_attention(options: TrainingOptions, config: LightningConfig) -> None:
         check_is_linear(config, "training segments")
     if options.sequence_parallel > 1:
         check_is_linear(config, "processes that share sequences")
-
-
-def _prepare_corpus(run: _OpenRun, tokenizer: PreTrainedTokenizerFast) -> None:
-    options = run.options
-    if options.data:
-        sources = Sources.find(options.data, options.text_field, options.seed)
-    else:
-        sources = Sources.find([standard_library()], seed=options.seed, without=("test", "tests"))
-    held_out = None
-    if options.validation:
-        held_out = Sources.find(options.validation, options.text_field, options.seed)
-        known = {file.resolve() for file in sources.files}
-        if both := sum(file.resolve() in known for file in held_out.files):
-            run.log.print(f"the run trains on files that it is validated on: {both:,}")
-    create_repository(options, run.repository)
-    folder, held_out_fraction = run.folder.path, 0.0 if held_out else options.held_out
-    _tokenize(run, tokenizer, folder / CORPUS, sources, held_out_fraction)
-    if held_out:
-        try:
-            _tokenize(run, tokenizer, folder / VALIDATION, held_out, 1.0)
-        except ValueError as error:
-            raise ValueError(f"validation: {error}") from error
-
-
-def _tokenize(
-    run: _OpenRun, tokenizer: PreTrainedTokenizerFast, folder: Path, sources: Sources, held_out_fraction: float
-) -> None:
-    columns = TextColumn("tokenizing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    progress = Progress(*columns)
-    task = progress.add_task("tokenizing", total=None)
-    with Live(progress, console=run.log.console, transient=True):  # unlike Progress, prints nothing to a file
-
-        def report(num_read: int, num_bytes: int) -> None:
-            if num_read and not progress.tasks[0].total:
-                run.log.print(f"tokenizing goes on after {num_read:,} of {num_bytes:,} bytes")
-            progress.update(task, completed=num_read, total=num_bytes)
-
-        corpus = Corpus.prepare(folder, sources, tokenizer, held_out_fraction, report)
-    if skipped := sources.describe_skipped(corpus.skipped_files - sum(sources.skipped.values())):
-        run.log.print(skipped)
-
-
-def _datasets(
-    corpus: Corpus, validation: Corpus, options: TrainingOptions
-) -> tuple[PackedDataset, PackedDataset | None]:
-    """Training and held-out sequences; the latter are None if the run is not evaluated."""
-    if options.evaluates and validation.num_held_out < options.sequence_length:
-        name, remedy = ("validation", "text") if options.validation else ("held-out part", "data, a larger held_out")
-        raise ValueError(
-            f"the {name} has {validation.num_held_out} tokens, fewer than one sequence of "
-            f"{options.sequence_length}: give more {remedy}, or a shorter sequence_length"
-        )
-    training, held_out = corpus.training_set(options.sequence_length), None
-    if options.evaluates:
-        held_out = validation.held_out_set(options.sequence_length, options.eval_tokens)
-    for part, dataset in (("training", training), ("held-out", held_out)):
-        if dataset is not None and not has_labels(dataset):
-            raise ValueError(f"the {part} part has no token to predict: its documents hold one token each")
-    return training, held_out

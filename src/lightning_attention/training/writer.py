@@ -18,8 +18,9 @@ from .documents import Place, Sources
 from .encoding import stored_dtype, tokenize
 from .formats import NotUtf8Error
 
-TOKENS, DOCUMENTS, JOURNAL = "tokens.bin", "documents.bin", "journal.json"
+TOKENS, DOCUMENTS, CONTEXT, JOURNAL = "tokens.bin", "documents.bin", "context.bin", "journal.json"
 OFFSET = np.dtype("<i8")
+RANGE = 2 * OFFSET.itemsize  # bytes of a range of tokens
 JOURNAL_SECONDS = 30.0  # between two records
 
 
@@ -40,9 +41,9 @@ class _Mark(NamedTuple):
 
 
 class CorpusWriter:
-    """Writer of `tokens.bin` and `documents.bin` under temporary names.
+    """Writer of `tokens.bin`, `documents.bin` and `context.bin` under temporary names.
 
-    A journal records up to which document both are on the disk. It is read by the next writer of the same corpus.
+    A journal records up to which document all are on the disk. It is read by the next writer of the same corpus.
 
     Args:
         folder: folder of the corpus.
@@ -60,7 +61,7 @@ class CorpusWriter:
         self.token_bytes = stored_dtype(tokenizer).itemsize
         self.excluded: list[int] = []
         self.mark, self.recorded = _Mark(), time.monotonic()
-        kept: dict[str, Any] = {TOKENS: (), DOCUMENTS: ()}
+        kept: dict[str, Any] = {TOKENS: (), DOCUMENTS: (), CONTEXT: ()}
         try:
             journal = _read(folder, fingerprint)
         except (OSError, ValueError):
@@ -69,7 +70,7 @@ class CorpusWriter:
         else:
             self.excluded, mark, kept = journal["excluded"], journal["mark"], journal["files"]
             self.mark = _Mark(Place(*mark[0]), *mark[1:])
-        self.tokens, self.documents = (BlockWriter(folder / x, *kept[x]) for x in (TOKENS, DOCUMENTS))
+        self.tokens, self.documents, self.context = self.files = [BlockWriter(folder / x, *kept[x]) for x in kept]
 
     @property
     def num_tokens(self) -> int:
@@ -78,6 +79,10 @@ class CorpusWriter:
     @property
     def num_documents(self) -> int:
         return self.documents.size // OFFSET.itemsize
+
+    @property
+    def num_context_ranges(self) -> int:
+        return self.context.size // RANGE
 
     def document_starts(self) -> np.ndarray:
         """Index of the first token of every document, memory-mapped."""
@@ -108,10 +113,11 @@ class CorpusWriter:
         progress(num_read, num_bytes)
         file, first = self.mark.place.file, self.mark.first_document
         documents = self.sources.documents_from(self.mark.place, set(self.excluded), count)
-        for stored, starts, files, place in tokenize(documents, self.tokenizer):
+        for stored, starts, files, place, context in tokenize(documents, self.tokenizer):
             if files and files[-1] != file:
                 file, first = files[-1], self.num_documents + files.index(files[-1])
             self.documents.write((np.array(starts, OFFSET) + self.num_tokens).tobytes())
+            self.context.write((np.array(context, OFFSET) + self.num_tokens).tobytes())
             self.tokens.write(stored.data)
             if place is not None:
                 if place.file != file:  # without text so far
@@ -129,23 +135,35 @@ class CorpusWriter:
             mark = self.mark = mark._replace(num_tokens=int(self.document_starts()[first]), num_documents=first)
         self.tokens.truncate(mark.num_tokens * self.token_bytes)
         self.documents.truncate(mark.num_documents * OFFSET.itemsize)
+        self.context.flush()
+        starts = read_ranges(self.context.temporary)[:, 0]
+        self.context.truncate(int(np.searchsorted(starts, mark.num_tokens)) * RANGE)
         self._record()  # the last record may be of more
 
     def _record(self) -> None:
-        files = {TOKENS: self.tokens, DOCUMENTS: self.documents}
-        for file in files.values():
+        for file in self.files:
             file.flush()
         content: dict[str, Any] = {"fingerprint": self.fingerprint, "mark": self.mark, "excluded": self.excluded}
-        content["files"] = {name: (file.size, file.checksums) for name, file in files.items()}
+        content["files"] = {file.path.name: (file.size, file.checksums) for file in self.files}
         write(unfinished(self.folder / JOURNAL), json.dumps(content | {"checksum": hashed(content)}))
         self.recorded = time.monotonic()
 
     def finish(self) -> dict[str, list[int]]:
-        """Give the files their names; return their checksums."""
-        self.tokens.finish()
-        self.documents.finish()
+        """Give the files their names, an empty `context.bin` left out; return their checksums."""
+        finished = [file for file in self.files if file.size]
+        for file in finished:
+            file.finish()
+        if self.context not in finished:
+            self.context.path.unlink(missing_ok=True)  # of another corpus
         flush(self.folder)
-        return {TOKENS: self.tokens.checksums, DOCUMENTS: self.documents.checksums}
+        return {file.path.name: file.checksums for file in finished}
+
+
+def read_ranges(file: Path) -> np.ndarray:
+    """Ranges in a file, `[N, 2]` int64, memory-mapped; none in a file that is empty or missing."""
+    if not file.exists() or not file.stat().st_size:
+        return np.empty((0, 2), OFFSET)
+    return np.memmap(file, OFFSET, "r").reshape(-1, 2)
 
 
 @contextmanager
@@ -157,8 +175,8 @@ def corpus_writer(
     try:
         yield writer
     finally:
-        writer.tokens.close()
-        writer.documents.close()
+        for file in writer.files:
+            file.close()
         for leftover in folder.glob("*.unfinished"):
             with suppress(OSError):
                 leftover.unlink()
