@@ -1,14 +1,19 @@
 """Recipes run, with few steps."""
 
+import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from training.runs import ON_CPU
 
 from lightning_attention.models.checkpoint import last_checkpoint
 from lightning_attention.training import Corpus
+from lightning_attention.training.metrics import read_metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -36,6 +41,16 @@ def test_a_bpe_is_made_and_trained_with(tmp_path):
     assert (tmp_path / "bpe" / "losses.png").stat().st_size > 0
 
 
-@pytest.mark.parametrize("recipe", ["finetune_chat", "lora", "tokenizer"])
-def test_a_recipe_fits_a_screen(recipe):
-    assert len((EXAMPLES / f"{recipe}.py").read_text().splitlines()) <= 95
+def test_a_long_sequence_is_trained_by_segments_and_shows_losses_by_position(tmp_path: Path) -> None:
+    words = ["--sequence-length", "512", "--segment-length", "64", "--size", "demo", "--steps", "3"]
+    command = [sys.executable, str(EXAMPLES / "long_sequence.py"), *words]
+    result = subprocess.run(command, cwd=tmp_path, env=ON_CPU, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    records = read_metrics(tmp_path / "long" / "metrics.jsonl")
+    assert [record["tokens"] for record in records if "loss" in record] == [512, 1024, 1536]
+    found = re.findall(r"from ([\d,]+) +(\d\.\d{4})", result.stdout)
+    assert [position for position, _ in found] == ["0", "64", "128", "256"]
+    held_out = next(record["eval_loss"] for record in records if "eval_loss" in record)
+    weights = (1, 1, 2, 4)
+    mean = sum(weight * float(loss) for weight, (_, loss) in zip(weights, found, strict=True)) / 8
+    assert abs(mean - held_out) < 0.1  # the first token of a segment is not predicted
