@@ -42,8 +42,8 @@ def plot_loss(
                 place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
                 axes.axhline(value, linestyle="--", linewidth=1, color="0.55")
                 axes.annotate(name, (0.99, value), color="0.4", **place)
-        axes.legend(frameon=False, loc="upper right")
         _finish(axes, unit, "tokens")
+    _add_legend(figure, grid)
     _save(figure, picture, title)
 
 
@@ -67,8 +67,7 @@ def plot_runs(runs: Mapping[str, Records], picture: PathLike) -> None:
                 color, dashes = COLORS[index % len(COLORS)], DASHES[index // len(COLORS) % len(DASHES)]
                 _draw(axes, records, unit, scale, (name, name), (color, color), dashes)
             _finish(axes, unit, scale)
-    drawn = dict(zip(*reversed(grid[0][0].get_legend_handles_labels()), strict=True))
-    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=min(len(drawn), 4), frameon=False)
+    _add_legend(figure, grid)
     _save(figure, picture, "Losses of training (thin lines) and of held-out text (dots)")
 
 
@@ -120,6 +119,13 @@ def _finish(axes: Any, unit: str, scale: str) -> None:
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _add_legend(figure: Any, grid: Any) -> None:
+    """Name what is drawn, below all panels, where it hides no line."""
+    handles = dict(zip(*reversed(grid[0][0].get_legend_handles_labels()), strict=True))
+    if handles:
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
 
 
 def _plain(text: str) -> str:
