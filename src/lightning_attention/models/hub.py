@@ -7,8 +7,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import CONFIG_NAME
 
@@ -111,8 +111,16 @@ def check_access(name: str, *, license: str | None = None, base_model: str | Non
             api.model_info(base_model)
     if license is not None:
         with _explained(f"the Hub does not take the license {license!r}"):
-            ModelCard(f"---\nlicense: {json.dumps(license)}\n---\n").validate(repo_type="model")
+            _validate(f"---\n{ModelCardData(license=license).to_yaml()}\n---\n", api.endpoint)
     return name if "/" in name else f"{user['name']}/{name}"
+
+
+def _validate(card: str, endpoint: str) -> None:
+    """As `ModelCard.validate`, which in huggingface_hub 1 asks huggingface.co whatever the endpoint is."""
+    response = get_session().post(f"{endpoint}/api/validate-yaml", json={"repoType": "model", "content": card})
+    if response.status_code == 400:
+        raise ValueError(response.text)
+    hf_raise_for_status(response)
 
 
 def create(name: str, *, private: bool) -> None:
