@@ -117,7 +117,8 @@ def check_access(name: str, *, license: str | None = None, base_model: str | Non
 
 def _validate(card: str, endpoint: str) -> None:
     """As `ModelCard.validate`, which in huggingface_hub 1 asks huggingface.co whatever the endpoint is."""
-    response = get_session().post(f"{endpoint}/api/validate-yaml", json={"repoType": "model", "content": card})
+    body, headers = {"repoType": "model", "content": card}, {"Accept": "text/plain"}
+    response = get_session().post(f"{endpoint}/api/validate-yaml", json=body, headers=headers)
     if response.status_code == 400:
         raise ValueError(response.text)
     hf_raise_for_status(response)
