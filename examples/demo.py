@@ -21,17 +21,17 @@ OPTIONS = TrainingOptions(
     size="demo",
     sequence_length=64,  # many short texts teach more than as many bytes in longer ones
     batch_size=8,
-    steps=1600,
+    steps=2000,
     learning_rate=3e-3,
     min_lr=0.0,
-    eval_every=1600,
-    save_every=800,
+    eval_every=2000,
+    save_every=1000,
     log_every=100,
     eval_tokens=1 << 17,
 )
 LENGTHS = (1 << 10, 1 << 12, 1 << 14, 1 << 16)
 BYTES = 256
-PROMPTS = ("def ", "# ")
+PROMPTS = ("class ", '"""Return the ')
 # The distribution of the model itself. Lower temperatures prefer the likeliest byte, and a quarter of the training text
 # are blanks: after an indentation that is one more, again and again.
 TEMPERATURE = 1.0
