@@ -10,6 +10,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging
 
 from lightning_attention.inference import load
 from lightning_attention.training import Corpus, TrainingOptions, train
@@ -24,6 +25,7 @@ def main(
     steps: int = 100,
 ) -> None:
     """Train on Python's standard library as one text of about 30 million bytes."""
+    logging.disable_progress_bar()
     console = Console(soft_wrap=True)
     book = output.with_suffix(".txt")
     write_book(book)

@@ -143,6 +143,18 @@ def arguments_of(chosen: TrainingOptions) -> list[str]:
     return ["train", *flags, "--no-compile", *(["--fsdp"] if chosen.fsdp else [])]
 
 
+def test_adapters_learn_conversations_and_keep_their_template(files: Path, base: Path) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "three times four is twelve"}]
+    (files / "chat.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 200)
+    template = "{% for message in messages %}<{{ message.role }}>{{ message.content }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    (files / "template.jinja").write_text(template)
+    train(tuned(files, data=files / "chat.jsonl", chat_template=files / "template.jinja", steps=60), console=quiet())
+    found = losses(files / "tuned")
+    assert found[60] < found[5] - 0.3
+    assert load(files / "tuned")[1].chat_template == template
+
+
 def test_bfloat16_changes_the_losses_a_little(files: Path, base: Path) -> None:
     train(tuned(files, "plain"), console=quiet())
     train(tuned(files, "other", dtype="bfloat16"), console=quiet())
