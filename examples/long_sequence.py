@@ -41,6 +41,7 @@ def main(
         eval_every=steps,
         save_every=steps,
         eval_tokens=sequence_length,
+        held_out=max(0.05, 1.1 * sequence_length / book.stat().st_size),  # at least one sequence
     )
     model, _ = load(train(options, console=console))
 
