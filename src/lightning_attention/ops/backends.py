@@ -9,8 +9,10 @@ from torch import Tensor
 from . import chunked, hopper, reference, triton
 from .calls import Inputs, Prepared
 from .problem import (
+    AppendInputs,
     AttentionInputs,
     DecodingInputs,
+    FoldInputs,
     GradientInputs,
     Metadata,
     PrefillInputs,
@@ -73,6 +75,21 @@ class Backend(Protocol):
 
     def commit(self, x: DecodingInputs[Metadata]) -> Prepared:
         """Updates the state by the accepted drafts. q is not read."""
+        ...
+
+    def chunk_size(self, problem: Problem) -> int:
+        """Tokens of a chunk in an invariant forward pass, which depend on dtype and head sizes alone."""
+        ...
+
+    def append(self, x: AppendInputs[Metadata], scale: float, update: bool) -> Prepared:
+        """Computes `o` of tokens after those of decoding states, to the last bit as an invariant forward pass would.
+
+        With `update`, complete chunks are added to the states, and the tokens after them replace the ring.
+        """
+        ...
+
+    def fold(self, x: FoldInputs[Metadata]) -> Prepared:
+        """Updates states by the tokens of their rings, which are empty then. Computes nothing else."""
         ...
 
     def write_state(self, x: WriteInputs[Metadata], reverse: bool) -> Prepared:

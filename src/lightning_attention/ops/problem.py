@@ -138,6 +138,37 @@ class DecodingInputs(NamedTuple, Generic[X]):
     saved_indices: X | None = None
 
 
+class AppendInputs(NamedTuple, Generic[X]):
+    """Inputs of attention from decoding states, whose parts are `state`, `keys`, `values` and `count`.
+
+    `lengths` `[B]` are the tokens of each batch row that are read, at most T; the others have output 0.
+    """
+
+    q: X
+    k: X
+    v: X
+    log_decay: X | None
+    state: X
+    keys: X
+    values: X
+    count: X
+    state_indices: X | None
+    has_initial_state: X | None = None
+    cu_seqlens: X | None = None
+    lengths: X | None = None
+
+
+class FoldInputs(NamedTuple, Generic[X]):
+    """Inputs of `fold`, which adds the tokens of decoding states to the states."""
+
+    log_decay: X | None
+    state: X
+    keys: X
+    values: X
+    count: X
+    state_indices: X | None
+
+
 class WriteInputs(NamedTuple, Generic[X]):
     """Inputs of `write_state`."""
 

@@ -22,6 +22,7 @@ from ..gpu.primitives import (
 )
 from .parts import (
     add_chunk,
+    attend_chunk,
     backwards,
     load_state,
     load_tokens,
@@ -119,10 +120,10 @@ def scan_kernel(
             remembered = tl.minimum(memory_length(log_decay_h, T, dtype == tl.float32), max_reach)
             for i in range(tl.maximum(start, first - remembered) // interval, first // interval):
                 p_S = interval_states + ((i_b * num_intervals + i) * H + i_h) * (K * V)
-                b_S = b_S * decay_over(log_decay_h, interval) + load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES)
+                b_S = b_S * decay_over(log_decay_h, interval) + load_state(p_S, o_k, o_v, True, K, V, TRANSPOSED_STATES)
         if initial_state is not None:
             p_S = initial_state + (i_n * H + i_h) * (K * V)
-            b_S += load_state(p_S, o_k, o_v, K, V, TRANSPOSED_STATES) * (
+            b_S += load_state(p_S, o_k, o_v, True, K, V, TRANSPOSED_STATES) * (
                 decay_over(log_decay_h, lo - start) * state_scale
             )
 
@@ -144,15 +145,7 @@ def scan_kernel(
                 b_k = load_tokens(p_k, stride_kt, o_c, o_k, m_c, K, BK)  # [C, BK]
                 b_v = load_tokens(p_v, stride_vt, o_c, o_v, m_c, V, BV)  # [C, BV]
 
-                b_A = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * b_inside  # [C, C]
-                if dtype == tl.float16:  # states and scores may leave its range where outputs do not
-                    b_scaled, b_unit = scale_to_float16(b_S, 1)
-                    b_o = tl.dot(b_scaled, tl.trans(b_q)) * b_read[None, :] * (b_unit * scale)  # [BV, C]
-                    b_scaled, b_unit = scale_to_float16(b_A, 0)
-                    b_o += tl.dot(tl.trans(b_v), b_scaled) * b_unit
-                else:
-                    b_o = tl.dot(b_S.to(dtype), tl.trans(b_q), input_precision=PRECISION) * (b_read * scale)[None, :]
-                    b_o = tl.dot(tl.trans(b_v), b_A.to(dtype), b_o, input_precision=PRECISION)
+                b_o = attend_chunk(b_S, b_q, b_k, b_v, b_inside, b_read, scale, PRECISION)  # [BV, C]
                 b_S = add_chunk(b_S, b_k, b_v, log_decay_h, tl.minimum(C, stop - t), o_c, REVERSE, PRECISION)
 
                 m_o = m_c[:, None] & (o_v < V)[None, :]
@@ -274,7 +267,7 @@ def read_kernel(
     dtype: tl.constexpr = q.dtype.element_ty
     log_decay_h = load_log_decay(log_decay, i_h)
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    b_S = load_state(state + (i_b * H + i_h) * (K * V), o_k, o_v, K, V, False)  # [BV, BK]
+    b_S = load_state(state + (i_b * H + i_h) * (K * V), o_k, o_v, True, K, V, False)  # [BV, BK]
     if dtype == tl.float16:
         b_operand, b_unit = scale_to_float16(b_S, 1)
     else:

@@ -12,11 +12,36 @@ def backwards(p, stride, T):
 
 
 @jit
-def add_chunk(b_S, b_k, b_v, log_decay, m, o_c, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
-    """`λ^m Sᵀ + Σ_j λ^(m-1-j) v_j k_jᵀ` over the m tokens of a chunk."""
+def attend_chunk(b_S, b_q, b_k, b_v, b_inside, b_read, scale, PRECISION: tl.constexpr):
+    """Outputs `[BV, queries]` of a chunk: what its queries read of the state before it, and of its keys and values.
+
+    `b_inside` has a row for each key and a column for each query, the decay between them times scale; `b_read` has the
+    decay from the state to each query.
+    """
+    dtype: tl.constexpr = b_q.dtype
+    b_A = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * b_inside
+    if dtype == tl.float16:  # states and scores may leave its range where outputs do not
+        b_scaled, b_unit = scale_to_float16(b_S, 1)
+        b_o = tl.dot(b_scaled, tl.trans(b_q)) * b_read[None, :] * (b_unit * scale)
+        b_scaled, b_unit = scale_to_float16(b_A, 0)
+        b_o += tl.dot(tl.trans(b_v), b_scaled) * b_unit
+    else:
+        b_o = tl.dot(b_S.to(dtype), tl.trans(b_q), input_precision=PRECISION) * (b_read * scale)[None, :]
+        b_o = tl.dot(tl.trans(b_v), b_A.to(dtype), b_o, input_precision=PRECISION)
+    return b_o
+
+
+@jit
+def add_chunk(
+    b_S, b_k, b_v, log_decay, m, o_c, REVERSE: tl.constexpr, PRECISION: tl.constexpr, SCALE_KEYS: tl.constexpr = False
+):
+    """`λ^m Sᵀ + Σ_j λ^(m-1-j) v_j k_jᵀ` over the m tokens of a chunk; values are scaled, or as on Hopper keys."""
     b_write = decay_over(log_decay, m - 1 - o_c + REVERSE)
-    b_v = (tl.trans(b_v) * b_write[None, :]).to(b_k.dtype)
-    return tl.dot(b_v, b_k, b_S * decay_over(log_decay, m), input_precision=PRECISION)
+    if SCALE_KEYS:
+        b_vT, b_k = tl.trans(b_v), (b_k.to(tl.float32) * b_write[:, None]).to(b_k.dtype)
+    else:
+        b_vT = (tl.trans(b_v) * b_write[None, :]).to(b_k.dtype)
+    return tl.dot(b_vT, b_k, b_S * decay_over(log_decay, m), input_precision=PRECISION)
 
 
 @jit
@@ -51,9 +76,9 @@ def _state_offsets(o_k, o_v, K: tl.constexpr, V: tl.constexpr, TRANSPOSED: tl.co
 
 
 @jit
-def load_state(p, o_k, o_v, K: tl.constexpr, V: tl.constexpr, TRANSPOSED: tl.constexpr):
+def load_state(p, o_k, o_v, condition, K: tl.constexpr, V: tl.constexpr, TRANSPOSED: tl.constexpr):
     o_S, m_S = _state_offsets(o_k, o_v, K, V, TRANSPOSED)
-    return tl.load(p + o_S, mask=m_S, other=0.0)
+    return tl.load(p + o_S, mask=m_S & condition, other=0.0)
 
 
 @jit
