@@ -5,15 +5,15 @@ from .ops.api import (
     LightningAttentionOutput,
     PrefillOutput,
     lightning_attention,
-    lightning_attention_commit,
     lightning_attention_prefill,
     lightning_attention_prefill_,
-    lightning_attention_step,
-    lightning_attention_verify,
 )
+from .ops.decoding_api import lightning_attention_commit, lightning_attention_step, lightning_attention_verify
+from .ops.decoding_state import DecodingState
 from .version import __version__
 
 __all__ = [
+    "DecodingState",
     "LightningAttentionOutput",
     "PrefillOutput",
     "__version__",

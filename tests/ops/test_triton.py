@@ -187,7 +187,7 @@ def test_segments_cover_a_batch_row_and_fit_the_device(
 def test_intervals_cover_a_batch_row_and_fit_the_device(
     length, programs, multiprocessors, programs_per_sm, min_interval
 ):
-    cut = config.one_segment(length, programs, multiprocessors, programs_per_sm, min_interval)
+    cut = config.all_intervals(length, programs, multiprocessors, programs_per_sm, min_interval)
     count = cut.num_intervals
     assert (count - 1) * cut.interval < max(length, 1) <= cut.length == count * cut.interval
     assert cut.interval % 64 == 0

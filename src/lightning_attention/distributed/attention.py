@@ -17,7 +17,7 @@ from ..ops.problem import (
     AttentionInputs,
     Problem,
     check_backend,
-    check_output_final_state,
+    check_bool,
     check_tensors,
     checked_scale,
 )
@@ -110,7 +110,7 @@ def lightning_attention(
         autograd.refuse_gradient(log_decay)
         refuse_transforms("distributed.lightning_attention", inputs | others)
         scale = checked_scale(scale)
-        check_output_final_state(output_final_state)
+        check_bool("output_final_state", output_final_state)
         check_backend(backend)
         rank = _check_group(group)
         q, k, v = autocast(q, k, v)

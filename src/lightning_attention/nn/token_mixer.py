@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..ops.api import lightning_attention, lightning_attention_prefill_, lightning_attention_step
+from ..ops.api import lightning_attention, lightning_attention_prefill_
 from ..ops.autograd import need_gradients
+from ..ops.decoding_api import lightning_attention_step
 from ..ops.problem import check_tensors
 from .gates import gated_norm_linear
 from .norms import make_norm

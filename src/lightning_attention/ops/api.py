@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from . import autograd, custom_ops
+from .decoding_state import DecodingState
 from .problem import (
     AttentionInputs,
     Problem,
     check_backend,
-    check_output_final_state,
+    check_bool,
     check_tensors,
     checked_scale,
     integers,
@@ -46,6 +47,7 @@ def lightning_attention(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
+    invariant: bool = False,
 ) -> LightningAttentionOutput:
     """Causal linear attention with a per-head exponential decay, in chunks.
 
@@ -77,6 +79,10 @@ def lightning_attention(
             row (B = 1). Rises from 0 to T; empty sequences are legal and keep their initial state.
         backend: "auto" takes the first of `ops.backends.BACKENDS` that can run the call and is not slow at it; a name
             takes that backend, or raises.
+        invariant: compute results of a sequence that do not depend, to the last bit, on the batch size, on packing, on
+            the place of the sequence in the batch or on other sequences. They are those of a `DecodingState` that
+            reads the sequence in any pieces. "auto" then chooses by device, dtype and head sizes alone, and a sequence
+            is not cut for several programs of a GPU. docs/determinism.md says what is equal to what.
 
     Returns:
         `output` `[B, T, H, V]` in the dtype of q, and `final_state` `[N, H, K, V]` or None. Gradients flow from both
@@ -104,170 +110,12 @@ def lightning_attention(
         {"log_decay": log_decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens},
     )
     scale = checked_scale(scale)
-    check_output_final_state(output_final_state)
+    check_bool("output_final_state", output_final_state)
     check_backend(backend)
+    check_bool("invariant", invariant)
     run = autograd.attention if autograd.is_needed(q, k, v, log_decay, initial_state) else custom_ops.forward
-    results = run(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend)
+    results = run(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend, invariant)
     return LightningAttentionOutput(*results)
-
-
-def lightning_attention_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None = None,
-    *,
-    state: Tensor,
-    scale: float = 1.0,
-    state_indices: Tensor | None = None,
-    saved_indices: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Decoding: the next token, or the next few, of every sequence; updates `state` in place.
-
-    The formula is that of `lightning_attention`. For inference: nothing is kept for a backward pass. With
-    `saved_indices` the state after every token goes to a slot of its own, as engines want it that verify drafts and go
-    on from the last one that they accept.
-
-    Args:
-        q: queries `[B, H, K]` for one token or `[B, T, H, K]` for a few; dtypes as for `lightning_attention`.
-        k: keys, the shape and dtype of q.
-        v: values `[B, H, V]` or `[B, T, H, V]`, the dtype of q.
-        log_decay: `[H]` float32, natural logarithm of the decay per token, <= 0; None is no decay.
-        state: `[N, H, K, V]` float32 (float64 for float64 inputs), updated in place; or bfloat16, for storage alone,
-            with arithmetic in float32. Without `state_indices`, N = B.
-        scale: factor on every output.
-        state_indices: `[B]` int32 or int64, the slot of `state` that each batch row uses, each slot at most once. A
-            batch row with -1 is padding: it changes no state and its output is zero.
-        saved_indices: `[B, T]` int32 or int64 (`[B]` for one token `[B, H, K]`), the slot of `state` that receives the
-            state after each token; -1 is none. The slots differ. The slot that a batch row reads is then not updated,
-            unless it is one of those that the batch row writes; several batch rows may read one slot.
-        backend: as for `lightning_attention`.
-
-    Returns:
-        The output, with the shape of v and the dtype of q.
-
-    Raises:
-        ValueError, TypeError, NotImplementedError: as `lightning_attention`; ValueError also when a gradient would be
-            needed, since none is kept.
-
-    Example:
-        >>> import torch
-        >>> from lightning_attention import lightning_attention_step
-        >>> q = torch.randn(1, 2, 16)
-        >>> state = torch.zeros(1, 2, 16, 16)
-        >>> lightning_attention_step(q, q, q, state=state).shape
-        torch.Size([1, 2, 16])
-
-    Source: Lightning Attention-2 (arXiv 2401.04658), equation 4.
-    """
-    inputs = {"q": q, "k": k, "v": v, "state": state}
-    check_tensors(inputs, {"log_decay": log_decay, "state_indices": state_indices, "saved_indices": saved_indices})
-    scale = checked_scale(scale)
-    check_backend(backend)
-    if autograd.is_needed(q, k, v, log_decay, state):
-        _refuse_gradients("lightning_attention_step", inputs, log_decay)
-    return custom_ops.step(q, k, v, log_decay, state, state_indices, scale, backend, saved_indices)
-
-
-def lightning_attention_verify(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None = None,
-    *,
-    state: Tensor,
-    parents: Tensor | None = None,
-    scale: float = 1.0,
-    state_indices: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """Speculative decoding: the outputs of T drafts of every sequence; `state` is not changed.
-
-    Draft i has depth d_i: it is number d_i on its path from the state. With j over its ancestors and itself:
-
-        o_i = scale (λ^d_i Sᵀ q_i + Σ_j λ^(d_i - d_j) (q_i k_j) v_j)
-
-    No state is kept for a draft. `lightning_attention_commit` then accepts some of them. A draft with NaN or inf may
-    reach the outputs of all drafts of its sequence, in every backend but "reference".
-
-    Args:
-        q: queries of the drafts `[B, T, H, K]`; dtypes as for `lightning_attention`.
-        k: keys, the shape and dtype of q.
-        v: values `[B, T, H, V]`, the dtype of q.
-        log_decay: `[H]` float32, natural logarithm of the decay per token, <= 0; None is no decay.
-        state: `[N, H, K, V]` as for `lightning_attention_step`, before the drafts.
-        parents: `[B, T]` int32 or int64, a tree of drafts: the index of the draft that each draft follows, less than
-            its own; -1 if it follows the state. None is a chain.
-        scale: factor on every output.
-        state_indices: `[B]` int32 or int64, as for `lightning_attention_step`; the output of a batch row with -1 is
-            zero.
-        backend: as for `lightning_attention`.
-
-    Returns:
-        The output `[B, T, H, V]` in the dtype of q.
-
-    Example:
-        >>> import torch
-        >>> from lightning_attention import lightning_attention_verify
-        >>> drafts = torch.randn(1, 4, 2, 16)
-        >>> lightning_attention_verify(drafts, drafts, drafts, state=torch.zeros(1, 2, 16, 16)).shape
-        torch.Size([1, 4, 2, 16])
-
-    Raises:
-        ValueError, TypeError, NotImplementedError: as `lightning_attention_step`.
-    """
-    inputs = {"q": q, "k": k, "v": v, "state": state}
-    check_tensors(inputs, {"log_decay": log_decay, "parents": parents, "state_indices": state_indices})
-    scale = checked_scale(scale)
-    check_backend(backend)
-    if autograd.is_needed(q, k, v, log_decay, state):
-        _refuse_gradients("lightning_attention_verify", inputs, log_decay)
-    return custom_ops.verify(q, k, v, log_decay, state, state_indices, parents, scale, backend)
-
-
-def lightning_attention_commit(
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None = None,
-    *,
-    state: Tensor,
-    last: Tensor,
-    parents: Tensor | None = None,
-    state_indices: Tensor | None = None,
-    backend: str = "auto",
-) -> None:
-    """Speculative decoding: accept drafts; updates `state` in place.
-
-    The result is the state of `lightning_attention_step` over the accepted drafts, one by one; to the last bit if
-    the state is float32.
-
-    Args:
-        k: keys of the drafts `[B, T, H, K]`, as given to `lightning_attention_verify`.
-        v: values `[B, T, H, V]`, likewise.
-        log_decay: `[H]` float32, likewise.
-        state: `[N, H, K, V]`, likewise; updated in place.
-        last: `[B]` int32 or int64, the last accepted draft of every batch row; its ancestors are accepted too. -1 is
-            none. In a chain, the number of accepted drafts less one.
-        parents: `[B, T]`, as given to `lightning_attention_verify`.
-        state_indices: `[B]`, likewise; a batch row with -1 changes nothing.
-        backend: as for `lightning_attention`.
-
-    Example:
-        >>> import torch
-        >>> from lightning_attention import lightning_attention_commit
-        >>> drafts, state = torch.randn(1, 4, 2, 16), torch.zeros(1, 2, 16, 16)
-        >>> lightning_attention_commit(drafts, drafts, state=state, last=torch.tensor([1]))
-
-    Raises:
-        ValueError, TypeError, NotImplementedError: as `lightning_attention_step`.
-    """
-    inputs = {"k": k, "v": v, "state": state, "last": last}
-    check_tensors(inputs, {"log_decay": log_decay, "parents": parents, "state_indices": state_indices})
-    check_backend(backend)
-    if autograd.is_needed(k, v, log_decay, state):
-        _refuse_gradients("lightning_attention_commit", inputs, log_decay)
-    custom_ops.commit(k, k, v, log_decay, state, state_indices, parents, last, backend)
 
 
 def lightning_attention_prefill(
@@ -307,7 +155,7 @@ def lightning_attention_prefill(
     scale = checked_scale(scale)
     check_backend(backend)
     if autograd.is_needed(q, k, v, log_decay, initial_state):
-        _refuse_gradients("lightning_attention_prefill", {**inputs, "initial_state": initial_state}, log_decay)
+        refuse_gradients("lightning_attention_prefill", {**inputs, "initial_state": initial_state}, log_decay)
     x = AttentionInputs(q, k, v, log_decay, initial_state, cu_seqlens)
     if isinstance(state_positions, Tensor):
         check_tensors({"state_positions": state_positions}, {})
@@ -325,7 +173,7 @@ def lightning_attention_prefill_(
     v: Tensor,
     log_decay: Tensor | None = None,
     *,
-    state: Tensor,
+    state: Tensor | DecodingState,
     state_indices: Tensor | None = None,
     has_initial_state: Tensor | None = None,
     state_positions: Tensor | Sequence[int] | None = None,
@@ -333,6 +181,7 @@ def lightning_attention_prefill_(
     scale: float = 1.0,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
+    invariant: bool = False,
 ) -> Tensor:
     """Prefill in a pool of states: `lightning_attention` without gradients, from slots of `state` and to them.
 
@@ -341,7 +190,7 @@ def lightning_attention_prefill_(
 
     Args:
         q, k, v, log_decay, scale, cu_seqlens, backend: as for `lightning_attention`.
-        state: the pool `[num_slots, H, K, V]` as for `lightning_attention_step`, updated in place.
+        state: the pool, as for `lightning_attention_step`, updated in place.
         state_indices: `[N]` int32 or int64, the slot of each sequence; the slots differ. None is slots 0 to N - 1, of
             a pool of N. A sequence with -1 starts from zero, and its state is not kept.
         has_initial_state: `[N]` bool, False for a sequence that starts from zero and not from what is in its slot.
@@ -349,6 +198,8 @@ def lightning_attention_prefill_(
         state_positions: `[M]` as for `lightning_attention_prefill`: also keep the states after so many tokens.
         saved_indices: `[B, M]` int32 or int64, the slots for these states, which are none of the sequences' slots; -1
             keeps none.
+        invariant: as for `lightning_attention`; needs a `DecodingState`, which then ends with a ring, whose chunks
+            begin with the sequence. It keeps no states at positions: give the tokens up to each in a call of its own.
 
     Returns:
         The output `[B, T, H, V]` in the dtype of q.
@@ -364,15 +215,21 @@ def lightning_attention_prefill_(
     Raises:
         ValueError, TypeError, NotImplementedError: as `lightning_attention_step`.
     """
-    inputs = {"q": q, "k": k, "v": v, "state": state}
+    pool = state.state if isinstance(state, DecodingState) else state
+    inputs = {"q": q, "k": k, "v": v, "state": pool}
     optional = {"state_indices": state_indices, "has_initial_state": has_initial_state, "saved_indices": saved_indices}
     check_tensors(inputs, {"log_decay": log_decay, "cu_seqlens": cu_seqlens, **optional})
     if (state_positions is None) != (saved_indices is None):
         raise ValueError("state_positions and saved_indices go together: give both or neither")
     scale = checked_scale(scale)
     check_backend(backend)
-    if autograd.is_needed(q, k, v, log_decay, state):
-        _refuse_gradients("lightning_attention_prefill_", inputs, log_decay)
+    check_bool("invariant", invariant)
+    if invariant and not isinstance(state, DecodingState):
+        raise ValueError("invariant prefill needs a DecodingState: a plain state forgets where the last chunk began")
+    if invariant and state_positions is not None:
+        raise ValueError("invariant prefill keeps no states at positions: give the tokens up to each in a call")
+    if autograd.is_needed(q, k, v, log_decay, pool):
+        refuse_gradients("lightning_attention_prefill_", inputs, log_decay)
     if isinstance(state_positions, Tensor):
         check_tensors({"state_positions": state_positions}, {})
     elif state_positions is not None:
@@ -380,11 +237,27 @@ def lightning_attention_prefill_(
         if q.dim() == 4:  # the operator refuses others
             check_state_positions(positions, q.shape[1])
         state_positions = torch.tensor(positions, dtype=torch.int64, device=q.device)
+    if isinstance(state, DecodingState):
+        state.check()
+        if invariant:
+            return custom_ops.append(
+                q, k, v, log_decay, *state, state_indices, has_initial_state, cu_seqlens, None, scale, backend
+            )
+        _fold(log_decay, state, state_indices, saved_indices)
     slots = state_indices, has_initial_state, state_positions, saved_indices
-    return custom_ops.prefill_(q, k, v, log_decay, state, cu_seqlens, *slots, scale, backend)
+    return custom_ops.prefill_(q, k, v, log_decay, pool, cu_seqlens, *slots, scale, backend)
 
 
-def _refuse_gradients(function: str, inputs: Mapping[str, Tensor | None], log_decay: Tensor | None) -> None:
+def _fold(
+    log_decay: Tensor | None, state: DecodingState, state_indices: Tensor | None, saved_indices: Tensor | None
+) -> None:
+    """Empty the rings of slots that prefill reads or writes: it leaves plain states."""
+    if state_indices is not None and saved_indices is not None:
+        state_indices = torch.cat([state_indices.flatten(), saved_indices.flatten().to(state_indices.dtype)])
+    state.fold_(log_decay, state_indices)
+
+
+def refuse_gradients(function: str, inputs: Mapping[str, Tensor | None], log_decay: Tensor | None) -> None:
     if autograd.need_gradients(*inputs.values()):
         raise ValueError(f"{function} keeps no gradient: call it under torch.no_grad()")
     autograd.refuse_gradient(log_decay)

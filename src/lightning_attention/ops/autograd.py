@@ -11,8 +11,8 @@ from .problem import AttentionInputs, GradientInputs
 NAME = "lightning_attention"
 # Names of the arguments of the functions below.
 INPUTS = AttentionInputs._fields
-FORWARD = (*INPUTS, "scale", "output_final_state", "backend")
-BACKWARD = (*GradientInputs._fields, "scale", "backend")
+FORWARD = (*INPUTS, "scale", "output_final_state", "backend", "invariant")
+BACKWARD = (*GradientInputs._fields, "scale", "backend", "invariant")
 
 
 def is_needed(*inputs: Tensor | None) -> bool:
@@ -53,7 +53,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         ctx.save_for_backward(*arguments[: len(INPUTS)])
-        ctx.scale, _, ctx.backend = arguments[len(INPUTS) :]
+        ctx.scale, _, *ctx.options = arguments[len(INPUTS) :]
         ctx.set_materialize_grads(False)
         return tuple(custom_ops.forward(*arguments))
 
@@ -79,14 +79,14 @@ class TransformedAttention(torch.autograd.Function):
     """`_Attention` for the transforms of torch.func. The compiler counts the parameters of `forward`."""
 
     @staticmethod
-    def forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend):
+    def forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend, invariant):
         x = q, k, v, log_decay, initial_state, cu_seqlens
-        return tuple(custom_ops.forward(*x, scale, output_final_state, backend))
+        return tuple(custom_ops.forward(*x, scale, output_final_state, backend, invariant))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[: len(INPUTS)])
-        ctx.scale, _, ctx.backend = inputs[len(INPUTS) :]
+        ctx.scale, _, *ctx.options = inputs[len(INPUTS) :]
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -106,9 +106,9 @@ class _TransformedGradients(torch.autograd.Function):
     """`_Gradients` for the transforms of torch.func."""
 
     @staticmethod
-    def forward(q, k, v, log_decay, initial_state, cu_seqlens, do, d_final_state, scale, backend):
+    def forward(q, k, v, log_decay, initial_state, cu_seqlens, do, d_final_state, scale, backend, invariant):
         x = q, k, v, log_decay, initial_state, cu_seqlens
-        return tuple(custom_ops.backward(*x, do, d_final_state, scale, backend))
+        return tuple(custom_ops.backward(*x, do, d_final_state, scale, backend, invariant))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -132,8 +132,8 @@ def _gradients(differentiate: Any, ctx: Any, do: Tensor | None, d_final_state: T
     """Gradients of the arguments `FORWARD`, by a function of the arguments `BACKWARD`."""
     saved = ctx.saved_tensors
     do = torch.zeros_like(saved[2]) if do is None else do
-    dq, dk, dv, *d_initial_state = differentiate(*saved, do, d_final_state, ctx.scale, ctx.backend)
-    return dq, dk, dv, None, d_initial_state[0] if d_initial_state else None, None, None, None, None
+    dq, dk, dv, *d_initial_state = differentiate(*saved, do, d_final_state, ctx.scale, *ctx.options)
+    return dq, dk, dv, None, d_initial_state[0] if d_initial_state else None, None, None, None, None, None
 
 
 def _no_forward_mode(names, tangents) -> NotImplementedError:

@@ -22,8 +22,10 @@ from .problem import (
     WriteInputs,
 )
 from .values import (
+    check_append_values,
     check_attention_values,
     check_decoding_values,
+    check_fold_values,
     check_prefill_values,
     check_slot_prefill_values,
     check_update_values,
@@ -49,11 +51,13 @@ class Backend(Protocol):
         """True if a backend after this one is preferable."""
         ...
 
-    def forward(self, x: AttentionInputs[Metadata], scale: float, output_final_state: bool) -> Prepared:
-        """Computes `o`, and the final state if it is asked for."""
+    def forward(
+        self, x: AttentionInputs[Metadata], scale: float, output_final_state: bool, invariant: bool = False
+    ) -> Prepared:
+        """Computes `o`, and the final state if it is asked for; see `lightning_attention` for `invariant`."""
         ...
 
-    def backward(self, x: GradientInputs[Metadata], scale: float) -> Prepared:
+    def backward(self, x: GradientInputs[Metadata], scale: float, invariant: bool = False) -> Prepared:
         """Computes `dq`, `dk`, `dv`, and `d_initial_state` if there is an initial state."""
         ...
 
@@ -102,12 +106,24 @@ class Backend(Protocol):
 
 
 class _InPyTorch:
-    """A backend of a module's functions that compute from inputs and options, with nothing to prepare."""
+    """A backend of a module's functions that compute from inputs and options, with nothing to prepare.
+
+    They are invariant in any case.
+    """
 
     def __init__(self, module: ModuleType):
         self._module = module
         self.supports_cuda_graphs = module.supports_cuda_graphs
         self.unsupported_reasons, self.is_slow = module.unsupported_reasons, module.is_slow
+        self.chunk_size = getattr(module, "chunk_size", lambda p: 32)  # TEMPORARY
+
+    def forward(
+        self, x: AttentionInputs[Metadata], scale: float, output_final_state: bool, invariant: bool = False
+    ) -> Prepared:
+        return lambda x: self._module.forward(x, scale, output_final_state)
+
+    def backward(self, x: GradientInputs[Metadata], scale: float, invariant: bool = False) -> Prepared:
+        return lambda x: self._module.backward(x, scale)
 
     def __getattr__(self, name: str) -> Callable[..., Prepared]:
         compute = getattr(self._module, name)
@@ -144,13 +160,33 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-def choose_backend(name: str, problem: Problem) -> str:
-    """The backend to run: the one named, or for "auto" the first that can and is not slow."""
+def choose_backend(name: str, problem: Problem, *, invariant: bool = False) -> str:
+    """The backend to run: the one named, or for "auto" the first that can and is not slow.
+
+    With `invariant` it may be slow, and the choice depends on device, dtype and head sizes alone.
+    """
     if name == "auto":
         for name, backend in BACKENDS.items():
-            if not backend.unsupported_reasons(problem) and not backend.is_slow(problem):
+            if not backend.unsupported_reasons(problem) and (invariant or not backend.is_slow(problem)):
                 return name
     check_supported(name, problem)
+    return name
+
+
+def choose_by_chunk_size(name: str, problem: Problem, chunk_size: int) -> str:
+    """The backend to run on decoding states: the one named, or for "auto" the first with chunks of their size."""
+    able = [name for name, backend in BACKENDS.items() if not backend.unsupported_reasons(problem)]
+    found = {name: BACKENDS[name].chunk_size(problem) for name in able}
+    if name == "auto":
+        name = next((name for name, size in found.items() if size == chunk_size), name)
+    else:
+        check_supported(name, problem)
+    if found.get(name) != chunk_size:
+        sizes = ", ".join(f"{size} in {name!r}" for name, size in found.items())
+        raise ValueError(
+            f"the decoding state has chunks of {chunk_size} tokens, which {name!r} does not work in; for these inputs "
+            f"they have {sizes}: make it by DecodingState.zeros, with the backend and dtype that it is used with"
+        )
     return name
 
 
@@ -173,13 +209,22 @@ CHECKS: dict[str, tuple[Callable[..., Problem], Callable[..., None] | None]] = {
     "step": (Problem.of_step, check_update_values),
     "verify": (Problem.of_drafts, check_decoding_values),
     "commit": (Problem.of_accepted_drafts, check_update_values),
+    "append": (Problem.of_append, check_append_values),
+    "fold": (Problem.of_fold, check_fold_values),
 }
+# Operators on decoding states, and those that may be invariant, by their last option.
+ON_RINGS, MAY_BE_INVARIANT = ("append", "fold"), ("forward", "backward")
 
 
 def prepare(x: Inputs, operator: str, backend: str, *options: Any) -> Prepared:
     """Check the metadata of inputs, choose a backend, and prepare the call."""
     problem_of, check_values = CHECKS[operator]
-    compute = getattr(BACKENDS[choose_backend(backend, problem_of(x))], operator)(x, *options)
+    problem = problem_of(x)
+    if operator in ON_RINGS:
+        name = choose_by_chunk_size(backend, problem, x.keys.shape[2])
+    else:
+        name = choose_backend(backend, problem, invariant=operator in MAY_BE_INVARIANT and options[-1])
+    compute = getattr(BACKENDS[name], operator)(x, *options)
     if check_values is None or not any(y is not None and y.device.type == "cpu" for y in x):
         return compute
 

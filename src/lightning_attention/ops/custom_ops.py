@@ -3,6 +3,7 @@
 The name of the backend is an argument: a new backend is a line in `backends.py`, not an operator.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,16 +12,20 @@ import torch
 from torch import Tensor
 
 from . import cross_entropy, transforms
-from .backends import CHECKS, check_supported, prepare
+from .backends import CHECKS, check_supported, choose_by_chunk_size, prepare
 from .calls import Inputs, call
 from .problem import (
+    AppendInputs,
     AttentionInputs,
     DecodingInputs,
+    FoldInputs,
     GradientInputs,
     PrefillInputs,
+    Problem,
     SlotPrefillInputs,
     state_dtype,
 )
+from .values import check_distinct_slots
 
 NAMESPACE = "lightning_attention"
 # Arguments that operators share, in the order of `AttentionInputs` and `DecodingInputs`.
@@ -31,6 +36,10 @@ SLOT_PREFILL = (
     "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, Tensor? cu_seqlens, Tensor? state_indices, "
     "Tensor? has_initial_state, Tensor? state_positions, Tensor? saved_indices"
 )
+RING = "Tensor(a!) state, Tensor(b!) keys, Tensor(c!) values, Tensor(d!) count"
+RINGS = f"Tensor q, Tensor k, Tensor v, Tensor? log_decay, {RING}"
+RINGS_READ = re.sub(r"\(\w!\)", "", RINGS)
+SEQUENCES = "Tensor? state_indices, Tensor? has_initial_state, Tensor? cu_seqlens, Tensor? lengths"
 # Dispatch keys of autocast, one for each type of device; the last is that of devices outside of PyTorch.
 AUTOCAST_KEYS = [f"Autocast{name}" for name in ("CPU", "CUDA", "HPU", "MPS", "MTIA", "XLA", "XPU", "PrivateUse1")]
 
@@ -94,12 +103,12 @@ def _check(operator: str, x: Inputs, backend: str) -> None:
     check_supported(backend, problem_of(x))
 
 
-def _fake_forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend):
+def _fake_forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend, invariant=False):
     _check("forward", AttentionInputs(q, k, v, log_decay, initial_state, cu_seqlens), backend)
     return [_fake_output(v), *([_fake_state(q, v, cu_seqlens)] if output_final_state else [])]
 
 
-def _fake_backward(q, k, v, log_decay, initial_state, cu_seqlens, do, d_final_state, scale, backend):
+def _fake_backward(q, k, v, log_decay, initial_state, cu_seqlens, do, d_final_state, scale, backend, invariant=False):
     d_initial_state = [] if initial_state is None else [_fake_state(q, v, cu_seqlens)]
     return [_fake_output(q), _fake_output(k), _fake_output(v), *d_initial_state]
 
@@ -131,6 +140,19 @@ def _fake_commit(q, k, v, log_decay, state, state_indices, parents, last, backen
     _check("commit", DecodingInputs(q, k, v, log_decay, state, state_indices, parents, last), backend)
 
 
+def _fake_append(q, k, v, *others):
+    *x, _, backend = others
+    x = AppendInputs(q, k, v, *x)
+    choose_by_chunk_size(backend, Problem.of_append(x), x.keys.shape[2])
+    return _fake_output(v)
+
+
+def _fake_fold(*arguments):
+    *x, backend = arguments
+    x = FoldInputs(*x)
+    choose_by_chunk_size(backend, Problem.of_fold(x), x.keys.shape[2])
+
+
 def _fake_linear_cross_entropy(x, weight, labels, ignore_index, needs_dx, needs_dweight):
     dtype = cross_entropy.accumulation_dtype(x.dtype)
     dx = [_fake_output(x)] if needs_dx else []
@@ -147,18 +169,23 @@ def _fake_state(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return q.new_empty(num_sequences, q.shape[2], q.shape[3], v.shape[3], dtype=state_dtype(q.dtype))
 
 
-@_operator(f"({ATTENTION}, float scale, bool output_final_state, str backend) -> Tensor[]", _fake_forward)
-def forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend):
+@_operator(
+    f"({ATTENTION}, float scale, bool output_final_state, str backend, bool invariant=False) -> Tensor[]", _fake_forward
+)
+def forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend, invariant=False):
     """`[o, final_state]`, or `[o]`."""
     x = AttentionInputs(q, k, v, log_decay, initial_state, cu_seqlens)
-    return call(prepare, x, "forward", backend, scale, output_final_state)
+    return call(prepare, x, "forward", backend, scale, output_final_state, invariant)
 
 
-@_operator(f"({ATTENTION}, Tensor do, Tensor? d_final_state, float scale, str backend) -> Tensor[]", _fake_backward)
-def backward(q, k, v, log_decay, initial_state, cu_seqlens, do, d_final_state, scale, backend):
+@_operator(
+    f"({ATTENTION}, Tensor do, Tensor? d_final_state, float scale, str backend, bool invariant=False) -> Tensor[]",
+    _fake_backward,
+)
+def backward(q, k, v, log_decay, initial_state, cu_seqlens, do, d_final_state, scale, backend, invariant=False):
     """`[dq, dk, dv, d_initial_state]`, or `[dq, dk, dv]`."""
     x = GradientInputs(q, k, v, log_decay, initial_state, cu_seqlens, do, d_final_state)
-    return call(prepare, x, "backward", backend, scale)
+    return call(prepare, x, "backward", backend, scale, invariant)
 
 
 @_operator(
@@ -197,6 +224,37 @@ def commit(q, k, v, log_decay, state, state_indices, parents, last, backend):
     _mark_updated(state)
 
 
+@_operator(f"({RINGS}, {SEQUENCES}, float scale, str backend) -> Tensor", _fake_append)
+def append(*arguments):
+    """Attend from decoding states, and add the tokens to them."""
+    *x, scale, backend = arguments
+    x = AppendInputs(*x)
+    check_distinct_slots(x.state_indices)
+    (o,) = call(prepare, x, "append", backend, scale, True)
+    for part in (x.state, x.keys, x.values, x.count):
+        _mark_updated(part)
+    return o
+
+
+@_operator(f"({RINGS_READ}, {SEQUENCES}, float scale, str backend) -> Tensor", _fake_append)
+def attend(*arguments):
+    """Attend from decoding states, which stay as they are."""
+    *x, scale, backend = arguments
+    (o,) = call(prepare, AppendInputs(*x), "append", backend, scale, False)
+    return o
+
+
+@register(f"(Tensor? log_decay, {RING}, Tensor? state_indices, str backend) -> ()", _fake_fold)
+def fold(*arguments):
+    """Add the tokens of decoding states to their states."""
+    *x, backend = arguments
+    x = FoldInputs(*x)
+    check_distinct_slots(x.state_indices)
+    call(prepare, x, "fold", backend)
+    for part in (x.state, x.count):
+        _mark_updated(part)
+
+
 @register(
     "(Tensor x, Tensor weight, Tensor labels, int ignore_index, bool needs_dx, bool needs_dweight) -> Tensor[]",
     _fake_linear_cross_entropy,
@@ -222,3 +280,5 @@ for _operator_without_gradient, _heads in (
     (prefill_, (-2,)),
 ):
     transforms.register_vmap(_operator_without_gradient, _heads)
+for _operator_on_rings in (append, attend, fold):
+    transforms.refuse_vmap(_operator_on_rings)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from math import prod
 from numbers import Integral, Real
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -52,9 +53,9 @@ def check_backend(backend: object) -> None:
         raise TypeError(f"backend must be a string, got {type(backend).__name__}")
 
 
-def check_output_final_state(output_final_state: object) -> None:
-    if not isinstance(output_final_state, bool):
-        raise TypeError(f"output_final_state must be True or False, got {type(output_final_state).__name__}")
+def check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
 
 
 class Metadata(NamedTuple):
@@ -254,13 +255,8 @@ class Problem(NamedTuple):
             _check_indices("state_indices", x.state_indices, x.q, N=num_sequences)
             problem = problem._replace(num_states=x.state.shape[0])
         problem._check_state("state", x.state, x.q, stored=(torch.bfloat16,))
-        if (has_state := x.has_initial_state) is not None:
-            if has_state.dtype != torch.bool:
-                raise TypeError(f"has_initial_state must be torch.bool, got {has_state.dtype}")
-            if tuple(has_state.shape) != (num_sequences,):
-                found = tuple(has_state.shape)
-                raise ValueError(f"has_initial_state must be [N] = [{num_sequences}], got shape {found}")
-            _check_device("has_initial_state", has_state, x.q)
+        if x.has_initial_state is not None:
+            _check_mask("has_initial_state", x.has_initial_state, x.q, num_sequences)
         if (positions := x.state_positions) is not None and x.saved_indices is not None:
             if positions.dim() != 1:
                 raise ValueError(f"state_positions must be [M], got shape {tuple(positions.shape)}")
@@ -312,6 +308,59 @@ class Problem(NamedTuple):
         return problem
 
     @classmethod
+    def of_append(cls, x: AppendInputs[Tensor] | AppendInputs[Metadata]) -> "Problem":
+        """Tokens `[B, T, H, D]` after those of decoding states."""
+        attention: Any = AttentionInputs(x.q, x.k, x.v, x.log_decay, None, x.cu_seqlens)
+        problem = cls.of_attention(attention)
+        num_sequences = problem.num_states
+        problem = problem._of_rings(x, x.q, num_sequences)
+        if x.has_initial_state is not None:
+            _check_mask("has_initial_state", x.has_initial_state, x.q, num_sequences)
+        if x.lengths is not None:
+            if x.cu_seqlens is not None:
+                raise ValueError("lengths are of batch rows, and cu_seqlens packs sequences into one: give one of them")
+            _check_indices("lengths", x.lengths, x.q, B=x.q.shape[0])
+        return problem._replace(num_states=num_sequences)
+
+    @classmethod
+    def of_fold(cls, x: FoldInputs[Tensor] | FoldInputs[Metadata]) -> "Problem":
+        """Decoding states whose rings are added to the states."""
+        if x.keys.dim() != 4 or x.values.dim() != 4:
+            raise ValueError(f"keys of the decoding state must be [N, H, C, K], got shape {tuple(x.keys.shape)}")
+        (N, H, C, K), V = x.keys.shape, x.values.shape[3]
+        if x.log_decay is not None:
+            _check_log_decay(x.log_decay, x.keys, H)
+        problem = cls(N, C, H, K, V, N, x.keys.dtype, x.keys.device)
+        return problem._of_rings(x, x.keys, N if x.state_indices is None else x.state_indices.shape[0])
+
+    def _of_rings(self, x: Any, like: Checked, num_sequences: int) -> "Problem":
+        """Check decoding states, of slots if there are indices; `like` has the dtype and the device."""
+        problem = self
+        if x.state_indices is not None:
+            if x.state_indices.dim() != 1:
+                raise ValueError(f"state_indices must be [N], got shape {tuple(x.state_indices.shape)}")
+            _check_indices("state_indices", x.state_indices, like, N=num_sequences)
+            problem = problem._replace(num_states=x.state.shape[0])
+        problem._check_state("state", x.state, like, stored=(torch.bfloat16,))
+        num_slots, H = problem.num_states, problem.num_heads
+        C = x.keys.shape[2] if x.keys.dim() == 4 else 0
+        parts = {"keys": (x.keys, (num_slots, H, C, problem.key_dim), problem.dtype)}
+        parts["values"] = x.values, (num_slots, H, C, problem.value_dim), problem.dtype
+        parts["count"] = x.count, (num_slots, H), torch.int32
+        for name, (part, shape, dtype) in parts.items():
+            if tuple(part.shape) != shape:
+                raise ValueError(f"{name} of the decoding state must be {list(shape)}, got shape {tuple(part.shape)}")
+            if part.dtype != dtype:
+                raise TypeError(f"{name} of the decoding state must be {dtype}, got {part.dtype}")
+            _check_device(name, part, like)
+        for name, part in {"state": x.state, **{name: part for name, (part, *_) in parts.items()}}.items():
+            strides = part.strides if isinstance(part, Metadata) else part.stride()
+            expected = [prod(part.shape[i + 1 :]) for i in range(1, part.dim())]
+            if (0 not in part.shape and list(strides[1:]) != expected) or _overlaps(part):
+                raise ValueError(f"{name} of the decoding state must be contiguous in each slot, got strides {strides}")
+        return problem
+
+    @classmethod
     def _of(cls, q: Checked, v: Checked, num_states: int | None, is_tree: bool = False) -> "Problem":
         batch_size, *length, num_heads, key_dim = q.shape
         return cls(
@@ -343,14 +392,22 @@ class Problem(NamedTuple):
 
 def _check_writable(name: str, x: Checked) -> None:
     """Refuse a tensor that is updated in place if several of its elements share memory."""
+    if _overlaps(x):
+        strides = x.strides if isinstance(x, Metadata) else x.stride()
+        raise ValueError(
+            f"{name} is updated in place and its elements must not share memory, as of expanded tensors, got "
+            f"shape {tuple(x.shape)} and strides {tuple(strides)}"
+        )
+
+
+def _overlaps(x: Checked) -> bool:
+    """True if several elements of a tensor share memory."""
     strides, extent = x.strides if isinstance(x, Metadata) else x.stride(), 1
     for stride, size in sorted(zip(strides, x.shape, strict=True)):
         if size > 1 and stride < extent:
-            raise ValueError(
-                f"{name} is updated in place and its elements must not share memory, as of expanded tensors, got "
-                f"shape {tuple(x.shape)} and strides {tuple(strides)}"
-            )
+            return True
         extent += max(size - 1, 0) * stride
+    return False
 
 
 def _check_inputs(q: Checked, k: Checked, v: Checked, log_decay: Checked | None) -> None:
@@ -372,14 +429,17 @@ def _check_inputs(q: Checked, k: Checked, v: Checked, log_decay: Checked | None)
     if k.device != device or v.device != device:
         _check_device("k", k, q)
         _check_device("v", v, q)
-    if log_decay is None:
-        return
+    if log_decay is not None:
+        _check_log_decay(log_decay, q, num_heads)
+
+
+def _check_log_decay(log_decay: Checked, q: Checked, num_heads: int) -> None:
     if log_decay.dtype != torch.float32:
         raise TypeError(f"log_decay must be torch.float32, got {log_decay.dtype}")
     if log_decay.dim() != 1 or log_decay.shape[0] != num_heads:
         hint = _transposed_hint(q, log_decay.shape[0]) if log_decay.dim() == 1 else ""
         raise ValueError(f"log_decay must be [H] = [{num_heads}], got shape {tuple(log_decay.shape)}{hint}")
-    if log_decay.device != device:
+    if log_decay.device != q.device:
         _check_device("log_decay", log_decay, q)
 
 
@@ -407,6 +467,14 @@ def _check_indices(name: str, indices: Checked, q: Checked, **sizes: int) -> Non
         expected = f"[{', '.join(sizes)}] = {list(sizes.values())}"
         raise ValueError(f"{name} must be {expected}, got shape {tuple(indices.shape)}")
     _check_device(name, indices, q)
+
+
+def _check_mask(name: str, mask: Checked, q: Checked, size: int) -> None:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be torch.bool, got {mask.dtype}")
+    if tuple(mask.shape) != (size,):
+        raise ValueError(f"{name} must be [N] = [{size}], got shape {tuple(mask.shape)}")
+    _check_device(name, mask, q)
 
 
 def _check_device(name: str, tensor: Checked, q: Checked) -> None:

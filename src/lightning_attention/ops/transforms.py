@@ -67,6 +67,15 @@ def register_vmap(operator: Any, output_heads: tuple[int, ...]) -> None:
     torch.library.register_vmap(operator.name(), rule)
 
 
+def refuse_vmap(operator: Any) -> None:
+    """Register a rule that raises."""
+
+    def rule(*_: Any) -> tuple[Any, Any]:
+        raise NotImplementedError("torch.vmap does not map over decoding states: give all sequences in one call")
+
+    torch.library.register_vmap(operator.name(), rule)
+
+
 def mapped_over_heads(
     function: str, call: Callable, names: Sequence[str], output_heads: tuple[int, ...], mutated: str | None = None
 ) -> Callable:

@@ -8,7 +8,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .problem import AttentionInputs, DecodingInputs, PrefillInputs, SlotPrefillInputs
+from .problem import (
+    AppendInputs,
+    AttentionInputs,
+    DecodingInputs,
+    FoldInputs,
+    PrefillInputs,
+    SlotPrefillInputs,
+)
 
 
 def check_attention_values(x: AttentionInputs[Tensor] | PrefillInputs[Tensor]) -> None:
@@ -45,6 +52,41 @@ def check_slot_prefill_values(x: SlotPrefillInputs[Tensor]) -> None:
         )
 
 
+def check_append_values(x: AppendInputs[Tensor]) -> None:
+    """Refuse values out of range, of tensors on the CPU."""
+    check_log_decay(x.log_decay)
+    if x.cu_seqlens is not None and x.cu_seqlens.is_cpu:
+        sequence_bounds(x.cu_seqlens, x.q.shape[1])
+    if x.lengths is not None and x.lengths.is_cpu and x.lengths.numel():
+        low, high = (int(bound) for bound in x.lengths.aminmax())
+        if low < 0 or high > x.q.shape[1]:
+            raise ValueError(f"lengths must be in [0, T = {x.q.shape[1]}], got {low} to {high}")
+    _check_rings(x)
+
+
+def check_fold_values(x: FoldInputs[Tensor]) -> None:
+    """Refuse values out of range, of tensors on the CPU."""
+    check_log_decay(x.log_decay)
+    _check_rings(x)
+
+
+def _check_rings(x: AppendInputs[Tensor] | FoldInputs[Tensor]) -> None:
+    if x.state_indices is not None:
+        _check_range("state_indices", x.state_indices, x.state.shape[0])
+    if x.count.is_cpu and x.count.numel():
+        low, high = (int(bound) for bound in x.count.aminmax())
+        if low < 0 or high >= x.keys.shape[2]:
+            raise ValueError(f"count must be in [0, {x.keys.shape[2]}), got {low} to {high}")
+
+
+def check_distinct_slots(state_indices: Tensor | None) -> None:
+    """Refuse slots that two sequences would update, where values are on the CPU."""
+    if state_indices is not None and state_indices.is_cpu:
+        used = [index for index in state_indices.tolist() if index >= 0]
+        if len(set(used)) < len(used):
+            raise ValueError(f"state_indices must differ, since each state is updated once, got {sorted(used)}")
+
+
 def check_decoding_values(x: DecodingInputs[Tensor]) -> None:
     """Refuse values out of range, of tensors on the CPU."""
     check_log_decay(x.log_decay)
@@ -61,10 +103,8 @@ def check_update_values(x: DecodingInputs[Tensor]) -> None:
     check_decoding_values(x)
     if x.saved_indices is not None:
         _check_saved_indices(x.saved_indices, x.state_indices, x.state.shape[0])
-    elif x.state_indices is not None and x.state_indices.is_cpu:
-        used = [index for index in x.state_indices.tolist() if index >= 0]
-        if len(set(used)) < len(used):
-            raise ValueError(f"state_indices must differ, since each state is updated once, got {sorted(used)}")
+    else:
+        check_distinct_slots(x.state_indices)
 
 
 def _check_saved_indices(saved: Tensor, read: Tensor | None, num_slots: int) -> None:

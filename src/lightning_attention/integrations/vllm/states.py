@@ -20,7 +20,8 @@ from vllm.v1.attention.backends.short_conv_attn import (
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
 from ...nn.attention import Decay
-from ...ops.api import lightning_attention_prefill_, lightning_attention_step
+from ...ops.api import lightning_attention_prefill_
+from ...ops.decoding_api import lightning_attention_step
 
 NOBODY = -1  # slot of our operator that reads and writes nothing
 

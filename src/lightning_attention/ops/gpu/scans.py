@@ -9,7 +9,7 @@ from ..calls import Prepared
 from ..problem import AttentionInputs, GradientInputs, Metadata, PrefillInputs, state_dtype
 from . import accumulate
 from .plan import Operand, Planner, planned
-from .segments import Segments, ceil_div
+from .segments import Segments, ceil_div, one_segment
 
 
 class WrittenSlots(NamedTuple):
@@ -37,6 +37,7 @@ class Scans(ABC):
         x: operands of the call; the attribute has them as the kernels read them.
         scale: factor on every output.
         is_backward: plan the gradients, not the output.
+        invariant: scan every sequence in one segment, whatever the number of programs.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Scans(ABC):
         scale: float,
         *,
         is_backward: bool = False,
+        invariant: bool = False,
     ):
         self.planner, self.precision, self.scale, self.is_backward = planner, planner.precision, scale, is_backward
         others = (planner.contiguous(y) for y in (x.log_decay, x.initial_state, x.cu_seqlens))
@@ -54,7 +56,7 @@ class Scans(ABC):
         self.B, self.T, self.H, self.K = x.q.shape
         self.V = x.v.shape[3]
         self.N = self.B if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
-        self.segments = self.cut()
+        self.segments = one_segment(self.T) if invariant else self.cut()
 
     @staticmethod
     @abstractmethod
@@ -145,28 +147,35 @@ class Scans(ABC):
         )
 
 
-def forward(scans: type[Scans], x: AttentionInputs[Metadata], scale: float, output_final_state: bool) -> Prepared:
+def forward(
+    scans: type[Scans], x: AttentionInputs[Metadata], scale: float, output_final_state: bool, invariant: bool = False
+) -> Prepared:
     """`forward` of the backend whose scans are given."""
-    return planned(_plan_forward, x, scans, scale, output_final_state)
+    return planned(_plan_forward, x, scans, scale, output_final_state, invariant)
 
 
 def _plan_forward(
-    planner: Planner, x: AttentionInputs[Operand], scans: type[Scans], scale: float, output_final_state: bool
+    planner: Planner,
+    x: AttentionInputs[Operand],
+    scans: type[Scans],
+    scale: float,
+    output_final_state: bool,
+    invariant: bool,
 ) -> tuple[Operand | None, ...]:
-    call = scans(planner, x, scale)
+    call = scans(planner, x, scale, invariant=invariant)
     final_state = call.empty_states(call.N) if output_final_state else None
     return call.output(final_state), final_state
 
 
-def backward(scans: type[Scans], x: GradientInputs[Metadata], scale: float) -> Prepared:
+def backward(scans: type[Scans], x: GradientInputs[Metadata], scale: float, invariant: bool = False) -> Prepared:
     """`backward` of the backend whose scans are given."""
-    return planned(_plan_backward, x, scans, scale)
+    return planned(_plan_backward, x, scans, scale, invariant)
 
 
 def _plan_backward(
-    planner: Planner, x: GradientInputs[Operand], scans: type[Scans], scale: float
+    planner: Planner, x: GradientInputs[Operand], scans: type[Scans], scale: float, invariant: bool
 ) -> tuple[Operand | None, ...]:
-    call = scans(planner, x, scale, is_backward=True)
+    call = scans(planner, x, scale, is_backward=True, invariant=invariant)
     (do,) = scans.readable(planner, x.do)
     d_initial_state = None if call.x.initial_state is None else call.empty_states(call.N)
     gradients = call.gradients(do, planner.contiguous(x.d_final_state), d_initial_state)

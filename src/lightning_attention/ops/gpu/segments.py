@@ -30,6 +30,11 @@ class Segments:
         return (self.count - 1) * (self.length // self.interval)
 
 
+def one_segment(length: int) -> Segments:
+    """A batch row that is not cut."""
+    return Segments(max(length, 1), max(length, 1), 1)
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 

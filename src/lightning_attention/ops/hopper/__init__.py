@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from ..problem import Problem
-from .config import HEAD_DIMS, MIN_ELEMENTS
+from .config import HEAD_DIMS, MIN_ELEMENTS, C
 
 supports_cuda_graphs = True
 
@@ -33,9 +33,13 @@ def is_slow(problem: Problem) -> bool:
     return not problem.is_backward and elements < MIN_ELEMENTS[head_dim]
 
 
+def chunk_size(problem: Problem) -> int:
+    return C
+
+
 def __getattr__(name: str) -> Callable:
-    """Import `forward`, `prefill_` and `backward` when they are first called: triton need not be installed."""
-    if name not in ("forward", "prefill_", "backward"):
+    """Import the other functions of a backend when they are first called: triton need not be installed."""
+    if name not in ("forward", "prefill_", "backward", "append"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     function = globals()[name] = getattr(import_module(".launch", __name__), name)
     return function

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import lru_cache
 from math import ceil
 
-from ..gpu.segments import Segments, ceil_div
+from ..gpu.segments import Segments, ceil_div, one_segment
 
 HEAD_DIMS = (64, 128)
 
@@ -115,7 +115,7 @@ def segments(
     max_count = min(max_programs // max(heads, 1), chunks)
     count = min(range(1, max_count + 1), key=time, default=1) if heads else 1
     if count == 1:
-        return Segments(max(length, 1), max(length, 1), 1)
+        return one_segment(length)
     if count == 2:
         return replace(two_segments(length, sequence), num_uncut=num_uncut)
     segment_length = ceil_div(chunks, count) * C

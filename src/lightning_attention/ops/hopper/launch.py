@@ -13,6 +13,7 @@ from ..gpu.segments import Segments, ceil_div, num_multiprocessors
 from ..gpu.slots import has_contiguous_states, plan_prefill_
 from ..problem import Metadata, SlotPrefillInputs, state_dtype
 from ..triton import launch as portable
+from ..triton import ring
 from . import config, gradients, kernels, states
 
 
@@ -233,6 +234,10 @@ class Scans(scans.Scans):
 
 forward = partial(scans.forward, Scans)
 backward = partial(scans.backward, Scans)
+
+
+# The portable kernels, in the order of the scan here.
+append = partial(ring.append, scale_keys=True)
 
 
 def prefill_(x: SlotPrefillInputs[Metadata], scale: float) -> Prepared:

@@ -5,9 +5,9 @@ from importlib import import_module
 
 import torch
 
-from ..gpu import triton_reasons
+from ..gpu import product_precision, triton_reasons
 from ..problem import Problem
-from .config import MAX_HEAD_DIM, MAX_TREE
+from .config import MAX_HEAD_DIM, MAX_TREE, scan_tiles
 
 supports_cuda_graphs = True
 
@@ -30,12 +30,19 @@ def is_slow(problem: Problem) -> bool:
     return False
 
 
+def chunk_size(problem: Problem) -> int:
+    dtype = problem.dtype
+    return scan_tiles(problem.key_dim, problem.value_dim, dtype, product_precision(dtype)).C
+
+
 def __getattr__(name: str) -> Callable:
     """Import the other functions of a backend when they are first called: triton need not be installed."""
     if name in ("forward", "prefill", "prefill_", "backward", "write_state", "read_state_"):
         module = ".launch"
     elif name in ("step", "verify", "commit"):
         module = ".decoding"
+    elif name in ("append", "fold"):
+        module = ".ring"
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     function = globals()[name] = getattr(import_module(module, __name__), name)

@@ -5,7 +5,7 @@ from functools import cache, lru_cache
 
 import torch
 
-from ..gpu.segments import Segments, ceil_div
+from ..gpu.segments import Segments, ceil_div, one_segment
 
 MAX_HEAD_DIM = 256
 
@@ -71,6 +71,55 @@ def step_tiles(key_dim: int, value_dim: int) -> tuple[int, int]:
     return BK, min(power_of_two(value_dim), max(16, 4096 // BK))
 
 
+@dataclass(frozen=True)
+class RingStepTiles:
+    """Blocks of `ring_step_kernel`: BS rows of the state and BC tokens of the ring at a time."""
+
+    BK: int
+    BV: int
+    BS: int
+    BC: int
+    num_warps: int
+    num_stages: int
+
+    def constants(self) -> dict[str, int]:
+        return {"BK": self.BK, "BV": self.BV, "BS": self.BS, "BC": self.BC, "NUM_STAGES": self.num_stages}
+
+
+@cache
+def ring_step_tiles(
+    key_dim: int, value_dim: int, chunk_size: int, dtype: torch.dtype, programs: int, *, is_interpreted: bool
+) -> RingStepTiles:
+    """Blocks of `ring_step_kernel`, of which no sum depends.
+
+    Trials on an H200, heads of 128 in bfloat16, chunks of 64, microseconds of a step of 64 heads, batch 1, 16 and 256:
+    blocks of 32 rows, 4 stages and 2 warps take 5.1, 28.1 and 346; all rows at once and 8 warps 4.7, 34 and 468.
+    With chunks of 32, blocks of 64 rows, 2 stages and 4 warps take 4.8, 27.2 and 329.
+    """
+    BK, BV = power_of_two(key_dim), power_of_two(value_dim)
+    if is_interpreted:  # NumPy's sums depend on their length
+        return RingStepTiles(BK, BV, BK, chunk_size, num_warps=4, num_stages=1)
+    ring = chunk_size if dtype == torch.float16 else 16  # scores of a chunk are scaled to float16 together
+    if programs <= 132 and BK * BV <= 128 * 128 and dtype == torch.bfloat16:
+        return RingStepTiles(BK, BV, BK, chunk_size, num_warps=8, num_stages=1)
+    if chunk_size > 32:
+        return RingStepTiles(BK, BV, max(16, min(BK, 4096 // BV)), ring, num_warps=2, num_stages=4)
+    BS = max(16, min(BK, 8192 // BV))
+    if dtype == torch.float32:
+        return RingStepTiles(BK, BV, 16, chunk_size, num_warps=4, num_stages=2)
+    return RingStepTiles(BK, BV, BS, chunk_size, num_warps=4, num_stages=2 if BS * BV <= 8192 else 3)
+
+
+@cache
+def ring_tiles(key_dim: int, value_dim: int, chunk_size: int, dtype: torch.dtype, precision: str) -> Tiles:
+    """Tiles of `ring_kernel` for chunks of the scan, or of the Hopper kernels, which are longer."""
+    tiles = scan_tiles(key_dim, value_dim, dtype, precision)
+    if chunk_size <= tiles.C:
+        return tiles
+    BV = power_of_two(value_dim)
+    return replace(tiles, C=chunk_size, BV=BV, num_warps=8 if tiles.BK * BV > 64 * 128 else 4)
+
+
 @cache
 def verify_tiles(key_dim: int, value_dim: int, num_drafts: int) -> tuple[int, int, int, int]:
     """C, BK, BV and num_warps of `verify_kernel`, whose float32 products need registers."""
@@ -109,14 +158,16 @@ def segments(length: int, programs: int, multiprocessors: int, programs_per_sm: 
     max_count = min(programs_per_sm * multiprocessors // max(programs, 1), length // 64)
     count = min(range(1, max_count + 1), key=time, default=1)
     if count == 1:
-        return Segments(max(length, 1), max(length, 1), 1)
+        return one_segment(length)
     intervals = max(1, length // count // min_interval)
     interval = ceil_div(length, count * intervals * 64) * 64
     return Segments(intervals * interval, interval, ceil_div(length, intervals * interval))
 
 
 @lru_cache(1024)
-def one_segment(length: int, programs: int, multiprocessors: int, programs_per_sm: int, min_interval: int) -> Segments:
+def all_intervals(
+    length: int, programs: int, multiprocessors: int, programs_per_sm: int, min_interval: int
+) -> Segments:
     """One segment with as many intervals as the device runs at once, and an empty second segment.
 
     The second segment starts from the state after all tokens. Arguments as for `segments`.

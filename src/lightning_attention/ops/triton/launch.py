@@ -52,7 +52,7 @@ class Scans(scans.Scans):
 
     def state_after(self, reverse: bool) -> Operand:
         """Interval states `[B, intervals, H, K, V]`, of which the last is the state after all tokens."""
-        segments = config.one_segment(*self._occupancy(self.interval_tiles))
+        segments = config.all_intervals(*self._occupancy(self.interval_tiles))
         states, factors = self._added_by_intervals(self.x.k, self.x.v, segments, reverse=reverse)
         self.accumulate(states, factors, segments)
         return states

@@ -52,11 +52,17 @@ def scale_to_float16(b_x, AXIS: tl.constexpr):
     underflows unless it is 2^-39 of the largest. AXIS is the one that the product contracts: `b_unit` multiplies the
     result. Zeros, infinities and NaN stay what they are.
     """
-    b_bits = tl.max(b_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS, keep_dims=True)
+    b_power, b_unit = float16_scales(tl.max(b_x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, AXIS, keep_dims=True))
+    return (b_x * b_power).to(tl.float16), b_unit
+
+
+@jit
+def float16_scales(b_bits):
+    """Powers of two that scale float32 to float16, and back, from the bits of the largest magnitude."""
     b_exponent = tl.maximum(b_bits >> 23, 15)  # biased by 127; at least 15, for both powers to be normal numbers
     b_power = ((14 + 2 * 127 - b_exponent) << 23).to(tl.float32, bitcast=True)
     b_unit = ((b_exponent - 14) << 23).to(tl.float32, bitcast=True)
-    return (b_x * b_power).to(tl.float16), b_unit
+    return b_power, b_unit
 
 
 @jit
