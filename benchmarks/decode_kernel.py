@@ -1,14 +1,15 @@
 """Decode step of the operator next to other implementations, eager and as a CUDA graph."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_attention import decay, lightning_attention_step
+from lightning_attention import DecodingState, decay, lightning_attention_step
 
 from .cases import StepCase
 from .harness import FLUSHED_BYTES, Call, Clock, Comparison, captured, release
@@ -112,7 +113,7 @@ class _Prepared:
     error: float
 
 
-def step_error(step: Step, inputs: StepInputs) -> float:
+def step_error(step: Step, inputs: StepInputs, start: Callable[..., Any] = lambda state, *_: state) -> float:
     """Largest relative error of output and state, over the first and last head of the last batch row.
 
     Raises:
@@ -123,7 +124,9 @@ def step_error(step: Step, inputs: StepInputs) -> float:
     q_, k_, v_ = (x[-1:, :, heads].double() for x in (q, k, v))
     exact_state = state[-1:, heads].double()
     exact_output = lightning_attention_step(q_, k_, v_, inputs.log_decay[heads], state=exact_state, backend="reference")
-    output, new_state = step(q, k, v, state.clone())
+    output, new_state = step(q, k, v, start(state.clone(), q.dtype, torch.zeros(len(q))))
+    if isinstance(new_state, DecodingState):
+        new_state = new_state.fold_(inputs.log_decay)
     new_state, exact_state = new_state[-1:, heads].transpose(1, 2), exact_state.transpose(1, 2)
     return max(
         checked_error("o", output[-1:, :, heads], exact_output, TOLERANCES[q.dtype]),
@@ -133,14 +136,20 @@ def step_error(step: Step, inputs: StepInputs) -> float:
 
 def _prepare(implementation: StepImplementation, inputs: StepInputs, device: torch.device) -> _Prepared:
     step = implementation.build(inputs.log_decay)
-    error = step_error(step, inputs)
+    error = step_error(step, inputs, implementation.start)
     release(device)
+    places = torch.arange(len(inputs.sets) * len(inputs.sets[0][0])).view(len(inputs.sets), -1)
+    states = [
+        implementation.start(state, q.dtype, fraction)
+        for (q, _, _, state), fraction in zip(inputs.sets, places / places.numel(), strict=True)
+    ]
 
     def round_of_calls() -> object:
         # Keep as many new states as there are sets, or the calls would write the same memory, which a cache holds.
-        kept: deque[tuple[Tensor, Tensor]] = deque(maxlen=len(inputs.sets))
+        kept: deque[tuple[Tensor, Any]] = deque(maxlen=len(inputs.sets))
         for i in range(inputs.calls):
-            kept.append(step(*inputs.sets[i % len(inputs.sets)]))
+            q, k, v, _ = inputs.sets[i % len(inputs.sets)]
+            kept.append(step(q, k, v, states[i % len(inputs.sets)]))
         return kept
 
     rounds = {kind: captured(round_of_calls) if kind == "graph" else round_of_calls for kind in _clocks(device)}

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_attention import decay, lightning_attention, lightning_attention_step
+from lightning_attention import DecodingState, decay, lightning_attention, lightning_attention_step
 
 from .cases import OpCase
 from .report import OURS
@@ -55,11 +56,14 @@ class StepImplementation:
         device: type of device that it is measured on.
         build: function from log_decay `[H]` to a call on q, k, v `[B, 1, H, D]` and a state `[B, H, D, D]`, which the
             call may overwrite, that returns the output and the new state.
+        start: function from a state, the dtype of q and a fraction of a chunk for each sequence to the state of the
+            call: decoding states are so far in their chunks, so that calls complete as many in a round as on average.
     """
 
     name: str
     device: str
     build: Callable[[Tensor], Step]
+    start: Callable[[Tensor, torch.dtype, Tensor], Any] = lambda state, dtype, fraction: state
 
 
 class Inputs:
@@ -177,6 +181,13 @@ def _our_step(log_decay: Tensor) -> Step:
     return lambda q, k, v, state: (lightning_attention_step(q, k, v, log_decay, state=state), state)
 
 
+def _start_ring(state: Tensor, dtype: torch.dtype, fraction: Tensor) -> DecodingState:
+    B, H, K, V = state.shape
+    new = DecodingState.zeros(B, H, K, V, dtype=dtype, device=state.device)
+    count = (fraction.to(state.device) * new.chunk_size).int()
+    return new._replace(state=state, count=count[:, None].repeat(1, H))
+
+
 def _plain_step(log_decay: Tensor) -> Step:
     factor = log_decay.exp()[:, None, None]
 
@@ -197,7 +208,9 @@ def _fla_fused_recurrent(log_decay: Tensor) -> Step:
 
 STEP_IMPLEMENTATIONS = (
     StepImplementation(OURS, "cpu", _our_step),
+    StepImplementation("our decoding state", "cpu", _our_step, _start_ring),
     StepImplementation("mul_, addcmul_, matmul", "cpu", _plain_step),
     StepImplementation(OURS, "cuda", _our_step),
+    StepImplementation("our decoding state", "cuda", _our_step, _start_ring),
     StepImplementation("fla fused_recurrent_simple_gla", "cuda", _fla_fused_recurrent),
 )

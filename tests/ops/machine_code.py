@@ -25,13 +25,16 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from lightning_attention.ops.hopper import config, gradients, kernels, states
 
 TENSORS = {"q", "k", "v", "o", "do", "dk", "dv", "logits"}
+TENSORS |= {"keys", "values"}
 TENSORS |= {"qkvu", "dq", "du", "dqkvu", "vu", "dvu", "x", "u", "y", "dx", "dy"}
 STATES = {"initial_state", "interval_states", "final_state", "states", "factors", "log_decay", "state"}
 STATES |= {"d_initial_state", "d_final_state", "losses"}
 POOL = {"final_state", "states", "state"}
 INTEGERS = {"starts", "cu_seqlens", "state_positions", "parents", "last"}
+INTEGERS |= {"count", "lengths"}
 INTEGERS |= {"state_indices", "saved_indices", "final_indices"}
 LONG_INTEGERS = {"labels"}
+BOOLS = {"has_initial_state"}
 FLOATS = {"scale", "eps"}
 
 HASHES = Path(__file__).with_name("hopper_machine_code.json")
@@ -145,12 +148,14 @@ def signature_of(kernel: Any, dtype: str, constants: dict[str, Any], pool: str =
             signature[name] = "*i32"
         elif name in LONG_INTEGERS:
             signature[name] = "*i64"
+        elif name in BOOLS:
+            signature[name] = "*i1"
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
     aligned = [
         i
         for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (kind != "constexpr" and re.match(r"stride_(\w+[bth]|slot)", name))
+        if kind.startswith("*") or (kind != "constexpr" and re.match(r"stride_(\w+[bth]|slot|state|keys|values)", name))
     ]
     return signature, {(i,): [["tt.divisibility", 16]] for i in aligned}
 

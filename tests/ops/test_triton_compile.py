@@ -14,7 +14,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from lightning_attention.ops.gpu import accumulate  # noqa: E402
-from lightning_attention.ops.triton import decoding, gates, kernels, quadratic, softmax_gradient  # noqa: E402
+from lightning_attention.ops.hopper import config as hopper  # noqa: E402
+from lightning_attention.ops.triton import decoding, gates, kernels, quadratic, ring, softmax_gradient  # noqa: E402
 
 pytestmark = [
     pytest.mark.kernels,
@@ -40,6 +41,7 @@ def compile_kernel(
     dtype: str,
     tiles: config.Tiles | None,
     num_warps: int = 4,
+    num_stages: int = 3,
     *,
     pool: str = "fp32",
     **constants: Any,
@@ -50,7 +52,7 @@ def compile_kernel(
     signature, aligned = signature_of(kernel, dtype, constants, pool)
     source = ASTSource(kernel, signature, constants, aligned)
     target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
-    return triton.compile(source, target=target, options={"num_warps": num_warps})
+    return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
 
 
 def check(compiled: Any, arch: int, head_dim: int, *, products: bool) -> None:
@@ -169,6 +171,52 @@ def test_decoding_compiles_and_fits(arch, constants):
         sizes: dict[str, Any] = {"K": head_dim, "V": head_dim, "BK": BK, "BV": BV, "stride_sv": 1}
         compiled = compile_kernel(decoding.step_kernel, arch, "bf16", None, **constants, **sizes)
         check(compiled, arch, head_dim, products=False)
+
+
+def chunk_sizes(arch: int, head_dim: int, dtype: str) -> set[int]:
+    """Of the portable kernels, and for a GPU with kernels of its own also of those."""
+    has_own = arch == 90 and dtype == "bf16" and head_dim in hopper.HEAD_DIMS
+    return {config.scan_tiles(head_dim, head_dim, DTYPES[dtype], "ieee").C, *([hopper.C] if has_own else [])}
+
+
+# Head sizes for each configuration of the kernels of decoding states.
+RING_SPILLS = 1000  # around a loop of two sources of tokens
+RING_HEAD_DIMS = {"bf16": (64, 128, 256), "fp16": (256,), "fp32": (128,)}
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
+@pytest.mark.parametrize("dtype", RING_HEAD_DIMS)
+def test_steps_from_decoding_states_compile_and_fit(arch, dtype):
+    for head_dim in RING_HEAD_DIMS[dtype]:
+        for C in chunk_sizes(arch, head_dim, dtype):
+            for programs in (1, 4096):
+                tiles = config.ring_step_tiles(head_dim, head_dim, C, DTYPES[dtype], programs, is_interpreted=False)
+                constants: dict[str, Any] = {"K": head_dim, "V": head_dim, "C": C, **tiles.constants()}
+                constants |= {"SCALE_KEYS": C == hopper.C, "PRECISION": "ieee"}
+                compiled = compile_kernel(ring.ring_step_kernel, arch, dtype, None, tiles.num_warps, **constants)
+                if dtype == "fp32":  # products without tensor cores take many registers
+                    assert compiled.metadata.shared <= SHARED_MEMORY[arch]
+                else:
+                    check(compiled, arch, head_dim, products=True)
+
+
+@pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
+@pytest.mark.parametrize(("dtype", "pool"), [("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "fp32")])
+def test_attention_from_decoding_states_compiles_and_fits(arch, dtype, pool):
+    for head_dim in RING_HEAD_DIMS[dtype]:
+        for C in chunk_sizes(arch, head_dim, dtype):
+            tiles = config.ring_tiles(head_dim, head_dim, C, DTYPES[dtype], "ieee")
+            constants: dict[str, Any] = {"K": head_dim, "V": head_dim, "C": C, "BK": tiles.BK, "BV": tiles.BV}
+            constants |= {"PRECISION": "ieee"}
+            options: dict[str, Any] = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "pool": pool}
+            kernels_and_constants = (
+                (ring.fold_kernel, constants),
+                (ring.ring_kernel, constants | {"SCALE_KEYS": C == hopper.C, "UPDATE": True}),
+            )
+            for kernel, given in kernels_and_constants:
+                compiled = compile_kernel(kernel, arch, dtype, None, **options, **given)
+                assert compiled.metadata.shared <= SHARED_MEMORY[arch]
+                assert dtype == "fp32" or machine_code(compiled)[0] <= RING_SPILLS
 
 
 @pytest.mark.parametrize("arch", [80, 86, 90], ids="sm_{}".format)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..models import LightningForCausalLM
+from ..models.mixers import ATTENTIONS
 from ..nn.sizes import check_bool, check_integer
 from ..ops.problem import state_dtype
 from .packing import reason_against
@@ -53,6 +54,22 @@ def pool_dtype_for(model_dtype: torch.dtype, given: object = None) -> torch.dtyp
     if not isinstance(dtype, torch.dtype) or dtype not in known:
         raise TypeError(f"pool_dtype must be {' or '.join(map(str, known))} for a {model_dtype} model, got {given!r}")
     return dtype
+
+
+def check_ring(model: LightningForCausalLM, ring: object) -> bool:
+    """Return whether an engine decodes from decoding states: `ring`, or by default what suits the model.
+
+    Raises:
+        TypeError: it is not a bool or None.
+        ValueError: it is False for an invariant model.
+    """
+    config = model.config
+    if ring is None:
+        return config.invariant or (model.device.type == "cuda" and ATTENTIONS[config.linear_attention].has_decay)
+    check_bool("ring", ring)
+    if not ring and config.invariant:
+        raise ValueError("ring must be True for a model with invariant=True: its promise holds for decoding states")
+    return bool(ring)
 
 
 def check_packing(model: LightningForCausalLM, pack_weights: object) -> bool:

@@ -10,6 +10,7 @@ from ..cuda_graph import record
 from ..models import LightningForCausalLM
 from ..nn import Slots
 from ..ops.backends import BACKENDS, choose_backend
+from ..ops.decoding_state import DecodingState
 from ..ops.problem import Problem
 from .packing import PackedWeights
 from .pool import StatePool
@@ -66,7 +67,9 @@ class Decoder:
         x = self.model.model.advance(tokens[:, None], positions[:, None], self.pool.states, Slots(slots))
         return self.model.lm_head(x)
 
-    def _supports_cuda_graphs(self, states: Tensor) -> bool:
+    def _supports_cuda_graphs(self, states: Tensor | DecodingState) -> bool:
+        if isinstance(states, DecodingState):
+            return True  # all backends of GPUs with chunks of their size
         num_slots, H, K, V = states.shape
         problem = Problem(self.max_batch_size, 1, H, K, V, num_slots, self.model.dtype, self.model.device)
         return BACKENDS[choose_backend("auto", problem)].supports_cuda_graphs

@@ -10,7 +10,15 @@ import torch
 
 from ..models import LightningForCausalLM
 from ..nn import Slots
-from .checks import check_callback, check_model, check_packing, pool_dtype_for, token_ids, whole_number
+from .checks import (
+    check_callback,
+    check_model,
+    check_packing,
+    check_ring,
+    pool_dtype_for,
+    token_ids,
+    whole_number,
+)
 from .decoder import Decoder
 from .logprobs import logprobs_by_request
 from .outputs import Completion, FinishReason, Output, TokenLogprobs
@@ -43,6 +51,10 @@ class Engine:
         prefix_block: tokens of a prompt between cached states.
         pool_dtype: dtype of the states: float32 (default; float64 for a float64 model), or bfloat16 for half the
             memory.
+        ring: decode from a `DecodingState`, whose state is written once in a chunk of tokens and not for every token.
+            By default on GPUs, where that is faster for more than a few requests, and for a model with
+            `config.invariant`, which needs it: its log-probabilities then are those of a forward pass, see
+            docs/determinism.md.
         pack_weights: on a CPU, decode with copies of the weights of linear layers that are arranged for it, which take
             as much memory again. They are made anew when an optimizer or `load_state_dict` changes weights in place;
             other changes, to `.data` for example, are not noticed.
@@ -71,6 +83,7 @@ class Engine:
         prefix_slots: int = 0,
         prefix_block: int = 512,
         pool_dtype: torch.dtype | None = None,
+        ring: bool | None = None,
         pack_weights: bool = False,
     ):
         check_model(model)
@@ -81,7 +94,9 @@ class Engine:
         dtype = pool_dtype_for(model.dtype, pool_dtype)
         warn_of_ignored_options(model)
         self.model = model.eval()
-        self.pool = StatePool(model.config, self.max_requests + prefix_slots, device=model.device, dtype=dtype)
+        ring_dtype = model.dtype if check_ring(model, ring) else None
+        num_slots = self.max_requests + prefix_slots
+        self.pool = StatePool(model.config, num_slots, device=model.device, dtype=dtype, ring_dtype=ring_dtype)
         self.prefixes = PrefixCache(prefix_slots)
         self._weights = Weights(model)
         self._weights_version = self._weights.version
@@ -298,12 +313,22 @@ class Engine:
 
     def _prefill(self) -> None:
         """Read prompt chunks, and choose the first token after the prompts that end with them."""
-        chunks = self._prompt_chunks()
-        if not chunks:
-            return
+        left = self.prefill_tokens
+        while chunks := self._prompt_chunks(left):
+            left -= sum(chunk.stop - chunk.start for chunk in chunks)
+            self._read_chunks(chunks)
+            if not self.model.config.invariant:  # else chunks end where states are kept, before all tokens are read
+                break
+
+    def _read_chunks(self, chunks: list[PromptChunk]) -> None:
         with self._updating(chunk.request for chunk in chunks) as in_flight:
             saved = self._allocate_for_prefixes(sum(len(chunk.saved_at) for chunk in chunks))
-            hidden_states = self._read(chunks, saved)
+            if self.model.config.invariant:
+                hidden_states = self._read(chunks, [])
+                for chunk, slot in zip((chunk for chunk in chunks if chunk.saved_at), saved, strict=True):
+                    self.pool.copy(chunk.request.slot, slot)
+            else:
+                hidden_states = self._read(chunks, saved)
             for chunk in chunks:
                 chunk.request.num_read = chunk.stop
                 for length in chunk.saved_at:
@@ -315,19 +340,21 @@ class Engine:
                     logits = self.model.lm_head(hidden_states[self._tensor(ended)])
                 self._choose(logits, requests, in_flight)
 
-    def _prompt_chunks(self) -> list[PromptChunk]:
-        """Divide `prefill_tokens` among the prompts that are not read yet, in order of arrival."""
-        chunks, left, room = [], self.prefill_tokens, self.prefixes.capacity
+    def _prompt_chunks(self, left: int) -> list[PromptChunk]:
+        """Divide `left` tokens among the prompts that are not read yet, in order of arrival."""
+        chunks, room = [], self.prefixes.capacity
         for request in self._running.values():
             if request.is_decoding:
                 continue
+            if left == 0:
+                break
             stop = min(request.prompt_length, request.num_read + left)
             next_block = (request.num_read // self.prefix_block + 1) * self.prefix_block
             saved_at = list(range(next_block, stop + 1, self.prefix_block))[-room:] if room and request.is_kept else []
+            if saved_at and self.model.config.invariant:  # a state is kept where a piece of the prompt ends
+                stop, saved_at = saved_at[0], saved_at[:1]
             chunks.append(PromptChunk(request, stop, saved_at))
             left, room = left - (stop - request.num_read), room - len(saved_at)
-            if left == 0:
-                break
         return chunks
 
     def _read(self, chunks: list[PromptChunk], saved: list[int]) -> torch.Tensor:

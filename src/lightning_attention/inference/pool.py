@@ -2,16 +2,19 @@
 
 from collections import deque
 from collections.abc import Collection, Sequence
+from hashlib import blake2b
 from math import prod
 
 import torch
 from torch import Tensor
 
 from ..models import LightningConfig
+from ..ops.decoding_state import DecodingState, chunk_size
 from .checks import whole_number
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-ALIGNMENT = 64  # numbers; the states of each layer start at a multiple, for aligned loads in kernels
+ALIGNMENT = 256  # bytes; tensors start at a multiple in a slot, for aligned loads in kernels
+TAG = 16  # bytes at the start of a slot that say which dtypes follow
 
 
 class PoolExhaustedError(RuntimeError):
@@ -22,19 +25,24 @@ class StatePool:
     """Recurrent states of up to `num_slots` sequences of a model, allocated once.
 
     A slot holds the states of all layers in consecutive memory, so that they are zeroed, copied or moved to the host by
-    one operation. Methods refuse slots that are not allocated.
+    one operation. Methods refuse slots that are not allocated. With `ring_dtype` the states are decoding states, with
+    rings of keys and values. A ring for bfloat16 heads of 128 takes 32 KiB with chunks of 64, on Hopper GPUs, and 16
+    KiB with chunks of 32, on others, where the state in float32 takes 64 KiB.
 
     Args:
         config: configuration of the model.
         num_slots: number of slots.
         device: device of the states.
-        dtype: float32; bfloat16 for half the memory, with rounding at every token; float64 for a float64 model.
+        dtype: float32; bfloat16 for half the memory, with rounding at every token, or with rings once in a chunk;
+            float64 for a float64 model.
+        ring_dtype: dtype of the model, for decoding states; None for plain states.
 
     Attributes:
-        states: one tensor `[num_slots, H, K, V]` per layer, as `LightningModel.advance` takes them.
+        states: one tensor `[num_slots, H, K, V]` per layer, or one `DecodingState`, as `LightningModel.advance` takes
+            them.
 
     Raises:
-        TypeError: `num_slots` is not an integer, or the operators take no states of `dtype`.
+        TypeError: `num_slots` is not an integer, or the operators take no states of `dtype` or inputs of `ring_dtype`.
         ValueError: `num_slots` is less than 1.
 
     Example:
@@ -53,18 +61,31 @@ class StatePool:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        ring_dtype: torch.dtype | None = None,
     ):
         self.num_slots = num_slots = whole_number("num_slots", num_slots, at_least=1)
         if dtype not in DTYPES:
             raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         shapes = [config.layer_state_shape(i) for i in range(config.num_hidden_layers)]
-        sizes = [-(-prod(shape) // ALIGNMENT) * ALIGNMENT for shape in shapes]
+        parts = [_parts(shape, dtype, ring_dtype, torch.empty(0, device=device).device) for shape in shapes]
+        sizes = [prod(shape) * dtype.itemsize for layer in parts for shape, dtype in layer]
+        starts = [ALIGNMENT]
+        for size in sizes:
+            starts.append(starts[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
+        self._contents = f"states of {dtype}" + ("" if ring_dtype is None else f" and rings of {ring_dtype}")
+        tag = blake2b(self._contents.encode(), digest_size=TAG).digest()
+        self.states: list[Tensor | DecodingState] = []
         with torch.inference_mode(False):  # inference tensors could not be written outside of inference mode
-            self._memory = torch.zeros(num_slots, sum(sizes), dtype=dtype, device=device)
-            self.states = [
-                layer[:, : prod(shape)].unflatten(1, shape)
-                for layer, shape in zip(self._memory.split(sizes, dim=1), shapes, strict=True)
-            ]
+            self._memory = torch.zeros(num_slots, starts[-1], dtype=torch.uint8, device=device)
+            self._tag = torch.tensor(list(tag), dtype=torch.uint8)
+            self._memory[:, :TAG] = self._tag.to(self._memory.device)
+            places = zip(starts, sizes, strict=False)
+            for layer in parts:
+                views = [
+                    self._memory[:, start : start + size].view(dtype).unflatten(1, shape)
+                    for (shape, dtype), (start, size) in zip(layer, places, strict=False)
+                ]
+                self.states.append(DecodingState(*views) if len(views) > 1 else views[0])
         self._free = deque(range(num_slots))
         self._is_used = [False] * num_slots
 
@@ -104,29 +125,29 @@ class StatePool:
         """Set slots to the state before the first token."""
         self._check(*slots)
         if slots:
-            self._memory[torch.tensor(slots, device=self._memory.device)] = 0
+            self._memory[torch.tensor(slots, device=self._memory.device), TAG:] = 0
 
     def copy(self, source: int, target: int) -> None:
         self._check(source, target)
         self._memory[target] = self._memory[source]
 
     def snapshot(self, slot: int) -> Tensor:
-        """Copy the states of a slot to the host, as one vector."""
+        """Copy the states of a slot to the host, as a vector of bytes."""
         self._check(slot)
         return self._memory[slot].to("cpu", copy=True)
 
     def restore(self, slot: int, snapshot: Tensor) -> None:
-        """Write a snapshot of this pool, or of another pool of the same model and dtype, into a slot.
+        """Write a snapshot of this pool, or of another pool of the same model and dtypes, into a slot.
 
         Raises:
             ValueError: the snapshot does not fit this pool.
         """
         self._check(slot)
-        if snapshot.shape != self._memory.shape[1:] or snapshot.dtype != self._memory.dtype:
-            raise ValueError(
-                f"a snapshot of this pool is {self._memory.shape[1]} numbers of {self._memory.dtype}, "
-                f"got {tuple(snapshot.shape)} of {snapshot.dtype}"
-            )
+        expected = f"a snapshot of this pool is {self._memory.shape[1]} bytes, {self._contents}"
+        if snapshot.shape != self._memory.shape[1:] or snapshot.dtype != torch.uint8:
+            raise ValueError(f"{expected}, got {tuple(snapshot.shape)} of {snapshot.dtype}")
+        if not torch.equal(snapshot[:TAG].cpu(), self._tag):
+            raise ValueError(f"{expected}, got those of a pool with other dtypes")
         self._memory[slot] = snapshot.to(self._memory.device)
 
     def _check(self, *slots: int) -> None:
@@ -135,3 +156,14 @@ class StatePool:
                 raise ValueError(f"a slot must be in [0, {self.num_slots}), got {slot}")
             if not self._is_used[slot]:
                 raise ValueError(f"slot {slot} is not allocated")
+
+
+def _parts(
+    shape: tuple[int, int, int], dtype: torch.dtype, ring_dtype: torch.dtype | None, device: torch.device
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of the state of a layer, or of the parts of its decoding state."""
+    if ring_dtype is None:
+        return [(shape, dtype)]
+    H, K, V = shape
+    size = chunk_size(H, K, V, ring_dtype, device)
+    return [(shape, dtype), ((H, size, K), ring_dtype), ((H, size, V), ring_dtype), ((H,), torch.int32)]

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..nn import KeyValues, SoftmaxAttention
 from ..nn.key_values import check_window
+from ..ops.decoding_state import DecodingState
 
 # transformers' name of the cache among arguments and outputs: `cache` since 5.24, `past_key_values` before.
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -43,9 +44,38 @@ class KeyValueLayer(CacheLayerMixin):
         self.key_values.select(beam_idx)
 
 
+class DecodingLayer(CacheLayerMixin):
+    """Decoding states of a layer, of an invariant model."""
+
+    def __init__(self, state: DecodingState):
+        super().__init__()
+        self.state = state
+
+    def lazy_initialization(self, *_: Any) -> None: ...
+
+    def update(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError("the layers update their decoding states themselves")
+
+    def get_mask_sizes(self, *_: Any) -> Any:
+        raise NotImplementedError("linear attention has no masks")
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.state.zero_()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.state = self.state.select(beam_idx)
+
+
 class LightningCache(Cache):
     """Recurrent states of all layers `[B, H, K, V]`, and the position of each batch row.
 
+    The layers of a model with `config.invariant` have a `DecodingState` each.
     A layer of softmax attention has `KeyValues` in place of a state, which grow with the context, but for
     "sliding_attention". With `window` they do not: layers of "full_attention" keep the first `sinks` tokens and the
     last `window` (StreamingLLM).
@@ -78,7 +108,7 @@ class LightningCache(Cache):
         4
     """
 
-    layers: list[LinearAttentionLayer | KeyValueLayer]
+    layers: list[LinearAttentionLayer | KeyValueLayer | DecodingLayer]
 
     def __init__(self, num_layers: int, *, window: int | None = None, sinks: int = 0):
         super().__init__(layers=[LinearAttentionLayer() for _ in range(num_layers)])
@@ -106,8 +136,8 @@ class LightningCache(Cache):
             ValueError: the cache holds states of another shape.
         """
         layer = self.layers[layer_idx]
-        if isinstance(layer, KeyValueLayer):
-            raise ValueError(f"the cache holds keys and values of layer {layer_idx}, which has a state")
+        if not isinstance(layer, LinearAttentionLayer):
+            raise _unlike(layer, layer_idx, "a state")
         if not layer.is_recurrent_states_initialized[0]:
             layer.lazy_initialization(recurrent_states=torch.empty(shape, dtype=dtype, device=device))
             layer.device = device
@@ -120,6 +150,26 @@ class LightningCache(Cache):
             state = layer.recurrent_states[0] = state.clone()  # or PyTorch refuses to update it in place
         return state
 
+    def decoding_state(
+        self, layer_idx: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> DecodingState:
+        """Decoding states of a layer, for B, H, K and V and inputs of a dtype; zero before the first token.
+
+        Raises:
+            ValueError: the cache holds another kind of state, or states of another shape.
+        """
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, DecodingLayer):
+            if not isinstance(layer, LinearAttentionLayer) or layer.is_recurrent_states_initialized[0]:
+                raise _unlike(layer, layer_idx, "a decoding state, as in an invariant model")
+            layer = self.layers[layer_idx] = DecodingLayer(DecodingState.zeros(*shape, dtype=dtype, device=device))
+        found = tuple(layer.state.state.shape)
+        if found != shape:
+            raise ValueError(f"the cache holds states of shape {found}, these inputs need {shape}")
+        if layer.state.state.is_inference() and not torch.is_inference_mode_enabled():
+            layer.state = DecodingState(*(part.clone() for part in layer.state))  # or they cannot be updated in place
+        return layer.state
+
     def key_values(
         self, layer_idx: int, attention: SoftmaxAttention, batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> KeyValues:
@@ -130,8 +180,8 @@ class LightningCache(Cache):
         """
         layer = self.layers[layer_idx]
         if not isinstance(layer, KeyValueLayer):
-            if layer.is_recurrent_states_initialized[0]:
-                raise ValueError(f"the cache holds a state of layer {layer_idx}, which has keys and values")
+            if not isinstance(layer, LinearAttentionLayer) or layer.is_recurrent_states_initialized[0]:
+                raise _unlike(layer, layer_idx, "keys and values")
             options: dict[str, Any] = {"window": self.window, "sinks": self.sinks}
             layer = KeyValueLayer(attention.make_key_values(batch_size, dtype, device, **options))
             self.layers[layer_idx] = layer
@@ -145,10 +195,10 @@ class LightningCache(Cache):
             )
         return kept
 
-    def put(self, states: list[Tensor | KeyValues]) -> None:
-        """Replace the states of all layers, in place and without gradients; keys and values were appended."""
+    def put(self, states: list[Tensor | KeyValues | DecodingState]) -> None:
+        """Replace the states of all layers, in place and without gradients; others were updated."""
         for layer, state in zip(self.layers, states, strict=True):
-            if isinstance(layer, KeyValueLayer) or not isinstance(state, Tensor):
+            if not isinstance(layer, LinearAttentionLayer) or not isinstance(state, Tensor):
                 continue
             if (kept := layer.recurrent_states[0]) is not state and kept is not None:
                 kept.copy_(state.detach())
@@ -207,6 +257,8 @@ class LightningCache(Cache):
             if isinstance(layer, KeyValueLayer):
                 kept = layer.key_values
                 kept.select(torch.arange(len(kept.lengths)).repeat_interleave(repeats))
+            elif isinstance(layer, DecodingLayer):
+                layer.state = layer.state.select(torch.arange(len(layer.state.count)).repeat_interleave(repeats))
             elif (state := layer.recurrent_states[0]) is not None:
                 layer.recurrent_states[0] = state.repeat_interleave(repeats, dim=0)
         if self.positions is not None:
@@ -223,9 +275,16 @@ class LightningCache(Cache):
         for layer in self.layers:
             if isinstance(layer, KeyValueLayer):
                 total += layer.key_values.nbytes
+            elif isinstance(layer, DecodingLayer):
+                total += layer.state.nbytes
             elif (state := layer.recurrent_states[0]) is not None:
                 total += state.nbytes
         return total
+
+
+def _unlike(layer: CacheLayerMixin, layer_idx: int, needed: str) -> ValueError:
+    kinds = {KeyValueLayer: "keys and values", DecodingLayer: "a decoding state, as of an invariant model,"}
+    return ValueError(f"the cache holds {kinds.get(type(layer), 'a state')} of layer {layer_idx}, which has {needed}")
 
 
 def checksum(padding: Tensor, first: int = 0) -> Tensor:

@@ -21,6 +21,7 @@ from ..distributed.parallel import SequenceParallel
 from ..nn import KeyValues, LearnedPositions, Slots, SoftmaxAttention, TokenMixer
 from ..nn.float32 import Float32Module
 from ..ops.custom_ops import autocast
+from ..ops.decoding_state import DecodingState
 from ..ops.problem import state_dtype
 from .base import LightningPreTrainedModel
 from .cache import CACHE, CacheName, LightningCache, resolve_cache
@@ -61,9 +62,9 @@ class LightningDecoderLayer(GradientCheckpointingLayer):
         x: Tensor,
         positions: Tensor,
         cu_seqlens: Tensor | None,
-        state: Tensor | KeyValues | None,
+        state: Tensor | KeyValues | DecodingState | None,
         slots: Slots | None = None,
-    ) -> tuple[Tensor, Tensor | KeyValues | None]:
+    ) -> tuple[Tensor, Tensor | KeyValues | DecodingState | None]:
         y, state = self.attention(self.attention_norm(x), positions, cu_seqlens, state, slots)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), state
@@ -210,14 +211,19 @@ class LightningModel(LightningPreTrainedModel):
 
     @torch.no_grad()
     def advance(
-        self, input_ids: Tensor, positions: Tensor, states: list[Tensor], slots: Slots, cu_seqlens: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        states: Sequence[Tensor | DecodingState],
+        slots: Slots,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Read the next tokens of sequences whose states are slots of a pool, and update the pool in place.
 
         Args:
             input_ids: `[N, 1]`, one token of each sequence; or `[1, T]`, several tokens of each, packed.
             positions: of every token in its sequence, the shape of `input_ids`.
-            states: of every layer `[num_slots, H, K, V]`.
+            states: of every layer `[num_slots, H, K, V]`, or a `DecodingState` of as many slots.
             slots: of the N sequences.
             cu_seqlens: `[N + 1]` bounds of packed sequences.
 
@@ -366,15 +372,22 @@ class LightningModel(LightningPreTrainedModel):
         hidden_states = outputs[0] if len(outputs) == 1 else [torch.cat(x, dim=1) for x in zip(*outputs, strict=True)]
         return [layout.unpack(x) for x in hidden_states], current
 
-    def _read_cache(self, cache: LightningCache, batch_size: int, x: Tensor) -> list[Tensor | KeyValues]:
+    def _read_cache(
+        self, cache: LightningCache, batch_size: int, x: Tensor
+    ) -> list[Tensor | KeyValues | DecodingState]:
         return [self._read_layer(cache, i, batch_size, x) for i in range(len(self.layers))]
 
-    def _read_layer(self, cache: LightningCache, layer_idx: int, batch_size: int, x: Tensor) -> Tensor | KeyValues:
+    def _read_layer(
+        self, cache: LightningCache, layer_idx: int, batch_size: int, x: Tensor
+    ) -> Tensor | KeyValues | DecodingState:
         mixer: Any = self.layers[layer_idx]
         mixer = mixer.attention
         if isinstance(mixer, SoftmaxAttention):
             (cast,) = autocast(x)
             return cache.key_values(layer_idx, mixer, batch_size, cast.dtype, x.device)
+        if self.config.invariant:
+            (cast,) = autocast(x)
+            return cache.decoding_state(layer_idx, (batch_size, *mixer.state_shape), cast.dtype, x.device)
         state = cache.state(layer_idx, (batch_size, *mixer.state_shape), state_dtype(x.dtype), x.device)
         # Cloned with gradients, since a backward pass may read it after the cache is updated.
         return state.clone() if torch.is_grad_enabled() else state

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..ops.decoding_state import DecodingState
 from ..ops.problem import check_tensors
 from ..ops.quadratic import quadratic_attention
 from ..ops.values import check_log_decay
@@ -160,8 +161,14 @@ class QuadraticLightningAttention(GatedLightningAttention):
     """
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None, slots: Slots | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        state: Tensor | DecodingState | None,
+        slots: Slots | None,
+    ) -> tuple[Tensor, Tensor | DecodingState | None]:
         if self.sequence_parallel is not None:
             raise ValueError("lightning-1 has no states to exchange: sequence parallelism needs another attention")
         if state is not None:

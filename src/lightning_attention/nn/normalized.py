@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops.custom_ops import autocast_dtype
+from ..ops.decoding_state import DecodingState
 from .feature_maps import FeatureMap
 from .float32 import without_autocast
 from .token_mixer import Slots, TokenMixer
@@ -72,8 +73,14 @@ class NormalizedLinearAttention(TokenMixer):
         return self.feature_map(q, positions, is_query=True), self.feature_map(k, positions, is_query=False), v, u
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None, slots: Slots | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        state: Tensor | DecodingState | None,
+        slots: Slots | None,
+    ) -> tuple[Tensor, Tensor | DecodingState | None]:
         v = torch.cat([v, v.new_ones(1).expand(*v.shape[:-1], 1)], dim=-1)
         with without_autocast(q) if autocast_dtype(q) == torch.float16 else nullcontext():
             o, state = super().attend(q, k, v, cu_seqlens, state, slots)

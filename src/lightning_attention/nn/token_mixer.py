@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..ops.api import lightning_attention, lightning_attention_prefill_
 from ..ops.autograd import need_gradients
 from ..ops.decoding_api import lightning_attention_step
+from ..ops.decoding_state import DecodingState
 from ..ops.problem import check_tensors
 from .gates import gated_norm_linear
 from .norms import make_norm
@@ -130,9 +131,9 @@ class TokenMixer(nn.Module):
         x: Tensor,
         positions: Tensor,
         cu_seqlens: Tensor | None = None,
-        state: Tensor | None = None,
+        state: Tensor | DecodingState | None = None,
         slots: Slots | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | DecodingState | None]:
         """Mix tokens.
 
         Args:
@@ -140,7 +141,8 @@ class TokenMixer(nn.Module):
             positions: `[B, T]` or `[1, T]` integers.
             cu_seqlens: `[N + 1]` bounds of sequences packed into one batch row, see `lightning_attention`. With
                 `sequence_parallel`, bounds in the tokens of all ranks, while x is this rank's slice.
-            state: `[N, H, K, V]` float32, before the tokens. A single token without gradients updates it in place.
+            state: `[N, H, K, V]` float32, before the tokens. A single token without gradients updates it in place. Or
+                a `DecodingState`, which is always updated in place, without gradients.
             slots: if `state` is a pool, the slots of the sequences, updated in place.
 
         Returns:
@@ -171,15 +173,23 @@ class TokenMixer(nn.Module):
         return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in tensors)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None, slots: Slots | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        state: Tensor | DecodingState | None,
+        slots: Slots | None,
+    ) -> tuple[Tensor, Tensor | DecodingState | None]:
         """Attention of all heads by the operator, and the state after the tokens."""
         log_decay = self.log_decay
+        if isinstance(state, DecodingState):
+            return self._decode(q, k, v, cu_seqlens, state, slots), state
         if self.sequence_parallel is not None:
             assert cu_seqlens is not None
             return self.sequence_parallel.attend(q, k, v, log_decay, cu_seqlens, state)
         if state is None:
-            return lightning_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens)
+            return lightning_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens, invariant=self.invariant)
         is_single = cu_seqlens is None and q.shape[1] == 1
         if slots is not None:
             if is_single and slots.saved is None:
@@ -189,17 +199,53 @@ class TokenMixer(nn.Module):
         if is_single and not torch.is_grad_enabled():
             return lightning_attention_step(q, k, v, log_decay, state=state), state
         return lightning_attention(
-            q, k, v, log_decay, initial_state=state, output_final_state=True, cu_seqlens=cu_seqlens
+            q,
+            k,
+            v,
+            log_decay,
+            initial_state=state,
+            output_final_state=True,
+            cu_seqlens=cu_seqlens,
+            invariant=self.invariant,
+        )
+
+    def _decode(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        state: DecodingState,
+        slots: Slots | None,
+    ) -> Tensor:
+        """Attend from decoding states, and update them."""
+        if self.sequence_parallel is not None:
+            raise ValueError("a DecodingState goes with no sequence parallelism")
+        if need_gradients(q, k, v):
+            raise ValueError("a DecodingState keeps no gradient: call the layer under torch.no_grad()")
+        if cu_seqlens is None and q.shape[1] == 1 and (slots is None or slots.saved is None):
+            indices = None if slots is None else slots.of_sequences
+            return lightning_attention_step(q, k, v, self.log_decay, state=state, state_indices=indices)
+        if slots is not None:
+            return self._prefill(q, k, v, cu_seqlens, state, slots)
+        return lightning_attention_prefill_(
+            q, k, v, self.log_decay, state=state, cu_seqlens=cu_seqlens, invariant=self.invariant
         )
 
     def _check_slots(
-        self, slots: Slots, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, state: Tensor | None
+        self,
+        slots: Slots,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        state: Tensor | DecodingState | None,
     ) -> None:
         if state is None:
             raise ValueError("slots are indices into a pool of states: give the pool as state")
         if self.sequence_parallel is not None:
             raise ValueError("slots go with no sequence parallelism")
-        if need_gradients(q, k, v, state):
+        if need_gradients(q, k, v, state if isinstance(state, Tensor) else None):
             raise ValueError("slots update state in place and keep no gradient: call the layer under torch.no_grad()")
         num_sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if slots.of_sequences.shape[0] != num_sequences:
@@ -209,12 +255,19 @@ class TokenMixer(nn.Module):
             raise ValueError(f"slots.saved needs B = 1, got {q.shape[0]}: pack the sequences, with cu_seqlens")
 
     def _prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, pool: Tensor, slots: Slots
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        pool: Tensor | DecodingState,
+        slots: Slots,
     ) -> Tensor:
         """Attend from the pool's states, and store the final states and those in between in the pool."""
-        _check_range("slots.of_sequences", slots.of_sequences, len(pool))
+        num_slots = len(pool if isinstance(pool, Tensor) else pool.state)
+        _check_range("slots.of_sequences", slots.of_sequences, num_slots)
         if slots.saved is not None:
-            _check_range("slots.saved", slots.saved, len(pool))
+            _check_range("slots.saved", slots.saved, num_slots)
         _check_distinct(slots)
         return lightning_attention_prefill_(
             q,
@@ -226,6 +279,7 @@ class TokenMixer(nn.Module):
             state_positions=slots.saved_after,
             saved_indices=None if slots.saved is None else slots.saved[None],
             cu_seqlens=cu_seqlens,
+            invariant=self.invariant and isinstance(pool, DecodingState),
         )
 
 

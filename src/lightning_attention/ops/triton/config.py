@@ -92,32 +92,34 @@ def ring_step_tiles(
 ) -> RingStepTiles:
     """Blocks of `ring_step_kernel`, of which no sum depends.
 
-    Trials on an H200, heads of 128 in bfloat16, chunks of 64, microseconds of a step of 64 heads, batch 1, 16 and 256:
-    blocks of 32 rows, 4 stages and 2 warps take 5.1, 28.1 and 346; all rows at once and 8 warps 4.7, 34 and 468.
-    With chunks of 32, blocks of 64 rows, 2 stages and 4 warps take 4.8, 27.2 and 329.
+    Trials on an H200, 64 heads of 128 in bfloat16, chunks of 64, microseconds of a step of batch 1, 16, 64 and 256, for
+    blocks of 32 rows: 1 warp and 3 stages 9.7, 29.8, 93.0 and 331; 2 warps and 3 stages 7.0, 28.5, 96.0 and 357; 8
+    warps, 4 stages and the ring at once 6.3, 33.4, 108 and 468. With chunks of 32, blocks of 64 rows, 2 stages and 4
+    warps are best from batch 16 on.
     """
     BK, BV = power_of_two(key_dim), power_of_two(value_dim)
     if is_interpreted:  # NumPy's sums depend on their length
         return RingStepTiles(BK, BV, BK, chunk_size, num_warps=4, num_stages=1)
     ring = chunk_size if dtype == torch.float16 else 16  # scores of a chunk are scaled to float16 together
-    if programs <= 132 and BK * BV <= 128 * 128 and dtype == torch.bfloat16:
-        return RingStepTiles(BK, BV, BK, chunk_size, num_warps=8, num_stages=1)
     if chunk_size > 32:
-        return RingStepTiles(BK, BV, max(16, min(BK, 4096 // BV)), ring, num_warps=2, num_stages=4)
+        if programs <= 132:  # multiprocessors
+            return RingStepTiles(BK, BV, 32, chunk_size, num_warps=8, num_stages=4)
+        return RingStepTiles(BK, BV, 32, ring, num_warps=1 if programs > 16 * 132 else 2, num_stages=3)
     BS = max(16, min(BK, 8192 // BV))
     if dtype == torch.float32:
-        return RingStepTiles(BK, BV, 16, chunk_size, num_warps=4, num_stages=2)
+        return RingStepTiles(BK, BV, 16, chunk_size, num_warps=4 if BV <= 128 else 8, num_stages=2)
     return RingStepTiles(BK, BV, BS, chunk_size, num_warps=4, num_stages=2 if BS * BV <= 8192 else 3)
 
 
 @cache
 def ring_tiles(key_dim: int, value_dim: int, chunk_size: int, dtype: torch.dtype, precision: str) -> Tiles:
-    """Tiles of `ring_kernel` for chunks of the scan, or of the Hopper kernels, which are longer."""
+    """Tiles of `ring_kernel` for chunks of the scan, or of the Hopper kernels, which are longer.
+
+    It holds a mask and two sources of every token, so it spills with fewer warps, or with loads ahead.
+    """
     tiles = scan_tiles(key_dim, value_dim, dtype, precision)
-    if chunk_size <= tiles.C:
-        return tiles
-    BV = power_of_two(value_dim)
-    return replace(tiles, C=chunk_size, BV=BV, num_warps=8 if tiles.BK * BV > 64 * 128 else 4)
+    num_warps = 4 if tiles.BK * max(chunk_size, tiles.BV) < 64 * 64 else 8
+    return replace(tiles, C=chunk_size, num_warps=num_warps, num_stages=1)
 
 
 @cache

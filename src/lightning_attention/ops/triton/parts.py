@@ -24,7 +24,8 @@ def attend_chunk(b_S, b_q, b_k, b_v, b_inside, b_read, scale, PRECISION: tl.cons
         b_scaled, b_unit = scale_to_float16(b_S, 1)
         b_o = tl.dot(b_scaled, tl.trans(b_q)) * b_read[None, :] * (b_unit * scale)
         b_scaled, b_unit = scale_to_float16(b_A, 0)
-        b_o += tl.dot(tl.trans(b_v), b_scaled) * b_unit
+        # An explicit FMA, or the compiler would choose which of two products it rounds.
+        b_o = tl.fma(tl.dot(tl.trans(b_v), b_scaled), b_unit, b_o)
     else:
         b_o = tl.dot(b_S.to(dtype), tl.trans(b_q), input_precision=PRECISION) * (b_read * scale)[None, :]
         b_o = tl.dot(tl.trans(b_v), b_A.to(dtype), b_o, input_precision=PRECISION)

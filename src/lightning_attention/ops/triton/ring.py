@@ -43,7 +43,7 @@ def _plan_append(
     planner.launch(
         ring_kernel,
         H * (B if cu_seqlens is None else cu_seqlens.shape[0] - 1),
-        {"num_warps": tiles.num_warps},
+        {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
         **arguments,
         has_initial_state=has_initial_state,
         cu_seqlens=cu_seqlens,
@@ -90,12 +90,12 @@ def _slots(x: AppendInputs[Operand] | FoldInputs[Operand]) -> dict:
 @jit
 def _load_rows(p, stride, o_t, o_d, m, D: tl.constexpr):
     """A block of tokens, with zeros where the mask `[C, 1]` is false or a column is past the end."""
-    return tl.load(p + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], mask=m & (o_d < D)[None, :], other=0.0)
+    return tl.load(p + o_t[:, None] * stride + o_d[None, :], mask=m & (o_d < D)[None, :], other=0.0)
 
 
 @jit
 def _store_rows(p, stride, o_t, o_d, m, b_x, D: tl.constexpr):
-    tl.store(p + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], b_x, mask=m & (o_d < D)[None, :])
+    tl.store(p + o_t[:, None] * stride + o_d[None, :], b_x, mask=m & (o_d < D)[None, :])
 
 
 @jit(do_not_specialize=["scale", "T", "H"])
@@ -167,10 +167,10 @@ def ring_kernel(
     if i_slot < 0:
         end = start
     for t in range(end, stop, C):  # tokens that are not read
-        o_t = t + o_c
-        for i_v in tl.static_range(NUM_TILES):
+        p_o = o + t.to(tl.int64) * stride_ot
+        for i_v in range(NUM_TILES):
             o_v = i_v * BV + tl.arange(0, BV)
-            _store_rows(o, stride_ot, o_t, o_v, (o_t < stop)[:, None], tl.zeros([C, BV], dtype), V)
+            _store_rows(p_o, stride_ot, o_c, o_v, (o_c < stop - t)[:, None], tl.zeros([C, BV], dtype), V)
     if i_slot >= 0:
         log_decay_h = load_log_decay(log_decay, i_h)
         p_S = state + i_slot * stride_state + i_h * (K * V)
@@ -187,32 +187,43 @@ def ring_kernel(
         distance = o_c[None, :] - o_c[:, None]  # from key j, in rows, to query i, in columns
         b_inside = tl.where(distance >= 0, decay_over(log_decay_h, distance) * scale, 0.0)
         b_read = decay_over(log_decay_h, o_c + 1)
-        for i_v in tl.static_range(NUM_TILES):
+        for i_v in range(NUM_TILES):
             o_v = i_v * BV + tl.arange(0, BV)
             b_S = load_state(p_S, o_k, o_v, exists, K, V, False).to(tl.float32)  # [BV, BK]
+            p_q = q + begin.to(tl.int64) * stride_qt
+            p_k = k + begin.to(tl.int64) * stride_kt
+            p_v = v + begin.to(tl.int64) * stride_vt
+            p_o = o + begin.to(tl.int64) * stride_ot
             for t in range(begin, end, C):
-                o_t = t + o_c
-                m_old, m_new = (o_t < start)[:, None], ((o_t >= start) & (o_t < end))[:, None]
-                b_q = _load_rows(q, stride_qt, o_t, o_k, m_new, K)
-                b_k = _load_rows(k, stride_kt, o_t, o_k, m_new, K)
-                b_v = _load_rows(v, stride_vt, o_t, o_v, m_new, V)
-                b_k = tl.where(m_old, _load_rows(p_keys, K, o_c, o_k, m_old, K), b_k)
-                b_v = tl.where(m_old, _load_rows(p_values, V, o_c, o_v, m_old, V), b_v)
+                m_old = (o_c < start - t)[:, None]
+                m_new = (o_c >= start - t)[:, None] & (o_c < end - t)[:, None]
+                b_q = _load_rows(p_q, stride_qt, o_c, o_k, m_new, K)
+                b_k = _load_rows(p_k, stride_kt, o_c, o_k, m_new, K)
+                b_v = _load_rows(p_v, stride_vt, o_c, o_v, m_new, V)
+                if t < start:
+                    b_k = tl.where(m_old, _load_rows(p_keys, K, o_c, o_k, m_old, K), b_k)
+                    b_v = tl.where(m_old, _load_rows(p_values, V, o_c, o_v, m_old, V), b_v)
                 b_o = attend_chunk(b_S, b_q, b_k, b_v, b_inside, b_read, scale, PRECISION)
-                _store_rows(o, stride_ot, o_t, o_v, m_new, tl.trans(b_o).to(dtype), V)
+                _store_rows(p_o, stride_ot, o_c, o_v, m_new, tl.trans(b_o).to(dtype), V)
                 if t + C <= end:
                     b_S = add_chunk(b_S, b_k, b_v, log_decay_h, C, o_c, False, PRECISION, SCALE_KEYS)
+                p_q += C * stride_qt
+                p_k += C * stride_kt
+                p_v += C * stride_vt
+                p_o += C * stride_ot
             if UPDATE:
-                if (num_complete > 0) | (not exists):
-                    store_state(p_S, b_S.to(state.dtype.element_ty), o_k, o_v, True, K, V, False)
+                b_stored = b_S.to(state.dtype.element_ty)
+                store_state(p_S, b_stored, o_k, o_v, (num_complete > 0) | (not exists), K, V, False)
         if UPDATE:
             tl.debug_barrier()  # all threads have read the ring
-            o_t = begin + num_complete * C + o_c
-            m_new = ((o_t >= start) & (o_t < end))[:, None]
-            _store_rows(p_keys, K, o_c, o_k, m_new, _load_rows(k, stride_kt, o_t, o_k, m_new, K), K)
-            for i_v in tl.static_range(NUM_TILES):
+            t = begin + num_complete * C
+            m_new = (o_c >= start - t)[:, None] & (o_c < end - t)[:, None]
+            b_k = _load_rows(k + t.to(tl.int64) * stride_kt, stride_kt, o_c, o_k, m_new, K)
+            _store_rows(p_keys, K, o_c, o_k, m_new, b_k, K)
+            p_v = v + t.to(tl.int64) * stride_vt
+            for i_v in range(NUM_TILES):
                 o_v = i_v * BV + tl.arange(0, BV)
-                _store_rows(p_values, V, o_c, o_v, m_new, _load_rows(v, stride_vt, o_t, o_v, m_new, V), V)
+                _store_rows(p_values, V, o_c, o_v, m_new, _load_rows(p_v, stride_vt, o_c, o_v, m_new, V), V)
             tl.store(p_n, end - begin - num_complete * C)
 
 
@@ -302,8 +313,8 @@ def ring_step_kernel(
             b_inside = tl.where(o_c <= n, decay_over(log_decay_h, n - o_c) * scale, 0.0)
             b_A = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * b_inside[None, :]
             if dtype == tl.float16:
-                b_scaled, b_unit = scale_to_float16(b_A, 1)
-                b_o += tl.dot(b_scaled, b_v) * b_unit
+                b_scores, b_scores_unit = scale_to_float16(b_A, 1)
+                b_o = tl.fma(tl.dot(b_scores, b_v), b_scores_unit, b_o)
             else:
                 b_o = tl.dot(b_A.to(dtype), b_v, b_o, input_precision=PRECISION)
         _store_rows(o, 0, o_r, o_v, m_q, b_o.to(dtype), V)
@@ -365,7 +376,7 @@ def fold_kernel(
             o_c, o_k = tl.arange(0, C), tl.arange(0, BK)
             m_c = (o_c < n)[:, None]
             b_k = _load_rows(p_keys, K, o_c, o_k, m_c, K)
-            for i_v in tl.static_range((V + BV - 1) // BV):
+            for i_v in range((V + BV - 1) // BV):
                 o_v = i_v * BV + tl.arange(0, BV)
                 b_v = _load_rows(p_values, V, o_c, o_v, m_c, V)
                 b_S = load_state(p_S, o_k, o_v, n > 0, K, V, False).to(tl.float32)
