@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_attention.distributed.states import read_state_, write_state
 from lightning_attention.ops import states
-from lightning_attention.ops.chunked import finite_log_decay
+from lightning_attention.ops.states import finite_log_decay
 from lightning_attention.ops.gpu.segments import Segments, ceil_div
 from lightning_attention.ops.triton import config
 

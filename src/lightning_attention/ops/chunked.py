@@ -26,7 +26,7 @@ from .problem import (
 )
 
 from .ring import fold
-from .states import finite_log_decay, read_state_, write_state
+from .states import read_state_, write_state
 from .tiles import CHUNK_SIZE, Carry, Decay, States, Tiles
 from .values import sequence_bounds
 
@@ -36,7 +36,6 @@ __all__ = [
     "backward",
     "chunk_size",
     "commit",
-    "finite_log_decay",
     "fold",
     "forward",
     "is_slow",
@@ -109,7 +108,7 @@ def prefill_(x: SlotPrefillInputs[Tensor], scale: float) -> list[Tensor]:
 
 def backward(x: GradientInputs[Tensor], scale: float) -> list[Tensor]:
     tiles = Tiles(x.q, x.v, x.cu_seqlens)
-    decay = Decay(x.q, x.log_decay, scale, tiles.at_once)
+    decay = Decay.of(x.q, x.log_decay, scale)
     gradients = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in (x.q, x.k, x.v)]
     initial, d_final = (None if y is None else States(y) for y in (x.initial_state, x.d_final_state))
     d_initial_state = None if initial is None else tiles.new_states(x.d_final_state)
@@ -157,7 +156,7 @@ def _scan(
 
     With `storage`, its dtype, they are states after the last complete chunk, rounded after each.
     """
-    decay = Decay(x.q, x.log_decay, scale, tiles.at_once)
+    decay = Decay.of(x.q, x.log_decay, scale)
     carry = Carry(decay, initial, final, storage=storage)
     o = torch.empty_like(x.v, memory_format=torch.contiguous_format)
     for tile in tiles.tiles:

@@ -3,8 +3,7 @@
 Shapes: A sequences, H heads, K and V head sizes, C tokens of a chunk and of a ring, R rows of a tile of queries.
 """
 
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeAlias
 
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .problem import AppendInputs, AttentionInputs, FoldInputs, state_dtype
-from .states import cast, finite_log_decay
-from .tiles import CHUNK_SIZE, States, Tiles, pad_heads, powers
+from .states import cast
+from .tiles import CHUNK_SIZE, Decay, States, Tiles, pad_heads
 from .values import sequence_bounds
 
 # Rows of a tile of queries: products of other numbers of rows go to code with other bits.
@@ -41,6 +40,15 @@ class _Tokens(NamedTuple):
     is_new: bool  # the state is zero, whatever the slot holds
 
 
+class _Rings(NamedTuple):
+    """States and rings `[A H, ..]` of some of the sequences."""
+
+    sequences: slice
+    state: Tensor
+    keys: Tensor
+    values: Tensor
+
+
 def append(scan: Scan, x: AppendInputs[Tensor], scale: float, update: bool) -> list[Tensor]:
     """`append` of a backend, whose attention of whole sequences is given."""
     assert x.keys.shape[2] == x.values.shape[2] == CHUNK_SIZE
@@ -51,11 +59,18 @@ def append(scan: Scan, x: AppendInputs[Tensor], scale: float, update: bool) -> l
                 x.state[s.slot], x.count[s.slot] = 0, 0
     sequences = [s for s in sequences if s.length]
     near = [s for s in sequences if s.length <= FEW and s.count + s.length <= CHUNK_SIZE]
-    far = [s for s in sequences if s.length > FEW or s.count + s.length > CHUNK_SIZE]
+    decay = Decay.of(x.q, x.log_decay, scale)
+    near.sort()
+    if near and len(near) == len(sequences) and [s[1:3] for s in near] == _whole_rows(x.q):
+        return [_attend_in_chunk(x, near, x.q, x.k, x.v, decay, update).to(x.v.dtype, memory_format=torch.contiguous_format)]
     o = torch.zeros_like(x.v, memory_format=torch.contiguous_format)
     if near:
-        _attend_in_chunk(x, near, o, scale, update)
-    if far:
+        index = _index(near, x.q.device)
+        q, k, v = (y.flatten(0, 1)[index] for y in (x.q, x.k, x.v))
+        found = _attend_in_chunk(x, near, q, k, v, decay, update)
+        is_token = torch.arange(index.shape[1], device=index.device) < torch.tensor([[s.length] for s in near], device=index.device)
+        o.flatten(0, 1)[index[is_token]] = found[is_token].to(o.dtype)
+    if far := [s for s in sequences if s.length > FEW or s.count + s.length > CHUNK_SIZE]:
         _attend_across_chunks(scan, x, far, o, scale, update)
     return [o]
 
@@ -64,184 +79,181 @@ def fold(x: FoldInputs[Tensor]) -> list[Tensor]:
     """`S = λ^n S + Σ_j λ^(n-1-j) k_j v_jᵀ` by the n tokens of each ring, which is empty then."""
     slots = list(range(len(x.state))) if x.state_indices is None else x.state_indices.tolist()
     slots = [slot for slot in slots if slot >= 0]
-    if slots:
-        counts = x.count[slots, 0].tolist()
-        table = powers(finite_log_decay(x.keys.transpose(1, 2), x.log_decay))
-        for slot, count in zip(slots, counts, strict=True):
-            _fold_(x.state[slot], x.keys[slot], x.values[slot], count, table)
-        x.count[slots] = 0
+    decay = Decay.of(x.keys.transpose(1, 2), x.log_decay, 1.0)
+    for slot, count in zip(slots, x.count[slots, 0].tolist(), strict=True):
+        _fold_(x.state[slot], x.keys[slot], x.values[slot], count, decay)
+        x.count[slot] = 0
     return []
 
 
-def _fold_(state: Tensor, keys: Tensor, values: Tensor, count: int, table: Tensor) -> None:
+def _fold_(state: Tensor, keys: Tensor, values: Tensor, count: int, decay: Decay) -> None:
     """Update a state `[H, K, V]` by the first `count` tokens of a ring, in the order of operations of `Carry`."""
     if not count:
         return
-    k, v = (pad_heads(cast(y, table.dtype)) for y in (keys, values))
-    weights = table[:, :count].flip(1).unsqueeze(2)
+    k, v, weights = keys, values, decay.falling[:, CHUNK_SIZE - count :]
     if count < CHUNK_SIZE:  # what else is in the ring may be NaN
-        k, v, weights = (torch.cat([y[:, :count], y.new_zeros(len(y), CHUNK_SIZE - count, y.shape[2])], 1) for y in (k, v, weights))
+        k, v, weights = (_with_zeros(y[:, :count]) for y in (k, v, weights))
+    k, v = (pad_heads(cast(y, decay.powers.dtype)) for y in (k, v))
     added = torch.bmm((k * weights).mT, v)[:, : state.shape[1], : state.shape[2]]
-    state.copy_(added.add_(state * table[:, count, None, None]))
+    state.copy_(added.add_(state * decay.over[count]))
+
+
+def _with_zeros(x: Tensor) -> Tensor:
+    """`[H, C, D]` of fewer tokens."""
+    return torch.cat([x, x.new_zeros(len(x), CHUNK_SIZE - x.shape[1], x.shape[2])], dim=1)
 
 
 def _sequences(x: AppendInputs[Tensor]) -> list[_Tokens]:
-    """The tokens of sequences that have a slot."""
+    """The new tokens of sequences that have a slot."""
     B, T = x.q.shape[:2]
     if x.cu_seqlens is None:
-        starts, lengths = range(0, B * T, max(T, 1)) if T else [0] * B, [T] * B if x.lengths is None else x.lengths.tolist()
+        starts, lengths = [row * T for row in range(B)], [T] * B if x.lengths is None else x.lengths.tolist()
     else:
         bounds = sequence_bounds(x.cu_seqlens, T)
         starts, lengths = bounds[:-1], [end - start for start, end in pairwise(bounds)]
     slots = range(len(lengths)) if x.state_indices is None else x.state_indices.tolist()
-    counts = x.count[: len(lengths), 0] if x.state_indices is None else x.count[:, 0][x.state_indices.clamp_min(0)]
-    is_new = [False] * len(lengths) if x.has_initial_state is None else (~x.has_initial_state).tolist()
-    counts = [0 if new else count for new, count in zip(is_new, counts.tolist(), strict=True)]
-    sequences = map(_Tokens, slots, starts, lengths, counts, is_new)
-    return [s for s in sequences if s.slot >= 0]
+    counts = (x.count[: len(lengths)] if x.state_indices is None else x.count[slots])[:, 0].tolist()
+    if x.has_initial_state is None:
+        is_new = [False] * len(lengths)
+    else:
+        is_new = [not has_state for has_state in x.has_initial_state.tolist()]
+        counts = [0 if new else count for new, count in zip(is_new, counts, strict=True)]
+    return [s for s in map(_Tokens, slots, starts, lengths, counts, is_new) if s.slot >= 0]
 
 
-def _attend_in_chunk(x: AppendInputs[Tensor], sequences: list[_Tokens], o: Tensor, scale: float, update: bool) -> None:
-    """Tokens that end in the chunk of the ring: a few rows of the products of this chunk."""
-    sequences = sorted(sequences)
-    dtype, (A, H) = state_dtype(x.q.dtype), (len(sequences), x.q.shape[2])
-    width = max(s.length for s in sequences)
-    num_rows = -(-width // ROW_MULTIPLE[dtype]) * ROW_MULTIPLE[dtype]
-    table = powers(finite_log_decay(x.q, x.log_decay))
-    q = x.q.new_zeros(A, H, num_rows, x.q.shape[3], dtype=dtype)
-    tokens = _TokensInRows(sequences, width, x.q)
-    q[:, :, :width] = tokens.rows(x.q).transpose(1, 2)
+def _whole_rows(q: Tensor) -> list[tuple[int, int]]:
+    """Starts and lengths of sequences that are the batch rows, all in order."""
+    B, T = q.shape[:2]
+    return [(row * T, T) for row in range(B)]
+
+
+def _index(sequences: list[_Tokens], device: torch.device) -> Tensor:
+    """Tokens in `[B T]` as `[A, R]`; a row goes on with its last token."""
+    start, length = torch.tensor([s[1:3] for s in sequences], device=device).T[..., None]
+    position = torch.arange(max(s.length for s in sequences), device=device)
+    return start + torch.minimum(position, length - 1)
+
+
+def _attend_in_chunk(
+    x: AppendInputs[Tensor], sequences: list[_Tokens], q: Tensor, k: Tensor, v: Tensor, decay: Decay, update: bool
+) -> Tensor:
+    """Output `[A, T, H, V]` of tokens `[A, T, H, D]` in the chunk of the ring: a few rows of the products of the chunk."""
+    A, T, H, _ = q.shape
+    dtype = decay.powers.dtype
+    num_rows = -(-T // ROW_MULTIPLE[dtype]) * ROW_MULTIPLE[dtype]
+    q = cast(q, dtype).transpose(1, 2)
+    if T == 1:
+        q = q.expand(-1, -1, num_rows, -1).contiguous()
+    else:
+        q = torch.cat([q, q.new_zeros(A, H, num_rows - T, q.shape[3])], dim=2)
     q = pad_heads(q)
-    # λ^(i-j) of query i and key j, and λ^(i+1) of the state; one row is for all where each has one token.
-    weights, rising = _weights(table, scale, [s.count for s in sequences], num_rows if width > 1 else 1)
-    if update:
-        _put_tokens_(x, sequences, tokens)
+    inside, rising = _weights(decay, [s.count for s in sequences], num_rows if T > 1 else 1)
+    read = q * rising
     outputs = []
-    for rows, state, keys, values in _states(x, sequences, tokens, dtype, update):
-        qs = q[rows]
-        at = rows if len(weights) > 1 else slice(None)
-        scores = torch.bmm(qs.flatten(0, 1), keys.mT)
-        scores.view(-1, H, num_rows, CHUNK_SIZE).mul_(weights[at])
-        outputs.append(torch.bmm(scores, values).baddbmm_((qs * rising[at]).flatten(0, 1), state))
-    found = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    tokens.store(o, found.view(A, H, num_rows, -1)[:, :, :width, : o.shape[3]].transpose(1, 2))
+    for rings in _updated(x, sequences, k, v, dtype) if update else _copied(x, sequences, k, v, dtype):
+        at = rings.sequences
+        scores = torch.bmm(q[at].flatten(0, 1), rings.keys.mT)
+        scores.view(-1, H, num_rows, CHUNK_SIZE).mul_(inside[at] if len(inside) > 1 else inside)
+        outputs.append(torch.bmm(scores, rings.values).baddbmm_(read[at].flatten(0, 1), rings.state))
     if update:
         for s in sequences:
-            if s.count + s.length == CHUNK_SIZE:
-                _fold_(x.state[s.slot], x.keys[s.slot], x.values[s.slot], CHUNK_SIZE, table)
-        counts = [(s.count + s.length) % CHUNK_SIZE for s in sequences]
-        if len(sequences) == 1:
-            x.count[sequences[0].slot] = counts[0]
-        else:
-            x.count[[s.slot for s in sequences]] = torch.tensor(counts, dtype=x.count.dtype, device=x.count.device)[:, None]
+            count = s.count + s.length
+            if count == CHUNK_SIZE:
+                _fold_(x.state[s.slot], x.keys[s.slot], x.values[s.slot], CHUNK_SIZE, decay)
+        _set_counts(x.count, sequences)
+    o = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return o.view(A, H, num_rows, -1)[:, :, :T, : v.shape[3]].transpose(1, 2)
 
 
-def _weights(table: Tensor, scale: float, counts: list[int], num_rows: int) -> tuple[Tensor, Tensor]:
-    """`scale λ^(i-j)` `[A, H, R, C]`, 0 for later keys, and `scale λ^(i+1)` `[A, H, R, 1]`; A is 1 if all counts agree."""
-    counts = counts[:1] if len(set(counts)) == 1 else counts
-    later = table.new_zeros(len(table), 2 * CHUNK_SIZE)
-    later[:, : CHUNK_SIZE + 1] = table.flip(1)
-    if scale != 1:
-        later, table = later * scale, table * scale
-    if num_rows == len(counts) == 1:  # views
-        (count,) = counts
-        inside = later[None, :, None, CHUNK_SIZE - count : 2 * CHUNK_SIZE - count]
-        return inside, table[None, :, count + 1, None, None]
-    position = torch.tensor(counts, device=table.device)[:, None] + torch.arange(num_rows, device=table.device)
-    position = position.clamp_max(CHUNK_SIZE - 1)
-    inside = later.unfold(1, CHUNK_SIZE, 1)[:, CHUNK_SIZE - position]
-    return inside.transpose(0, 1), table[:, position + 1].transpose(0, 1).unsqueeze(3)
-
-
-class _TokensInRows:
-    """Tokens `[B, T, H, D]` as `[A, R, H, D]`, a row of up to R for each sequence."""
-
-    def __init__(self, sequences: list[_Tokens], width: int, q: Tensor):
-        B, T = q.shape[:2]
-        self.is_whole = [s[1:3] for s in sequences] == [(row * T, T) for row in range(B)] and width == T
-        self._device = q.device
-        self._starts = [s.start for s in sequences]
-        self._lengths = [s.length for s in sequences]
-        self._width = width
-
-    def rows(self, x: Tensor) -> Tensor:
-        """`[A, R, H, D]`; a row goes on with its last token."""
-        if self.is_whole:
-            return x
-        start, last = torch.tensor([self._starts, self._lengths], device=self._device)[..., None]
-        index = start + torch.minimum(torch.arange(self._width, device=self._device), last - 1)
-        return x.flatten(0, 1)[index]
-
-    def pairs(self) -> tuple[list[int], list[int], list[int]]:
-        """Row, column in it, and index in `[B T]`, of each token."""
-        return tuple(
-            zip(*((n, t, self._starts[n] + t) for n, length in enumerate(self._lengths) for t in range(length)), strict=True)
-        )
-
-    def store(self, o: Tensor, rows: Tensor) -> None:
-        if self.is_whole:
-            o.copy_(rows)
-            return
-        row, column, token = self.pairs()
-        o.flatten(0, 1)[list(token)] = rows[list(row), list(column)].to(o.dtype)
-
-
-def _put_tokens_(x: AppendInputs[Tensor], sequences: list[_Tokens], tokens: _TokensInRows) -> None:
-    """Write new tokens to the rings. A ring that begins holds nothing else."""
-    for s in sequences:
-        if not s.count:
-            x.keys[s.slot], x.values[s.slot] = 0, 0
-    if len(sequences) == 1:
-        s = sequences[0]
-        for ring, y in ((x.keys, x.k), (x.values, x.v)):
-            new = y[0] if len(y) == 1 else y.flatten(0, 1)
-            ring[s.slot, :, s.count : s.count + s.length] = new[s.start : s.start + s.length].transpose(0, 1)
-        return
-    row, column, token = tokens.pairs()
-    slots = [sequences[n].slot for n in row]
-    positions = [sequences[n].count + t for n, t in zip(row, column, strict=True)]
-    slot, position, source = torch.tensor([slots, positions, token], device=x.q.device)
-    for ring, y in ((x.keys, x.k), (x.values, x.v)):
-        ring[slot, :, position] = y.flatten(0, 1)[source]
-
-
-def _states(x, sequences, tokens, dtype, update):
-    """Rows of sequences, and their states and rings `[A H, ..]`, which hold the new tokens."""
+def _set_counts(count: Tensor, sequences: list[_Tokens]) -> None:
+    counts = [(s.count + s.length) % CHUNK_SIZE for s in sequences]
     slots = [s.slot for s in sequences]
-    if update:
-        for rows in _runs(slots, x.state[0].numel()):
-            first, last = slots[rows.start], slots[rows.stop - 1]
-            is_run = last - first == rows.stop - 1 - rows.start
-            at = slice(first, last + 1) if is_run else slots[rows]
-            yield rows, *(_tile(y[at], dtype) for y in (x.state, x.keys, x.values))
-        return
-    row, column, token = (list(y) for y in tokens.pairs())
-    count = torch.tensor([s.count for s in sequences], device=x.q.device)[:, None, None, None]
-    is_old = torch.arange(CHUNK_SIZE, device=x.q.device)[:, None] < count
-    positions = [sequences[n].count + t for n, t in zip(row, column, strict=True)]
-    rings = []
-    for ring, y in ((x.keys, x.k), (x.values, x.v)):
-        ring = ring[slots].where(is_old, 0)
-        ring[row, :, positions] = y.flatten(0, 1)[token]
-        rings.append(_tile(ring, dtype))
+    if len(set(counts)) == 1 and slots == list(range(slots[0], slots[0] + len(slots))):
+        count[slots[0] : slots[-1] + 1] = counts[0]
+    else:
+        count[slots] = torch.tensor(counts, dtype=count.dtype, device=count.device)[:, None]
+
+
+def _weights(decay: Decay, counts: list[int], num_rows: int) -> tuple[Tensor, Tensor]:
+    """`scale λ^(i-j)` `[A, H, R, C]` of query i and key j, and `scale λ^(i+1)` `[A, H, R, 1]`; A is 1 if counts agree."""
+    counts = counts[:1] if len(set(counts)) == 1 else counts
+    if num_rows == len(counts) == 1:
+        at = slice(counts[0], counts[0] + 1)
+        return decay.inside[None, :, at], decay.rising[None, :, at]
+    device = decay.inside.device
+    position = torch.tensor(counts, device=device)[:, None] + torch.arange(num_rows, device=device)
+    position = position.clamp_max_(CHUNK_SIZE - 1)
+    return decay.inside[:, position].transpose(0, 1), decay.rising[:, position].transpose(0, 1)
+
+
+def _updated(
+    x: AppendInputs[Tensor], sequences: list[_Tokens], k: Tensor, v: Tensor, dtype: torch.dtype
+) -> Iterator[_Rings]:
+    """Put new tokens `[A, T, H, D]` into the rings, and yield runs of slots."""
+    for s in sequences:
+        if not s.count:  # what the ring held may be NaN
+            x.keys[s.slot], x.values[s.slot] = 0, 0
+    _put_tokens(x.keys, x.values, k, v, sequences, [s.slot for s in sequences])
+    slots = [s.slot for s in sequences]
+    for at in _runs(slots, x.state[0].numel()):
+        first, last = slots[at.start], slots[at.stop - 1]
+        is_run = last - first == at.stop - 1 - at.start
+        of = slice(first, last + 1) if is_run else slots[at]
+        yield _Rings(at, _tile(x.state[of], dtype, 2), _tile(x.keys[of], dtype), _tile(x.values[of], dtype))
+
+
+def _copied(
+    x: AppendInputs[Tensor], sequences: list[_Tokens], k: Tensor, v: Tensor, dtype: torch.dtype
+) -> Iterator[_Rings]:
+    """Yield copies of the rings, with new tokens `[A, T, H, D]`."""
+    slots = [s.slot for s in sequences]
+    count = torch.tensor([s.count for s in sequences], device=k.device)[:, None, None, None]
+    is_old = torch.arange(CHUNK_SIZE, device=k.device)[:, None] < count
+    keys, values = (ring[slots].where(is_old, 0) for ring in (x.keys, x.values))
+    _put_tokens(keys, values, k, v, sequences, list(range(len(slots))))
     state = x.state[slots]
     for n, s in enumerate(sequences):
         if s.is_new:
             state[n] = 0
-    yield slice(0, len(slots)), _tile(state, dtype), *rings
+    yield _Rings(slice(None), _tile(state, dtype, 2), _tile(keys, dtype), _tile(values, dtype))
+
+
+def _put_tokens(
+    keys: Tensor, values: Tensor, k: Tensor, v: Tensor, sequences: list[_Tokens], slots: list[int]
+) -> None:
+    """Write new tokens `[A, T, H, D]` to rings `[N, H, C, D]`."""
+    if len(sequences) == 1:
+        (s,), (slot,) = sequences, slots
+        keys[slot, :, s.count : s.count + s.length] = k[0].transpose(0, 1)
+        values[slot, :, s.count : s.count + s.length] = v[0].transpose(0, 1)
+        return
+    if len({s[2:4] for s in sequences}) == 1 and slots == list(range(slots[0], slots[0] + len(slots))):
+        at, (_, _, length, count, _) = slice(slots[0], slots[-1] + 1), sequences[0]
+        keys[at, :, count : count + length] = k.transpose(1, 2)
+        values[at, :, count : count + length] = v.transpose(1, 2)
+        return
+    pairs = [(n, t, slots[n], s.count + t) for n, s in enumerate(sequences) for t in range(s.length)]
+    row, column, slot, position = torch.tensor(pairs, device=k.device).T
+    if keys.is_contiguous() and values.is_contiguous():  # `index_copy_` is many times as fast
+        head = torch.arange(keys.shape[1], device=k.device)
+        at = ((slot[:, None] * len(head) + head) * CHUNK_SIZE + position[:, None]).flatten()
+        keys.flatten(0, 2).index_copy_(0, at, k[row, column].flatten(0, 1))
+        values.flatten(0, 2).index_copy_(0, at, v[row, column].flatten(0, 1))
+    else:
+        keys[slot, :, position], values[slot, :, position] = k[row, column], v[row, column]
 
 
 def _runs(slots: list[int], size: int) -> list[slice]:
-    """Rows of runs of consecutive slots; one of all rows where copies of their states are faster."""
+    """Sequences by runs of consecutive slots; one of all where copies of their states are faster."""
     starts = [n for n, slot in enumerate(slots) if not n or slot != slots[n - 1] + 1]
     if (len(starts) - 1) * RUN > len(slots) * size:
         return [slice(0, len(slots))]
     return [slice(first, last) for first, last in pairwise([*starts, len(slots)])]
 
 
-def _tile(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[A H, M, D]` with padded heads, and of a state with padded rows; a view if possible."""
-    return cast(x, dtype).flatten(0, 1)
+def _tile(x: Tensor, dtype: torch.dtype, num_padded: int = 1) -> Tensor:
+    """`[A H, M, D]`, with heads padded in the last dimensions; a view if possible."""
+    return pad_heads(cast(x, dtype).flatten(0, 1), num_padded)
 
 
 def _attend_across_chunks(

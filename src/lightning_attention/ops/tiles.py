@@ -7,6 +7,7 @@ place matters. Formulas: docs/algorithm.md.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .problem import state_dtype
-from .states import cast, finite_log_decay
+from .states import cast
 from .values import sequence_bounds
 
 CHUNK_SIZE = 32
@@ -36,10 +37,10 @@ def padded_size(head_size: int) -> int:
     return max(-(-head_size // HEAD_MULTIPLE), 1) * HEAD_MULTIPLE
 
 
-def pad_heads(x: Tensor) -> Tensor:
-    """Zeros after the last dimension up to `padded_size`; `x` itself if there is nothing to add."""
-    missing = padded_size(x.shape[-1]) - x.shape[-1]
-    return F.pad(x, (0, missing)) if missing else x
+def pad_heads(x: Tensor, num_dims: int = 1) -> Tensor:
+    """Zeros after the last dimensions up to `padded_size`; `x` itself if there is nothing to add."""
+    missing = [padded_size(size) - size for size in x.shape[: -num_dims - 1 : -1]]
+    return F.pad(x, [n for size in missing for n in (0, size)]) if any(missing) else x
 
 
 class Chunk(NamedTuple):
@@ -155,40 +156,51 @@ class States(NamedTuple):
 
 
 class Decay:
-    """Multiplication by powers of λ within a chunk, for tiles of up to `at_once` chunks."""
+    """Multiplication by powers of λ within a chunk, from one table of λ^0 .. λ^C: no exponent is ever above 0."""
 
-    def __init__(self, q: Tensor, log_decay: Tensor | None, scale: float, at_once: int):
-        self.powers = powers(finite_log_decay(q, log_decay))
-        self.num_heads = len(self.powers)
-        self.over = self.powers.T[..., None, None]  # λ^m `[H, 1, 1]`, by m
-        self._position = torch.arange(CHUNK_SIZE, device=q.device)
-        inside = self.powers[:, (self._position[:, None] - self._position).clamp_min(0)].tril()
-        of_all = torch.cat([self.powers] * at_once).unsqueeze(2)  # [G H, C + 1, 1]
-        rising, self._falling = of_all[:, 1:], of_all[:, :-1].flip(1)
-        self._inside, self._rising = (inside, rising) if scale == 1 else (inside * scale, rising * scale)
+    @classmethod
+    def of(cls, q: Tensor, log_decay: Tensor | None, scale: float) -> "Decay":
+        """The tables for inputs, made once for the same numbers: they take as long as a step of decoding."""
+        values = (0.0,) * q.shape[2] if log_decay is None else tuple(log_decay.tolist())
+        return _decay(values, scale, state_dtype(q.dtype), q.device)
+
+    def __init__(self, log_decay: Tensor, scale: float):
+        position = torch.arange(CHUNK_SIZE + 1, device=log_decay.device)
+        self.num_heads = len(log_decay)
+        self.powers = torch.exp(log_decay[:, None] * position)  # [H, C + 1]
+        self.over = self.powers.T[..., None, None].unbind()  # λ^m `[H, 1, 1]`, by m
+        self.falling = self.powers[:, :-1].flip(1).unsqueeze(2)
+        scaled = self.powers if scale == 1 else self.powers * scale
+        self.rising = scaled[:, 1:].unsqueeze(2)
+        # Row i of `inside` is C elements of `later`, from C - i on: scale λ^i .. scale λ^0, and zeros.
+        self.later = torch.cat([scaled.flip(1), scaled.new_zeros(self.num_heads, CHUNK_SIZE - 1)], dim=1)
+        self.inside = torch.stack([self.later[:, CHUNK_SIZE - i : 2 * CHUNK_SIZE - i] for i in range(CHUNK_SIZE)], dim=1)
+        self._position = position[:-1]
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         """`scale λ^(i-j) q_i k_j` for `j <= i`, else 0."""
         scores = torch.bmm(q, k.mT)
-        scores.unflatten(0, (-1, self.num_heads)).mul_(self._inside)
+        scores.unflatten(0, (-1, self.num_heads)).mul_(self.inside)
         return scores
 
     def read(self, x: Tensor) -> Tensor:
         """`scale λ^(i+1) x_i`: decay from the state before the chunk to token i."""
-        return x * self._rising[: len(x)]
+        return (x.unflatten(0, (-1, self.num_heads)) * self.rising).flatten(0, 1)
 
     def write(self, x: Tensor, tile: Tile) -> Tensor:
         """`λ^(m-1-j) x_j`: decay from token j to the state after the m tokens of the chunk; 0 for padding."""
-        if tile.is_complete:
-            return x * self._falling[: len(x)]
-        size = torch.tensor(tile.sizes, device=x.device)[:, None]
-        weights = self.powers[:, (size - 1 - self._position).clamp_min(0)] * tile.is_token
-        return x * weights.transpose(0, 1).flatten(0, 1).unsqueeze(2)
+        weights = self.falling
+        if not tile.is_complete:
+            size = torch.tensor(tile.sizes, device=x.device)[:, None]
+            weights = self.powers[:, (size - 1 - self._position).clamp_min(0)] * tile.is_token
+            weights = weights.transpose(0, 1).unsqueeze(3)
+        return (x.unflatten(0, (-1, self.num_heads)) * weights).flatten(0, 1)
 
 
-def powers(log_decay: Tensor) -> Tensor:
-    """`λ^0 .. λ^C` `[H, C + 1]`: no exponent is ever above 0."""
-    return torch.exp(log_decay[:, None] * torch.arange(CHUNK_SIZE + 1, device=log_decay.device))
+@lru_cache(64)
+def _decay(log_decay: tuple[float, ...], scale: float, dtype: torch.dtype, device: torch.device) -> Decay:
+    values = torch.tensor(log_decay, dtype=dtype, device=device)
+    return Decay(values.clamp_min(torch.finfo(dtype).min), scale)  # -inf, which is λ = 0, times 0 would be NaN
 
 
 class Carry:
