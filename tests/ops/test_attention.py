@@ -24,8 +24,8 @@ from oracle import (
 from lightning_attention import lightning_attention
 from lightning_attention.ops import reference
 from lightning_attention.ops.chunked import CHUNK_SIZE
-from lightning_attention.ops.tiles import TOKENS_AT_ONCE, chunks_at_once
 from lightning_attention.ops.problem import DTYPES
+from lightning_attention.ops.tiles import TOKENS_AT_ONCE, chunks_at_once
 
 C = CHUNK_SIZE
 # In float32 the reference, which adds tokens one by one, is less accurate than products of matrices.
@@ -229,7 +229,9 @@ def test_gradients_pass_gradcheck(backend, case):
     assert_gradients_pass_gradcheck(backend, case)
 
 
-@pytest.mark.parametrize("case", [Case(B=1, T=C + 3, H=1, K=2, V=2), Case(lengths=(C + 2, 0, 3), H=1, K=1, V=2)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(B=1, T=C + 3, H=1, K=2, V=2), Case(lengths=(C + 2, 0, 3), H=1, K=1, V=2)], ids=str
+)
 def test_gradients_across_chunks_pass_gradcheck(case):
     assert_gradients_pass_gradcheck("chunked", case)
 

@@ -24,7 +24,6 @@ from .problem import (
     SlotPrefillInputs,
     state_dtype,
 )
-
 from .ring import fold
 from .states import read_state_, write_state
 from .tiles import CHUNK_SIZE, Carry, Decay, States, Tiles

@@ -3,6 +3,7 @@
 Shapes: A sequences, H heads, K and V head sizes, C tokens of a chunk and of a ring, R rows of a tile of queries.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeAlias
@@ -10,7 +11,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .problem import AppendInputs, AttentionInputs, FoldInputs, state_dtype
+from .problem import AppendInputs, AttentionInputs, FoldInputs
 from .states import cast
 from .tiles import CHUNK_SIZE, Decay, States, Tiles, pad_heads
 from .values import sequence_bounds
@@ -62,13 +63,16 @@ def append(scan: Scan, x: AppendInputs[Tensor], scale: float, update: bool) -> l
     decay = Decay.of(x.q, x.log_decay, scale)
     near.sort()
     if near and len(near) == len(sequences) and [s[1:3] for s in near] == _whole_rows(x.q):
-        return [_attend_in_chunk(x, near, x.q, x.k, x.v, decay, update).to(x.v.dtype, memory_format=torch.contiguous_format)]
+        found = _attend_in_chunk(x, near, x.q, x.k, x.v, decay, update)
+        return [cast(found, x.v.dtype).contiguous()]
     o = torch.zeros_like(x.v, memory_format=torch.contiguous_format)
     if near:
         index = _index(near, x.q.device)
         q, k, v = (y.flatten(0, 1)[index] for y in (x.q, x.k, x.v))
         found = _attend_in_chunk(x, near, q, k, v, decay, update)
-        is_token = torch.arange(index.shape[1], device=index.device) < torch.tensor([[s.length] for s in near], device=index.device)
+        is_token = torch.arange(index.shape[1], device=index.device) < torch.tensor(
+            [[s.length] for s in near], device=index.device
+        )
         o.flatten(0, 1)[index[is_token]] = found[is_token].to(o.dtype)
     if far := [s for s in sequences if s.length > FEW or s.count + s.length > CHUNK_SIZE]:
         _attend_across_chunks(scan, x, far, o, scale, update)
@@ -137,7 +141,7 @@ def _index(sequences: list[_Tokens], device: torch.device) -> Tensor:
 def _attend_in_chunk(
     x: AppendInputs[Tensor], sequences: list[_Tokens], q: Tensor, k: Tensor, v: Tensor, decay: Decay, update: bool
 ) -> Tensor:
-    """Output `[A, T, H, V]` of tokens `[A, T, H, D]` in the chunk of the ring: a few rows of the products of the chunk."""
+    """Output `[A, T, H, V]` of tokens `[A, T, H, D]` in the chunk of the ring: a few rows of the chunk's products."""
     A, T, H, _ = q.shape
     dtype = decay.powers.dtype
     num_rows = -(-T // ROW_MULTIPLE[dtype]) * ROW_MULTIPLE[dtype]
@@ -175,7 +179,7 @@ def _set_counts(count: Tensor, sequences: list[_Tokens]) -> None:
 
 
 def _weights(decay: Decay, counts: list[int], num_rows: int) -> tuple[Tensor, Tensor]:
-    """`scale λ^(i-j)` `[A, H, R, C]` of query i and key j, and `scale λ^(i+1)` `[A, H, R, 1]`; A is 1 if counts agree."""
+    """`scale λ^(i-j)` `[A, H, R, C]` and `scale λ^(i+1)` `[A, H, R, 1]`, at i and key j; A is 1 if counts agree."""
     counts = counts[:1] if len(set(counts)) == 1 else counts
     if num_rows == len(counts) == 1:
         at = slice(counts[0], counts[0] + 1)
@@ -195,7 +199,7 @@ def _updated(
             x.keys[s.slot], x.values[s.slot] = 0, 0
     _put_tokens(x.keys, x.values, k, v, sequences, [s.slot for s in sequences])
     slots = [s.slot for s in sequences]
-    for at in _runs(slots, x.state[0].numel()):
+    for at in _runs(slots, math.prod(x.state.shape[1:])):
         first, last = slots[at.start], slots[at.stop - 1]
         is_run = last - first == at.stop - 1 - at.start
         of = slice(first, last + 1) if is_run else slots[at]
@@ -218,9 +222,7 @@ def _copied(
     yield _Rings(slice(None), _tile(state, dtype, 2), _tile(keys, dtype), _tile(values, dtype))
 
 
-def _put_tokens(
-    keys: Tensor, values: Tensor, k: Tensor, v: Tensor, sequences: list[_Tokens], slots: list[int]
-) -> None:
+def _put_tokens(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, sequences: list[_Tokens], slots: list[int]) -> None:
     """Write new tokens `[A, T, H, D]` to rings `[N, H, C, D]`."""
     if len(sequences) == 1:
         (s,), (slot,) = sequences, slots
@@ -268,7 +270,8 @@ def _attend_across_chunks(
     tiles = Tiles(inputs[0], inputs[2], torch.tensor(bounds))
     initial = States(x.state, [-1 if s.is_new else s.slot for s in sequences])
     final = States(x.state, [s.slot for s in sequences]) if update else None
-    attention = AttentionInputs(*inputs, x.log_decay, None, None)
+    q, k, v = inputs
+    attention = AttentionInputs(q, k, v, x.log_decay, None, None)
     found = scan(tiles, attention, scale, initial, final, x.state.dtype)[0]
     flat = o.flatten(0, 1)
     for s, end in zip(sequences, bounds[1:], strict=True):

@@ -39,8 +39,10 @@ def padded_size(head_size: int) -> int:
 
 def pad_heads(x: Tensor, num_dims: int = 1) -> Tensor:
     """Zeros after the last dimensions up to `padded_size`; `x` itself if there is nothing to add."""
+    if all(size == padded_size(size) for size in x.shape[-num_dims:]):
+        return x
     missing = [padded_size(size) - size for size in x.shape[: -num_dims - 1 : -1]]
-    return F.pad(x, [n for size in missing for n in (0, size)]) if any(missing) else x
+    return F.pad(x, [n for size in missing for n in (0, size)])
 
 
 class Chunk(NamedTuple):
@@ -174,7 +176,9 @@ class Decay:
         self.rising = scaled[:, 1:].unsqueeze(2)
         # Row i of `inside` is C elements of `later`, from C - i on: scale λ^i .. scale λ^0, and zeros.
         self.later = torch.cat([scaled.flip(1), scaled.new_zeros(self.num_heads, CHUNK_SIZE - 1)], dim=1)
-        self.inside = torch.stack([self.later[:, CHUNK_SIZE - i : 2 * CHUNK_SIZE - i] for i in range(CHUNK_SIZE)], dim=1)
+        self.inside = torch.stack(
+            [self.later[:, CHUNK_SIZE - i : 2 * CHUNK_SIZE - i] for i in range(CHUNK_SIZE)], dim=1
+        )
         self._position = position[:-1]
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
