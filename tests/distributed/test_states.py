@@ -6,7 +6,7 @@ from oracle import Case, assert_accurate, attention, device_of, make_inputs, run
 
 from lightning_attention.distributed import states
 from lightning_attention.distributed.slices import local_slice
-from lightning_attention.ops.chunked import finite_log_decay
+from lightning_attention.ops.states import finite_log_decay
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 RUNS = [

@@ -23,8 +23,9 @@ from oracle import (
 
 from lightning_attention import lightning_attention
 from lightning_attention.ops import reference
-from lightning_attention.ops.chunked import CHUNK_SIZE, TOKENS_AT_ONCE, batch_rows_at_once
+from lightning_attention.ops.chunked import CHUNK_SIZE
 from lightning_attention.ops.problem import DTYPES
+from lightning_attention.ops.tiles import TOKENS_AT_ONCE, chunks_at_once
 
 C = CHUNK_SIZE
 # In float32 the reference, which adds tokens one by one, is less accurate than products of matrices.
@@ -198,11 +199,11 @@ def test_a_decay_of_zero_keeps_only_the_current_token(backend):
     assert error(reference.quadratic(q, k, v, forgets, 1.0), o.double()) < rounding
 
 
-@given(B=st.integers(0, 100), T=st.integers(0, C), H=st.integers(1, 64), device=st.sampled_from(["cpu", "cuda"]))
-def test_batch_rows_at_once_fit_the_batch_and_the_cache(B, T, H, device):
-    rows = batch_rows_at_once(B, T, H, device)
-    assert 1 <= rows <= max(B, 1)
-    assert rows == 1 or device != "cpu" or rows * T * H <= TOKENS_AT_ONCE
+@given(num_chunks=st.integers(0, 100), H=st.integers(1, 100), device=st.sampled_from(["cpu", "cuda"]))
+def test_chunks_at_once_fit_the_call_and_the_cache(num_chunks, H, device):
+    at_once = chunks_at_once(num_chunks, H, device)
+    assert 1 <= at_once <= max(num_chunks, 1)
+    assert at_once == 1 or device != "cpu" or at_once * C * H <= TOKENS_AT_ONCE
 
 
 def test_quadratic_equals_the_recurrence():
@@ -228,9 +229,10 @@ def test_gradients_pass_gradcheck(backend, case):
     assert_gradients_pass_gradcheck(backend, case)
 
 
-@pytest.mark.parametrize("case", [Case(B=1, T=10, H=2, K=2, V=3), Case(lengths=(9, 1, 0, 5), H=2, K=2, V=3)], ids=str)
-def test_gradients_across_chunks_pass_gradcheck(monkeypatch, case):
-    monkeypatch.setattr("lightning_attention.ops.chunked.CHUNK_SIZE", 4)
+@pytest.mark.parametrize(
+    "case", [Case(B=1, T=C + 3, H=1, K=2, V=2), Case(lengths=(C + 2, 0, 3), H=1, K=1, V=2)], ids=str
+)
+def test_gradients_across_chunks_pass_gradcheck(case):
     assert_gradients_pass_gradcheck("chunked", case)
 
 

@@ -14,12 +14,12 @@ from lightning_attention.ops.triton import config
 C = CHUNK_SIZE
 H, COLUMN = 1, 3  # head and column of the NaN or infinity
 CASES = {
-    "inside a chunk": (Case(T=2 * C), (1, C + 40), slice(C, None)),
-    "in a ragged end": (Case(T=2 * C + 50), (1, 2 * C + 20), slice(2 * C, None)),
+    "inside a chunk": (Case(T=2 * C), (1, C + 20), slice(C, None)),
+    "in a ragged end": (Case(T=2 * C + 25), (1, 2 * C + 10), slice(2 * C, None)),
     "without a state": (Case(T=2 * C, state=False), (1, 9), slice(0, None)),
-    "packed": (Case(lengths=(C + 7, 2 * C + 30, 5)), (0, (C + 7) + C + 40), slice(2 * C, 3 * C)),
-    "packed, ragged": (Case(lengths=(C + 7, 2 * C + 30, 5)), (0, C + 3), slice(C, C + 7)),
-    "packed, several in a chunk": (Case(lengths=(7, 0, 20, 1, 9, C)), (0, 18), slice(7, 27)),
+    "packed": (Case(lengths=(C + 7, 2 * C + 15, 5)), (0, (C + 7) + C + 20), slice(2 * C + 7, 3 * C + 7)),
+    "packed, ragged": (Case(lengths=(C + 7, 2 * C + 15, 5)), (0, C + 3), slice(C, C + 7)),
+    "packed, short": (Case(lengths=(7, 0, 20, 1, 9, C)), (0, 18), slice(7, 27)),
     "packed, without states": (Case(lengths=(3, C - 10, 2, 20), state=False), (0, C - 6), slice(C - 7, C - 5)),
 }
 values = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_attention.distributed.states import read_state_, write_state
 from lightning_attention.ops import states
-from lightning_attention.ops.chunked import finite_log_decay
 from lightning_attention.ops.gpu.segments import Segments, ceil_div
+from lightning_attention.ops.states import finite_log_decay
 from lightning_attention.ops.triton import config
 
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

@@ -11,8 +11,10 @@ from torch import Tensor
 from .prefill import prefill as prefill_by
 from .prefill import prefill_copies
 from .problem import (
+    AppendInputs,
     AttentionInputs,
     DecodingInputs,
+    FoldInputs,
     GradientInputs,
     PrefillInputs,
     Problem,
@@ -23,8 +25,11 @@ from .states import read_state_, write_state
 from .values import sequence_bounds
 
 __all__ = [
+    "append",
     "backward",
+    "chunk_size",
     "commit",
+    "fold",
     "forward",
     "is_slow",
     "prefill",
@@ -131,6 +136,50 @@ def step(x: DecodingInputs[Tensor], scale: float) -> list[Tensor]:
             if slot >= 0:
                 x.state[slot] = state[0]
     return [o]
+
+
+def chunk_size(problem: Problem) -> int:
+    """Any size would do: the recurrence has no chunks."""
+    return 32
+
+
+def append(x: AppendInputs[Tensor], scale: float, update: bool) -> list[Tensor]:
+    o = torch.zeros_like(x.v, memory_format=torch.contiguous_format)
+    sequences = _sequences(x.q, x.cu_seqlens)
+    slots = range(len(sequences)) if x.state_indices is None else x.state_indices.tolist()
+    for n, (at, slot) in enumerate(zip(sequences, slots, strict=True)):
+        if slot < 0:
+            continue
+        of, is_new = slice(slot, slot + 1), x.has_initial_state is not None and not x.has_initial_state[n]
+        count = 0 if is_new else int(x.count[slot, 0])
+        length = x.q[at].shape[1] if x.lengths is None else int(x.lengths[n])
+        boundary = torch.zeros_like(x.state[of]) if is_new else x.state[of].clone()
+        keys, values = (y[of, :, :count].transpose(1, 2).clone() for y in (x.keys, x.values))
+        state = recurrence(keys, keys, values, x.log_decay, 1.0, boundary.to(state_dtype(x.q.dtype)))[1]
+        for t in range(length):
+            q, k, v = (y[at][:, t : t + 1] for y in (x.q, x.k, x.v))
+            o[at][:, t : t + 1], state = recurrence(q, k, v, x.log_decay, scale, state)
+            keys, values = torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1)
+            if keys.shape[1] == x.keys.shape[2]:
+                boundary = state.to(boundary.dtype)
+                state, keys, values = boundary.to(state.dtype), keys[:, :0], values[:, :0]
+        if update:
+            x.state[of], x.count[of] = boundary, keys.shape[1]
+            for ring, tokens in ((x.keys, keys), (x.values, values)):
+                ring[of] = 0
+                ring[of, :, : tokens.shape[1]] = tokens.transpose(1, 2)
+    return [o]
+
+
+def fold(x: FoldInputs[Tensor]) -> list[Tensor]:
+    slots = range(len(x.state)) if x.state_indices is None else x.state_indices.tolist()
+    for slot in slots:
+        if slot >= 0:
+            of, count = slice(slot, slot + 1), int(x.count[slot, 0])
+            keys, values = (y[of, :, :count].transpose(1, 2) for y in (x.keys, x.values))
+            state = x.state[of].to(state_dtype(keys.dtype))
+            x.state[of], x.count[of] = recurrence(keys, keys, values, x.log_decay, 1.0, state)[1], 0
+    return []
 
 
 def verify(x: DecodingInputs[Tensor], scale: float) -> list[Tensor]:
