@@ -115,7 +115,7 @@ class _InPyTorch:
         self._module = module
         self.supports_cuda_graphs = module.supports_cuda_graphs
         self.unsupported_reasons, self.is_slow = module.unsupported_reasons, module.is_slow
-        self.chunk_size = getattr(module, "chunk_size", lambda p: 32)  # TEMPORARY
+        self.chunk_size = module.chunk_size
 
     def forward(
         self, x: AttentionInputs[Metadata], scale: float, output_final_state: bool, invariant: bool = False
