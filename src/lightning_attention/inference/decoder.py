@@ -65,7 +65,7 @@ class Decoder:
         """Advance without a graph, from tokens, positions and slots `[3, B]`, int64 on the device."""
         tokens, positions, slots = inputs
         x = self.model.model.advance(tokens[:, None], positions[:, None], self.pool.states, Slots(slots))
-        return self.model.lm_head(x)
+        return self.model.compute_logits(x)
 
     def _supports_cuda_graphs(self, states: Tensor | DecodingState) -> bool:
         if isinstance(states, DecodingState):

@@ -337,7 +337,7 @@ class Engine:
             in_flight[:] = requests = [chunks[i].request for i in ended]
             if requests:
                 with torch.no_grad():
-                    logits = self.model.lm_head(hidden_states[self._tensor(ended)])
+                    logits = self.model.compute_logits(hidden_states[self._tensor(ended)])
                 self._choose(logits, requests, in_flight)
 
     def _prompt_chunks(self, left: int) -> list[PromptChunk]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn import TokenMixer
 from ..nn.gates import is_plain_linear
 
 # Tokens of the products that the arrangement is chosen for. Measured on a core of an AMD EPYC, 45M in float32: a step
@@ -20,6 +21,8 @@ DTYPES = torch.float32, torch.bfloat16
 
 def reason_against(model: nn.Module) -> str | None:
     """The reason why the weights of a model cannot be packed; None if they can."""
+    if any(isinstance(module, TokenMixer) and module.invariant for module in model.modules()):
+        return "it is invariant, and packed products have bits that depend on the number of sequences"
     weights = [linear.weight for linear in _linears(model)]
     if any(weight.device.type != "cpu" or weight.dtype not in DTYPES for weight in weights):
         return "weights are packed on a CPU, in float32 or bfloat16"

@@ -35,6 +35,7 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
 
     Raises:
         TypeError: the model has no decoder layer of this library.
+        ValueError: the model is invariant and on a CPU, where a compiled layer has other bits for other shapes.
 
     Example:
         >>> from lightning_attention.models import LightningConfig, LightningForCausalLM, compile_layers
@@ -44,6 +45,8 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
     layers = [module for module in model.modules() if isinstance(module, LightningDecoderLayer)]
     if not layers:
         raise TypeError(f"compile_layers takes a model with lightning attention layers, got {type(model).__name__}")
+    if any(layer.attention.invariant and layer.attention.qkvu_proj.weight.is_cpu for layer in layers):
+        raise ValueError("an invariant model cannot be compiled on a CPU: kernels depend on shapes")
     _configure_compiler()
     for layer in layers:
         # Packed sequences of softmax attention are grouped by the host where there is no kernel.

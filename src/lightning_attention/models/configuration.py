@@ -13,7 +13,7 @@ from ..nn import SimpleGLU, TokenMixer, make_norm
 from ..nn.activations import ACTIVATIONS
 from ..nn.glu import GLU_ACTIVATIONS
 from ..nn.norms import NORMS
-from ..nn.sizes import check_choice
+from ..nn.sizes import check_bool, check_choice
 from ..ops.decay import LAYERLESS_PRESETS, PRESETS, log_decay
 from ..paths import PathLike, to_path
 from .mixers import (
@@ -26,6 +26,7 @@ from .mixers import (
     SOFTMAX,
     SOFTMAX_POSITIONS,
     LinearAttention,
+    check_is_invariant,
     layer_types,
     make_softmax,
 )
@@ -112,6 +113,7 @@ class LightningConfig(PreTrainedConfig):
             positions and cosFormer need it: it is their longest context. Other models have no limit and do not read it.
         num_features: features of a head for "rfa" and "performer"; None is their default for the head size.
         feature_seed: seed of their random features; every layer has its own.
+        invariant: whether logits of a token have the same bits whatever else is in the batch, see `docs/model.md`.
         bos_token_id, eos_token_id, pad_token_id: special tokens in `[0, vocab_size)`, or None.
 
     Raises:
@@ -156,6 +158,7 @@ class LightningConfig(PreTrainedConfig):
     max_position_embeddings: int | None = None
     num_features: int | None = None
     feature_seed: int = 0
+    invariant: bool = False
 
     def __post_init__(self, **kwargs: Any):
         if unknown := sorted(set(kwargs) - TRANSFORMERS_OPTIONS):
@@ -166,20 +169,16 @@ class LightningConfig(PreTrainedConfig):
             check_int("max_position_embeddings", self.max_position_embeddings, at_least=1)
         for name in ("norm_eps", "initializer_range"):
             check_not_negative(name, getattr(self, name))
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_attention_heads = {self.num_attention_heads}, "
-                f"got {self.hidden_size}"
-            )
+        if self.hidden_size % (heads := self.num_attention_heads):
+            raise ValueError(f"hidden_size must be a multiple of num_attention_heads = {heads}, got {self.hidden_size}")
         check_choice("block", self.block, BLOCKS)
         for name, value in BLOCKS[self.block].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         for name, known in (("norm", NORMS), ("qk_activation", ACTIVATIONS), ("glu_activation", GLU_ACTIVATIONS)):
             check_choice(name, getattr(self, name), known)
-        for name in ("output_gate", "tie_word_embeddings", "use_cache"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {value!r}")
+        for name in ("output_gate", "tie_word_embeddings", "use_cache", "invariant"):
+            check_bool(name, getattr(self, name))
         for name, dtype in (("dtype", self.dtype), ("torch_dtype", kwargs.get("torch_dtype"))):
             if isinstance(dtype, str):
                 if not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -188,6 +187,8 @@ class LightningConfig(PreTrainedConfig):
                 raise TypeError(f"{name} must be a dtype of torch or its name, got {dtype!r}")
         self._check_layer_types()
         self._check_attention()
+        if self.invariant:
+            check_is_invariant(self)
         self.rope_parameters = rope = self.checked_rope()
         if self.decay_preset not in PRESETS:
             raise ValueError(f"decay_preset must be one of {', '.join(PRESETS)}, got {self.decay_preset!r}")
@@ -242,10 +243,9 @@ class LightningConfig(PreTrainedConfig):
         check_int("num_key_value_heads", self.num_key_value_heads, at_least=1)
         if not self.has_softmax and self.num_key_value_heads != self.num_attention_heads:
             raise ValueError(f"num_key_value_heads goes with layers of {FULL} or {SLIDING}")
-        if self.num_attention_heads % self.num_key_value_heads:
+        if (heads := self.num_attention_heads) % self.num_key_value_heads:
             raise ValueError(
-                f"num_key_value_heads must divide num_attention_heads = {self.num_attention_heads}, "
-                f"got {self.num_key_value_heads}"
+                f"num_key_value_heads must divide num_attention_heads = {heads}, got {self.num_key_value_heads}"
             )
 
     def checked_rope(self) -> dict[str, Any] | None:
@@ -445,4 +445,5 @@ class LightningConfig(PreTrainedConfig):
         mixer = ATTENTIONS[self.linear_attention].make(self, layer_idx) if is_linear else make_softmax(self, layer_idx)
         if mixer.gate != self.output_gate:
             raise ValueError(f"output_gate is {self.output_gate}, which {type(mixer).__name__} was not made with")
+        mixer.invariant = self.invariant
         return mixer

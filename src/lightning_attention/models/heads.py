@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ..nn import linear_cross_entropy
 from ..nn.gates import is_plain_linear
+from ..nn.invariant import invariant_functions
 from .base import LightningPreTrainedModel
 from .cache import CACHE, CacheName, LightningCache, resolve_cache
 from .configuration import LightningConfig
@@ -133,12 +135,14 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
             labels = _without_padding(labels, attention_mask, for_loss)
         hidden_states = _select_tokens(outputs.last_hidden_state, logits_to_keep)
         in_chunks = has_labels and self._has_loss_in_chunks()
-        logits = None if skip_logits and in_chunks else self.lm_head(hidden_states)
+        logits = None if skip_logits and in_chunks else self.compute_logits(hidden_states)
         loss = None
         if has_labels:
             given = _loss_arguments(labels, **for_loss)
             if in_chunks:
                 loss = _loss_in_chunks(hidden_states, self.lm_head.weight, labels, **given)
+            elif self.config.invariant and self.loss_function is ForCausalLMLoss:
+                loss = _loss_of_logits(cast(Tensor, logits), labels, **given)
             else:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **given)
         returned: dict[str, Any] = {CACHE: outputs.cache}
@@ -149,6 +153,11 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
             states=outputs.states,
             **returned,
         )
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """Logits `[..., vocab_size]` of normalised hidden states `[..., W]`, as `forward` computes them."""
+        with invariant_functions(hidden_states, self.config.invariant):
+            return self.lm_head(hidden_states)
 
     def _check_labels(
         self, has_labels: bool, for_loss: dict[str, Any], logits_to_keep: int | Tensor, skip_logits: bool
@@ -163,8 +172,11 @@ class LightningForCausalLM(LightningPreTrainedModel, GenerationMixin):
             raise ValueError("with sequence parallelism give shift_labels: the next rank holds the last token's label")
 
     def _has_loss_in_chunks(self) -> bool:
-        """True if the loss is the cross-entropy of a plain linear layer, which then need not be called."""
-        return is_plain_linear(self.lm_head) and self.loss_function is ForCausalLMLoss
+        """True if the loss is the cross-entropy of a plain linear layer, which then need not be called.
+
+        The length of its chunks depends on the number of tokens, as do then the bits of their products.
+        """
+        return not self.config.invariant and is_plain_linear(self.lm_head) and self.loss_function is ForCausalLMLoss
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as transformers does; `cache` or `past_key_values` continues an earlier call.
@@ -263,7 +275,8 @@ class LightningForSequenceClassification(GenericForSequenceClassification, Light
         last = torch.where(is_token, columns, -1).amax(dim=1)
         if not torch.compiler.is_compiling() and bool((last < 0).any()):
             raise ValueError("every text must have a token that is not padding")
-        logits = self.score(hidden_states[torch.arange(len(last), device=last.device), last])
+        with invariant_functions(hidden_states, self.config.invariant):
+            logits = self.score(hidden_states[torch.arange(len(last), device=last.device), last])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
@@ -289,11 +302,21 @@ class LightningForTokenClassification(GenericForTokenClassification, LightningPr
 
     accepts_loss_kwargs = False
 
+    @wraps(GenericForTokenClassification.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with invariant_functions(self.score.weight, self.config.invariant):
+            return super().forward(*args, **kwargs)
+
 
 class LightningForQuestionAnswering(GenericForQuestionAnswering, LightningPreTrainedModel):
     """Extractive question answering: logits `[B, T]` of the first and of the last token of the answer."""
 
     accepts_loss_kwargs = False
+
+    @wraps(GenericForQuestionAnswering.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with invariant_functions(self.qa_outputs.weight, self.config.invariant):
+            return super().forward(*args, **kwargs)
 
 
 def _without_padding(labels: Tensor | None, mask: Tensor, for_loss: dict[str, Any]) -> Tensor | None:
@@ -337,10 +360,29 @@ def _loss_in_chunks(
     ignore_index: int,
 ) -> Tensor:
     """`ForCausalLMLoss` of the logits of a linear layer, without all logits."""
+    x, expected = hidden_states.flatten(0, -2), _expected(labels, shift_labels, ignore_index, hidden_states.device)
+    return linear_cross_entropy(x, weight, expected, ignore_index=ignore_index, reduction="sum") / num_items_in_batch
+
+
+def _loss_of_logits(
+    logits: Tensor,
+    labels: Tensor | None,
+    *,
+    num_items_in_batch: int | Tensor,
+    shift_labels: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    """`ForCausalLMLoss` of logits, in float64 if they are."""
+    x = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+    expected = _expected(labels, shift_labels, ignore_index, logits.device)
+    return F.cross_entropy(x, expected, ignore_index=ignore_index, reduction="sum") / num_items_in_batch
+
+
+def _expected(labels: Tensor | None, shift_labels: Tensor | None, ignore_index: int, device: torch.device) -> Tensor:
+    """`[B T]`, the token that each token predicts."""
     if shift_labels is None:
         shift_labels = F.pad(cast(Tensor, labels), (0, 1), value=ignore_index)[..., 1:]
-    x, expected = hidden_states.flatten(0, -2), shift_labels.flatten().to(hidden_states.device)
-    return linear_cross_entropy(x, weight, expected, ignore_index=ignore_index, reduction="sum") / num_items_in_batch
+    return shift_labels.flatten().to(device)
 
 
 def _select_tokens(hidden_states: Tensor, logits_to_keep: int | Tensor) -> Tensor:

@@ -31,6 +31,8 @@ DECAY_POSITIONS = ("mix", "lrpe-d", "decay")
 SOFTMAX_POSITIONS = ("rope", *COMMON_POSITIONS)
 LINEAR, FULL, SLIDING = LAYER_TYPES = ("linear_attention", "full_attention", "sliding_attention")
 PATTERN = r"(\d{1,6}):(\d{1,6})"
+# From this width on PyTorch shares the sum of one row among threads, on a CPU, but not the sums of several rows.
+NORM_LIMIT = 32768
 SOFTMAX = "softmax"  # name of full attention beside those of the linear ones
 
 
@@ -45,6 +47,8 @@ class LinearAttention:
         has_random_features: whether it reads `num_features` and `feature_seed`.
         has_decay: whether it reads decays and `qk_activation`.
         is_linear: whether it is computed from states, which training segments and ranks pass on.
+        is_invariant: whether it computes a token with the same bits whatever else is in the batch, in the context of
+            `nn.invariant.invariant_functions`; `LightningConfig.invariant` needs it.
     """
 
     make: MakeMixer
@@ -53,6 +57,7 @@ class LinearAttention:
     has_random_features: bool = False
     has_decay: bool = False
     is_linear: bool = True
+    is_invariant: bool = False
 
 
 def register_attention(name: str, attention: LinearAttention) -> None:
@@ -95,6 +100,22 @@ def check_is_linear(config: "LightningConfig", purpose: str) -> None:
     if not ATTENTIONS[config.linear_attention].is_linear:
         name = config.linear_attention
         raise ValueError(f"{purpose} pass on states, which {name} attention does not compute: train it without")
+
+
+def check_is_invariant(config: "LightningConfig") -> None:
+    """Check that a model computes a token with the same bits whatever else is in the batch.
+
+    Raises:
+        ValueError: a layer does not.
+    """
+    for i, kind in enumerate(config.layer_types or ()):
+        if kind != LINEAR:
+            raise ValueError(f"invariant must be False: layer {i} has {kind}, whose bits depend on the batch")
+    if not ATTENTIONS[config.linear_attention].is_invariant:
+        names = ", ".join(name for name, attention in ATTENTIONS.items() if attention.is_invariant)
+        raise ValueError(f"invariant goes with {names} attention, not with {config.linear_attention}")
+    if config.hidden_size >= NORM_LIMIT:
+        raise ValueError(f"invariant needs a hidden_size below {NORM_LIMIT}, got {config.hidden_size}")
 
 
 def layer_types(pattern: str, num_layers: int) -> list[str]:
@@ -188,19 +209,23 @@ def _rfa(config: "LightningConfig", seed: int) -> FeatureMap:
 
 
 ATTENTIONS = {
-    "lightning": LinearAttention(_lightning(GatedLightningAttention), DECAY_POSITIONS, has_decay=True),
+    "lightning": LinearAttention(
+        _lightning(GatedLightningAttention), DECAY_POSITIONS, has_decay=True, is_invariant=True
+    ),
     "lightning-1": LinearAttention(
         _lightning(QuadraticLightningAttention), DECAY_POSITIONS, has_decay=True, is_linear=False
     ),
-    "elu": LinearAttention(_normalized(lambda config, _: EluFeatures(_head_dim(config)))),
+    "elu": LinearAttention(_normalized(lambda config, _: EluFeatures(_head_dim(config))), is_invariant=True),
     "cosformer": LinearAttention(
         _normalized(lambda config, _: CosFormerFeatures(_head_dim(config), config.max_position_embeddings or 0)),
         ("none",),
         has_limit=True,
+        is_invariant=True,
     ),
     "rfa": LinearAttention(_normalized(_rfa), has_random_features=True),
     "performer": LinearAttention(
         _normalized(lambda config, seed: PositiveRandomFeatures(_head_dim(config), config.num_features, seed=seed)),
         has_random_features=True,
+        is_invariant=True,
     ),
 }

@@ -20,6 +20,7 @@ from ..distributed.agreement import Agreement
 from ..distributed.parallel import SequenceParallel
 from ..nn import KeyValues, LearnedPositions, Slots, SoftmaxAttention, TokenMixer
 from ..nn.float32 import Float32Module
+from ..nn.invariant import invariant_functions
 from ..ops.custom_ops import autocast
 from ..ops.decoding_state import DecodingState
 from ..ops.problem import state_dtype
@@ -65,9 +66,10 @@ class LightningDecoderLayer(GradientCheckpointingLayer):
         state: Tensor | KeyValues | DecodingState | None,
         slots: Slots | None = None,
     ) -> tuple[Tensor, Tensor | KeyValues | DecodingState | None]:
-        y, state = self.attention(self.attention_norm(x), positions, cu_seqlens, state, slots)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), state
+        with invariant_functions(x, self.attention.invariant):
+            y, state = self.attention(self.attention_norm(x), positions, cu_seqlens, state, slots)
+            x = x + y
+            return x + self.mlp(self.mlp_norm(x)), state
 
 
 class LightningModel(LightningPreTrainedModel):

@@ -127,7 +127,9 @@ class RandomFeatures(FeatureMap, Float32Module):
     def _projected(self, x: Tensor, directions: Tensor) -> Tensor:
         """Products of x, float32 or float64, with directions `[..., R, D]`, without autocast."""
         with without_autocast(x):
-            return torch.einsum("bthd,hrd->bthr" if directions.dim() == 3 else "bthd,rd->bthr", x, directions)
+            if directions.dim() == 2:
+                return nn.functional.linear(x, directions)
+            return torch.einsum("bthd,hrd->bthr", x, directions)
 
     def extra_repr(self) -> str:
         return f"num_features={self.num_features}, seed={self.seed}"

@@ -12,6 +12,7 @@ from ..ops.decoding_api import lightning_attention_step
 from ..ops.decoding_state import DecodingState
 from ..ops.problem import check_tensors
 from .gates import gated_norm_linear
+from .invariant import invariant_functions
 from .norms import make_norm
 from .sizes import check_bool, check_size
 from .values import has_values
@@ -68,6 +69,10 @@ class TokenMixer(nn.Module):
         gate: whether the normalised output is multiplied by u.
         num_key_value_heads: heads of k and v, which divide `num_heads`; by default `num_heads`.
 
+    Attributes:
+        invariant: whether results of a token have the same bits whatever else is in the batch, see `docs/model.md`;
+            False at first.
+
     Raises:
         ValueError: `hidden_size` is not a multiple of `num_heads`; a size is less than 1; eps is negative; or the norm
             is unknown.
@@ -115,6 +120,7 @@ class TokenMixer(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.norm = nn.Identity() if norm is None else make_norm(norm, hidden_size, eps)
         self.sequence_parallel: SequenceParallel | None = None
+        self.invariant = False
 
     @property
     def log_decay(self) -> Tensor | None:
@@ -150,8 +156,19 @@ class TokenMixer(nn.Module):
 
         Raises:
             ValueError: slots are given without `state`, under sequence parallelism, or where gradients are needed; do
-                not fit the sequences; or are out of range on a CPU.
+                not fit the sequences; or are out of range on a CPU. An invariant mixer cannot compute on these inputs.
         """
+        with invariant_functions(x, self.invariant):
+            return self._mix(x, positions, cu_seqlens, state, slots)
+
+    def _mix(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | None,
+        state: Tensor | DecodingState | None,
+        slots: Slots | None,
+    ) -> tuple[Tensor, Tensor | DecodingState | None]:
         q, k, v, u = self.project(x, positions)
         if slots is not None:
             self._check_slots(slots, q, k, v, cu_seqlens, state)
