@@ -142,7 +142,8 @@ def test_saved(tmp_path):
     make_model(torch.float32).save_pretrained(tmp_path / "a")
     model = LightningForCausalLM.from_pretrained(tmp_path / "a", invariant=True)
     mixers = [module for module in model.modules() if isinstance(module, TokenMixer)]
-    assert mixers and all(mixer.invariant for mixer in mixers)
+    assert mixers
+    assert all(mixer.invariant for mixer in mixers)
     model.save_pretrained(tmp_path / "b")
     assert LightningConfig.from_pretrained(tmp_path / "b").invariant
     assert not LightningConfig.from_pretrained(tmp_path / "a").invariant

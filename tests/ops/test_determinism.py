@@ -104,11 +104,7 @@ SETTINGS = [
             (FLOAT32, 128, 96),
         )
     ),
-    *(
-        pytest.param(Setting("hopper", BFLOAT16, K, V), marks=pytest.mark.gpu)
-        for K in (64, 128)
-        for V in (64, 128)
-    ),
+    *(pytest.param(Setting("hopper", BFLOAT16, K, V), marks=pytest.mark.gpu) for K in (64, 128) for V in (64, 128)),
 ]
 every_setting = pytest.mark.parametrize("setting", SETTINGS, ids=str)
 EXAMPLES = 2 if INTERPRETED else 6

@@ -13,8 +13,8 @@ from ..ops.decoding_state import DecodingState, chunk_size
 from .checks import whole_number
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-ALIGNMENT = 256  # bytes; tensors start at a multiple in a slot, for aligned loads in kernels
-TAG = 16  # bytes at the start of a slot that say which dtypes follow
+ALIGNMENT = 64  # numbers; tensors start at a multiple in a slot, for aligned loads in kernels
+TAG = 16  # bytes at the start of a snapshot that say which dtypes follow
 
 
 class PoolExhaustedError(RuntimeError):
@@ -68,23 +68,15 @@ class StatePool:
             raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
         shapes = [config.layer_state_shape(i) for i in range(config.num_hidden_layers)]
         parts = [_parts(shape, dtype, ring_dtype, torch.empty(0, device=device).device) for shape in shapes]
-        sizes = [prod(shape) * dtype.itemsize for layer in parts for shape, dtype in layer]
-        starts = [ALIGNMENT]
-        for size in sizes:
-            starts.append(starts[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
+        sizes = [-(-prod(shape) // ALIGNMENT) * ALIGNMENT * dtype.itemsize for layer in parts for shape, dtype in layer]
         self._contents = f"states of {dtype}" + ("" if ring_dtype is None else f" and rings of {ring_dtype}")
-        tag = blake2b(self._contents.encode(), digest_size=TAG).digest()
+        self._tag = torch.tensor(list(blake2b(self._contents.encode(), digest_size=TAG).digest()), dtype=torch.uint8)
         self.states: list[Tensor | DecodingState] = []
         with torch.inference_mode(False):  # inference tensors could not be written outside of inference mode
-            self._memory = torch.zeros(num_slots, starts[-1], dtype=torch.uint8, device=device)
-            self._tag = torch.tensor(list(tag), dtype=torch.uint8)
-            self._memory[:, :TAG] = self._tag.to(self._memory.device)
-            places = zip(starts, sizes, strict=False)
+            self._memory = torch.zeros(num_slots, sum(sizes), dtype=torch.uint8, device=device)
+            memory = iter(self._memory.split(sizes, dim=1))
             for layer in parts:
-                views = [
-                    self._memory[:, start : start + size].view(dtype).unflatten(1, shape)
-                    for (shape, dtype), (start, size) in zip(layer, places, strict=False)
-                ]
+                views = [next(memory).view(dtype)[:, : prod(shape)].unflatten(1, shape) for shape, dtype in layer]
                 self.states.append(DecodingState(*views) if len(views) > 1 else views[0])
         self._free = deque(range(num_slots))
         self._is_used = [False] * num_slots
@@ -125,7 +117,7 @@ class StatePool:
         """Set slots to the state before the first token."""
         self._check(*slots)
         if slots:
-            self._memory[torch.tensor(slots, device=self._memory.device), TAG:] = 0
+            self._memory[torch.tensor(slots, device=self._memory.device)] = 0
 
     def copy(self, source: int, target: int) -> None:
         self._check(source, target)
@@ -134,7 +126,7 @@ class StatePool:
     def snapshot(self, slot: int) -> Tensor:
         """Copy the states of a slot to the host, as a vector of bytes."""
         self._check(slot)
-        return self._memory[slot].to("cpu", copy=True)
+        return torch.cat([self._tag, self._memory[slot].cpu()])
 
     def restore(self, slot: int, snapshot: Tensor) -> None:
         """Write a snapshot of this pool, or of another pool of the same model and dtypes, into a slot.
@@ -143,12 +135,13 @@ class StatePool:
             ValueError: the snapshot does not fit this pool.
         """
         self._check(slot)
-        expected = f"a snapshot of this pool is {self._memory.shape[1]} bytes, {self._contents}"
-        if snapshot.shape != self._memory.shape[1:] or snapshot.dtype != torch.uint8:
+        size = TAG + self._memory.shape[1]
+        expected = f"a snapshot of this pool is {size} bytes, {self._contents}"
+        if snapshot.shape != (size,) or snapshot.dtype != torch.uint8:
             raise ValueError(f"{expected}, got {tuple(snapshot.shape)} of {snapshot.dtype}")
         if not torch.equal(snapshot[:TAG].cpu(), self._tag):
             raise ValueError(f"{expected}, got those of a pool with other dtypes")
-        self._memory[slot] = snapshot.to(self._memory.device)
+        self._memory[slot] = snapshot[TAG:].to(self._memory.device)
 
     def _check(self, *slots: int) -> None:
         for slot in slots:

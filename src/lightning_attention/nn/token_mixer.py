@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops.api import lightning_attention, lightning_attention_prefill_
 from ..ops.autograd import need_gradients
-from ..ops.decoding_api import lightning_attention_step
+from ..ops.decoding_api import attend_with_gradients, lightning_attention_step
 from ..ops.decoding_state import DecodingState
 from ..ops.problem import check_tensors
 from .gates import gated_norm_linear
@@ -148,7 +148,7 @@ class TokenMixer(nn.Module):
             cu_seqlens: `[N + 1]` bounds of sequences packed into one batch row, see `lightning_attention`. With
                 `sequence_parallel`, bounds in the tokens of all ranks, while x is this rank's slice.
             state: `[N, H, K, V]` float32, before the tokens. A single token without gradients updates it in place. Or
-                a `DecodingState`, which is always updated in place, without gradients.
+                a `DecodingState`, which is always updated in place; no gradients flow to it.
             slots: if `state` is a pool, the slots of the sequences, updated in place.
 
         Returns:
@@ -239,7 +239,10 @@ class TokenMixer(nn.Module):
         if self.sequence_parallel is not None:
             raise ValueError("a DecodingState goes with no sequence parallelism")
         if need_gradients(q, k, v):
-            raise ValueError("a DecodingState keeps no gradient: call the layer under torch.no_grad()")
+            o = attend_with_gradients(q, k, v, self.log_decay, state=state, cu_seqlens=cu_seqlens)
+            with torch.no_grad():
+                self._decode(q, k, v, cu_seqlens, state, slots)
+            return o
         if cu_seqlens is None and q.shape[1] == 1 and (slots is None or slots.saved is None):
             indices = None if slots is None else slots.of_sequences
             return lightning_attention_step(q, k, v, self.log_decay, state=state, state_indices=indices)

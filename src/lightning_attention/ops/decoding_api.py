@@ -1,10 +1,12 @@
 """The public functions of decoding: steps, and the drafts of speculative decoding."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from . import autograd, custom_ops
-from .api import refuse_gradients
+from .api import lightning_attention, refuse_gradients
 from .backends import CHECKS
 from .decoding_state import DecodingState
 from .paths import draft_paths, take
@@ -100,8 +102,9 @@ def lightning_attention_verify(
         o_i = scale (λ^d_i Sᵀ q_i + Σ_j λ^(d_i - d_j) (q_i k_j) v_j)
 
     No state is kept for a draft. `lightning_attention_commit` then accepts some of them. From a `DecodingState`, the
-    outputs of a draft have the bits of steps over its path; drafts of a tree are then computed path by path. A draft with NaN or inf may
-    reach the outputs of all drafts of its sequence, in every backend but "reference".
+    outputs of a draft have the bits of steps over its path; drafts of a tree are then computed path by path.
+
+    A draft with NaN or inf may reach the outputs of all drafts of its sequence, in every backend but "reference".
 
     Args:
         q: queries of the drafts `[B, T, H, K]`; dtypes as for `lightning_attention`.
@@ -189,6 +192,48 @@ def lightning_attention_commit(
         _commit(k, v, log_decay, state, last, parents, state_indices, backend)
         return
     custom_ops.commit(k, k, v, log_decay, state, state_indices, parents, last, backend)
+
+
+def attend_with_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    *,
+    state: DecodingState,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Output of tokens after those of decoding states, which are not changed, with gradients to q, k and v.
+
+    The tokens of the rings and the new ones are sequences that begin at a chunk boundary.
+    """
+    state.check()
+    B, T = q.shape[:2]
+    bounds = [row * T for row in range(B + 1)] if cu_seqlens is None else cu_seqlens.tolist()
+    counts = state.count[:, 0].tolist()
+    rings = (None, state.keys, state.values)
+    begun = [_after_rings(x.flatten(0, 1), ring, bounds, counts) for x, ring in zip((q, k, v), rings, strict=True)]
+    ends = torch.tensor([0, *counts]).cumsum(0) + torch.tensor(bounds)
+    o = lightning_attention(
+        *begun,
+        log_decay,
+        initial_state=state.state.clone(),
+        cu_seqlens=ends.to(q.device),
+        invariant=True,
+    ).output[0]
+    parts = [
+        o[end - (stop - start) : end] for end, (start, stop) in zip(ends[1:].tolist(), pairwise(bounds), strict=True)
+    ]
+    return torch.cat(parts).view(B, T, *o.shape[1:])
+
+
+def _after_rings(x: Tensor, ring: Tensor | None, bounds: list[int], counts: list[int]) -> Tensor:
+    """Tokens `[1, L, H, D]`: of each sequence those of its ring, or zeros for queries, and then its own of `x`."""
+    parts = []
+    for n, (count, (start, stop)) in enumerate(zip(counts, pairwise(bounds), strict=True)):
+        old = x.new_zeros(count, *x.shape[1:]) if ring is None else ring[n, :, :count].transpose(0, 1)
+        parts += [old, x[start:stop]]
+    return torch.cat(parts)[None]
 
 
 def _append(
