@@ -66,10 +66,9 @@ def make_tokens(B, T, H, K, V, dtype=FP32, slope: float | None = 0.5, state=True
 def make_pool(x: Tokens, num_slots: int, storage: torch.dtype | None = None) -> Pool:
     """Slots that an earlier sequence has left full of NaN."""
     H, K, V = *x.q.shape[2:], x.v.shape[3]
-    new = {"dtype": x.q.dtype}
     state = torch.full((num_slots, H, K, V), torch.nan, dtype=storage or state_dtype(x.q.dtype))
-    rings = (torch.full((num_slots, H, C, D), torch.nan, **new) for D in (K, V))
-    return Pool(state, *rings, torch.full((num_slots, H), C - 1, dtype=torch.int32))
+    keys, values = (torch.full((num_slots, H, C, D), torch.nan, dtype=x.q.dtype) for D in (K, V))
+    return Pool(state, keys, values, torch.full((num_slots, H), C - 1, dtype=torch.int32))
 
 
 def begin(x: Tokens, pool: Pool, slots: Tensor) -> Tensor | None:
@@ -81,7 +80,7 @@ def begin(x: Tokens, pool: Pool, slots: Tensor) -> Tensor | None:
 
 
 def append(
-    x: Tokens, pool: Pool, slots: Tensor | None, has_state=None, module=chunked, update=True, **options: Any
+    x: Tokens, pool: Pool, slots: Tensor | None, has_state=None, module: Any = chunked, update=True, **options: Any
 ) -> Tensor:
     inputs = AppendInputs(*x[:4], *pool, slots, has_state, **options)
     return module.append(inputs, x.scale, update)[0]
@@ -92,22 +91,21 @@ def cut(x: Tokens, *at) -> Tokens:
 
 
 sizes = st.sampled_from([(64, 64), (16, 8), (20, 33), (1, 3), (48, 96), (128, 128)])
-problems = st.fixed_dictionaries(
-    {
-        "B": st.integers(1, 5),
-        "T": st.sampled_from([1, C - 1, C, C + 1, 2 * C]) | st.integers(1, 4 * C),
-        "H": st.integers(1, 4),
-        "sizes": sizes,
-        "dtype": st.sampled_from([FP32, FP64, BF16]),
-        "slope": st.sampled_from([None, 0.5, 30.0]),
-        "state": st.booleans(),
-        "scale": st.sampled_from([1.0, 0.37]),
-    }
-).map(lambda d: make_tokens(K=d["sizes"][0], V=d["sizes"][1], **{k: d[k] for k in d if k != "sizes"}))
+problems = st.builds(
+    lambda sizes, **rest: make_tokens(K=sizes[0], V=sizes[1], **rest),
+    sizes,
+    B=st.integers(1, 5),
+    T=st.sampled_from([1, C - 1, C, C + 1, 2 * C]) | st.integers(1, 4 * C),
+    H=st.integers(1, 4),
+    dtype=st.sampled_from([FP32, FP64, BF16]),
+    slope=st.sampled_from([None, 0.5, 30.0]),
+    state=st.booleans(),
+    scale=st.sampled_from([1.0, 0.37]),
+)
 
 
 @pytest.mark.usefixtures("threads")
-@settings(max_examples=25, deadline=None, suppress_health_check=[])
+@settings(max_examples=25, deadline=None)
 @given(x=problems, data=st.data())
 def test_pieces_have_the_bits_of_one_forward_pass(x, data):
     B, T = x.q.shape[:2]
@@ -233,7 +231,7 @@ def test_follows_the_definition(pieces, storage):
         begin(x, pools[name], slots)
         parts = [append(cut(x, slice(None), slice(*at)), pools[name], slots, module=module) for at in pairwise(starts)]
         outputs[name] = torch.cat(parts, dim=1)
-    tolerance = {"rtol": 1e-4, "atol": 2e-4} if storage == FP32 else {"rtol": 0.02, "atol": 0.2}
+    tolerance: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-4} if storage == FP32 else {"rtol": 0.02, "atol": 0.2}
     torch.testing.assert_close(outputs["chunked"], outputs["reference"], **tolerance)
     for ours, exact in zip(pools["chunked"][1:], pools["reference"][1:], strict=True):
         assert torch.equal(ours[slots], exact[slots])
@@ -291,7 +289,7 @@ def test_several_sequences_may_read_one_slot(module):
 def test_a_new_sequence_without_tokens_starts_from_zero(module):
     x = make_tokens(2, 1, 2, 16, 16)
     pool = make_pool(x, 2)
-    options = {"lengths": torch.tensor([0, 1])}
+    options: dict[str, Any] = {"lengths": torch.tensor([0, 1])}
     append(x, pool, torch.tensor([0, 1]), torch.tensor([False, False]), module, **options)
     assert pool.count.tolist() == [[0, 0], [1, 1]]
     assert not pool.state.any()

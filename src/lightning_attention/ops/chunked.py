@@ -116,7 +116,6 @@ def backward(x: GradientInputs[Tensor], scale: float) -> list[Tensor]:
     carry = Carry(decay, d_final, None if d_initial_state is None else States(d_initial_state), reverse=True)
     for tile, S in zip(reversed(tiles.tiles), reversed(states), strict=True):
         q, k, v, do = (tile.load(y, tiles.dtype) for y in (x.q, x.k, x.v, x.do))
-        do = tile.without_padding(do)
         scores, d_scores = decay.scores(q, k), decay.scores(do, v)
         dq, dk, dv = torch.bmm(d_scores, k), torch.bmm(d_scores.mT, q), torch.bmm(scores.mT, do)
         if S is not None:

@@ -19,7 +19,7 @@ from .values import sequence_bounds
 # Rows of a tile of queries: products of other numbers of rows go to code with other bits.
 ROW_MULTIPLE = {torch.float32: 4, torch.float64: 8}
 
-# New tokens that are worth a tile of their own; from more on, whole chunks take as long.
+# New tokens that are a tile of their own, half a chunk at most; more are worked on as whole chunks.
 FEW = 16
 
 # Elements of states whose copies take as long as the calls for a run of slots.
