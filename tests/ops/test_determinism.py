@@ -343,6 +343,22 @@ def test_the_place_in_memory_does_not_matter(setting):
     assert_same(setting.attend(*views), expected)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64, BFLOAT16], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 4, 8, 16], ids="{}_threads".format)
+def test_threads_keep_the_promise(threads, dtype):
+    """With any heads; in float64 with as many as there are threads, or MKL divides sums among threads."""
+    setting = Setting("chunked", dtype, 128, 64, H=threads if dtype == FLOAT64 else 1)
+    qkv = setting.tokens(3, 70)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        expected = setting.attend(*qkv)
+        assert_same(setting.attend(*(x[1:2] for x in qkv)), expected[1:2])
+        assert_same(setting.read(setting.new_state(3), qkv, [0, 37, *range(38, 71)]), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
 @every_setting
 def test_a_scale_and_no_decay_keep_the_promise(setting):
     qkv, state = setting.tokens(2, 80), setting.new_state(2).zero_()
