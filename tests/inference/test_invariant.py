@@ -24,7 +24,7 @@ NEW_TOKENS = 40
 
 def prompts() -> list[list[int]]:
     """Prompts with a common prefix."""
-    return [tokens(max(LENGTHS)).tolist()[: length - 1] + [3 + length % 40] for length in LENGTHS]
+    return [[*tokens(max(LENGTHS)).tolist()[: length - 1], 3 + length % 40] for length in LENGTHS]
 
 
 def sample(model: LightningForCausalLM, **options: Any) -> list[tuple[list[int], list[float]]]:
