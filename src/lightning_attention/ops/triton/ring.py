@@ -207,6 +207,7 @@ def ring_kernel(
                 _store_rows(p_o, stride_ot, o_c, o_v, m_new, tl.trans(b_o).to(dtype), V)
                 if t + C <= end:
                     b_S = add_chunk(b_S, b_k, b_v, log_decay_h, C, o_c, False, PRECISION, SCALE_KEYS)
+                    b_S = b_S.to(state.dtype.element_ty).to(tl.float32)  # rounded once a chunk, however it is read
                 p_q += C * stride_qt
                 p_k += C * stride_kt
                 p_v += C * stride_vt
