@@ -79,6 +79,7 @@ class LightningModelTest(CausalLMModelTest, unittest.TestCase):
                     config.hidden_size // config.num_attention_heads,
                 )
             else:
+                assert isinstance(layer, LinearAttentionLayer)
                 state = layer.recurrent_states[0]
                 assert state is not None
                 assert state.shape == (batch_size, *config.layer_state_shape(i))

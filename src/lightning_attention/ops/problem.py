@@ -344,7 +344,9 @@ class Problem(NamedTuple):
         problem._check_state("state", x.state, like, stored=(torch.bfloat16,))
         num_slots, H = problem.num_states, problem.num_heads
         C = x.keys.shape[2] if x.keys.dim() == 4 else 0
-        parts = {"keys": (x.keys, (num_slots, H, C, problem.key_dim), problem.dtype)}
+        parts: dict[str, tuple[Any, tuple[int, ...], torch.dtype]] = {
+            "keys": (x.keys, (num_slots, H, C, problem.key_dim), problem.dtype)
+        }
         parts["values"] = x.values, (num_slots, H, C, problem.value_dim), problem.dtype
         parts["count"] = x.count, (num_slots, H), torch.int32
         for name, (part, shape, dtype) in parts.items():

@@ -167,7 +167,7 @@ def ring_kernel(
     if i_slot < 0:
         end = start
     for t in range(end, stop, C):  # tokens that are not read
-        p_o = o + t.to(tl.int64) * stride_ot
+        p_o = o + tl.cast(t, tl.int64) * stride_ot
         for i_v in range(NUM_TILES):
             o_v = i_v * BV + tl.arange(0, BV)
             _store_rows(p_o, stride_ot, o_c, o_v, (o_c < stop - t)[:, None], tl.zeros([C, BV], dtype), V)
