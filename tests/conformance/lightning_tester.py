@@ -4,6 +4,7 @@ import unittest
 from unittest.mock import patch
 
 import torch
+from transformers.cache_utils import LinearAttentionLayer
 from transformers.models.auto import modeling_auto
 
 from lightning_attention import models
