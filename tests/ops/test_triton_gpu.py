@@ -27,7 +27,8 @@ from lightning_attention import (
 from lightning_attention.distributed.states import read_state_, write_state
 from lightning_attention.ops.backends import BACKENDS as ALL_BACKENDS
 from lightning_attention.ops.calls import call as prepared
-from lightning_attention.ops.problem import AttentionInputs, GradientInputs, Problem
+from lightning_attention.ops.inputs import AttentionInputs, GradientInputs
+from lightning_attention.ops.problem import Problem
 from lightning_attention.ops.triton import config
 
 pytestmark = pytest.mark.gpu

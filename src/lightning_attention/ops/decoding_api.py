@@ -9,8 +9,9 @@ from . import autograd, custom_ops
 from .api import lightning_attention, refuse_gradients
 from .backends import CHECKS
 from .decoding_state import DecodingState
+from .inputs import DecodingInputs
 from .paths import draft_paths, take
-from .problem import DecodingInputs, check_backend, check_tensors, checked_scale
+from .problem import check_backend, check_tensors, checked_scale
 
 
 def lightning_attention_step(

@@ -12,7 +12,7 @@ import triton.language as tl
 from ..calls import Prepared
 from ..gpu.plan import Operand, Planner, planned, strides
 from ..gpu.primitives import decay_over, jit, load_log_decay, load_slot
-from ..problem import AppendInputs, FoldInputs, Metadata
+from ..inputs import AppendInputs, FoldInputs, Metadata
 from . import config
 from .launch import Scans
 from .parts import add_chunk, attend_chunk, float16_scales, load_state, scale_to_float16, store_state
