@@ -294,3 +294,41 @@ def result(file: str, run: str, implementation: str, **sizes: int) -> dict[str, 
     results = json.loads((ROOT / "benchmarks/results" / file).read_text())["runs"][run]["results"]
     wanted = {"implementation": implementation} | sizes
     return next(x for x in results if all(x.get(name) == value for name, value in wanted.items()))
+
+
+def named_tests(page: Path) -> set[tuple[str, str]]:
+    """Files and functions; `::name` is in the file that was named last."""
+    found, file = set(), ""
+    for path, function in re.findall(r"`(tests/[\w/]+\.py)?(?:::(\w+))?`", page.read_text(encoding="utf-8")):
+        file = path or file
+        if function:
+            found.add((file, function))
+    return found
+
+
+def functions_of(file: str) -> set[str]:
+    return set(re.findall(r"^def (test_\w+)\(", (ROOT / file).read_text(encoding="utf-8"), re.M))
+
+
+def test_every_promise_of_equal_bits_names_a_test() -> None:
+    page = ROOT / "docs/determinism.md"
+    named = named_tests(page)
+    assert {(file, function) for file, function in named if function not in functions_of(file)} == set()
+    for table in re.findall(r"^\| result \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", page.read_text(encoding="utf-8"), re.M):
+        for line in table.splitlines():
+            assert re.search(r"\| `::test_\w+` \|$", line), line
+    file = "tests/ops/test_determinism.py"
+    assert {function for function in functions_of(file) if (file, function) not in named} == set()
+
+
+def test_memory_of_decoding_states_is_true() -> None:
+    text = (ROOT / "docs/determinism.md").read_text(encoding="utf-8")
+    sizes, checked = ("", ""), 0
+    for head, state, *rest in re.findall(r"^\| (\d+ x \d+)? ?\| (\d+)? ?\| (\d+) \| (\d+) \| (\d+) \|$", text, re.M):
+        sizes = (head, state) if head else sizes
+        K, V = map(int, sizes[0].split(" x "))
+        C, *rings = map(int, rest)
+        assert int(sizes[1]) == 4 * K * V / 1024
+        assert rings == [C * (K + V) * bytes_of / 1024 for bytes_of in (4, 2)]
+        checked += 1
+    assert checked == 6

@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_model import save_checkpoint
 from training.runs import ON_CPU
 
 from lightning_attention.models.checkpoint import last_checkpoint
@@ -54,3 +56,20 @@ def test_a_long_sequence_is_trained_by_segments_and_shows_losses_by_position(tmp
     weights = (1, 1, 2, 4)
     mean = sum(weight * float(loss) for weight, (_, loss) in zip(weights, found, strict=True)) / 8
     assert abs(mean - held_out) < 0.1  # the first token of a segment is not predicted
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs MKL")
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["new model", "checkpoint"])
+def test_log_probabilities_are_equal_in_sampling_and_training(checkpoint, tmp_path, monkeypatch, capsys):
+    example = import_module("rl_logprobs")
+    monkeypatch.setattr(example, "DEVICE", "cpu")  # where there is a GPU, only attention is equal
+    monkeypatch.setattr(example, "DTYPE", torch.float32)
+    folder = save_checkpoint(tmp_path / "run") if checkpoint else None
+    shares = example.main(folder, requests=3, new_tokens=40)
+    assert shares == {"attention": 1, "log-probabilities": 1, "importance ratios and 1": 1}
+    printed = capsys.readouterr().out
+    usual, invariant = (re.findall(rf"^ {mode} .*?([\d.]+) %", printed, re.M) for mode in (False, True))
+    assert invariant == ["100.0"] * 3
+    assert len(usual) == 3
+    assert float(usual[0]) < 100
+    assert "all equal to the last bit" in printed

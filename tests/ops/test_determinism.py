@@ -305,6 +305,37 @@ def test_slots_with_padding_equal_states_in_order(setting):
 
 
 @every_setting
+@few
+@given(batch_size=st.integers(1, 5), length=st.integers(1, 150))
+def test_repeated_calls_are_equal(setting, batch_size, length):
+    """Without `invariant` too."""
+    qkv = [x.requires_grad_() for x in setting.tokens(batch_size, length)]
+    do = setting.tokens(batch_size, length, seed=1)[2]
+    for invariant in (True, False):
+        first, second = (setting.attend(*qkv, invariant=invariant) for _ in range(2))
+        assert_same(first, second)
+        gradients = (torch.autograd.grad(o, qkv, do) for o in (first, second))
+        for found, expected in zip(*gradients, strict=True):
+            assert_same(found, expected)
+
+
+@every_setting
+@few
+@given(num_chunks=st.integers(1, 3), length=st.integers(1, 70))
+def test_parts_of_whole_chunks_equal_one_pass(setting, num_chunks, length):
+    cut = num_chunks * setting.new_state(1).chunk_size
+    qkv = setting.tokens(2, cut + length)
+    options: Any = {"backend": setting.backend, "invariant": True, "output_final_state": True}
+    expected, last = lightning_attention(*qkv, setting.log_decay(), **options)
+    first, state = lightning_attention(*(x[:, :cut] for x in qkv), setting.log_decay(), **options)
+    then = lightning_attention(*(x[:, cut:] for x in qkv), setting.log_decay(), initial_state=state, **options)
+    assert_same(torch.cat([first, then.output], dim=1), expected)
+    assert last is not None
+    assert then.final_state is not None
+    assert_same(then.final_state, last)
+
+
+@every_setting
 def test_the_place_in_memory_does_not_matter(setting):
     qkv = setting.tokens(2, 90)
     expected = setting.attend(qkv)
@@ -313,6 +344,22 @@ def test_the_place_in_memory_does_not_matter(setting):
     K, V = setting.K, setting.V
     views = [joined[:, 7:], wide[..., K : 2 * K], wide[..., 2 * K : 2 * K + V]]
     assert_same(setting.attend(views), expected)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64, BFLOAT16], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 4, 8, 16], ids="{}_threads".format)
+def test_threads_keep_the_promise(threads, dtype):
+    """With any heads; in float64 with as many as there are threads, or MKL divides sums among threads."""
+    setting = Setting("chunked", dtype, 128, 64, H=threads if dtype == FLOAT64 else 1)
+    qkv = setting.tokens(3, 70)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        expected = setting.attend(*qkv)
+        assert_same(setting.attend(*(x[1:2] for x in qkv)), expected[1:2])
+        assert_same(setting.read(setting.new_state(3), qkv, [0, 37, *range(38, 71)]), expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 @every_setting
