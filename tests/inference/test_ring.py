@@ -1,22 +1,15 @@
-"""Engines that decode from decoding states, and the log-probabilities of invariant models."""
+"""Engines and pools with decoding states."""
 
-from collections import defaultdict
-from itertools import chain
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny_model import make_config, make_model, tokens
 
 from lightning_attention import DecodingState
-from lightning_attention.inference import Engine, Output, SamplingOptions, StatePool
-from lightning_attention.models import LightningForCausalLM
+from lightning_attention.inference import Engine, SamplingOptions, StatePool
 
-needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="invariant models need MKL on a CPU")
 GREEDY = SamplingOptions(max_new_tokens=40, temperature=0)
-SAMPLED = SamplingOptions(max_new_tokens=40, temperature=1.0, seed=1)
 ENGINES: dict[str, dict[str, Any]] = {
     "plain": {},
     "one request at a time": {"max_requests": 1},
@@ -43,63 +36,6 @@ def test_greedy_answers_equal_generate(options, dtype):
     for prompt, completion in zip(prompts(), engine.run(prompts(), GREEDY), strict=True):
         expected = model.generate(torch.tensor([prompt]), **GREEDY.for_generate())[0, len(prompt) :]
         assert completion.tokens == expected.tolist()
-
-
-def answers(engine: Engine, given: list[list[int]], options: SamplingOptions) -> list[tuple[list[int], list[float]]]:
-    """Tokens and log-probabilities of every prompt; a prompt is submitted after each step."""
-    outputs: dict[int, list[Output]] = defaultdict(list)
-    requests = []
-    waiting = list(given)
-    while waiting or engine.has_work:
-        if waiting:
-            requests.append(engine.submit(waiting.pop(0), options, stop_token_ids=[], logprobs=0))
-        for output in engine.step():
-            outputs[output.request].append(output)
-    found = []
-    for request in requests:
-        of_tokens = [output for output in outputs[request] if output.token is not None]
-        assert all(output.logprobs is not None for output in of_tokens)
-        found.append(
-            ([o.token or 0 for o in of_tokens], [o.logprobs.chosen for o in of_tokens if o.logprobs is not None])
-        )
-    return found
-
-
-def forward_logprobs(model: LightningForCausalLM, sequences: list[list[int]]) -> list[torch.Tensor]:
-    """Log-probabilities of every token but the first, by one training forward over packed sequences."""
-    bounds = torch.tensor([0, *map(len, sequences)]).cumsum(0)
-    ids = torch.tensor([list(chain.from_iterable(sequences))])
-    logits = model(ids, cu_seqlens=bounds, use_cache=False).logits[0]
-    parts = zip(logits.split([len(x) for x in sequences]), sequences, strict=True)
-    return [part[:-1].log_softmax(-1).gather(1, torch.tensor(x)[1:, None])[:, 0] for part, x in parts]
-
-
-@needs_mkl
-@every_engine
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_logprobs_of_an_invariant_engine_equal_those_of_a_training_forward(options, dtype):
-    model = make_model(dtype, invariant=True, eos_token_id=None)
-    engine = Engine(model, **options)
-    given = prompts()
-    found = answers(engine, given, SAMPLED)
-    model.train()
-    expected = forward_logprobs(model, [prompt + new for prompt, (new, _) in zip(given, found, strict=True)])
-    for prompt, (new, logprobs), of_forward in zip(given, found, expected, strict=True):
-        assert len(new) == 40
-        assert logprobs == of_forward[len(prompt) - 1 :].tolist()
-
-
-@needs_mkl
-@settings(max_examples=5, deadline=None)
-@given(
-    max_requests=st.integers(1, 5), prefill_tokens=st.integers(1, 90), slots=st.integers(0, 4), block=st.integers(1, 70)
-)
-def test_answers_of_an_invariant_engine_do_not_depend_on_its_sizes(max_requests, prefill_tokens, slots, block):
-    model = make_model(torch.float32, invariant=True, eos_token_id=None)
-    given = prompts()[2:6]
-    options = {"max_requests": max_requests, "prefill_tokens": prefill_tokens, "prefix_block": block}
-    engine = Engine(model, prefix_slots=slots, **options)
-    assert answers(engine, given, SAMPLED) == answers(Engine(model), given, SAMPLED)
 
 
 def test_a_snapshot_holds_the_ring():
