@@ -326,9 +326,11 @@ def test_parts_of_whole_chunks_equal_one_pass(setting, num_chunks, length):
     cut = num_chunks * setting.new_state(1).chunk_size
     qkv = setting.tokens(2, cut + length)
     options: Any = {"backend": setting.backend, "invariant": True, "output_final_state": True}
-    expected, last = lightning_attention(*qkv, setting.log_decay(), **options)
-    first, state = lightning_attention(*(x[:, :cut] for x in qkv), setting.log_decay(), **options)
-    then = lightning_attention(*(x[:, cut:] for x in qkv), setting.log_decay(), initial_state=state, **options)
+    expected, last = lightning_attention(*qkv, log_decay=setting.log_decay(), **options)
+    first, state = lightning_attention(*(x[:, :cut] for x in qkv), log_decay=setting.log_decay(), **options)
+    then = lightning_attention(
+        *(x[:, cut:] for x in qkv), log_decay=setting.log_decay(), initial_state=state, **options
+    )
     assert_same(torch.cat([first, then.output], dim=1), expected)
     assert last is not None
     assert then.final_state is not None
