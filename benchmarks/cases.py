@@ -19,6 +19,22 @@ TABLE = (
     (1, 1048576, 1, 128, None),
 )
 
+# Likewise, where the promise of `invariant` may cost something: few heads, few tokens, packed sequences.
+INVARIANT = {
+    "cuda": (
+        (4, 32768, 32, 128, None),
+        (4, 4096, 32, 128, None),
+        (8, 2048, 16, 64, None),
+        (1, 8192, 64, 128, None),
+        (1, 8192, 16, 128, None),
+        (1, 1024, 64, 128, None),
+        (1, 32768, 64, 128, 20),
+        (1, 131072, 16, 128, None),
+        (1, 131072, 8, 128, None),
+    ),
+    "cpu": ((1, 4096, 8, 64, None), (1, 256, 8, 64, None), (1, 4096, 8, 64, 20)),
+}
+
 # Chunk size for counting the arithmetic of the chunkwise algorithm; implementations use their own.
 CHUNK_SIZE = 64
 

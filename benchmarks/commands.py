@@ -56,7 +56,10 @@ def op(
     output: Output = OUTPUT,
     only: Annotated[
         str | None,
-        Option(help="table: shapes of some models; sweep: doubling lengths. By default both on a GPU, sweep on a CPU."),
+        Option(
+            help="table: shapes of some models; sweep: doubling lengths; invariant: what invariant=True costs. By "
+            "default table and sweep on a GPU, sweep on a CPU."
+        ),
     ] = None,
     length: Annotated[
         list[int] | None,
@@ -87,7 +90,8 @@ def op(
     ] = None,
 ) -> None:
     """The operator, forward and backward, next to other implementations and scaled_dot_product_attention."""
-    from .cases import TABLE, OpCase
+    from .cases import INVARIANT, TABLE, OpCase
+    from .implementations import IMPLEMENTATIONS, INVARIANT_IMPLEMENTATIONS
     from .op import benchmark
     from .plot import plot_sweep
     from .run import Plot
@@ -95,10 +99,11 @@ def op(
     torch_device = device_of(device)
     torch_dtype = dtype_of(dtype, torch_device)
     on_gpu = torch_device.type == "cuda"
-    check_only(only, ("table", "sweep"))
+    check_only(only, ("table", "sweep", "invariant"))
     has_sizes = any(size is not None for size in (length, batch_size, heads, head_dim))
-    if only == "table" and has_sizes:
-        raise ValueError("--only table has sizes of its own: leave out --length, --batch-size, --heads and --head-dim")
+    if only in ("table", "invariant") and has_sizes:
+        sizes = "--length, --batch-size, --heads and --head-dim"
+        raise ValueError(f"--only {only} has sizes of its own: leave out {sizes}")
     # Longest first: an implementation that tunes itself at its first call keeps that choice for all lengths.
     lengths = sorted(set(length or doubling(512, 12 if on_gpu else 8)), reverse=True)
     batch_size = or_default(batch_size, 1)
@@ -110,8 +115,9 @@ def op(
     cases = {
         "table": [OpCase(B, T, H, D, torch_dtype, packed) for B, T, H, D, packed in TABLE],
         "sweep": [OpCase(batch_size, length, heads, head_dim, torch_dtype) for length in lengths],
+        "invariant": [OpCase(B, T, H, D, torch_dtype, packed) for B, T, H, D, packed in INVARIANT[torch_device.type]],
     }
-    up_to = {"table": 1 << 15 if on_gpu else 1 << 14, "sweep": 1 << 16 if on_gpu else 1 << 14}
+    up_to = {"table": 1 << 15 if on_gpu else 1 << 14, "sweep": 1 << 16 if on_gpu else 1 << 14, "invariant": 0}
     measured = [
         benchmark(
             kind,
@@ -119,6 +125,7 @@ def op(
             torch_device,
             softmax_up_to=or_default(softmax_up_to, up_to[kind]),
             seconds=seconds,
+            implementations=INVARIANT_IMPLEMENTATIONS if kind == "invariant" else IMPLEMENTATIONS,
         )
         for kind in kinds
     ]

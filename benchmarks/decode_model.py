@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_attention import DecodingState
+from lightning_attention.inference.checks import check_ring
 from lightning_attention.inference.decoder import Decoder
 from lightning_attention.inference.pool import StatePool
 from lightning_attention.models import LightningConfig, LightningForCausalLM
@@ -100,10 +102,11 @@ def measure(
 def _prepare_ours(model: LightningForCausalLM, case: ContextCase) -> _Prepared:
     """Prepare a step from random states; the context length only sets the position."""
     B, device = case.batch_size, model.device
-    pool = StatePool(model.config, B, device=device)
+    ring_dtype = model.dtype if check_ring(model, None) else None  # as the engine decides
+    pool = StatePool(model.config, B, device=device, ring_dtype=ring_dtype)
     slots = [pool.allocate() for _ in range(B)]
     for state in pool.states:
-        state.normal_()
+        (state.state if isinstance(state, DecodingState) else state).normal_()
     decoder = Decoder(model, pool, B)
     tokens, positions = _tokens(B), [case.length - 1] * B
     inputs = torch.tensor([tokens, positions, slots], device=device)

@@ -119,8 +119,8 @@ class Calls:
         return self.forward()
 
 
-def _ours(log_decay: Tensor, cu_seqlens: Tensor | None, backend: str = "auto") -> Attention:
-    return lambda q, k, v: lightning_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens, backend=backend).output
+def _ours(log_decay: Tensor, cu_seqlens: Tensor | None, **options: Any) -> Attention:
+    return lambda q, k, v: lightning_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens, **options).output
 
 
 def _lightning1(log_decay: Tensor, _: Tensor | None) -> Attention:
@@ -174,6 +174,14 @@ IMPLEMENTATIONS = (
         "fla fused_chunk_simple_gla", "cuda", _fla_fused_chunk, takes_packed_sequences=True, max_length=LONG
     ),
     Implementation("OpenNLPLab lightning_attn", "cuda", _lightning_attn, is_head_first=True, max_length=LONG),
+)
+
+
+# What the promise of `invariant` costs beside the free choice of a backend and of segments.
+INVARIANT_IMPLEMENTATIONS = tuple(
+    Implementation(name, device, partial(_ours, **options), takes_packed_sequences=True)
+    for device in ("cpu", "cuda")
+    for name, options in ((OURS, {}), ("invariant", {"invariant": True}))
 )
 
 

@@ -9,7 +9,7 @@ from lightning_attention.ops.calls import call
 from lightning_attention.ops.gpu import scans
 from lightning_attention.ops.gpu.segments import Segments, ceil_div
 from lightning_attention.ops.hopper import config
-from lightning_attention.ops.problem import AttentionInputs, GradientInputs
+from lightning_attention.ops.inputs import AttentionInputs, GradientInputs
 
 from .cases import BACKWARD, FORWARD, OpCase
 from .harness import Call, interleaved_times, release

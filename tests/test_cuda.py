@@ -135,12 +135,15 @@ def test_generate_equals_the_cpu(num_beams):
 
 
 @pytest.mark.parametrize("prefix_slots", [0, 8])
-def test_engine_equals_generate(prefix_slots):
+@pytest.mark.parametrize("kind", ["plain states", "decoding states", "invariant"])
+def test_engine_equals_generate(prefix_slots, kind):
     """CUDA graphs of several sizes, with padding; requests arrive while others run."""
     torch.manual_seed(1)
-    model = LightningForCausalLM(make_config(eos_token_id=None)).eval().cuda()
+    model = LightningForCausalLM(make_config(eos_token_id=None, invariant=kind == "invariant")).eval().cuda()
     options = SamplingOptions(max_new_tokens=30, temperature=0)
-    engine = Engine(model, max_requests=5, prefill_tokens=64, prefix_slots=prefix_slots, prefix_block=8)
+    ring = False if kind == "plain states" else None
+    engine = Engine(model, max_requests=5, prefill_tokens=64, prefix_slots=prefix_slots, prefix_block=8, ring=ring)
+    assert all(isinstance(states, torch.Tensor) == (kind == "plain states") for states in engine.pool.states)
     common, answers = tokens(40).tolist(), defaultdict(list)
     prompts = [common[: 7 * i] + tokens(1 + 5 * i, seed=i).tolist() for i in range(9)]
     for i, prompt in enumerate(prompts):
@@ -155,6 +158,32 @@ def test_engine_equals_generate(prefix_slots):
     for i, prompt in enumerate(prompts):
         ids = model.generate(torch.tensor([prompt], device="cuda"), max_new_tokens=30, do_sample=False)
         assert answers[i] == ids[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_logprobs_of_an_engine_with_hopper_heads_are_those_of_a_forward_pass(invariant):
+    """Layers with keys of 256, by the portable kernels, and of 128; products of the model are not invariant."""
+    torch.manual_seed(0)
+    config = make_config(hidden_size=256, num_attention_heads=2, eos_token_id=None, invariant=invariant)
+    model = LightningForCausalLM(config).eval().cuda().bfloat16()
+    engine = Engine(model, max_requests=3, prefill_tokens=100, prefix_slots=4, prefix_block=64)
+    prompts = [tokens(n, seed=n).tolist() for n in (1, 63, 64, 130)]
+    options = SamplingOptions(max_new_tokens=90, temperature=1.0, seed=0)
+    found, logprobs = defaultdict(list), defaultdict(list)
+    for prompt in prompts:
+        engine.submit(prompt, options, stop_token_ids=[], logprobs=0)
+    while engine.has_work:
+        for output in engine.step():
+            if output.token is not None:
+                assert output.logprobs is not None
+                found[output.request].append(output.token)
+                logprobs[output.request].append(output.logprobs.chosen)
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([prompt + found[i]], device="cuda")
+        with torch.no_grad():
+            expected = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+        expected = expected.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logprobs[i], device="cuda"), expected, atol=0.2, rtol=0.05)
 
 
 @compiler_warnings

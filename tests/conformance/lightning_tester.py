@@ -4,6 +4,7 @@ import unittest
 from unittest.mock import patch
 
 import torch
+from transformers.cache_utils import LinearAttentionLayer
 from transformers.models.auto import modeling_auto
 
 from lightning_attention import models
@@ -79,6 +80,7 @@ class LightningModelTest(CausalLMModelTest, unittest.TestCase):
                     config.hidden_size // config.num_attention_heads,
                 )
             else:
+                assert isinstance(layer, LinearAttentionLayer)
                 state = layer.recurrent_states[0]
                 assert state is not None
                 assert state.shape == (batch_size, *config.layer_state_shape(i))

@@ -47,7 +47,7 @@ def logprobs(model: LightningForCausalLM, *sequences: list[int]) -> list[torch.T
     ids = torch.tensor([token for sequence in sequences for token in sequence])
     positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])
     logits = model.train()(ids[None], position_ids=positions[None]).logits[0, :-1]
-    of_next = logits.float().log_softmax(-1).gather(1, ids[1:, None])[:, 0].detach()
+    of_next = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0].detach()
     ends = torch.tensor([len(sequence) for sequence in sequences]).cumsum(0) - 1
     return [of_next[end - NEW_TOKENS : end] for end in ends.tolist()]
 
@@ -59,7 +59,7 @@ def test_sampled_equals_forward(options, dtype):
     found = sample(model, **options)
     packed = logprobs(model, *(sequence for sequence, _ in found))
     for (sequence, sampled), trained in zip(found, packed, strict=True):
-        assert torch.equal(torch.tensor(sampled), trained)
+        assert torch.equal(torch.tensor(sampled, dtype=dtype), trained)
         assert torch.equal(trained, logprobs(model, sequence)[0])
 
 

@@ -5,6 +5,7 @@ import torch
 from tiny_model import make_model, tokens
 from torch import Tensor
 
+from lightning_attention import decay, nn
 from lightning_attention.inference.packing import reason_against
 from lightning_attention.models import (
     LightningCache,
@@ -16,6 +17,7 @@ from lightning_attention.models import (
     compile_layers,
 )
 from lightning_attention.nn import TokenMixer
+from lightning_attention.training import segmented_loss
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs MKL")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -167,8 +169,8 @@ def test_saved(tmp_path):
     [
         ({"layer_pattern": "2:1"}, ValueError, "layer 2 has full_attention"),
         ({"layer_types": ["sliding_attention"] * 3, "sliding_window": 4}, ValueError, "layer 0 has sliding_attention"),
-        ({"linear_attention": "lightning-1"}, ValueError, "not with lightning-1"),
-        ({"linear_attention": "rfa", "positions": "none"}, ValueError, "not with rfa"),
+        ({"linear_attention": "lightning-1"}, ValueError, "False for lightning-1 attention"),
+        ({"linear_attention": "rfa", "positions": "none"}, ValueError, "False for rfa attention"),
         ({"hidden_size": 32769}, ValueError, "hidden_size below 32768"),
         ({"invariant": 1}, TypeError, "invariant must be True or False, got 1"),
     ],
@@ -188,3 +190,42 @@ def test_refused_later():
     model = model.bfloat16()
     with pytest.raises(ValueError, match=r"got torch\.bfloat16"):
         model(tokens(1, 4))
+
+
+def test_states_and_shared_sequences_are_refused():
+    """They do not say where the chunks of a sequence began."""
+    model = make_model(torch.float32, invariant=True)
+    ids, positions = tokens(1, 8), torch.arange(8)[None]
+    states = [torch.zeros(1, *shape) for shape in model.model.state_shapes]
+    with pytest.raises(ValueError, match="states go with no invariant=True"):
+        model.model(ids, position_ids=positions, states=states)
+    with pytest.raises(ValueError, match="training segments pass on states, which do not say where chunks began"):
+        segmented_loss(model, ids, segment_length=4)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.SoftmaxAttention(64, 4),
+        lambda: nn.QuadraticLightningAttention(64, 4, decay.log_decay(4, preset="alibi")),
+        lambda: nn.NormalizedLinearAttention(64, 4, nn.RandomFourierFeatures(4, 16)),
+    ],
+    ids=["softmax", "lightning-1", "rfa"],
+)
+def test_a_mixer_that_is_not_invariant_refuses_to_be(make):
+    mixer = make()
+    with pytest.raises(ValueError, match="invariant must be False for"):
+        mixer.invariant = True
+    with pytest.raises(TypeError, match="invariant must be True or False"):
+        mixer.invariant = 1
+
+
+@needs_mkl
+@torch.no_grad()
+def test_beams_equal_each_alone():
+    """Caches are reordered in the middle of chunks."""
+    model = make_model(torch.float32, invariant=True, eos_token_id=None).eval()
+    ids, options = tokens(3, 20), {"num_beams": 3, "max_new_tokens": 40, "do_sample": False}
+    together = model.generate(ids, **options)
+    assert torch.equal(together, torch.cat([model.generate(row[None], **options) for row in ids]))
+    assert torch.equal(together, model.generate(ids, **options, use_cache=False))

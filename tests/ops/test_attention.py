@@ -25,7 +25,7 @@ from lightning_attention import lightning_attention
 from lightning_attention.ops import reference
 from lightning_attention.ops.chunked import CHUNK_SIZE
 from lightning_attention.ops.problem import DTYPES
-from lightning_attention.ops.tiles import TOKENS_AT_ONCE, chunks_at_once
+from lightning_attention.ops.tiles import CHUNKS_AT_ONCE, chunks_at_once
 
 C = CHUNK_SIZE
 # In float32 the reference, which adds tokens one by one, is less accurate than products of matrices.
@@ -64,7 +64,7 @@ CASES = [
     Case(lengths=(40, C + 2), slope=None),
     Case(lengths=(*(1,) * C, 0, 30, 2, C, 0, *(3,) * 20), H=1, K=4, V=3, scale=0.5),
     Case(lengths=(*(5,) * 30, 2 * C), H=1, state=False),
-    Case(B=TOKENS_AT_ONCE // C + 3, T=C + 1, H=1, K=3, V=2),
+    Case(B=CHUNKS_AT_ONCE + 3, T=C + 1, H=1, K=3, V=2),
 ]
 
 
@@ -201,9 +201,9 @@ def test_a_decay_of_zero_keeps_only_the_current_token(backend):
 
 @given(num_chunks=st.integers(0, 100), H=st.integers(1, 100), device=st.sampled_from(["cpu", "cuda"]))
 def test_chunks_at_once_fit_the_call_and_the_cache(num_chunks, H, device):
-    at_once = chunks_at_once(num_chunks, H, device)
+    at_once = chunks_at_once(num_chunks, H, 64 * 64, device)
     assert 1 <= at_once <= max(num_chunks, 1)
-    assert at_once == 1 or device != "cpu" or at_once * C * H <= TOKENS_AT_ONCE
+    assert at_once == 1 or device != "cpu" or at_once * H <= CHUNKS_AT_ONCE
 
 
 def test_quadratic_equals_the_recurrence():

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lightning_attention.ops import chunked, reference
 from lightning_attention.ops.chunked import CHUNK_SIZE
-from lightning_attention.ops.problem import AppendInputs, AttentionInputs, FoldInputs, GradientInputs, state_dtype
+from lightning_attention.ops.inputs import AppendInputs, AttentionInputs, FoldInputs, GradientInputs
+from lightning_attention.ops.problem import state_dtype
 
 C = CHUNK_SIZE
 FP64, FP32, BF16 = torch.float64, torch.float32, torch.bfloat16

@@ -42,15 +42,15 @@ class Setting(NamedTuple):
     def log_decay(self) -> Tensor:
         return decay.log_decay(self.H, preset="alibi").to(self.device)
 
-    def tokens(self, B: int, T: int, seed: int = 0) -> list[Tensor]:
+    def tokens(self, B: int, T: int, seed: int = 0) -> Any:
         """q, k and v `[B, T, H, D]`."""
         generator = torch.Generator().manual_seed(seed)
         sizes = (self.K, self.K, self.V)
         return [torch.randn(B, T, self.H, D, generator=generator).to(self.device, self.dtype) for D in sizes]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    def attend(self, qkv: Any, **options: Any) -> Tensor:
         options = {"backend": self.backend, "invariant": True} | options
-        return lightning_attention(q, k, v, self.log_decay(), **options).output
+        return lightning_attention(*qkv, log_decay=self.log_decay(), **options).output
 
     def new_state(self, num_states: int) -> DecodingState:
         """States of slots that were used before, by sequences with NaN."""
@@ -61,7 +61,7 @@ class Setting(NamedTuple):
             part.fill_(float("nan"))
         return state._replace(count=torch.full_like(state.count, 3))
 
-    def read(self, state: DecodingState, qkv: list[Tensor], bounds: list[int], **options: Any) -> Tensor:
+    def read(self, state: DecodingState, qkv: Any, bounds: list[int], **options: Any) -> Tensor:
         """Read tokens piece by piece, from `bounds[0]`; steps read single ones."""
         q, k, v = qkv
         outputs = []
@@ -69,18 +69,19 @@ class Setting(NamedTuple):
             piece: Any = [x[:, start:stop] for x in (q, k, v)]
             if start == 0:
                 new = torch.zeros(len(q), dtype=torch.bool, device=self.device)
-                outputs.append(self.prefill(state, *piece, has_initial_state=new, **options))
+                outputs.append(self.prefill(state, piece, has_initial_state=new, **options))
             elif stop - start == 1:
-                piece = [x.squeeze(1) for x in piece]
-                o = lightning_attention_step(*piece, self.log_decay(), state=state, backend=self.backend, **options)
-                outputs.append(o.unsqueeze(1))
+                outputs.append(self.step(state, [x.squeeze(1) for x in piece], **options).unsqueeze(1))
             else:
-                outputs.append(self.prefill(state, *piece, **options))
+                outputs.append(self.prefill(state, piece, **options))
         return torch.cat(outputs, dim=1)
 
-    def prefill(self, state: DecodingState, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    def prefill(self, state: DecodingState, qkv: Any, **options: Any) -> Tensor:
         options = {"backend": self.backend, "invariant": True} | options
-        return lightning_attention_prefill_(q, k, v, self.log_decay(), state=state, **options)
+        return lightning_attention_prefill_(*qkv, log_decay=self.log_decay(), state=state, **options)
+
+    def step(self, state: DecodingState, qkv: Any, **options: Any) -> Tensor:
+        return lightning_attention_step(*qkv, log_decay=self.log_decay(), state=state, backend=self.backend, **options)
 
 
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -129,9 +130,9 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
 @given(batch_size=st.integers(1, 9), length=st.integers(1, 150))
 def test_batch_rows_equal_a_batch_of_one(setting, batch_size, length):
     qkv = setting.tokens(batch_size, length)
-    together = setting.attend(*qkv)
+    together = setting.attend(qkv)
     for b in range(batch_size):
-        assert_same(together[b : b + 1], setting.attend(*(x[b : b + 1] for x in qkv)))
+        assert_same(together[b : b + 1], setting.attend([x[b : b + 1] for x in qkv]))
 
 
 @every_setting
@@ -141,11 +142,11 @@ def test_packed_sequences_equal_each_alone(setting, lengths):
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     qkv = [x.requires_grad_() for x in setting.tokens(1, sum(lengths))]
     do = setting.tokens(1, sum(lengths), seed=1)[2]
-    packed = setting.attend(*qkv, cu_seqlens=bounds.to(setting.device))
+    packed = setting.attend(qkv, cu_seqlens=bounds.to(setting.device))
     gradients = torch.autograd.grad(packed, qkv, do)
     for start, stop in pairwise(bounds.tolist()):
         alone = [x[:, start:stop].detach().clone().requires_grad_() for x in qkv]
-        o = setting.attend(*alone)
+        o = setting.attend(alone)
         assert_same(packed[:, start:stop], o)
         for found, expected in zip(gradients, torch.autograd.grad(o, alone, do[:, start:stop]), strict=True):
             assert_same(found[:, start:stop], expected)
@@ -157,9 +158,9 @@ def test_packed_sequences_equal_each_alone(setting, lengths):
 def test_gradients_of_batch_rows_equal_those_of_a_batch_of_one(setting, batch_size, length):
     qkv = [x.requires_grad_() for x in setting.tokens(batch_size, length)]
     do = setting.tokens(batch_size, length, seed=1)[2]
-    together = torch.autograd.grad(setting.attend(*qkv), qkv, do)
+    together = torch.autograd.grad(setting.attend(qkv), qkv, do)
     alone = [x[1:2].detach().requires_grad_() for x in qkv]
-    for found, expected in zip(together, torch.autograd.grad(setting.attend(*alone), alone, do[1:2]), strict=True):
+    for found, expected in zip(together, torch.autograd.grad(setting.attend(alone), alone, do[1:2]), strict=True):
         assert_same(found[1:2], expected)
 
 
@@ -168,12 +169,12 @@ def test_gradients_of_batch_rows_equal_those_of_a_batch_of_one(setting, batch_si
 @given(bounds=cuts(), batch_size=st.integers(1, 3))
 def test_pieces_and_steps_equal_one_pass(setting, bounds, batch_size):
     qkv, state = setting.tokens(batch_size, bounds[-1]), setting.new_state(batch_size)
-    assert_same(setting.read(state, qkv, bounds), setting.attend(*qkv))
+    assert_same(setting.read(state, qkv, bounds), setting.attend(qkv))
     whole = bounds[-1] // state.chunk_size * state.chunk_size
     assert (state.count == bounds[-1] - whole).all()
     expected = lightning_attention(
         *(x[:, :whole] for x in qkv),
-        setting.log_decay(),
+        log_decay=setting.log_decay(),
         backend=setting.backend,
         invariant=True,
         output_final_state=True,
@@ -188,10 +189,10 @@ def test_pieces_and_steps_equal_one_pass(setting, bounds, batch_size):
 def test_steps_alone_equal_one_pass(setting):
     qkv, state = setting.tokens(2, 70), setting.new_state(2).zero_()
     steps = [
-        lightning_attention_step(q, k, v, setting.log_decay(), state=state, backend=setting.backend)
+        lightning_attention_step(q, k, v, log_decay=setting.log_decay(), state=state, backend=setting.backend)
         for q, k, v in zip(*(x.unbind(1) for x in qkv), strict=True)
     ]
-    assert_same(torch.stack(steps, dim=1), setting.attend(*qkv))
+    assert_same(torch.stack(steps, dim=1), setting.attend(qkv))
 
 
 @every_setting
@@ -213,7 +214,7 @@ def test_packed_prompts_in_slots_equal_each_alone(setting, first, data):
         bounds = [0, *torch.tensor(sizes).cumsum(0).tolist()]
         o = setting.prefill(
             state,
-            *packed,
+            packed,
             state_indices=torch.tensor(used, device=setting.device),
             has_initial_state=torch.tensor([begin is first] * len(first), device=setting.device),
             cu_seqlens=torch.tensor(bounds, device=setting.device),
@@ -222,7 +223,7 @@ def test_packed_prompts_in_slots_equal_each_alone(setting, first, data):
             found.append(o[:, start:stop])
     for x, found in zip(qkv, outputs, strict=True):
         if x[0].shape[1]:
-            assert_same(torch.cat(found, dim=1), setting.attend(*x))
+            assert_same(torch.cat(found, dim=1), setting.attend(x))
     for part, kept in zip(state.select(torch.tensor(others)), before, strict=True):
         torch.testing.assert_close(part, kept, rtol=0, atol=0, equal_nan=True)
 
@@ -238,12 +239,12 @@ def test_a_chain_of_drafts_equals_steps(setting, start, num_drafts, accepted):
     before = [part.clone() for part in state]
     drafts: Any = [x[:, start:] for x in qkv]
     options: Any = {"state": state, "backend": setting.backend}
-    o = lightning_attention_verify(*drafts, setting.log_decay(), **options)
-    assert_same(o, setting.attend(*qkv)[:, start:])
+    o = lightning_attention_verify(*drafts, log_decay=setting.log_decay(), **options)
+    assert_same(o, setting.attend(qkv)[:, start:])
     for part, kept in zip(state, before, strict=True):
         torch.testing.assert_close(part, kept, rtol=0, atol=0, equal_nan=True)
     lightning_attention_commit(
-        *drafts[1:], setting.log_decay(), last=torch.full((2,), last, device=setting.device), **options
+        *drafts[1:], log_decay=setting.log_decay(), last=torch.full((2,), last, device=setting.device), **options
     )
     expected = setting.new_state(2)
     bounds = [0, start, *range(start + 1, start + last + 2)]
@@ -264,16 +265,16 @@ def test_a_tree_of_drafts_equals_steps_along_each_path(setting, start, data):
     setting.read(state, prompt, [0, start], state_indices=slot)
     options: Any = {"state": state, "backend": setting.backend, "state_indices": slot}
     options["parents"] = torch.tensor([parents], device=setting.device)
-    o = lightning_attention_verify(*drafts, setting.log_decay(), **options)
+    o = lightning_attention_verify(*drafts, log_decay=setting.log_decay(), **options)
 
     def path_of(draft: int) -> list[int]:
         return [*path_of(parents[draft]), draft] if draft >= 0 else []
 
     for draft in range(num_drafts):
         path = [torch.cat([x, y[:, path_of(draft)]], dim=1) for x, y in zip(prompt, drafts, strict=True)]
-        assert_same(o[:, draft], setting.attend(*path)[:, -1])
+        assert_same(o[:, draft], setting.attend(path)[:, -1])
     lightning_attention_commit(
-        *drafts[1:], setting.log_decay(), last=torch.tensor([last], device=setting.device), **options
+        *drafts[1:], log_decay=setting.log_decay(), last=torch.tensor([last], device=setting.device), **options
     )
     expected = setting.new_state(3)
     path = [torch.cat([x, y[:, path_of(last)]], dim=1) for x, y in zip(prompt, drafts, strict=True)]
@@ -291,10 +292,12 @@ def test_slots_with_padding_equal_states_in_order(setting):
         part[slots] = found
     new = setting.tokens(4, 1, seed=1)
     indices = torch.tensor([4, -1, 0, 2], device=setting.device)
-    o = lightning_attention_step(*new, setting.log_decay(), state=pool, state_indices=indices, backend=setting.backend)
+    o = lightning_attention_step(
+        *new, log_decay=setting.log_decay(), state=pool, state_indices=indices, backend=setting.backend
+    )
     rows = [0, 2, 3]
     expected = lightning_attention_step(
-        *(x[rows] for x in new), setting.log_decay(), state=state, backend=setting.backend
+        *(x[rows] for x in new), log_decay=setting.log_decay(), state=state, backend=setting.backend
     )
     assert_same(o[rows], expected)
     assert (o[1] == 0).all()
@@ -306,11 +309,10 @@ def test_slots_with_padding_equal_states_in_order(setting):
 @given(batch_size=st.integers(1, 5), length=st.integers(1, 150))
 def test_repeated_calls_are_equal(setting, batch_size, length):
     """Without `invariant` too."""
-    qkv: Any = [x.requires_grad_() for x in setting.tokens(batch_size, length)]
+    qkv = [x.requires_grad_() for x in setting.tokens(batch_size, length)]
     do = setting.tokens(batch_size, length, seed=1)[2]
-    options: Any = {"log_decay": setting.log_decay(), "backend": setting.backend}
     for invariant in (True, False):
-        first, second = (lightning_attention(*qkv, **options, invariant=invariant).output for _ in range(2))
+        first, second = (setting.attend(*qkv, invariant=invariant) for _ in range(2))
         assert_same(first, second)
         gradients = (torch.autograd.grad(o, qkv, do) for o in (first, second))
         for found, expected in zip(*gradients, strict=True):
@@ -322,12 +324,13 @@ def test_repeated_calls_are_equal(setting, batch_size, length):
 @given(num_chunks=st.integers(1, 3), length=st.integers(1, 70))
 def test_parts_of_whole_chunks_equal_one_pass(setting, num_chunks, length):
     cut = num_chunks * setting.new_state(1).chunk_size
-    qkv: Any = setting.tokens(2, cut + length)
-    options: Any = {"log_decay": setting.log_decay(), "backend": setting.backend, "invariant": True}
-    options["output_final_state"] = True
-    expected, last = lightning_attention(*qkv, **options)
-    first, state = lightning_attention(*(x[:, :cut] for x in qkv), **options)
-    then = lightning_attention(*(x[:, cut:] for x in qkv), initial_state=state, **options)
+    qkv = setting.tokens(2, cut + length)
+    options: Any = {"backend": setting.backend, "invariant": True, "output_final_state": True}
+    expected, last = lightning_attention(*qkv, log_decay=setting.log_decay(), **options)
+    first, state = lightning_attention(*(x[:, :cut] for x in qkv), log_decay=setting.log_decay(), **options)
+    then = lightning_attention(
+        *(x[:, cut:] for x in qkv), log_decay=setting.log_decay(), initial_state=state, **options
+    )
     assert_same(torch.cat([first, then.output], dim=1), expected)
     assert last is not None
     assert then.final_state is not None
@@ -337,12 +340,12 @@ def test_parts_of_whole_chunks_equal_one_pass(setting, num_chunks, length):
 @every_setting
 def test_the_place_in_memory_does_not_matter(setting):
     qkv = setting.tokens(2, 90)
-    expected = setting.attend(*qkv)
+    expected = setting.attend(qkv)
     joined = torch.cat([x.new_zeros(2, 7, *x.shape[2:]) for x in qkv[:1]] + [qkv[0]], dim=1)
     wide = torch.cat([*qkv, qkv[2]], dim=3)  # strides of a fused projection
     K, V = setting.K, setting.V
     views = [joined[:, 7:], wide[..., K : 2 * K], wide[..., 2 * K : 2 * K + V]]
-    assert_same(setting.attend(*views), expected)
+    assert_same(setting.attend(views), expected)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64, BFLOAT16], ids=str)
@@ -350,13 +353,12 @@ def test_the_place_in_memory_does_not_matter(setting):
 def test_threads_keep_the_promise(threads, dtype):
     """With any heads; in float64 with as many as there are threads, or MKL divides sums among threads."""
     setting = Setting("chunked", dtype, 128, 64, H=threads if dtype == FLOAT64 else 1)
-    qkv: Any = setting.tokens(3, 70)
-    options: Any = {"log_decay": setting.log_decay(), "backend": setting.backend, "invariant": True}
+    qkv = setting.tokens(3, 70)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        expected = lightning_attention(*qkv, **options).output
-        assert_same(lightning_attention(*(x[1:2] for x in qkv), **options).output, expected[1:2])
+        expected = setting.attend(*qkv)
+        assert_same(setting.attend(*(x[1:2] for x in qkv)), expected[1:2])
         assert_same(setting.read(setting.new_state(3), qkv, [0, 37, *range(38, 71)]), expected)
     finally:
         torch.set_num_threads(before)

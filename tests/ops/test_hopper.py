@@ -28,7 +28,8 @@ from lightning_attention.ops.calls import call  # noqa: E402
 from lightning_attention.ops.gpu.plan import Plan  # noqa: E402
 from lightning_attention.ops.gpu.segments import Segments, ceil_div  # noqa: E402
 from lightning_attention.ops.hopper import config, gradients, kernels, launch, states  # noqa: E402
-from lightning_attention.ops.problem import AttentionInputs, GradientInputs, Problem  # noqa: E402
+from lightning_attention.ops.inputs import AttentionInputs, GradientInputs  # noqa: E402
+from lightning_attention.ops.problem import Problem  # noqa: E402
 
 pytestmark = pytest.mark.triton
 

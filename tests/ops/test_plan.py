@@ -34,7 +34,7 @@ from lightning_attention.ops.hopper import config as hopper_config  # noqa: E402
 from lightning_attention.ops.hopper import gradients, states  # noqa: E402
 from lightning_attention.ops.hopper import kernels as hopper_kernels  # noqa: E402
 from lightning_attention.ops.hopper import launch as hopper_launch  # noqa: E402
-from lightning_attention.ops.problem import AttentionInputs, GradientInputs  # noqa: E402
+from lightning_attention.ops.inputs import AttentionInputs, GradientInputs  # noqa: E402
 from lightning_attention.ops.triton import config, decoding, kernels  # noqa: E402
 
 pytestmark = pytest.mark.triton

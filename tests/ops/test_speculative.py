@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_attention import lightning_attention_commit, lightning_attention_step, lightning_attention_verify
 from lightning_attention.ops.calls import call
-from lightning_attention.ops.problem import DecodingInputs
+from lightning_attention.ops.inputs import DecodingInputs
 
 TREES = {
     "chain": None,

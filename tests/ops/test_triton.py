@@ -22,7 +22,8 @@ from lightning_attention.ops import triton as backend
 from lightning_attention.ops.calls import call
 from lightning_attention.ops.gpu import product_precision
 from lightning_attention.ops.gpu.segments import Segments, ceil_div
-from lightning_attention.ops.problem import GradientInputs, Problem
+from lightning_attention.ops.inputs import GradientInputs
+from lightning_attention.ops.problem import Problem
 from lightning_attention.ops.triton import config
 
 kernels_run = pytest.mark.triton

@@ -206,7 +206,7 @@ def test_attention_from_decoding_states_compiles_and_fits(arch, dtype, pool):
     for head_dim in RING_HEAD_DIMS[dtype]:
         for C in chunk_sizes(arch, head_dim, dtype):
             tiles = config.ring_tiles(head_dim, head_dim, C, DTYPES[dtype], "ieee")
-            constants: dict[str, Any] = {"K": head_dim, "V": head_dim, "C": C, "BK": tiles.BK, "BV": tiles.BV}
+            constants: Any = {"K": head_dim, "V": head_dim, "C": C, "BK": tiles.BK, "BV": tiles.BV}
             constants |= {"PRECISION": "ieee"}
             options: dict[str, Any] = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "pool": pool}
             kernels_and_constants = (

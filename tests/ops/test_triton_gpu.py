@@ -15,17 +15,20 @@ from hypothesis import strategies as st
 from oracle import Case, assert_accurate, assert_state_is_float32_between_chunks, attention, error, make_inputs, run
 
 from lightning_attention import (
+    DecodingState,
     decay,
     lightning_attention,
     lightning_attention_commit,
     lightning_attention_prefill,
+    lightning_attention_prefill_,
     lightning_attention_step,
     lightning_attention_verify,
 )
 from lightning_attention.distributed.states import read_state_, write_state
 from lightning_attention.ops.backends import BACKENDS as ALL_BACKENDS
 from lightning_attention.ops.calls import call as prepared
-from lightning_attention.ops.problem import AttentionInputs, GradientInputs, Problem
+from lightning_attention.ops.inputs import AttentionInputs, GradientInputs
+from lightning_attention.ops.problem import Problem
 from lightning_attention.ops.triton import config
 
 pytestmark = pytest.mark.gpu
@@ -188,6 +191,32 @@ def test_states_of_more_than_two_to_the_31_elements():
         assert torch.equal(added[:, : read.start], k[:, : read.start])
         assert torch.equal(added[:, read.stop :], k[:, read.stop :])
         assert error(added[:, read], k[:, read].double() + short.double()) < 4e-3
+
+
+@pytest.mark.large
+@on_backends
+def test_slots_beyond_two_to_the_31_elements_are_found(backend):
+    N, H, D, T = 2100, 64, 128, 70
+    q, k, v, _ = large(2, T, H, D)
+    state = DecodingState.zeros(N, H, D, D, dtype=BF16, device="cuda", backend=backend)
+    assert state.state.numel() > 1 << 31
+    slots = torch.tensor([N - 1, 1], device="cuda")
+    outputs = [
+        lightning_attention_prefill_(
+            q[:, :60], k[:, :60], v[:, :60], state=state, state_indices=slots, backend=backend, invariant=True
+        )
+    ]
+    for t in range(60, T):
+        token = (x[:, t] for x in (q, k, v))
+        o = lightning_attention_step(*token, state=state, state_indices=slots, backend=backend)
+        outputs.append(o.unsqueeze(1))
+    expected = lightning_attention(q, k, v, backend=backend, invariant=True).output
+    assert torch.equal(torch.cat(outputs, dim=1), expected)
+    state.fold_(indices=slots)
+    kept = state.select(slots).state
+    state.state[slots], state.count[slots] = 0, 0
+    assert kept.any()
+    assert not any(part.any() for part in state[::3])
 
 
 def test_states_between_slices_take_little_memory():
@@ -413,8 +442,9 @@ def test_strided_inputs_are_not_copied(backend):
     [
         ("test_triton.py", "test_segments_match and three"),
         ("test_hopper.py", "test_segments_match and (lengths or 200 or 130) or test_nothing"),
+        ("test_determinism.py", "(slots or scale or steps_alone) and triton-float16"),
     ],
-    ids=["triton", "hopper"],
+    ids=["triton", "hopper", "decoding states"],
 )
 def test_memory_is_not_touched_out_of_bounds(file, tests):
     """compute-sanitizer's memcheck finds no errors, with a separate allocation for every tensor."""

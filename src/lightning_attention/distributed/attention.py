@@ -13,14 +13,8 @@ from ..ops.api import LightningAttentionOutput
 from ..ops.api import lightning_attention as attend
 from ..ops.backends import choose_backend
 from ..ops.custom_ops import autocast
-from ..ops.problem import (
-    AttentionInputs,
-    Problem,
-    check_backend,
-    check_bool,
-    check_tensors,
-    checked_scale,
-)
+from ..ops.inputs import AttentionInputs
+from ..ops.problem import Problem, check_backend, check_bool, check_tensors, checked_scale
 from ..ops.states import finite_log_decay
 from ..ops.transforms import refuse_transforms
 from ..ops.values import check_log_decay, sequence_bounds

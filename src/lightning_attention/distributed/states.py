@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops.backends import BACKENDS
 from ..ops.calls import call
-from ..ops.problem import ReadInputs, WriteInputs
+from ..ops.inputs import ReadInputs, WriteInputs
 from .slices import Slice
 
 

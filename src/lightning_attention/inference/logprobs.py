@@ -27,7 +27,8 @@ def logprobs_by_request(
         return {}
     chosen = torch.tensor([tokens[i] for i in asking], device=logits.device)[:, None]
     counts = [requests[i].logprobs or 0 for i in asking]
-    logprobs = logits[torch.tensor(asking, device=logits.device)].float().log_softmax(dim=-1)
+    asked = logits[torch.tensor(asking, device=logits.device)]
+    logprobs = asked.to(torch.promote_types(asked.dtype, torch.float32)).log_softmax(dim=-1)
     top = logprobs.topk(min(max(counts), logits.shape[1]), dim=-1)
     values = logprobs.gather(1, chosen)[:, 0].tolist(), top.indices.tolist(), top.values.tolist()
     return {

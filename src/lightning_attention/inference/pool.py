@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from hashlib import blake2b
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ class StatePool:
         sizes = [-(-prod(shape) // ALIGNMENT) * ALIGNMENT * dtype.itemsize for layer in parts for shape, dtype in layer]
         self._contents = f"states of {dtype}" + ("" if ring_dtype is None else f" and rings of {ring_dtype}")
         self._tag = torch.tensor(list(blake2b(self._contents.encode(), digest_size=TAG).digest()), dtype=torch.uint8)
-        self.states: list[Tensor | DecodingState] = []
+        self.states: list[Any] = []  # of one kind
         with torch.inference_mode(False):  # inference tensors could not be written outside of inference mode
             self._memory = torch.zeros(num_slots, sum(sizes), dtype=torch.uint8, device=device)
             memory = iter(self._memory.split(sizes, dim=1))

@@ -282,7 +282,7 @@ class LightningCache(Cache):
         return total
 
 
-def _unlike(layer: CacheLayerMixin, layer_idx: int, needed: str) -> ValueError:
+def _unlike(layer: object, layer_idx: int, needed: str) -> ValueError:
     kinds = {KeyValueLayer: "keys and values", DecodingLayer: "a decoding state, as of an invariant model,"}
     return ValueError(f"the cache holds {kinds.get(type(layer), 'a state')} of layer {layer_idx}, which has {needed}")
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..nn import (
     CosFormerFeatures,
     EluFeatures,
@@ -47,8 +49,6 @@ class LinearAttention:
         has_random_features: whether it reads `num_features` and `feature_seed`.
         has_decay: whether it reads decays and `qk_activation`.
         is_linear: whether it is computed from states, which training segments and ranks pass on.
-        is_invariant: whether it computes a token with the same bits whatever else is in the batch, in the context of
-            `nn.invariant.invariant_functions`; `LightningConfig.invariant` needs it.
     """
 
     make: MakeMixer
@@ -57,7 +57,6 @@ class LinearAttention:
     has_random_features: bool = False
     has_decay: bool = False
     is_linear: bool = True
-    is_invariant: bool = False
 
 
 def register_attention(name: str, attention: LinearAttention) -> None:
@@ -94,6 +93,8 @@ def check_is_linear(config: "LightningConfig", purpose: str) -> None:
     Raises:
         ValueError: one is not; the error says for what that is needed.
     """
+    if config.invariant:
+        raise ValueError(f"{purpose} pass on states, which do not say where chunks began: they need invariant=False")
     for i, kind in enumerate(config.layer_types or ()):
         if kind != LINEAR:
             raise ValueError(f"{purpose} pass on states of constant size, and layer {i} has {kind}, which has none")
@@ -111,9 +112,11 @@ def check_is_invariant(config: "LightningConfig") -> None:
     for i, kind in enumerate(config.layer_types or ()):
         if kind != LINEAR:
             raise ValueError(f"invariant must be False: layer {i} has {kind}, whose bits depend on the batch")
-    if not ATTENTIONS[config.linear_attention].is_invariant:
-        names = ", ".join(name for name, attention in ATTENTIONS.items() if attention.is_invariant)
-        raise ValueError(f"invariant goes with {names} attention, not with {config.linear_attention}")
+    with torch.device("meta"):
+        if not ATTENTIONS[config.linear_attention].make(config, 0).can_be_invariant:
+            raise ValueError(
+                f"invariant must be False for {config.linear_attention} attention: bits depend on the batch"
+            )
     if config.hidden_size >= NORM_LIMIT:
         raise ValueError(f"invariant needs a hidden_size below {NORM_LIMIT}, got {config.hidden_size}")
 
@@ -209,23 +212,19 @@ def _rfa(config: "LightningConfig", seed: int) -> FeatureMap:
 
 
 ATTENTIONS = {
-    "lightning": LinearAttention(
-        _lightning(GatedLightningAttention), DECAY_POSITIONS, has_decay=True, is_invariant=True
-    ),
+    "lightning": LinearAttention(_lightning(GatedLightningAttention), DECAY_POSITIONS, has_decay=True),
     "lightning-1": LinearAttention(
         _lightning(QuadraticLightningAttention), DECAY_POSITIONS, has_decay=True, is_linear=False
     ),
-    "elu": LinearAttention(_normalized(lambda config, _: EluFeatures(_head_dim(config))), is_invariant=True),
+    "elu": LinearAttention(_normalized(lambda config, _: EluFeatures(_head_dim(config)))),
     "cosformer": LinearAttention(
         _normalized(lambda config, _: CosFormerFeatures(_head_dim(config), config.max_position_embeddings or 0)),
         ("none",),
         has_limit=True,
-        is_invariant=True,
     ),
     "rfa": LinearAttention(_normalized(_rfa), has_random_features=True),
     "performer": LinearAttention(
         _normalized(lambda config, seed: PositiveRandomFeatures(_head_dim(config), config.num_features, seed=seed)),
         has_random_features=True,
-        is_invariant=True,
     ),
 }

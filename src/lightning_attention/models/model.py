@@ -111,8 +111,10 @@ class LightningModel(LightningPreTrainedModel):
         between ranks, raises on every rank.
 
         Raises:
-            ValueError: a layer has softmax attention, which has no states to exchange.
+            ValueError: a layer has softmax attention, which has no states to exchange; or the model is invariant.
         """
+        if sequence_parallel is not None and self.config.invariant:
+            raise ValueError("an invariant model cannot share sequences: sums of states depend on the number of ranks")
         if sequence_parallel is not None and self.config.has_softmax:
             raise ValueError("softmax attention has no states that ranks exchange: they cannot share sequences")
         self.sequence_parallel = sequence_parallel
@@ -320,6 +322,8 @@ class LightningModel(LightningPreTrainedModel):
             raise ValueError("states go with position_ids, and with no padding or cache")
         if states is not None and self.config.has_softmax:
             raise ValueError("states go with layers of linear attention alone: softmax attention has none")
+        if states is not None and self.config.invariant:
+            raise ValueError("states go with no invariant=True: they do not say where chunks began; use a cache")
         if states is not None and len(states) != len(self.layers):
             raise ValueError(f"states must be one for each of {len(self.layers)} layers, got {len(states)}")
         return layout

@@ -125,6 +125,10 @@ class GatedLightningAttention(TokenMixer):
         return self.decay.log_decay
 
     @property
+    def can_be_invariant(self) -> bool:
+        return True
+
+    @property
     def state_shape(self) -> tuple[int, int, int]:
         return self.num_heads, self.head_dim * (1 if self.lrpe is None else 2), self.head_dim
 
@@ -159,6 +163,10 @@ class QuadraticLightningAttention(GatedLightningAttention):
         >>> y.shape
         torch.Size([2, 10, 64])
     """
+
+    @property
+    def can_be_invariant(self) -> bool:
+        return False
 
     def attend(
         self,

@@ -19,9 +19,12 @@ class FeatureMap(nn.Module):
         eps: smallest denominator of an attention with these features.
         num_heads: number of heads H that the map is made for; None is any number.
         head_dim: channels D of a head that the map is made for; None is any number.
+        is_invariant: whether features of a token have the same bits whatever else is in the batch, see
+            `TokenMixer.invariant`.
     """
 
     num_features: int
+    is_invariant: bool = False
     eps: float = 1e-6
     num_heads: int | None = None
     head_dim: int | None = None
@@ -49,6 +52,8 @@ class EluFeatures(FeatureMap):
         >>> EluFeatures(2)(x, positions, is_query=True)
         tensor([[[[1., 3.]]]])
     """
+
+    is_invariant = True
 
     def __init__(self, head_dim: int):
         super().__init__()
@@ -81,6 +86,8 @@ class CosFormerFeatures(FeatureMap):
         >>> CosFormerFeatures(16, max_positions=1024)(x, positions, is_query=True).shape
         torch.Size([2, 10, 4, 32])
     """
+
+    is_invariant = True
 
     def __init__(self, head_dim: int, max_positions: int):
         super().__init__()
@@ -207,6 +214,8 @@ class PositiveRandomFeatures(RandomFeatures):
         >>> PositiveRandomFeatures(16, 32)(x, positions, is_query=True).shape
         torch.Size([2, 10, 4, 32])
     """
+
+    is_invariant = True
 
     def __init__(self, head_dim: int, num_features: int | None = None, *, seed: int = 0):
         check_size("head_dim", head_dim)

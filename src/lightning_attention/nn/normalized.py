@@ -62,6 +62,10 @@ class NormalizedLinearAttention(TokenMixer):
         self.feature_map = feature_map
 
     @property
+    def can_be_invariant(self) -> bool:
+        return self.feature_map.is_invariant
+
+    @property
     def state_shape(self) -> tuple[int, int, int]:
         return self.num_heads, self.feature_map.num_features, self.head_dim + 1
 

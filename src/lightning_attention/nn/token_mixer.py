@@ -70,8 +70,8 @@ class TokenMixer(nn.Module):
         num_key_value_heads: heads of k and v, which divide `num_heads`; by default `num_heads`.
 
     Attributes:
-        invariant: whether results of a token have the same bits whatever else is in the batch, see `docs/model.md`;
-            False at first.
+        invariant: whether results of a token have the same bits whatever else is in the batch, see
+            docs/determinism.md; False at first. A mixer that cannot promise it refuses True.
 
     Raises:
         ValueError: `hidden_size` is not a multiple of `num_heads`; a size is less than 1; eps is negative; or the norm
@@ -120,7 +120,23 @@ class TokenMixer(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.norm = nn.Identity() if norm is None else make_norm(norm, hidden_size, eps)
         self.sequence_parallel: SequenceParallel | None = None
-        self.invariant = False
+        self._invariant = False
+
+    @property
+    def invariant(self) -> bool:
+        return self._invariant
+
+    @invariant.setter
+    def invariant(self, value: bool) -> None:
+        check_bool("invariant", value)
+        if value and not self.can_be_invariant:
+            raise ValueError(f"invariant must be False for {type(self).__name__}: its bits depend on the batch")
+        self._invariant = value
+
+    @property
+    def can_be_invariant(self) -> bool:
+        """True if attention is by the operator, from projections whose bits for a token are its own."""
+        return False
 
     @property
     def log_decay(self) -> Tensor | None:
@@ -203,6 +219,8 @@ class TokenMixer(nn.Module):
         if isinstance(state, DecodingState):
             return self._decode(q, k, v, cu_seqlens, state, slots), state
         if self.sequence_parallel is not None:
+            if self.invariant:
+                raise ValueError("an invariant layer cannot share sequences: sums of states depend on the ranks")
             assert cu_seqlens is not None
             return self.sequence_parallel.attend(q, k, v, log_decay, cu_seqlens, state)
         if state is None:

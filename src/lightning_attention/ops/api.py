@@ -8,15 +8,8 @@ from torch import Tensor
 
 from . import autograd, custom_ops
 from .decoding_state import DecodingState
-from .problem import (
-    AttentionInputs,
-    Problem,
-    check_backend,
-    check_bool,
-    check_tensors,
-    checked_scale,
-    integers,
-)
+from .inputs import AttentionInputs
+from .problem import Problem, check_backend, check_bool, check_tensors, checked_scale, integers
 from .transforms import refuse_tangents
 from .values import check_state_positions
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import custom_ops, transforms
-from .problem import AttentionInputs, GradientInputs
+from .inputs import AttentionInputs, GradientInputs
 
 NAME = "lightning_attention"
 # Names of the arguments of the functions below.

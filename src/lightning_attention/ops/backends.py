@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import chunked, hopper, reference, triton
 from .calls import Inputs, Prepared
-from .problem import (
+from .inputs import (
     AppendInputs,
     AttentionInputs,
     DecodingInputs,
@@ -16,11 +16,11 @@ from .problem import (
     GradientInputs,
     Metadata,
     PrefillInputs,
-    Problem,
     ReadInputs,
     SlotPrefillInputs,
     WriteInputs,
 )
+from .problem import Problem
 from .values import (
     check_append_values,
     check_attention_values,

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from .problem import Metadata
+from .inputs import Metadata
 
 MAX_CALLS = 1024
 

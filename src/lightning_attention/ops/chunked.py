@@ -12,18 +12,10 @@ from torch import Tensor
 
 from . import decoding, ring
 from .decoding import commit, verify
+from .inputs import AppendInputs, AttentionInputs, DecodingInputs, GradientInputs, PrefillInputs, SlotPrefillInputs
 from .prefill import prefill as prefill_by
 from .prefill import prefill_copies
-from .problem import (
-    AppendInputs,
-    AttentionInputs,
-    DecodingInputs,
-    GradientInputs,
-    PrefillInputs,
-    Problem,
-    SlotPrefillInputs,
-    state_dtype,
-)
+from .problem import Problem, state_dtype
 from .ring import fold
 from .states import read_state_, write_state
 from .tiles import CHUNK_SIZE, Carry, Decay, States, Tiles

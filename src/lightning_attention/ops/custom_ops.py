@@ -14,17 +14,16 @@ from torch import Tensor
 from . import cross_entropy, transforms
 from .backends import CHECKS, check_supported, choose_by_chunk_size, prepare
 from .calls import Inputs, call
-from .problem import (
+from .inputs import (
     AppendInputs,
     AttentionInputs,
     DecodingInputs,
     FoldInputs,
     GradientInputs,
     PrefillInputs,
-    Problem,
     SlotPrefillInputs,
-    state_dtype,
 )
+from .problem import Problem, state_dtype
 from .values import check_distinct_slots
 
 NAMESPACE = "lightning_attention"

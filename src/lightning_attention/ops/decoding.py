@@ -11,7 +11,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .problem import DecodingInputs, state_dtype
+from .inputs import DecodingInputs
+from .problem import state_dtype
 from .states import cast, finite_log_decay
 
 # Bytes of states that leave the caches of a CPU between two of the passes that a step makes over them, and of those

@@ -9,8 +9,9 @@ from . import autograd, custom_ops
 from .api import lightning_attention, refuse_gradients
 from .backends import CHECKS
 from .decoding_state import DecodingState
+from .inputs import DecodingInputs
 from .paths import draft_paths, take
-from .problem import DecodingInputs, check_backend, check_tensors, checked_scale
+from .problem import check_backend, check_tensors, checked_scale
 
 
 def lightning_attention_step(
@@ -77,8 +78,8 @@ def lightning_attention_step(
             raise ValueError("saved_indices go with plain states: select slots of a DecodingState to copy them")
         state.check()
         if q.dim() == 3:
-            tokens = (x.unsqueeze(1) for x in (q, k, v))
-            return _append(*tokens, log_decay, state, state_indices, scale, backend).squeeze(1)
+            q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+            return _append(q, k, v, log_decay, state, state_indices, scale, backend).squeeze(1)
         return _append(q, k, v, log_decay, state, state_indices, scale, backend)
     return custom_ops.step(q, k, v, log_decay, state, state_indices, scale, backend, saved_indices)
 
@@ -212,10 +213,12 @@ def attend_with_gradients(
     bounds = [row * T for row in range(B + 1)] if cu_seqlens is None else cu_seqlens.tolist()
     counts = state.count[:, 0].tolist()
     rings = (None, state.keys, state.values)
-    begun = [_after_rings(x.flatten(0, 1), ring, bounds, counts) for x, ring in zip((q, k, v), rings, strict=True)]
+    q, k, v = (_after_rings(x.flatten(0, 1), ring, bounds, counts) for x, ring in zip((q, k, v), rings, strict=True))
     ends = torch.tensor([0, *counts]).cumsum(0) + torch.tensor(bounds)
     o = lightning_attention(
-        *begun,
+        q,
+        k,
+        v,
         log_decay,
         initial_state=state.state.clone(),
         cu_seqlens=ends.to(q.device),

@@ -9,7 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .problem import AttentionInputs, PrefillInputs, SlotPrefillInputs, state_dtype
+from .inputs import AttentionInputs, PrefillInputs, SlotPrefillInputs
+from .problem import state_dtype
 
 
 def prefill(forward: Callable[..., list[Tensor]], x: PrefillInputs[Tensor], scale: float) -> list[Tensor]:

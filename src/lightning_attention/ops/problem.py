@@ -4,12 +4,22 @@ import math
 from collections.abc import Mapping, Sequence
 from math import prod
 from numbers import Integral, Real
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-X = TypeVar("X")
+from .inputs import (
+    AppendInputs,
+    AttentionInputs,
+    DecodingInputs,
+    FoldInputs,
+    GradientInputs,
+    Metadata,
+    PrefillInputs,
+    SlotPrefillInputs,
+)
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -56,135 +66,6 @@ def check_backend(backend: object) -> None:
 def check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
-
-
-class Metadata(NamedTuple):
-    """Properties of a tensor other than its values and its address."""
-
-    shape: torch.Size
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def dim(self) -> int:
-        return len(self.shape)
-
-
-class AttentionInputs(NamedTuple, Generic[X]):
-    """Inputs of attention: tensors, their metadata, or operands of a plan."""
-
-    q: X
-    k: X
-    v: X
-    log_decay: X | None
-    initial_state: X | None
-    cu_seqlens: X | None
-
-
-class GradientInputs(NamedTuple, Generic[X]):
-    """Inputs of the gradient: those of attention, and the gradients of its results."""
-
-    q: X
-    k: X
-    v: X
-    log_decay: X | None
-    initial_state: X | None
-    cu_seqlens: X | None
-    do: X
-    d_final_state: X | None
-
-
-class PrefillInputs(NamedTuple, Generic[X]):
-    """Inputs of prefill: those of attention, and the numbers of tokens after which states are asked for."""
-
-    q: X
-    k: X
-    v: X
-    log_decay: X | None
-    initial_state: X | None
-    cu_seqlens: X | None
-    state_positions: X
-
-
-class SlotPrefillInputs(NamedTuple, Generic[X]):
-    """Inputs of prefill from and to the slots of a pool of states."""
-
-    q: X
-    k: X
-    v: X
-    log_decay: X | None
-    state: X
-    cu_seqlens: X | None
-    state_indices: X | None
-    has_initial_state: X | None
-    state_positions: X | None
-    saved_indices: X | None
-
-    def from_states(self, initial_state: X) -> "AttentionInputs[X]":
-        """Inputs of attention that starts from states outside of the pool."""
-        return AttentionInputs(self.q, self.k, self.v, self.log_decay, initial_state, self.cu_seqlens)
-
-
-class DecodingInputs(NamedTuple, Generic[X]):
-    """Inputs of decoding, of one step or of drafts. Drafts are committed without a q."""
-
-    q: X
-    k: X
-    v: X
-    log_decay: X | None
-    state: X
-    state_indices: X | None
-    parents: X | None = None
-    last: X | None = None
-    saved_indices: X | None = None
-
-
-class AppendInputs(NamedTuple, Generic[X]):
-    """Inputs of attention from decoding states, whose parts are `state`, `keys`, `values` and `count`.
-
-    `lengths` `[B]` are the tokens of each batch row that are read, at most T; the others have output 0.
-    """
-
-    q: X
-    k: X
-    v: X
-    log_decay: X | None
-    state: X
-    keys: X
-    values: X
-    count: X
-    state_indices: X | None
-    has_initial_state: X | None = None
-    cu_seqlens: X | None = None
-    lengths: X | None = None
-
-
-class FoldInputs(NamedTuple, Generic[X]):
-    """Inputs of `fold`, which adds the tokens of decoding states to the states."""
-
-    log_decay: X | None
-    state: X
-    keys: X
-    values: X
-    count: X
-    state_indices: X | None
-
-
-class WriteInputs(NamedTuple, Generic[X]):
-    """Inputs of `write_state`."""
-
-    k: X
-    v: X
-    log_decay: X
-
-
-class ReadInputs(NamedTuple, Generic[X]):
-    """Inputs of `read_state_`, and `o`, which it writes."""
-
-    o: X
-    q: X
-    state: X
-    log_decay: X
 
 
 # What the checks read.
@@ -344,7 +225,9 @@ class Problem(NamedTuple):
         problem._check_state("state", x.state, like, stored=(torch.bfloat16,))
         num_slots, H = problem.num_states, problem.num_heads
         C = x.keys.shape[2] if x.keys.dim() == 4 else 0
-        parts = {"keys": (x.keys, (num_slots, H, C, problem.key_dim), problem.dtype)}
+        parts: dict[str, tuple[Any, tuple[int, ...], torch.dtype]] = {
+            "keys": (x.keys, (num_slots, H, C, problem.key_dim), problem.dtype)
+        }
         parts["values"] = x.values, (num_slots, H, C, problem.value_dim), problem.dtype
         parts["count"] = x.count, (num_slots, H), torch.int32
         for name, (part, shape, dtype) in parts.items():

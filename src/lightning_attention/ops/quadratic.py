@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 from .autograd import distinct, refuse_gradient
 from .custom_ops import autocast, register
 from .gpu import triton_reasons
-from .problem import AttentionInputs, Problem, check_tensors
+from .inputs import AttentionInputs
+from .problem import Problem, check_tensors
 from .transforms import refuse_transforms, register_vmap
 from .triton.config import MAX_HEAD_DIM
 from .values import check_attention_values

@@ -8,19 +8,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .prefill import prefill as prefill_by
-from .prefill import prefill_copies
-from .problem import (
+from .inputs import (
     AppendInputs,
     AttentionInputs,
     DecodingInputs,
     FoldInputs,
     GradientInputs,
     PrefillInputs,
-    Problem,
     SlotPrefillInputs,
-    state_dtype,
 )
+from .prefill import prefill as prefill_by
+from .prefill import prefill_copies
+from .problem import Problem, state_dtype
 from .states import read_state_, write_state
 from .values import sequence_bounds
 

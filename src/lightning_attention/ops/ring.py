@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .problem import AppendInputs, AttentionInputs, FoldInputs
+from .inputs import AppendInputs, AttentionInputs, FoldInputs
 from .states import cast
 from .tiles import CHUNK_SIZE, Decay, States, Tiles, pad_heads
 from .values import sequence_bounds

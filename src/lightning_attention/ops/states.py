@@ -7,7 +7,8 @@ float32 copy of all keys or queries is made.
 import torch
 from torch import Tensor
 
-from .problem import ReadInputs, WriteInputs, state_dtype
+from .inputs import ReadInputs, WriteInputs
+from .problem import state_dtype
 
 # Measured on a CPU core, 4 heads of 64: 1024 to 4096 are level, 128 takes 1.5 times as long, 16384 up to 3 times.
 CHUNK_SIZE = 4096

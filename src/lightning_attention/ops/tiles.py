@@ -23,18 +23,20 @@ from .values import sequence_bounds
 CHUNK_SIZE = 32
 HEAD_MULTIPLE = 16
 
-# Tokens of all heads in a tile, whose states, scores and inputs should fit the L2 cache of a CPU. Measured on one core
-# of an AMD EPYC with AVX-512 in float32, in µs a token, forward and backward, for 8 to 128 chunks of a head:
-# 8 heads of 64: 7.9, 6.1, 5.2, 4.7, 4.6 and 17.8, 14.4, 12.8, 11.7, 21.7;
-# 8 heads of 128: 15.5, 13.7, 13.1, 14.1, 32.3 and 58.1, 36.0, 34.6, 35.6, 62.5.
-TOKENS_AT_ONCE = 64 * CHUNK_SIZE
-TOKENS_AT_ONCE_ELSEWHERE = 4096 * CHUNK_SIZE
+# Chunks of all heads in a tile, whose states, scores and inputs should fit the L2 cache of a CPU: so many, and so many
+# elements of their states. Measured on one core of an AMD EPYC with AVX-512 in float32, in µs a token, forward and
+# backward, for 8, 16, 32, 64 and 128 chunks:
+# 8 heads of 64: 8.0, 6.4, 5.3, 5.2, 4.8 and 18.3, 15.2, 13.3, 12.1, 13.0;
+# 8 heads of 128: 15.6, 13.9, 12.9, 14.6, 17.3 and 39.5, 36.8, 36.4, 36.1, 41.0.
+CHUNKS_AT_ONCE, ELEMENTS_AT_ONCE = 64, 32 * 128 * 128
+CHUNKS_AT_ONCE_ELSEWHERE = 4096
 
 
-def chunks_at_once(num_chunks: int, num_heads: int, device_type: str) -> int:
-    """Chunks of a tile."""
-    tokens = TOKENS_AT_ONCE if device_type == "cpu" else TOKENS_AT_ONCE_ELSEWHERE
-    return max(1, min(tokens // (num_heads * CHUNK_SIZE), num_chunks))
+def chunks_at_once(num_chunks: int, num_heads: int, state_size: int, device_type: str) -> int:
+    """Chunks of a tile, with a state of `state_size` elements for each head."""
+    of_heads = min(CHUNKS_AT_ONCE, ELEMENTS_AT_ONCE // state_size)
+    of_heads = of_heads if device_type == "cpu" else CHUNKS_AT_ONCE_ELSEWHERE
+    return max(1, min(of_heads // num_heads, num_chunks))
 
 
 def padded_size(head_size: int) -> int:
@@ -121,7 +123,7 @@ class Tiles:
         self.state_shape = len(self.bounds) - 1, H, K, v.shape[3]
         self.dtype, self.device = state_dtype(q.dtype), q.device
         chunks = chunks_of(pairwise(self.bounds))
-        self.at_once = chunks_at_once(len(chunks), H, q.device.type)
+        self.at_once = chunks_at_once(len(chunks), H, padded_size(K) * padded_size(v.shape[3]), q.device.type)
         parts = (chunks[first : first + self.at_once] for first in range(0, len(chunks), self.at_once))
         self.tiles = [Tile(part, T, H, q.device) for part in parts]
 

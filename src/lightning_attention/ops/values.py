@@ -8,14 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .problem import (
-    AppendInputs,
-    AttentionInputs,
-    DecodingInputs,
-    FoldInputs,
-    PrefillInputs,
-    SlotPrefillInputs,
-)
+from .inputs import AppendInputs, AttentionInputs, DecodingInputs, FoldInputs, PrefillInputs, SlotPrefillInputs
 
 
 def check_attention_values(x: AttentionInputs[Tensor] | PrefillInputs[Tensor]) -> None:

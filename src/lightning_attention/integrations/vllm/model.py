@@ -309,6 +309,8 @@ def check_served(vllm_config: VllmConfig) -> None:
     config: Any = vllm_config.model_config.hf_config
     if LINEAR in (config.layer_types or []) and config.linear_attention not in SERVED:
         raise ValueError(f"vLLM serves lightning attention, not {config.linear_attention}: use model.generate()")
+    if config.invariant:
+        raise ValueError("vLLM makes no promise of invariant=True: serve with our engine, or with invariant=False")
     if config.positions == "learned":
         raise ValueError("vLLM serves no learned positions: use model.generate()")
     for name in ("mamba_cache_dtype", "mamba_ssm_cache_dtype"):

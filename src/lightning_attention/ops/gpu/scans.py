@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 from ..calls import Prepared
-from ..problem import AttentionInputs, GradientInputs, Metadata, PrefillInputs, state_dtype
+from ..inputs import AttentionInputs, GradientInputs, Metadata, PrefillInputs
+from ..problem import state_dtype
 from . import accumulate
 from .plan import Operand, Planner, planned
 from .segments import Segments, ceil_div, one_segment

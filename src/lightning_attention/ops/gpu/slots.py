@@ -6,7 +6,8 @@ from its slot before they start; the second is written to the slot directly.
 
 import triton.language as tl
 
-from ..problem import Metadata, SlotPrefillInputs, state_dtype
+from ..inputs import Metadata, SlotPrefillInputs
+from ..problem import state_dtype
 from .plan import Operand, Planner
 from .primitives import jit, load_slot, program_ids
 from .scans import Scans, WrittenSlots

@@ -11,7 +11,8 @@ from ..gpu.plan import Operand, planned, strides
 from ..gpu.scans import NO_SLOTS, WrittenSlots
 from ..gpu.segments import Segments, ceil_div, num_multiprocessors
 from ..gpu.slots import has_contiguous_states, plan_prefill_
-from ..problem import Metadata, SlotPrefillInputs, state_dtype
+from ..inputs import Metadata, SlotPrefillInputs
+from ..problem import state_dtype
 from ..triton import launch as portable
 from ..triton import ring
 from . import config, gradients, kernels, states

@@ -11,7 +11,7 @@ from ..calls import Prepared, call
 from ..gpu.plan import Operand, Planner, planned, strides
 from ..gpu.primitives import decay_over, jit, load_log_decay, load_slot, program_ids
 from ..gpu.segments import ceil_div
-from ..problem import AttentionInputs, DecodingInputs, Metadata
+from ..inputs import AttentionInputs, DecodingInputs, Metadata
 from .config import MAX_TREE, step_tiles, verify_tiles
 from .launch import Scans, forward
 

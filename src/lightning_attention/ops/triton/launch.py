@@ -10,8 +10,8 @@ from ..gpu.plan import Operand, Planner, planned, strides
 from ..gpu.scans import NO_SLOTS, WrittenSlots
 from ..gpu.segments import Segments, ceil_div, num_multiprocessors
 from ..gpu.slots import has_contiguous_states, plan_prefill_
+from ..inputs import AttentionInputs, Metadata, PrefillInputs, ReadInputs, SlotPrefillInputs, WriteInputs
 from ..prefill import prefill_copies
-from ..problem import AttentionInputs, Metadata, PrefillInputs, ReadInputs, SlotPrefillInputs, WriteInputs
 from . import config, kernels
 from .config import Tiles
 

@@ -34,7 +34,15 @@ def attend_chunk(b_S, b_q, b_k, b_v, b_inside, b_read, scale, PRECISION: tl.cons
 
 @jit
 def add_chunk(
-    b_S, b_k, b_v, log_decay, m, o_c, REVERSE: tl.constexpr, PRECISION: tl.constexpr, SCALE_KEYS: tl.constexpr = False
+    b_S,
+    b_k,
+    b_v,
+    log_decay,
+    m,
+    o_c,
+    REVERSE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SCALE_KEYS: tl.constexpr = tl.constexpr(False),  # noqa: B008 (a constant)
 ):
     """`λ^m Sᵀ + Σ_j λ^(m-1-j) v_j k_jᵀ` over the m tokens of a chunk; values are scaled, or as on Hopper keys."""
     b_write = decay_over(log_decay, m - 1 - o_c + REVERSE)

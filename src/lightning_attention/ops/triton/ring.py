@@ -12,7 +12,7 @@ import triton.language as tl
 from ..calls import Prepared
 from ..gpu.plan import Operand, Planner, planned, strides
 from ..gpu.primitives import decay_over, jit, load_log_decay, load_slot
-from ..problem import AppendInputs, FoldInputs, Metadata
+from ..inputs import AppendInputs, FoldInputs, Metadata
 from . import config
 from .launch import Scans
 from .parts import add_chunk, attend_chunk, float16_scales, load_state, scale_to_float16, store_state
@@ -167,7 +167,7 @@ def ring_kernel(
     if i_slot < 0:
         end = start
     for t in range(end, stop, C):  # tokens that are not read
-        p_o = o + t.to(tl.int64) * stride_ot
+        p_o = o + tl.cast(t, tl.int64) * stride_ot
         for i_v in range(NUM_TILES):
             o_v = i_v * BV + tl.arange(0, BV)
             _store_rows(p_o, stride_ot, o_c, o_v, (o_c < stop - t)[:, None], tl.zeros([C, BV], dtype), V)
@@ -207,6 +207,7 @@ def ring_kernel(
                 _store_rows(p_o, stride_ot, o_c, o_v, m_new, tl.trans(b_o).to(dtype), V)
                 if t + C <= end:
                     b_S = add_chunk(b_S, b_k, b_v, log_decay_h, C, o_c, False, PRECISION, SCALE_KEYS)
+                    b_S = b_S.to(state.dtype.element_ty).to(tl.float32)  # rounded once a chunk, however it is read
                 p_q += C * stride_qt
                 p_k += C * stride_kt
                 p_v += C * stride_vt
