@@ -186,6 +186,21 @@ def test_pieces_and_steps_equal_one_pass(setting, bounds, batch_size):
 
 
 @every_setting
+@few
+@given(bounds=cuts())
+def test_pieces_in_bfloat16_states_equal_steps(setting, bounds):
+    """Both round a state once a chunk."""
+    if setting.dtype == FLOAT64:
+        pytest.skip("states of float64 inputs are float64")
+    qkv, sizes = setting.tokens(1, bounds[-1]), (1, setting.H, setting.K, setting.V)
+    options: Any = {"dtype": setting.dtype, "device": setting.device, "backend": setting.backend}
+    states = [DecodingState.zeros(*sizes, **options, storage_dtype=BFLOAT16) for _ in range(2)]
+    pieces = setting.read(states[0], qkv, bounds)
+    assert_same(setting.read(states[1], qkv, [0, *range(1, bounds[-1] + 1)]), pieces)
+    assert_equal_states(*states)
+
+
+@every_setting
 def test_steps_alone_equal_one_pass(setting):
     qkv, state = setting.tokens(2, 70), setting.new_state(2).zero_()
     steps = [
@@ -312,7 +327,7 @@ def test_repeated_calls_are_equal(setting, batch_size, length):
     qkv = [x.requires_grad_() for x in setting.tokens(batch_size, length)]
     do = setting.tokens(batch_size, length, seed=1)[2]
     for invariant in (True, False):
-        first, second = (setting.attend(*qkv, invariant=invariant) for _ in range(2))
+        first, second = (setting.attend(qkv, invariant=invariant) for _ in range(2))
         assert_same(first, second)
         gradients = (torch.autograd.grad(o, qkv, do) for o in (first, second))
         for found, expected in zip(*gradients, strict=True):
@@ -357,8 +372,8 @@ def test_threads_keep_the_promise(threads, dtype):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        expected = setting.attend(*qkv)
-        assert_same(setting.attend(*(x[1:2] for x in qkv)), expected[1:2])
+        expected = setting.attend(qkv)
+        assert_same(setting.attend([x[1:2] for x in qkv]), expected[1:2])
         assert_same(setting.read(setting.new_state(3), qkv, [0, 37, *range(38, 71)]), expected)
     finally:
         torch.set_num_threads(before)
