@@ -18,7 +18,7 @@ from lightning_attention.models import SIZES, LightningForCausalLM
 CPU = torch.device("cpu")
 STEP = StepCase(batch_size=2, num_heads=3, head_dim=8, dtype=torch.float32)
 SERVING = ServingCase(requests=3, sample=2, max_requests=2, prompt_tokens=(2, 5), answer_tokens=(1, 4))
-OUR_STEP, PLAIN_STEP = (found for found in STEP_IMPLEMENTATIONS if found.device == "cpu")
+OUR_STEP, RING_STEP, PLAIN_STEP = (found for found in STEP_IMPLEMENTATIONS if found.device == "cpu")
 (SOFTMAX,) = (found for found in IMPLEMENTATIONS if found.device == "cpu" and found.is_softmax)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -197,7 +197,7 @@ def test_the_command_writes_results_and_a_plot(tiny, bench, tmp_path, capsys):
     runs = json.loads((tmp_path / "decode.json").read_text())["runs"]
     found = {kind: [r["implementation"] for r in run["results"]] for kind, run in runs.items()}
     assert found == {
-        "kernel": [OURS, PLAIN_STEP.name],
+        "kernel": [OURS, RING_STEP.name, PLAIN_STEP.name],
         "model": [OURS, SOFTMAX.name, OURS, SOFTMAX.name],
         "engine": [OURS, "generate() one by one"],
     }

@@ -154,7 +154,7 @@ def test_a_fault_is_one_line_and_changes_no_file(folder, arguments):
         (["op", "--heads", "0"], "--heads must be at least 1, got 0"),
         (["op", "--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got 'int8'"),
         (["op", "--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
-        (["op", "--only", "nothing"], "--only must be table or sweep, got 'nothing'"),
+        (["op", "--only", "nothing"], "--only must be table, sweep or invariant, got 'nothing'"),
         (["op", "--only", "table", "--length", "64"], "--only table has sizes of its own"),
         (["op", "--seconds", "soon"], "Invalid value for '--seconds'"),
         (["decode", "--only", "nothing"], "--only must be kernel, model or engine, got 'nothing'"),

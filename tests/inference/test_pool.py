@@ -72,8 +72,8 @@ REFUSED = {
     "a slot that is not there": (lambda pool: pool.copy(0, 3), r"a slot must be in \[0, 3\), got 3"),
     "a negative slot": (lambda pool: pool.snapshot(-1), r"a slot must be in \[0, 3\), got -1"),
     "freeing twice": (lambda pool: (pool.free(0), pool.free(0)), "slot 0 is not allocated"),
-    "another model's snapshot": (lambda pool: pool.restore(0, torch.zeros(5)), r"states of torch.float32, got \(5,\)"),
-    "another dtype": (lambda pool: pool.restore(0, pool.snapshot(0).double()), "states of torch.float32, got"),
+    "another model's snapshot": (lambda pool: pool.restore(0, torch.zeros(5)), r"numbers of torch.float32, got \(5,\)"),
+    "another dtype": (lambda pool: pool.restore(0, pool.snapshot(0).double()), "of torch.float32, got"),
     "no slots": (lambda _: StatePool(make_config(), 0), "num_slots must be at least 1, got 0"),
     "a text": (lambda _: StatePool(make_config(), cast(Any, "3")), "num_slots must be an integer, got '3'"),
     "bool states": (

@@ -9,6 +9,7 @@ import torch
 from ..models import LightningForCausalLM
 from ..models.mixers import ATTENTIONS
 from ..nn.sizes import check_bool, check_integer
+from ..ops.decoding_state import chunk_size
 from ..ops.problem import state_dtype
 from .packing import reason_against
 
@@ -65,11 +66,23 @@ def check_ring(model: LightningForCausalLM, ring: object) -> bool:
     """
     config = model.config
     if ring is None:
-        return config.invariant or (model.device.type == "cuda" and ATTENTIONS[config.linear_attention].has_decay)
+        return config.invariant or (model.device.type == "cuda" and _has_kernels(model))
     check_bool("ring", ring)
     if not ring and config.invariant:
         raise ValueError("ring must be True for a model with invariant=True: its promise holds for decoding states")
     return bool(ring)
+
+
+def _has_kernels(model: LightningForCausalLM) -> bool:
+    """True if decoding states of every layer have kernels on the device of the model."""
+    if not ATTENTIONS[model.config.linear_attention].has_decay:
+        return False
+    try:
+        for shape in model.model.state_shapes:
+            chunk_size(*shape, model.dtype, model.device)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def check_packing(model: LightningForCausalLM, pack_weights: object) -> bool:

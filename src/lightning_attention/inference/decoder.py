@@ -69,7 +69,7 @@ class Decoder:
 
     def _supports_cuda_graphs(self, states: Tensor | DecodingState) -> bool:
         if isinstance(states, DecodingState):
-            return True  # all backends of GPUs with chunks of their size
+            return True  # only backends with kernels have them on a GPU
         num_slots, H, K, V = states.shape
         problem = Problem(self.max_batch_size, 1, H, K, V, num_slots, self.model.dtype, self.model.device)
         return BACKENDS[choose_backend("auto", problem)].supports_cuda_graphs

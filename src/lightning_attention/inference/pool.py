@@ -15,7 +15,7 @@ from .checks import whole_number
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 ALIGNMENT = 64  # numbers; tensors start at a multiple in a slot, for aligned loads in kernels
-TAG = 16  # bytes at the start of a snapshot that say which dtypes follow
+TAG = 16  # bytes at the start of a snapshot with rings that say which dtypes follow
 
 
 class PoolExhaustedError(RuntimeError):
@@ -70,12 +70,12 @@ class StatePool:
         shapes = [config.layer_state_shape(i) for i in range(config.num_hidden_layers)]
         parts = [_parts(shape, dtype, ring_dtype, torch.empty(0, device=device).device) for shape in shapes]
         sizes = [-(-prod(shape) // ALIGNMENT) * ALIGNMENT * dtype.itemsize for layer in parts for shape, dtype in layer]
-        self._contents = f"states of {dtype}" + ("" if ring_dtype is None else f" and rings of {ring_dtype}")
-        self._tag = torch.tensor(list(blake2b(self._contents.encode(), digest_size=TAG).digest()), dtype=torch.uint8)
         self.states: list[Any] = []  # of one kind
         with torch.inference_mode(False):  # inference tensors could not be written outside of inference mode
-            self._memory = torch.zeros(num_slots, sum(sizes), dtype=torch.uint8, device=device)
-            memory = iter(self._memory.split(sizes, dim=1))
+            memory = torch.zeros(num_slots, sum(sizes), dtype=torch.uint8, device=device)
+            self._memory = memory.view(dtype) if ring_dtype is None else memory
+            self._tag = self._memory.new_tensor([] if ring_dtype is None else _tag(dtype, ring_dtype), device="cpu")
+            memory = iter(memory.split(sizes, dim=1))
             for layer in parts:
                 views = [next(memory).view(dtype)[:, : prod(shape)].unflatten(1, shape) for shape, dtype in layer]
                 self.states.append(DecodingState(*views) if len(views) > 1 else views[0])
@@ -125,7 +125,7 @@ class StatePool:
         self._memory[target] = self._memory[source]
 
     def snapshot(self, slot: int) -> Tensor:
-        """Copy the states of a slot to the host, as a vector of bytes."""
+        """Copy the states of a slot to the host, as one vector; with rings of bytes."""
         self._check(slot)
         return torch.cat([self._tag, self._memory[slot].cpu()])
 
@@ -136,13 +136,15 @@ class StatePool:
             ValueError: the snapshot does not fit this pool.
         """
         self._check(slot)
-        size = TAG + self._memory.shape[1]
-        expected = f"a snapshot of this pool is {size} bytes, {self._contents}"
-        if snapshot.shape != (size,) or snapshot.dtype != torch.uint8:
-            raise ValueError(f"{expected}, got {tuple(snapshot.shape)} of {snapshot.dtype}")
-        if not torch.equal(snapshot[:TAG].cpu(), self._tag):
-            raise ValueError(f"{expected}, got those of a pool with other dtypes")
-        self._memory[slot] = snapshot[TAG:].to(self._memory.device)
+        tag, size = len(self._tag), len(self._tag) + self._memory.shape[1]
+        if snapshot.shape != (size,) or snapshot.dtype != self._memory.dtype:
+            raise ValueError(
+                f"a snapshot of this pool is {size} numbers of {self._memory.dtype}, "
+                f"got {tuple(snapshot.shape)} of {snapshot.dtype}"
+            )
+        if not torch.equal(snapshot[:tag].cpu(), self._tag):
+            raise ValueError("the snapshot is of a pool whose states or rings have other dtypes")
+        self._memory[slot] = snapshot[tag:].to(self._memory.device)
 
     def _check(self, *slots: int) -> None:
         for slot in slots:
@@ -150,6 +152,10 @@ class StatePool:
                 raise ValueError(f"a slot must be in [0, {self.num_slots}), got {slot}")
             if not self._is_used[slot]:
                 raise ValueError(f"slot {slot} is not allocated")
+
+
+def _tag(dtype: torch.dtype, ring_dtype: torch.dtype) -> list[int]:
+    return list(blake2b(f"{dtype} {ring_dtype}".encode(), digest_size=TAG).digest())
 
 
 def _parts(

@@ -166,10 +166,15 @@ def choose_backend(name: str, problem: Problem, *, invariant: bool = False) -> s
     With `invariant` it may be slow, and the choice depends on device, dtype and head sizes alone.
     """
     if name == "auto":
-        for name, backend in BACKENDS.items():
-            if not backend.unsupported_reasons(problem) and (invariant or not backend.is_slow(problem)):
-                return name
+        able = (name for name, backend in BACKENDS.items() if not backend.unsupported_reasons(problem))
+        name = next((name for name in able if invariant or not BACKENDS[name].is_slow(problem)), name)
     check_supported(name, problem)
+    if invariant and isinstance(BACKENDS[name], _InPyTorch) and problem.device.type not in ("cpu", "meta"):
+        sizes = f"{problem.dtype}, K = {problem.key_dim} and V = {problem.value_dim}"
+        raise NotImplementedError(
+            f"backend {name!r} is not invariant on {problem.device}, where bits of products depend on their shapes, "
+            f"and no other runs {sizes} there"
+        )
     return name
 
 
