@@ -146,7 +146,8 @@ def test_pieces_have_the_bits_of_one_forward_pass(x, data):
             if has_state is not None:
                 has_state[row] = True
     assert (pool.count[slots] == T % C).all()
-    chunked.fold(FoldInputs(x.log_decay, *pool, torch.cat([slots, torch.tensor([-1])])))
+    indices = torch.cat([slots, torch.tensor([-1])])
+    chunked.fold(FoldInputs(pool.keys, pool.values, pool.state, pool.count, x.log_decay, indices))
     assert torch.equal(pool.state[slots], final_state)
     assert not pool.count[slots].any()
     others = [slot for slot in range(B + 2) if slot not in slots.tolist()]
@@ -268,7 +269,8 @@ def test_slots_are_sequences_where_none_are_given(module):
         begin(x, pool, torch.arange(2))
     assert torch.equal(append(x, pools[0], None, module=module), append(x, pools[1], torch.arange(2), module=module))
     assert pools[0].equals(pools[1])
-    module.fold(FoldInputs(x.log_decay, *pools[0], None))
+    pool = pools[0]
+    module.fold(FoldInputs(pool.keys, pool.values, pool.state, pool.count, x.log_decay, None))
     expected = x.forward()[1]
     torch.testing.assert_close(pools[0].state, expected, rtol=1e-5, atol=1e-5)
     assert not pools[0].count.any()

@@ -146,9 +146,8 @@ def _fake_append(q, k, v, *others):
     return _fake_output(v)
 
 
-def _fake_fold(*arguments):
-    *x, backend = arguments
-    x = FoldInputs(*x)
+def _fake_fold(log_decay, state, keys, values, count, state_indices, backend):
+    x = FoldInputs(keys, values, state, count, log_decay, state_indices)
     choose_by_chunk_size(backend, Problem.of_fold(x), x.keys.shape[2])
 
 
@@ -244,10 +243,9 @@ def attend(*arguments):
 
 
 @register(f"(Tensor? log_decay, {RING}, Tensor? state_indices, str backend) -> ()", _fake_fold)
-def fold(*arguments):
+def fold(log_decay, state, keys, values, count, state_indices, backend):
     """Add the tokens of decoding states to their states."""
-    *x, backend = arguments
-    x = FoldInputs(*x)
+    x = FoldInputs(keys, values, state, count, log_decay, state_indices)
     check_distinct_slots(x.state_indices)
     call(prepare, x, "fold", backend)
     for part in (x.state, x.count):

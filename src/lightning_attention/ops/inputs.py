@@ -111,11 +111,11 @@ class AppendInputs(NamedTuple, Generic[X]):
 class FoldInputs(NamedTuple, Generic[X]):
     """Inputs of `fold`, which adds the tokens of decoding states to the states."""
 
-    log_decay: X | None
-    state: X
     keys: X
     values: X
+    state: X
     count: X
+    log_decay: X | None
     state_indices: X | None
 
 
