@@ -6,6 +6,7 @@ from .report import OURS, Record
 PORTABLE = "its portable kernels"
 COLUMNS = {
     PORTABLE: "portable kernels",
+    "our decoding state": "decoding state",
     "fla chunk_simple_gla": "fla chunk",
     "fla fused_chunk_simple_gla": "fla fused",
     "fla fused_recurrent_simple_gla": "fla recurrent",
@@ -60,7 +61,7 @@ def operator(results: list[Record]) -> str:
 
 
 def decoding_operator(results: list[Record]) -> str:
-    """Times of one token of B sequences."""
+    """Times of one token of B sequences, from a plain state; of others relative to it."""
     others = measured_implementations(results)
     header = ["B, H, D", "µs in a CUDA graph", "× floor", *(COLUMNS.get(name, name) for name in others)]
     rows = []
@@ -243,11 +244,22 @@ def out_of_memory(x: Record) -> str:
     return "out of memory" if "OutOfMemoryError" in x.get("not_measured", "") else ""
 
 
+def invariant(results: list[Record]) -> str:
+    """Times of the free choice, and of invariant results over them."""
+    header = ["B, T, H, D", "forward / backward, ms", "invariant, × as long"]
+    rows = []
+    for shape, found in by_shape(results).items():
+        rows.append([shape, both(found[OURS], "milliseconds"), both(found["invariant"], "times_ours")])
+    note = "`invariant=True` cuts no sequence for several programs, so few heads leave a GPU idle.\n\n"
+    return note + table(header, rows)
+
+
 SECTIONS = [
     Section("The operator", "table", "scan", operator),
     Section("The operator against the sequence length", "sweep", "scan", operator),
     Section("Few heads", "segments", "scan", few_heads),
     Section("Many heads", "heads", "scan", many_heads),
+    Section("The cost of equal bits", "invariant", "scan", invariant),
     Section("Decoding: the operator", "kernel", "step", decoding_operator),
     Section("Decoding: a model", "model", "step", decoding_model),
     Section("Decoding: the engine", "engine", "scan", engine),
