@@ -297,6 +297,20 @@ def test_a_tree_of_drafts_equals_steps_along_each_path(setting, start, data):
     assert_equal_states(state.select(slot), expected.select(slot))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", SETTINGS[-4:], ids=str)
+@pytest.mark.parametrize("batch_size", [4, 40])
+def test_steps_of_many_sequences_equal_each_alone(setting, batch_size):
+    """A kernel with other numbers of warps and of tokens at a time, by the number of programs."""
+    setting = setting._replace(H=64)
+    qkv, together = setting.tokens(batch_size, 70), setting.new_state(batch_size)
+    o = setting.read(together, qkv, [0, 50, *range(51, 71)])
+    for row in (0, batch_size - 1):
+        alone = setting.new_state(1)
+        assert_same(o[row : row + 1], setting.read(alone, [x[row : row + 1] for x in qkv], [0, 50, *range(51, 71)]))
+        assert_equal_states(together.select(torch.tensor([row])), alone)
+
+
 @every_setting
 def test_slots_with_padding_equal_states_in_order(setting):
     qkv, state = setting.tokens(3, 40), setting.new_state(3)
