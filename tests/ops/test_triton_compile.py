@@ -181,10 +181,15 @@ def chunk_sizes(arch: int, head_dim: int, dtype: str) -> set[int]:
 
 # Head sizes for each configuration of the kernels of decoding states.
 RING_SPILLS = 1000  # around a loop of two sources of tokens
+ring_archs = pytest.mark.parametrize(
+    "arch",
+    [arch if arch in (80, 90) else pytest.param(arch, marks=pytest.mark.slow) for arch in SHARED_MEMORY],
+    ids="sm_{}".format,
+)
 RING_HEAD_DIMS = {"bf16": (64, 128, 256), "fp16": (256,), "fp32": (128,)}
 
 
-@pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
+@ring_archs
 @pytest.mark.parametrize("dtype", RING_HEAD_DIMS)
 def test_steps_from_decoding_states_compile_and_fit(arch, dtype):
     for head_dim in RING_HEAD_DIMS[dtype]:
@@ -200,7 +205,7 @@ def test_steps_from_decoding_states_compile_and_fit(arch, dtype):
                     check(compiled, arch, head_dim, products=True)
 
 
-@pytest.mark.parametrize("arch", SHARED_MEMORY, ids="sm_{}".format)
+@ring_archs
 @pytest.mark.parametrize(("dtype", "pool"), [("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "fp32")])
 def test_attention_from_decoding_states_compiles_and_fits(arch, dtype, pool):
     for head_dim in RING_HEAD_DIMS[dtype]:
