@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# On an AMD EPYC blocks of 16 take 1 to 1.5 times as long as one product of 512 rows, and up to 4 times as long as one
+# On an AMD EPYC blocks of 16 take 1.4 to 2.2 times as long as one product of 512 rows, and 4 to 7 times as long as one
 # row. Rows of other numbers of columns than multiples of 8 have other bits at other places of a block.
 ROWS, COLUMNS = 16, 8
 DTYPES = torch.float32, torch.float64
