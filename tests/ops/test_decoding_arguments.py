@@ -228,6 +228,28 @@ def test_faults_raise_and_change_nothing(call, error, message):
         call()
 
 
+PREFILL_FAULTS: dict[str, dict[str, Any]] = {
+    "bounds beyond the tokens": {"cu_seqlens": torch.tensor([0, T + 1])},
+    "a slot outside": {"state_indices": torch.tensor([2])},
+    "a position outside": {"state_positions": [T + 1], "saved_indices": torch.tensor([[1]])},
+    "a slot for two states": {"state_positions": [2], "saved_indices": torch.tensor([[0]])},
+    "a backend of GPUs": {"backend": "hopper"},
+    "a mask of another length": {"has_initial_state": torch.tensor([True, False])},
+}
+
+
+@pytest.mark.parametrize("fault", PREFILL_FAULTS.values(), ids=PREFILL_FAULTS)
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_prefill_that_is_refused_leaves_the_ring(fault, invariant):
+    state, qkv = begun(), tokens(1, T)
+    before = state.select(torch.arange(B))
+    options = {"state_indices": torch.tensor([0]), "invariant": invariant} | fault
+    known = r"cu_seqlens|state_indices|state_positions|has_initial_state|positions|backend 'hopper' cannot run this"
+    with pytest.raises((ValueError, NotImplementedError), match=known):
+        lightning_attention_prefill_(*qkv, log_decay=LOG_DECAY, state=state, **options)
+    assert all(torch.equal(part, kept) for part, kept in zip(state, before, strict=True))
+
+
 @pytest.mark.parametrize("is_packed", [False, True], ids=["batch rows", "packed"])
 def test_operators_are_registered_as_pytorch_expects(is_packed):
     state, (q, k, v) = begun(), tokens(B, T)

@@ -380,7 +380,7 @@ def test_the_place_in_memory_does_not_matter(setting):
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64, BFLOAT16], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 4, 8, 16], ids="{}_threads".format)
 def test_threads_keep_the_promise(threads, dtype):
-    """With any heads; in float64 with as many as there are threads, or MKL divides sums among threads."""
+    """Any number of heads; in float64 as many as there are threads, or MKL divides sums among threads."""
     setting = Setting("chunked", dtype, 128, 64, H=threads if dtype == FLOAT64 else 1)
     qkv = setting.tokens(3, 70)
     before = torch.get_num_threads()

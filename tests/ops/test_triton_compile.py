@@ -174,7 +174,7 @@ def test_decoding_compiles_and_fits(arch, constants):
 
 
 def chunk_sizes(arch: int, head_dim: int, dtype: str) -> set[int]:
-    """Of the portable kernels, and for a GPU with kernels of its own also of those."""
+    """Chunk sizes of the portable kernels, and of the Hopper kernels for a GPU that has them."""
     has_own = arch == 90 and dtype == "bf16" and head_dim in hopper.HEAD_DIMS
     return {config.scan_tiles(head_dim, head_dim, DTYPES[dtype], "ieee").C, *([hopper.C] if has_own else [])}
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from . import autograd, custom_ops
+from .backends import check_inputs
 from .decoding_state import DecodingState
-from .inputs import AttentionInputs
+from .inputs import AttentionInputs, SlotPrefillInputs
 from .problem import Problem, check_backend, check_bool, check_tensors, checked_scale, integers
 from .transforms import refuse_tangents
 from .values import check_state_positions
@@ -230,14 +231,16 @@ def lightning_attention_prefill_(
         if q.dim() == 4:  # the operator refuses others
             check_state_positions(positions, q.shape[1])
         state_positions = torch.tensor(positions, dtype=torch.int64, device=q.device)
+    slots = state_indices, has_initial_state, state_positions, saved_indices
     if isinstance(state, DecodingState):
         state.check()
         if invariant:
             return custom_ops.append(
                 q, k, v, log_decay, *state, state_indices, has_initial_state, cu_seqlens, None, scale, backend
             )
+        q, k, v = custom_ops.autocast(q, k, v)
+        check_inputs("prefill_", SlotPrefillInputs(q, k, v, log_decay, pool, cu_seqlens, *slots), backend)
         _fold(log_decay, state, state_indices, saved_indices)
-    slots = state_indices, has_initial_state, state_positions, saved_indices
     return custom_ops.prefill_(q, k, v, log_decay, pool, cu_seqlens, *slots, scale, backend)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from . import chunked, hopper, reference, triton
@@ -219,6 +220,20 @@ CHECKS: dict[str, tuple[Callable[..., Problem], Callable[..., None] | None]] = {
 }
 # Operators on decoding states, and those that may be invariant, by their last option.
 ON_RINGS, MAY_BE_INVARIANT = ("append", "fold"), ("forward", "backward")
+
+
+def check_metadata(operator: str, x: Inputs, backend: str) -> None:
+    """Check inputs of an operator but for values. No backend is chosen."""
+    problem_of, _ = CHECKS[operator]
+    check_supported(backend, problem_of(x))
+
+
+def check_inputs(operator: str, x: Inputs, backend: str) -> None:
+    """Check inputs of an operator before another one runs that changes them."""
+    check_metadata(operator, x, backend)
+    _, check_values = CHECKS[operator]
+    if check_values is not None and not torch.compiler.is_compiling():
+        check_values(x)
 
 
 def prepare(x: Inputs, operator: str, backend: str, *options: Any) -> Prepared:

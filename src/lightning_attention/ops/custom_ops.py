@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import cross_entropy, transforms
-from .backends import CHECKS, check_supported, choose_by_chunk_size, prepare
-from .calls import Inputs, call
+from .backends import check_metadata, choose_by_chunk_size, prepare
+from .calls import call
 from .inputs import (
     AppendInputs,
     AttentionInputs,
@@ -96,14 +96,9 @@ def _mark_updated(state: Tensor) -> None:
         torch.autograd.graph.increment_version(state)
 
 
-def _check(operator: str, x: Inputs, backend: str) -> None:
-    """Check inputs that are traced. The backend is chosen when the operator runs: sizes that decide are no guards."""
-    problem_of, _ = CHECKS[operator]
-    check_supported(backend, problem_of(x))
-
-
+# Fakes check what is traced. The backend is chosen when the operator runs: sizes that decide are no guards.
 def _fake_forward(q, k, v, log_decay, initial_state, cu_seqlens, scale, output_final_state, backend, invariant=False):
-    _check("forward", AttentionInputs(q, k, v, log_decay, initial_state, cu_seqlens), backend)
+    check_metadata("forward", AttentionInputs(q, k, v, log_decay, initial_state, cu_seqlens), backend)
     return [_fake_output(v), *([_fake_state(q, v, cu_seqlens)] if output_final_state else [])]
 
 
@@ -114,29 +109,31 @@ def _fake_backward(q, k, v, log_decay, initial_state, cu_seqlens, do, d_final_st
 
 def _fake_prefill(q, k, v, log_decay, initial_state, cu_seqlens, state_positions, scale, backend):
     x = PrefillInputs(q, k, v, log_decay, initial_state, cu_seqlens, state_positions)
-    _check("prefill", x, backend)
+    check_metadata("prefill", x, backend)
     state = _fake_state(q, v, cu_seqlens)
     return _fake_output(v), state, state.new_empty(q.shape[0], state_positions.shape[0], *state.shape[1:])
 
 
 def _fake_prefill_(q, k, v, *others):
     *slots, _, backend = others
-    _check("prefill_", SlotPrefillInputs(q, k, v, *slots), backend)
+    check_metadata("prefill_", SlotPrefillInputs(q, k, v, *slots), backend)
     return _fake_output(v)
 
 
 def _fake_step(q, k, v, log_decay, state, state_indices, scale, backend, saved_indices=None):
-    _check("step", DecodingInputs(q, k, v, log_decay, state, state_indices, saved_indices=saved_indices), backend)
+    check_metadata(
+        "step", DecodingInputs(q, k, v, log_decay, state, state_indices, saved_indices=saved_indices), backend
+    )
     return _fake_output(v)
 
 
 def _fake_verify(q, k, v, log_decay, state, state_indices, parents, scale, backend):
-    _check("verify", DecodingInputs(q, k, v, log_decay, state, state_indices, parents), backend)
+    check_metadata("verify", DecodingInputs(q, k, v, log_decay, state, state_indices, parents), backend)
     return _fake_output(v)
 
 
 def _fake_commit(q, k, v, log_decay, state, state_indices, parents, last, backend):
-    _check("commit", DecodingInputs(q, k, v, log_decay, state, state_indices, parents, last), backend)
+    check_metadata("commit", DecodingInputs(q, k, v, log_decay, state, state_indices, parents, last), backend)
 
 
 def _fake_append(q, k, v, *others):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import autograd, custom_ops
 from .api import lightning_attention, refuse_gradients
-from .backends import CHECKS
+from .backends import check_inputs
 from .decoding_state import DecodingState
 from .inputs import DecodingInputs
 from .paths import draft_paths, take
@@ -266,7 +266,7 @@ def _verify(
 ) -> Tensor:
     """A chain is read as a sequence that is not kept; of a tree, the path of every draft is one."""
     q, k, v = custom_ops.autocast(q, k, v)
-    _check_drafts("verify", DecodingInputs(q, k, v, log_decay, state.state, state_indices, parents))
+    check_inputs("verify", DecodingInputs(q, k, v, log_decay, state.state, state_indices, parents), "auto")
     if parents is None:
         return custom_ops.attend(q, k, v, log_decay, *state, state_indices, None, None, None, scale, backend)
     order, depth = draft_paths(parents)
@@ -289,7 +289,7 @@ def _commit(
     backend: str,
 ) -> None:
     k, v = custom_ops.autocast(k, v)
-    _check_drafts("commit", DecodingInputs(k, k, v, log_decay, state.state, state_indices, parents, last))
+    check_inputs("commit", DecodingInputs(k, k, v, log_decay, state.state, state_indices, parents, last), "auto")
     if not k.numel():
         return
     last = last.clamp(-1, k.shape[1] - 1).long()  # values on an accelerator are not checked
@@ -299,10 +299,3 @@ def _commit(
         k, v = (take(x, take(order, last.clamp_min(0))) for x in (k, v))
         lengths = torch.where(last >= 0, take(depth, last.clamp_min(0)), 0)
     _append(k, k, v, log_decay, state, state_indices, 1.0, backend, lengths)
-
-
-def _check_drafts(operator: str, x: DecodingInputs[Tensor]) -> None:
-    problem_of, check_values = CHECKS[operator]
-    problem_of(x)
-    if check_values is not None and x.k.is_cpu and not torch.compiler.is_compiling():
-        check_values(x)
