@@ -24,7 +24,7 @@ from .logprobs import logprobs_by_request
 from .outputs import Completion, FinishReason, Output, TokenLogprobs
 from .pool import StatePool
 from .prefixes import History, PrefixCache
-from .requests import IsFinished, OnError, PromptChunk, Request
+from .requests import IsFinished, OnError, PromptChunk, Request, prompt_chunks
 from .sampling import Sampler, SamplingOptions, check_options, choose_each, warn_of_ignored_options
 from .sampling import stop_token_ids as default_stop_token_ids
 from .weights import Weights
@@ -314,7 +314,9 @@ class Engine:
     def _prefill(self) -> None:
         """Read prompt chunks, and choose the first token after the prompts that end with them."""
         left = self.prefill_tokens
-        while chunks := self._prompt_chunks(left):
+        while chunks := prompt_chunks(
+            self._running.values(), left, self.prefixes.capacity, ends_at_saved=self.model.config.invariant
+        ):
             left -= sum(chunk.stop - chunk.start for chunk in chunks)
             self._read_chunks(chunks)
             if not self.model.config.invariant:  # else chunks end where states are kept, before all tokens are read
@@ -339,23 +341,6 @@ class Engine:
                 with torch.no_grad():
                     logits = self.model.compute_logits(hidden_states[self._tensor(ended)])
                 self._choose(logits, requests, in_flight)
-
-    def _prompt_chunks(self, left: int) -> list[PromptChunk]:
-        """Divide `left` tokens among the prompts that are not read yet, in order of arrival."""
-        chunks, room = [], self.prefixes.capacity
-        for request in self._running.values():
-            if request.is_decoding:
-                continue
-            if left == 0:
-                break
-            stop = min(request.prompt_length, request.num_read + left)
-            next_block = (request.num_read // self.prefix_block + 1) * self.prefix_block
-            saved_at = list(range(next_block, stop + 1, self.prefix_block))[-room:] if room and request.is_kept else []
-            if saved_at and self.model.config.invariant:  # a state is kept where a piece of the prompt ends
-                stop, saved_at = saved_at[0], saved_at[:1]
-            chunks.append(PromptChunk(request, stop, saved_at))
-            left, room = left - (stop - request.num_read), room - len(saved_at)
-        return chunks
 
     def _read(self, chunks: list[PromptChunk], saved: list[int]) -> torch.Tensor:
         """Advance the states of the requests; return the hidden states at the chunk ends, `[N, W]`.

@@ -1,7 +1,7 @@
 """Requests to the engine: their tokens, their state, and how they end."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .outputs import FinishReason
@@ -98,3 +98,29 @@ class PromptChunk:
     @property
     def start(self) -> int:
         return self.request.num_read
+
+
+def prompt_chunks(requests: Iterable[Request], left: int, room: int, *, ends_at_saved: bool) -> list[PromptChunk]:
+    """Divide tokens of a step among the prompts that are not read yet, in order of arrival.
+
+    Args:
+        requests: that run.
+        left: tokens, at most.
+        room: states that go to the prefix cache, at most.
+        ends_at_saved: end a chunk with the first state that goes there.
+    """
+    chunks: list[PromptChunk] = []
+    for request in requests:
+        if request.is_decoding:
+            continue
+        if left == 0:
+            break
+        block = request.history.block
+        stop = min(request.prompt_length, request.num_read + left)
+        next_block = (request.num_read // block + 1) * block
+        saved_at = list(range(next_block, stop + 1, block))[-room:] if room and request.is_kept else []
+        if saved_at and ends_at_saved:
+            stop, saved_at = saved_at[0], saved_at[:1]
+        chunks.append(PromptChunk(request, stop, saved_at))
+        left, room = left - (stop - request.num_read), room - len(saved_at)
+    return chunks
